@@ -1,8 +1,9 @@
 //! The substance of DICE, in flow order: each module uses only those above it.
 
 // Floor 1: rows.
+pub mod jsonl;
 pub mod program; // how every tool starts, reports and ends
-pub mod jsonl; // rows in and out: line-numbered errors, whole-or-.part outputs, resume
+pub mod records; // prompts and their ids // rows in and out: line-numbered errors, whole-or-.part outputs, resume
 
 // Floor 2: text and weights.
 #[cfg(feature = "model")]
@@ -12,17 +13,17 @@ pub mod weights; // config and tensors from a folder, the hub or GGUF; writing c
 
 // Floor 3: arithmetic.
 #[cfg(feature = "model")]
-pub mod kernels; // GEMM, norms, rotary, attention on the CPU
+pub mod generate;
 #[cfg(feature = "model")]
-pub mod model; // the one decoder: forward and backward over packed, prefix-shared batches
+pub mod kernels; // GEMM, norms, rotary, attention on the CPU
 #[cfg(feature = "model")]
 pub mod logprob; // log p(y|x)
 #[cfg(feature = "model")]
-pub mod generate; // sampling K responses of a prompt
+pub mod model; // the one decoder: forward and backward over packed, prefix-shared batches // sampling K responses of a prompt
 
 // Floor 4: the method.
-pub mod reward; // implicit reward, length shaping, α*
-pub mod pairs; // best against worst, replay
 #[cfg(feature = "model")]
 pub mod dpo; // loss, optimiser, trainer, checkpoints
-pub mod metrics; // accuracy, lengths, distinctness
+pub mod metrics;
+pub mod pairs; // best against worst, replay
+pub mod reward; // implicit reward, length shaping, α* // accuracy, lengths, distinctness

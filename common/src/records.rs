@@ -1,0 +1,100 @@
+//! What a row is about, whatever stage it passes: the prompt, and the id derived from it.
+
+use anyhow::{Result, bail};
+use serde_json::{Map, Value};
+
+/// A prompt as rows carry it: plain text, or TRL's conversational form.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// One user turn.
+    Text(String),
+    /// Objects with a string `role` and a string `content`, in order; other keys are the template's business.
+    Messages(Vec<Map<String, Value>>),
+}
+
+impl Prompt {
+    /// Reads the value of a row's `prompt` field. The error says what is wrong, not where: the row knows that.
+    pub fn from_value(value: &Value) -> Result<Self> {
+        match value {
+            Value::String(text) if text.trim().is_empty() => bail!("is empty"),
+            Value::String(text) => Ok(Self::Text(text.clone())),
+            Value::Array(messages) if messages.is_empty() => bail!("is an empty list of messages"),
+            Value::Array(messages) => messages
+                .iter()
+                .map(message)
+                .collect::<Result<_>>()
+                .map(Self::Messages),
+            _ => bail!("must be a string or a list of {{\"role\", \"content\"}} messages"),
+        }
+    }
+
+    /// The list of messages that a chat template renders; plain text becomes one user turn.
+    pub fn messages(&self) -> Vec<Map<String, Value>> {
+        match self {
+            Self::Messages(messages) => messages.clone(),
+            Self::Text(text) => vec![Map::from_iter([
+                ("role".to_owned(), Value::from("user")),
+                ("content".to_owned(), Value::from(text.as_str())),
+            ])],
+        }
+    }
+
+    /// A stable id: the first 16 hex digits of the BLAKE3 hash of the text, or of the messages' compact JSON.
+    pub fn derived_id(&self) -> String {
+        let hash = match self {
+            Self::Text(text) => blake3::hash(text.as_bytes()),
+            Self::Messages(messages) => blake3::hash(
+                serde_json::to_string(messages)
+                    .expect("JSON values always serialise")
+                    .as_bytes(),
+            ),
+        };
+        hash.to_hex()[..16].to_owned()
+    }
+}
+
+fn message(value: &Value) -> Result<Map<String, Value>> {
+    let Value::Object(message) = value else {
+        bail!("holds a message that is not an object")
+    };
+    for field in ["role", "content"] {
+        if !message.get(field).is_some_and(Value::is_string) {
+            bail!("holds a message without a string \"{field}\"");
+        }
+    }
+    Ok(message.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn text_and_messages_are_read_and_bad_prompts_refused() {
+        assert_eq!(
+            Prompt::from_value(&json!("hi")).unwrap(),
+            Prompt::Text("hi".into())
+        );
+        let chat = Prompt::from_value(&json!([{"role": "user", "content": "hi"}])).unwrap();
+        assert_eq!(chat.messages(), Prompt::Text("hi".into()).messages());
+        for bad in [
+            json!(""),
+            json!(" \n"),
+            json!([]),
+            json!(3),
+            json!([{"role": "user"}]),
+            json!(["hi"]),
+        ] {
+            assert!(Prompt::from_value(&bad).is_err(), "{bad} should be refused");
+        }
+    }
+
+    #[test]
+    fn ids_depend_on_the_prompt_alone() {
+        let id = Prompt::Text("hi".into()).derived_id();
+        assert_eq!(id.len(), 16);
+        assert_eq!(id, Prompt::Text("hi".into()).derived_id());
+        assert_ne!(id, Prompt::Text("ho".into()).derived_id());
+    }
+}
