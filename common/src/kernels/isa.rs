@@ -1,0 +1,82 @@
+//! Which vector instructions this processor has, asked once; and a macro that compiles a loop for each of them.
+
+use std::sync::OnceLock;
+
+/// The instruction sets that the kernels know, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512F/BW/VL/DQ; `bf16` says whether `vdpbf16ps` is there too.
+    Avx512 { bf16: bool },
+    /// AVX2 with FMA.
+    Avx2,
+    /// Whatever the compiler makes of plain Rust.
+    Portable,
+}
+
+impl Isa {
+    /// The best set of this machine; `DICE_ISA=portable|avx2|avx512` asks for a lesser one (to compare or to debug).
+    pub fn current() -> Self {
+        static ISA: OnceLock<Isa> = OnceLock::new();
+        *ISA.get_or_init(|| {
+            let best = Self::detect();
+            match (std::env::var("DICE_ISA").as_deref(), best) {
+                (Ok("portable"), _) => Self::Portable,
+                (Ok("avx2"), Self::Avx512 { .. }) => Self::Avx2,
+                (Ok("avx512"), Self::Avx512 { .. }) => Self::Avx512 { bf16: false },
+                _ => best,
+            }
+        })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn detect() -> Self {
+        let fma = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq");
+        match (fma, avx512) {
+            (true, true) => Self::Avx512 { bf16: is_x86_feature_detected!("avx512bf16") },
+            (true, false) => Self::Avx2,
+            _ => Self::Portable,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn detect() -> Self {
+        Self::Portable
+    }
+}
+
+/// Compiles the body once per instruction set and picks one at run time. The body must be plain loops over slices,
+/// which the compiler then vectorises; no sum in it may rely on an order that differs between the versions.
+macro_rules! multiversion {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                match $crate::kernels::isa::Isa::current() {
+                    // SAFETY: `Isa::current` returns a set only where the processor has its features.
+                    $crate::kernels::isa::Isa::Avx512 { .. } => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::kernels::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::kernels::isa::Isa::Portable => {}
+                }
+            }
+            #[allow(unreachable_code)]
+            { body($($arg),*) }
+        }
+    };
+}
+pub(crate) use multiversion;

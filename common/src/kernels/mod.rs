@@ -1,0 +1,53 @@
+//! The arithmetic on a CPU: matrix products, norms, rotary positions, SwiGLU, attention, soft-max; forward and backward.
+//!
+//! All of it works on plain `f32` slices, row-major. Every result row depends on its own inputs alone, never on how
+//! many other rows were computed with it or by how many threads, so batch size and packing cannot change a number.
+
+pub mod activation;
+pub mod attention;
+pub mod gemm;
+pub mod isa;
+pub mod norm;
+pub mod rope;
+pub mod softmax;
+
+use rayon::prelude::*;
+
+/// Runs `f(first row, rows)` over the rows of `data`, over all threads where there is work enough.
+pub fn rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    const SMALL: usize = 1 << 14;
+    let count = data.len() / width;
+    if data.len() <= SMALL {
+        return f(0, data);
+    }
+    let step = count.div_ceil(4 * rayon::current_num_threads()).max(1);
+    data.par_chunks_mut(step * width).enumerate().for_each(|(i, part)| f(i * step, part));
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    /// Reproducible numbers in −1 … 1.
+    pub fn noise(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Holds a gradient to central differences of a loss, element by element.
+    pub fn finite_difference(x: &[f32], gradient: &[f32], loss: impl Fn(&[f32]) -> f64) {
+        let scale = gradient.iter().fold(1e-3f32, |m, g| m.max(g.abs())) as f64;
+        for i in 0..x.len() {
+            let at = |step: f32| {
+                let mut moved = x.to_vec();
+                moved[i] += step;
+                loss(&moved)
+            };
+            let estimate = (at(1e-2) - at(-1e-2)) / 2e-2;
+            let error = (estimate - gradient[i] as f64).abs();
+            assert!(error < 5e-3 * scale, "element {i}: {} but differences give {estimate}", gradient[i]);
+        }
+    }
+}

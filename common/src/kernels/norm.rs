@@ -1,0 +1,110 @@
+//! RMSNorm: y = x / √(mean(x²) + ε) · w, forward and backward.
+
+use super::isa::multiversion;
+use super::softmax::dot;
+
+/// Normalises each row of `x` into `out`; rows are as long as `weight`.
+pub fn forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    super::rows(out, weight.len(), |first, out| {
+        let x = &x[first * weight.len()..];
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            row(x, weight, eps, out);
+        }
+    });
+}
+
+/// 1 / √(mean(x²) + ε) of one row.
+pub fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// Normalises one row.
+pub fn row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    scale_row(x, weight, inverse_rms(x, eps), out);
+}
+
+multiversion! {
+    pub fn scale_row(x: &[f32], weight: &[f32], scale: f32, out: &mut [f32]) {
+        for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * w;
+        }
+    }
+}
+
+/// The gradient of one row: adds ∂L/∂x to `dx`, and ∂L/∂w to `dw`.
+///
+/// With x̂ = x·s, s = 1/rms: dx = s·(g − x̂·mean(g·x̂)), g = dy·w; dw = dy·x̂.
+pub fn backward_row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    let scale = inverse_rms(x, eps);
+    let mean = weighted_dot(x, weight, dy) * scale / x.len() as f32;
+    apply(x, weight, dy, scale, mean, dx, dw);
+}
+
+multiversion! {
+    pub fn weighted_dot(x: &[f32], weight: &[f32], dy: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        let (mut x, mut w, mut d) = (x.chunks_exact(16), weight.chunks_exact(16), dy.chunks_exact(16));
+        for ((x, w), d) in (&mut x).zip(&mut w).zip(&mut d) {
+            for i in 0..16 {
+                lanes[i] += x[i] * w[i] * d[i];
+            }
+        }
+        let rest = x.remainder().iter().zip(w.remainder()).zip(d.remainder());
+        rest.fold(lanes.iter().sum(), |sum, ((x, w), d)| sum + x * w * d)
+    }
+}
+
+multiversion! {
+    pub fn apply(x: &[f32], weight: &[f32], dy: &[f32], scale: f32, mean: f32, dx: &mut [f32], dw: &mut [f32]) {
+        for ((((dx, dw), &x), &w), &dy) in dx.iter_mut().zip(dw).zip(x).zip(weight).zip(dy) {
+            let normed = x * scale;
+            *dx += scale * (dy * w - normed * mean);
+            *dw += dy * normed;
+        }
+    }
+}
+
+/// The gradient of all rows: adds ∂L/∂x to `dx` and ∂L/∂w to `dw`. The rows are cut at fixed places, so that the sum
+/// over rows has one order whatever the threads.
+pub fn backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    use rayon::prelude::*;
+    const ROWS: usize = 64;
+    let width = weight.len();
+    let parts: Vec<Vec<f32>> = dx
+        .par_chunks_mut(ROWS * width)
+        .enumerate()
+        .map(|(i, dx)| {
+            let mut dw = vec![0.0; width];
+            let at = i * ROWS * width;
+            let rows = x[at..].chunks_exact(width).zip(dy[at..].chunks_exact(width));
+            for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
+                backward_row(x, weight, eps, dy, dx, &mut dw);
+            }
+            dw
+        })
+        .collect();
+    for part in parts {
+        dw.iter_mut().zip(part).for_each(|(dw, part)| *dw += part);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{finite_difference, noise};
+
+    #[test]
+    fn gradients_agree_with_finite_differences() {
+        let (rows, width) = (3, 21);
+        let (x, w, dy) = (noise(rows * width, 1), noise(width, 2), noise(rows * width, 3));
+        let loss = |x: &[f32], w: &[f32]| -> f64 {
+            let mut y = vec![0.0; x.len()];
+            forward(x, w, 1e-5, &mut y);
+            y.iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum()
+        };
+        let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; w.len()]);
+        backward(&x, &w, 1e-5, &dy, &mut dx, &mut dw);
+        finite_difference(&x, &dx, |x| loss(x, &w));
+        finite_difference(&w, &dw, |w| loss(&x, w));
+    }
+}

@@ -1,0 +1,69 @@
+//! Rotary positions in Hugging Face's layout: dimension i is paired with i + head_dim/2.
+
+use super::isa::multiversion;
+
+/// cos and sin of position · frequency, for the positions 0 … `positions` − 1.
+pub struct Rotary {
+    half: usize,
+    /// `[positions, half]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rotary {
+    /// `inv_freq` has head_dim/2 entries. Angles are formed in float32, as transformers does.
+    pub fn new(inv_freq: &[f32], positions: usize) -> Self {
+        let angles = (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
+        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        Self { half: inv_freq.len(), cos, sin }
+    }
+
+    /// How many positions the table holds.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+
+    /// Rotates one head vector `[head_dim]` in place.
+    pub fn rotate(&self, head: &mut [f32], position: usize) {
+        let (x, y) = head.split_at_mut(self.half);
+        turn(x, y, self.row(&self.cos, position), self.row(&self.sin, position), 1.0);
+    }
+
+    /// The inverse rotation, which is also the gradient's.
+    pub fn rotate_back(&self, head: &mut [f32], position: usize) {
+        let (x, y) = head.split_at_mut(self.half);
+        turn(x, y, self.row(&self.cos, position), self.row(&self.sin, position), -1.0);
+    }
+
+    fn row<'a>(&self, table: &'a [f32], position: usize) -> &'a [f32] {
+        &table[position * self.half..][..self.half]
+    }
+}
+
+multiversion! {
+    pub fn turn(x: &mut [f32], y: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+        for (((x, y), &c), &s) in x.iter_mut().zip(y).zip(cos).zip(sin) {
+            let s = s * sign;
+            (*x, *y) = (*x * c - *y * s, *y * c + *x * s);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turning_back_restores_and_position_zero_does_nothing() {
+        let rotary = Rotary::new(&[1.0, 0.1], 8);
+        let head = [1.0, 2.0, 3.0, 4.0];
+        let mut turned = head;
+        rotary.rotate(&mut turned, 0);
+        assert_eq!(turned, head);
+        rotary.rotate(&mut turned, 5);
+        let (s, c) = 5f32.sin_cos();
+        assert!((turned[0] - (c - 3.0 * s)).abs() < 1e-6 && (turned[2] - (3.0 * c + s)).abs() < 1e-6);
+        rotary.rotate_back(&mut turned, 5);
+        assert!(turned.iter().zip(head).all(|(x, y)| (x - y).abs() < 1e-6));
+    }
+}

@@ -1,0 +1,142 @@
+//! Exponentials and log-sum-exp over rows.
+
+use super::isa::multiversion;
+
+/// Lanes that sums and maxima run in; fixed, so that every instruction set adds in the same order.
+const LANES: usize = 16;
+
+/// eˣ to about one unit in the last place; 0 below −87, infinity above 88.7; NaN stays NaN.
+///
+/// 2ⁿ·e^r with n = round(x / ln 2) and a polynomial for |r| ≤ ln 2 / 2 (Taylor to the seventh power: its error there,
+/// 5e-9 relative, is under float32's). Branch-free, so that loops over it vectorise.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer in the low bits
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    let r = x - n * 0.693_359_4;
+    let r = r - n * -2.121_944_4e-4; // ln 2 in two parts
+    let tail = 1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))));
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * tail));
+    // 2ⁿ in two factors, so that n = 128 does not overflow before the product does.
+    let bits = shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
+    let half = bits >> 1;
+    let scale = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let y = p * scale(half) * scale(bits.wrapping_sub(half));
+    let y = if x < -87.0 { 0.0 } else { y };
+    if x > 88.72 { f32::INFINITY } else { y }
+}
+
+multiversion! {
+    /// The largest element; −∞ for an empty row. NaN is ignored here (the sum that follows keeps it).
+    pub fn max(row: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let mut chunks = row.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane = if x > *lane { x } else { *lane };
+            }
+        }
+        chunks.remainder().iter().chain(&lanes).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+    }
+}
+
+multiversion! {
+    /// Σ exp((x − max)·scale).
+    pub fn sum_exp(row: &[f32], max: f32, scale: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let mut chunks = row.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane += exp((x - max) * scale);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
+            *lane += exp((x - max) * scale);
+        }
+        fold(lanes)
+    }
+}
+
+multiversion! {
+    /// x ← exp(x − max), returning the sum.
+    pub fn exp_in_place(row: &mut [f32], max: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let mut chunks = row.chunks_exact_mut(LANES);
+        for chunk in &mut chunks {
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                *x = exp(*x - max);
+                *lane += *x;
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(chunks.into_remainder()) {
+            *x = exp(*x - max);
+            *lane += *x;
+        }
+        fold(lanes)
+    }
+}
+
+multiversion! {
+    /// Σ a·b.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (mut a, mut b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        for (a, b) in (&mut a).zip(&mut b) {
+            for ((lane, &x), &y) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += x * y;
+            }
+        }
+        for ((lane, &x), &y) in lanes.iter_mut().zip(a.remainder()).zip(b.remainder()) {
+            *lane += x * y;
+        }
+        fold(lanes)
+    }
+}
+
+/// Adds the lanes pairwise.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_right_to_float32() {
+        for i in -8700..8872 {
+            let x = i as f32 * 0.01;
+            let (ours, exact) = (exp(x) as f64, (x as f64).exp());
+            assert!(((ours - exact) / exact).abs() < 2e-7, "exp({x}) = {ours}, not {exact}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e9), 0.0);
+        assert_eq!(exp(1e9), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_and_maxima_cover_every_element() {
+        for len in [0, 1, 15, 16, 17, 100] {
+            let row: Vec<f32> = (0..len).map(|i| ((i * 37) % 11) as f32 * 0.3).collect();
+            let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            assert_eq!(max(&row), top);
+            let expected: f64 = row.iter().map(|&x| ((x - 1.0) as f64 * 0.5).exp()).sum();
+            assert!((sum_exp(&row, 1.0, 0.5) as f64 - expected).abs() <= 1e-6 * expected);
+            let mut copy = row.clone();
+            let sum = exp_in_place(&mut copy, 1.0) as f64;
+            assert!((sum - row.iter().map(|&x| ((x - 1.0) as f64).exp()).sum::<f64>()).abs() <= 1e-6 * sum.max(1.0));
+            let product: f64 = row.iter().map(|&x| x as f64 * x as f64).sum();
+            assert!((dot(&row, &row) as f64 - product).abs() <= 1e-5 * product.max(1.0));
+        }
+    }
+}
