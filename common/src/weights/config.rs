@@ -255,6 +255,21 @@ fn read(fields: &Fields) -> Result<Config> {
 }
 
 impl Config {
+    /// What of the config changes the numbers beyond the tensors' own shapes, as text for the fingerprint.
+    pub(super) fn arithmetic(&self) -> String {
+        format!(
+            "heads {} kv_heads {} head_dim {} eps {:?} tied {} activation {:?} windows {:?} rope {:?}\n",
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.norm_eps,
+            self.tied,
+            self.activation,
+            self.windows,
+            self.rope,
+        )
+    }
+
     /// The bounds that the arithmetic relies on; also the guard of sizes against overflow and absurd allocations.
     pub(super) fn checked(self) -> Result<Self> {
         let sizes = [
