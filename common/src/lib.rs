@@ -1,9 +1,13 @@
 //! The substance of DICE, in flow order: each module uses only those above it.
 
 // Floor 1: rows.
-pub mod jsonl;
 pub mod program; // how every tool starts, reports and ends
-pub mod records; // prompts and their ids // rows in and out: line-numbered errors, whole-or-.part outputs, resume
+
+pub mod files; // files and folders that appear whole or not at all
+
+pub mod records; // prompts and their ids
+
+pub mod jsonl; // rows in and out: line-numbered errors, whole-or-.part outputs, resume
 
 // Floor 2: text and weights.
 #[cfg(feature = "model")]
@@ -24,6 +28,8 @@ pub mod model; // the one decoder: forward and backward over packed, prefix-shar
 // Floor 4: the method.
 #[cfg(feature = "model")]
 pub mod dpo; // loss, optimiser, trainer, checkpoints
-pub mod metrics;
+pub mod reward; // implicit reward, length shaping, α*
+
 pub mod pairs; // best against worst, replay
-pub mod reward; // implicit reward, length shaping, α* // accuracy, lengths, distinctness
+
+pub mod metrics; // accuracy, lengths, distinctness

@@ -1,1 +1,339 @@
-//! (to come)
+//! How every tool starts, reports and ends.
+//!
+//! | exit | meaning |
+//! |---|---|
+//! | 0 | done; also `--help`, and a reader that closed the pipe (`dice-gen … \| head`) |
+//! | 1 | failed; one line on stderr says why |
+//! | 2 | wrong usage |
+//! | 130, 143 | stopped by SIGINT or SIGTERM, after the row in hand; `--resume` goes on from there |
+//!
+//! A second signal ends the program at once, with the same code.
+//! stderr may be a closed pipe or `/dev/full`: nothing here fails because a message was not heard.
+
+use std::fmt;
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+static NAME: OnceLock<String> = OnceLock::new();
+/// The first signal's number, 0 before it. `Arc` because signal-hook shares it with its handlers.
+static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
+
+/// Parses the command line, runs the tool and turns its result into the exit code of the table above.
+pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+    NAME.get_or_init(|| A::command().get_name().to_owned());
+    let args = match A::try_parse() {
+        Ok(args) => args,
+        Err(usage) => {
+            // Printing fails when nobody reads (`--help | true`): that changes nothing.
+            let _ = usage.print();
+            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+        }
+    };
+    let result = catch_signals().and_then(|()| run(args));
+    let (code, line) = ending(&result);
+    if let Some(line) = line {
+        say(line);
+    }
+    ExitCode::from(code)
+}
+
+/// One line on stderr, after the tool's name. For warnings and notes; never fails.
+pub fn say(line: impl fmt::Display) {
+    let name = NAME.get().map_or("dice", String::as_str);
+    // `eprintln!` would panic where stderr is closed.
+    let _ = writeln!(io::stderr(), "{name}: {line}");
+}
+
+/// A signal asked the tool to stop. [`main`] exits with 128 + its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted {
+    signal: usize,
+}
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = if self.signal == SIGTERM as usize {
+            "SIGTERM"
+        } else {
+            "SIGINT"
+        };
+        write!(f, "stopped by {name}")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Whether SIGINT or SIGTERM has come. Long loops ask between two whole units of work.
+pub fn interrupted() -> bool {
+    signal() != 0
+}
+
+/// `Err(Interrupted)` once a signal has come: `program::check()?` between two whole units of work.
+pub fn check() -> Result<(), Interrupted> {
+    match signal() {
+        0 => Ok(()),
+        signal => Err(Interrupted { signal }),
+    }
+}
+
+fn signal() -> usize {
+    SIGNAL.get().map_or(0, |s| s.load(Ordering::Relaxed))
+}
+
+fn catch_signals() -> Result<()> {
+    let first = SIGNAL.get_or_init(Default::default);
+    let again = Arc::new(AtomicBool::new(false));
+    for number in [SIGINT, SIGTERM] {
+        // Registered first, so that it sees the flag as it was before this signal.
+        signal_hook::flag::register_conditional_shutdown(number, 128 + number, again.clone())
+            .and_then(|_| signal_hook::flag::register(number, again.clone()))
+            .and_then(|_| signal_hook::flag::register_usize(number, first.clone(), number as usize))
+            .context("cannot catch signals")?;
+    }
+    Ok(())
+}
+
+/// The exit code of a result, and the line to say.
+fn ending(result: &Result<()>) -> (u8, Option<String>) {
+    let Err(err) = result else { return (0, None) };
+    let closed_pipe = |cause: &(dyn std::error::Error + 'static)| {
+        cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|io| io.kind() == ErrorKind::BrokenPipe)
+    };
+    if let Some(stop) = err.chain().find_map(|c| c.downcast_ref::<Interrupted>()) {
+        (128 + stop.signal as u8, Some(one_line(err)))
+    } else if err.chain().any(closed_pipe) {
+        (0, None)
+    } else {
+        (1, Some(one_line(err)))
+    }
+}
+
+/// The chain of causes on one line, whatever line breaks the causes hold.
+fn one_line(err: &anyhow::Error) -> String {
+    let text = format!("{err:#}");
+    text.split(['\n', '\r'])
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// What a tool has done so far: a bar with rate and remaining time where stderr is a terminal,
+/// and one summary line at the end everywhere. All methods take `&self`, from any thread.
+pub struct Progress {
+    name: String,
+    unit: String,
+    started: Instant,
+    bar: ProgressBar,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Clone, Default)]
+struct Counts {
+    read: Option<u64>,
+    kept: u64,
+    done: u64,
+    tokens: u64,
+    /// In the order of first appearance.
+    skipped: Vec<(String, u64)>,
+    notes: Vec<String>,
+}
+
+impl Progress {
+    /// `unit` is the plural noun of what `add` counts ("rows", "prompts", "steps"); `total` of them, when known.
+    pub fn new(name: &str, unit: &str, total: Option<u64>) -> Self {
+        let bar = if io::stderr().is_terminal() {
+            ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(5))
+        } else {
+            ProgressBar::hidden()
+        };
+        let template = match total {
+            Some(_) => format!(
+                "{{prefix}} {{wide_bar}} {{pos}}/{{len}} {unit} {{msg}} {{per_sec}} ETA {{eta}}"
+            ),
+            None => {
+                format!("{{prefix}} {{spinner}} {{pos}} {unit} {{msg}} {{per_sec}} {{elapsed}}")
+            }
+        };
+        let style = ProgressStyle::with_template(&template);
+        bar.set_style(style.expect("the templates above are valid: a test draws them"));
+        bar.set_prefix(name.to_owned());
+        Self {
+            name: name.to_owned(),
+            unit: unit.to_owned(),
+            started: Instant::now(),
+            bar,
+            counts: Mutex::default(),
+        }
+    }
+
+    /// Counts input rows, where they differ from what `add` counts.
+    pub fn read(&self, rows: u64) {
+        *self.counts().read.get_or_insert(0) += rows;
+    }
+
+    /// Counts rows (or whatever `unit` is) done, and the tokens that they took.
+    pub fn add(&self, rows: u64, tokens: u64) {
+        let mut counts = self.counts();
+        counts.done += rows;
+        counts.tokens += tokens;
+        if counts.tokens > 0 {
+            self.bar
+                .set_message(format!("{} tokens/s", self.per_second(counts.tokens)));
+        }
+        self.bar.inc(rows);
+    }
+
+    /// Counts units that an earlier run had done: they move the bar, not the rate.
+    pub fn kept(&self, rows: u64) {
+        self.counts().kept += rows;
+        self.bar.inc(rows);
+        self.bar.reset_eta();
+    }
+
+    /// Counts `n` left out for a reason ("too short"). Zero is not mentioned.
+    pub fn skip(&self, reason: &str, n: u64) {
+        if n == 0 {
+            return;
+        }
+        let mut counts = self.counts();
+        match counts.skipped.iter_mut().find(|(r, _)| r == reason) {
+            Some((_, count)) => *count += n,
+            None => counts.skipped.push((reason.to_owned(), n)),
+        }
+    }
+
+    /// Adds a remark to the summary line ("alpha 0.0031").
+    pub fn note(&self, text: impl Into<String>) {
+        self.counts().notes.push(text.into());
+    }
+
+    /// Says one line on stderr now, above the bar.
+    pub fn say(&self, line: impl fmt::Display) {
+        self.bar.suspend(|| say(line));
+    }
+
+    /// Clears the bar and says the summary line.
+    pub fn finish(self) {
+        self.bar.finish_and_clear();
+        let line = self.summary(self.started.elapsed());
+        let _ = writeln!(io::stderr(), "{}: {line}", self.name);
+    }
+
+    fn summary(&self, elapsed: Duration) -> String {
+        let counts = self.counts().clone();
+        let mut parts = Vec::new();
+        if let Some(read) = counts.read {
+            parts.push(format!("{read} rows read"));
+        }
+        parts.push(format!("{} {} done", counts.done, self.unit));
+        if counts.kept > 0 {
+            parts.push(format!("{} kept from before", counts.kept));
+        }
+        if !counts.skipped.is_empty() {
+            let reasons: Vec<_> = counts
+                .skipped
+                .iter()
+                .map(|(reason, n)| format!("{reason} {n}"))
+                .collect();
+            parts.push(format!("skipped: {}", reasons.join(", ")));
+        }
+        parts.extend(counts.notes);
+        if counts.tokens > 0 {
+            parts.push(format!(
+                "{} tokens, {:.0} tokens/s",
+                counts.tokens,
+                counts.tokens as f64 / elapsed.as_secs_f64().max(1e-9)
+            ));
+        }
+        format!("{} in {:.1} s", parts.join("; "), elapsed.as_secs_f64())
+    }
+
+    fn per_second(&self, tokens: u64) -> u64 {
+        (tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)) as u64
+    }
+
+    fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
+        // A panic elsewhere leaves plain counters, never a broken state.
+        self.counts.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn errors_end_with_one_line_and_code_1() {
+        let err = anyhow!("bad\n  value").context("rows.jsonl:3");
+        assert_eq!(
+            ending(&Err(err)),
+            (1, Some("rows.jsonl:3: bad value".into()))
+        );
+        assert_eq!(ending(&Ok(())), (0, None));
+    }
+
+    #[test]
+    fn a_closed_pipe_is_success_wherever_it_sits_in_the_chain() {
+        let err = anyhow::Error::new(io::Error::from(ErrorKind::BrokenPipe))
+            .context("cannot write")
+            .context("group 7");
+        assert_eq!(ending(&Err(err)), (0, None));
+        let full = anyhow::Error::new(io::Error::from(ErrorKind::StorageFull));
+        assert_eq!(ending(&Err(full)).0, 1);
+    }
+
+    #[test]
+    fn signals_end_with_128_plus_their_number() {
+        for (signal, code, name) in [(2, 130, "SIGINT"), (15, 143, "SIGTERM")] {
+            let err = anyhow::Error::new(Interrupted { signal }).context("prompt 4");
+            let (got, line) = ending(&Err(err));
+            assert_eq!(got, code);
+            assert_eq!(line.unwrap(), format!("prompt 4: stopped by {name}"));
+        }
+    }
+
+    #[test]
+    fn no_signal_no_interruption() {
+        assert!(!interrupted());
+        assert!(check().is_ok());
+    }
+
+    #[test]
+    fn the_summary_names_every_count_once() {
+        let progress = Progress::new("dice-x", "pairs", None);
+        progress.read(10);
+        progress.add(3, 100);
+        progress.add(1, 100);
+        progress.kept(2);
+        progress.skip("too short", 1);
+        progress.skip("duplicate", 2);
+        progress.skip("too short", 1);
+        progress.skip("never", 0);
+        progress.note("alpha 0.5");
+        assert_eq!(
+            progress.summary(Duration::from_secs(2)),
+            "10 rows read; 4 pairs done; 2 kept from before; skipped: too short 2, duplicate 2; \
+             alpha 0.5; 200 tokens, 100 tokens/s in 2.0 s"
+        );
+    }
+
+    #[test]
+    fn templates_of_the_bars_are_valid() {
+        for total in [None, Some(3)] {
+            let progress = Progress::new("dice-x", "rows", total);
+            progress.add(1, 5);
+            progress.finish();
+        }
+    }
+}

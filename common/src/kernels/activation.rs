@@ -6,7 +6,10 @@ use super::softmax::exp;
 /// `gate_up` is `[T, 2·ffn]`, `out` `[T, ffn]`.
 pub fn swiglu(gate_up: &[f32], ffn: usize, out: &mut [f32]) {
     super::rows(out, ffn, |first, out| {
-        for (row, out) in gate_up[first * 2 * ffn..].chunks_exact(2 * ffn).zip(out.chunks_exact_mut(ffn)) {
+        for (row, out) in gate_up[first * 2 * ffn..]
+            .chunks_exact(2 * ffn)
+            .zip(out.chunks_exact_mut(ffn))
+        {
             forward_row(&row[..ffn], &row[ffn..], out);
         }
     });
@@ -15,7 +18,10 @@ pub fn swiglu(gate_up: &[f32], ffn: usize, out: &mut [f32]) {
 /// Replaces `gate_up` `[T, 2·ffn]` by its gradient, given that of the output, `dy` `[T, ffn]`.
 pub fn swiglu_backward(gate_up: &mut [f32], ffn: usize, dy: &[f32]) {
     super::rows(gate_up, 2 * ffn, |first, gate_up| {
-        for (row, dy) in gate_up.chunks_exact_mut(2 * ffn).zip(dy[first * ffn..].chunks_exact(ffn)) {
+        for (row, dy) in gate_up
+            .chunks_exact_mut(2 * ffn)
+            .zip(dy[first * ffn..].chunks_exact(ffn))
+        {
             let (gate, up) = row.split_at_mut(ffn);
             backward_row(gate, up, dy);
         }

@@ -31,11 +31,19 @@ impl Layout {
     pub fn push(&mut self, root: usize, branches: &[usize]) {
         let start = self.tokens();
         let prefix = start..start + root;
-        self.segments.push(Segment { tokens: prefix.clone(), position: 0, prefix: None });
+        self.segments.push(Segment {
+            tokens: prefix.clone(),
+            position: 0,
+            prefix: None,
+        });
         for &len in branches {
             let start = self.tokens();
             let tokens = start..start + len;
-            self.segments.push(Segment { tokens, position: root, prefix: Some(prefix.clone()) });
+            self.segments.push(Segment {
+                tokens,
+                position: root,
+                prefix: Some(prefix.clone()),
+            });
         }
     }
 
@@ -51,17 +59,25 @@ impl Layout {
 
     /// The position of every token in its sequence.
     pub fn positions(&self) -> impl Iterator<Item = usize> {
-        self.segments.iter().flat_map(|s| (0..s.tokens.len()).map(|i| s.position + i))
+        self.segments
+            .iter()
+            .flat_map(|s| (0..s.tokens.len()).map(|i| s.position + i))
     }
 
     /// The largest position plus one.
     pub fn longest(&self) -> usize {
-        self.segments.iter().map(|s| s.position + s.tokens.len()).max().unwrap_or(0)
+        self.segments
+            .iter()
+            .map(|s| s.position + s.tokens.len())
+            .max()
+            .unwrap_or(0)
     }
 
     /// A root and its branches, group by group.
     fn groups(&self) -> Vec<&[Segment]> {
-        self.segments.chunk_by(|_, next| next.prefix.is_some()).collect()
+        self.segments
+            .chunk_by(|_, next| next.prefix.is_some())
+            .collect()
     }
 }
 
@@ -121,15 +137,38 @@ const BLOCK: usize = 64;
 pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
     assert_eq!(qkv.len(), layout.tokens() * heads.qkv_width());
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    let tasks: Vec<_> = layout.segments.iter().flat_map(|s| (0..heads.kv).map(move |h| (s, h))).collect();
+    let tasks: Vec<_> = layout
+        .segments
+        .iter()
+        .flat_map(|s| (0..heads.kv).map(move |h| (s, h)))
+        .collect();
     tasks.into_par_iter().for_each(|(segment, kv_head)| {
-        let side = Side { heads, kv_head, qkv };
-        let prefix = segment.prefix.as_ref().map(|p| Keys::for_forward(side, p.clone()));
+        let side = Side {
+            heads,
+            kv_head,
+            qkv,
+        };
+        let prefix = segment
+            .prefix
+            .as_ref()
+            .map(|p| Keys::for_forward(side, p.clone()));
         let own = Keys::for_forward(side, segment.tokens.clone());
         let mut scratch = Scratch::default();
         for block in blocks(segment) {
-            let view = View { segment, block: block.clone(), prefix: prefix.as_ref(), own: &own };
-            view.gather(side, qkv, 0, heads.qkv_width(), heads.scale(), &mut scratch.q);
+            let view = View {
+                segment,
+                block: block.clone(),
+                prefix: prefix.as_ref(),
+                own: &own,
+            };
+            view.gather(
+                side,
+                qkv,
+                0,
+                heads.qkv_width(),
+                heads.scale(),
+                &mut scratch.q,
+            );
             view.scores(side, &mut scratch);
             let rows = view.rows(heads);
             let mut result = vec![0.0; rows * heads.dim];
@@ -163,16 +202,38 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
 /// With P = exp(S − lse), δ = Σ dO∘O: dV = Pᵀ·dO, dS = P∘(dO·Vᵀ − δ), dQ = dS·K·scale, dK = dSᵀ·Q·scale
 /// (FlashAttention-2, algorithm 2). One task per group and key head, so that the sums over branches and query heads
 /// have one order and no two tasks share a target.
-pub fn backward(layout: &Layout, heads: Heads, qkv: &[f32], out: &[f32], lse: &[f32], d_out: &[f32], d_qkv: &mut [f32]) {
+pub fn backward(
+    layout: &Layout,
+    heads: Heads,
+    qkv: &[f32],
+    out: &[f32],
+    lse: &[f32],
+    d_out: &[f32],
+    d_qkv: &mut [f32],
+) {
     let d_qkv = Shared::new(d_qkv);
     let groups = layout.groups();
-    let tasks: Vec<_> = groups.iter().flat_map(|g| (0..heads.kv).map(move |h| (*g, h))).collect();
+    let tasks: Vec<_> = groups
+        .iter()
+        .flat_map(|g| (0..heads.kv).map(move |h| (*g, h)))
+        .collect();
     tasks.into_par_iter().for_each(|(group, kv_head)| {
-        let side = Side { heads, kv_head, qkv };
+        let side = Side {
+            heads,
+            kv_head,
+            qkv,
+        };
         let mut root = Keys::for_backward(side, group[0].tokens.clone());
         for segment in &group[1..] {
             let mut own = Keys::for_backward(side, segment.tokens.clone());
-            backward_segment(side, segment, Some(&mut root), &mut own, (out, lse, d_out), &d_qkv);
+            backward_segment(
+                side,
+                segment,
+                Some(&mut root),
+                &mut own,
+                (out, lse, d_out),
+                &d_qkv,
+            );
             own.scatter(side, &d_qkv);
         }
         backward_segment(side, &group[0], None, &mut root, (out, lse, d_out), &d_qkv);
@@ -192,9 +253,21 @@ fn backward_segment(
     let mut scratch = Scratch::default();
     let (mut d_o, mut d_scores, mut d_q) = (vec![], vec![], vec![]);
     for block in blocks(segment) {
-        let view = View { segment, block: block.clone(), prefix: prefix.as_deref(), own };
+        let view = View {
+            segment,
+            block: block.clone(),
+            prefix: prefix.as_deref(),
+            own,
+        };
         let (rows, columns, seen) = (view.rows(heads), view.columns(), view.prefix_len());
-        view.gather(side, side.qkv, 0, heads.qkv_width(), heads.scale(), &mut scratch.q);
+        view.gather(
+            side,
+            side.qkv,
+            0,
+            heads.qkv_width(),
+            heads.scale(),
+            &mut scratch.q,
+        );
         view.gather(side, d_out, 0, heads.q_width(), 1.0, &mut d_o);
         view.scores(side, &mut scratch);
         d_scores.resize(rows * columns, 0.0);
@@ -205,14 +278,19 @@ fn backward_segment(
             let o = &out[token * heads.q_width() + head * heads.dim..][..heads.dim];
             let delta = softmax::dot(o, &d_o[r * heads.dim..][..heads.dim]);
             let visible = view.visible(heads, r);
-            let (p, d) = (&mut scratch.scores[r * columns..][..columns], &mut d_scores[r * columns..][..columns]);
+            let (p, d) = (
+                &mut scratch.scores[r * columns..][..columns],
+                &mut d_scores[r * columns..][..columns],
+            );
             for hidden in [0..visible.start, visible.end..columns] {
                 p[hidden.clone()].fill(0.0);
                 d[hidden].fill(0.0);
             }
             let (p, d) = (&mut p[visible.clone()], &mut d[visible]);
             softmax::exp_in_place(p, log_sum);
-            d.iter_mut().zip(p).for_each(|(d, p)| *d = *p * (*d - delta));
+            d.iter_mut()
+                .zip(p)
+                .for_each(|(d, p)| *d = *p * (*d - delta));
         }
         d_q.clear();
         d_q.resize(rows * heads.dim, 0.0);
@@ -221,21 +299,43 @@ fn backward_segment(
             matmul(Left::Rows(a), b, out, heads.dim, Write::Add, Threads::One);
         };
         if let Some(prefix) = view.prefix {
-            add(Mat::strided(&d_scores, rows, seen, columns), prefix.k_columns.panels(), &mut d_q);
+            add(
+                Mat::strided(&d_scores, rows, seen, columns),
+                prefix.k_columns.panels(),
+                &mut d_q,
+            );
         }
-        add(Mat::strided(&d_scores[seen..], rows, own_columns, columns), view.own.k_columns.shorter(own_columns), &mut d_q);
+        add(
+            Mat::strided(&d_scores[seen..], rows, own_columns, columns),
+            view.own.k_columns.shorter(own_columns),
+            &mut d_q,
+        );
         for r in 0..rows {
             let (token, head) = view.token_and_head(side, r);
             // SAFETY: this task alone writes this group's rows of this key head's query heads.
-            let target = unsafe { d_qkv.slice(token * heads.qkv_width() + head * heads.dim, heads.dim) };
-            target.iter_mut().zip(&d_q[r * heads.dim..]).for_each(|(t, d)| *t += d * heads.scale());
+            let target =
+                unsafe { d_qkv.slice(token * heads.qkv_width() + head * heads.dim, heads.dim) };
+            target
+                .iter_mut()
+                .zip(&d_q[r * heads.dim..])
+                .for_each(|(t, d)| *t += d * heads.scale());
         }
         let q = Packed::from_columns(Mat::new(&scratch.q, rows, heads.dim), Precision::F32);
         let d_o = Packed::from_columns(Mat::new(&d_o, rows, heads.dim), Precision::F32);
         let collect = |keys: &mut Keys, first: usize, len: usize| {
-            for (weights, right, out) in [(&scratch.scores, &d_o, &mut keys.d_v), (&d_scores, &q, &mut keys.d_k)] {
+            for (weights, right, out) in [
+                (&scratch.scores, &d_o, &mut keys.d_v),
+                (&d_scores, &q, &mut keys.d_k),
+            ] {
                 let left = Left::Columns(Mat::strided(&weights[first..], rows, len, columns));
-                matmul(left, right.panels(), out, heads.dim, Write::Add, Threads::One);
+                matmul(
+                    left,
+                    right.panels(),
+                    out,
+                    heads.dim,
+                    Write::Add,
+                    Threads::One,
+                );
             }
         };
         if let Some(prefix) = prefix.as_deref_mut() {
@@ -311,10 +411,16 @@ impl Keys {
     fn scatter(&self, side: Side, d_qkv: &Shared) {
         let heads = side.heads;
         for (i, token) in self.tokens.clone().enumerate() {
-            for (at, gradient) in [(heads.k_at(side.kv_head), &self.d_k), (heads.v_at(side.kv_head), &self.d_v)] {
+            for (at, gradient) in [
+                (heads.k_at(side.kv_head), &self.d_k),
+                (heads.v_at(side.kv_head), &self.d_v),
+            ] {
                 // SAFETY: one task owns this group's rows of this key head.
                 let target = unsafe { d_qkv.slice(token * heads.qkv_width() + at, heads.dim) };
-                target.iter_mut().zip(&gradient[i * heads.dim..]).for_each(|(t, g)| *t += g);
+                target
+                    .iter_mut()
+                    .zip(&gradient[i * heads.dim..])
+                    .for_each(|(t, g)| *t += g);
             }
         }
     }
@@ -337,7 +443,9 @@ struct Scratch {
 
 fn blocks(segment: &Segment) -> impl Iterator<Item = Range<usize>> {
     let len = segment.tokens.len();
-    (0..len).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(len))
+    (0..len)
+        .step_by(BLOCK)
+        .map(move |start| start..(start + BLOCK).min(len))
 }
 
 impl View<'_> {
@@ -359,7 +467,10 @@ impl View<'_> {
 
     fn token_and_head(&self, side: Side, r: usize) -> (usize, usize) {
         let (g, t) = (r / self.block.len(), r % self.block.len());
-        (self.segment.tokens.start + self.block.start + t, side.kv_head * side.heads.group() + g)
+        (
+            self.segment.tokens.start + self.block.start + t,
+            side.kv_head * side.heads.group() + g,
+        )
     }
 
     /// The columns that row r may see.
@@ -370,30 +481,69 @@ impl View<'_> {
     }
 
     /// Collects the block's query rows out of `[T, width]`, times `scale`.
-    fn gather(&self, side: Side, from: &[f32], at: usize, width: usize, scale: f32, out: &mut Vec<f32>) {
+    fn gather(
+        &self,
+        side: Side,
+        from: &[f32],
+        at: usize,
+        width: usize,
+        scale: f32,
+        out: &mut Vec<f32>,
+    ) {
         let dim = side.heads.dim;
         out.clear();
         for r in 0..self.rows(side.heads) {
             let (token, head) = self.token_and_head(side, r);
-            out.extend(from[token * width + at + head * dim..][..dim].iter().map(|x| x * scale));
+            out.extend(
+                from[token * width + at + head * dim..][..dim]
+                    .iter()
+                    .map(|x| x * scale),
+            );
         }
     }
 
     /// S = Q·Kᵀ over all columns.
     fn scores(&self, side: Side, scratch: &mut Scratch) {
-        scratch.scores.resize(self.rows(side.heads) * self.columns(), 0.0);
-        self.products(&scratch.q, side.heads.dim, |keys| &keys.k_rows, &mut scratch.scores);
+        scratch
+            .scores
+            .resize(self.rows(side.heads) * self.columns(), 0.0);
+        self.products(
+            &scratch.q,
+            side.heads.dim,
+            |keys| &keys.k_rows,
+            &mut scratch.scores,
+        );
     }
 
     /// `left` `[rows, dim]` times the chosen operand of the prefix and of the own keys, side by side in `out`.
-    fn products(&self, left: &[f32], dim: usize, operand: impl Fn(&Keys) -> &Packed, out: &mut [f32]) {
+    fn products(
+        &self,
+        left: &[f32],
+        dim: usize,
+        operand: impl Fn(&Keys) -> &Packed,
+        out: &mut [f32],
+    ) {
         let (columns, seen) = (self.columns(), self.prefix_len());
         let left = Left::Rows(Mat::new(left, left.len() / dim, dim));
         if let Some(prefix) = self.prefix {
-            matmul(left, operand(prefix).panels(), out, columns, Write::Set, Threads::One);
+            matmul(
+                left,
+                operand(prefix).panels(),
+                out,
+                columns,
+                Write::Set,
+                Threads::One,
+            );
         }
         let own = operand(self.own).panel_range(0, self.own_len());
-        matmul(left, own, &mut out[seen..], columns, Write::Set, Threads::One);
+        matmul(
+            left,
+            own,
+            &mut out[seen..],
+            columns,
+            Write::Set,
+            Threads::One,
+        );
     }
 
     /// O = P·V.
@@ -401,9 +551,21 @@ impl View<'_> {
         let (rows, columns, seen) = (self.rows(heads), self.columns(), self.prefix_len());
         if let Some(prefix) = self.prefix {
             let left = Left::Rows(Mat::strided(weights, rows, seen, columns));
-            matmul(left, prefix.v_columns.panels(), out, heads.dim, Write::Set, Threads::One);
+            matmul(
+                left,
+                prefix.v_columns.panels(),
+                out,
+                heads.dim,
+                Write::Set,
+                Threads::One,
+            );
         }
-        let left = Left::Rows(Mat::strided(&weights[seen..], rows, self.own_len(), columns));
+        let left = Left::Rows(Mat::strided(
+            &weights[seen..],
+            rows,
+            self.own_len(),
+            columns,
+        ));
         let own = self.own.v_columns.shorter(self.own_len());
         matmul(left, own, out, heads.dim, Write::Add, Threads::One);
     }
@@ -420,7 +582,10 @@ unsafe impl Sync for Shared {}
 
 impl Shared {
     fn new(data: &mut [f32]) -> Self {
-        Self { data: data.as_mut_ptr(), len: data.len() }
+        Self {
+            data: data.as_mut_ptr(),
+            len: data.len(),
+        }
     }
 
     /// # Safety
@@ -438,7 +603,12 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{finite_difference, noise};
 
-    const HEADS: Heads = Heads { query: 4, kv: 2, dim: 6, window: None };
+    const HEADS: Heads = Heads {
+        query: 4,
+        kv: 2,
+        dim: 6,
+        window: None,
+    };
 
     fn run(layout: &Layout, heads: Heads, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut out = vec![f32::NAN; layout.tokens() * heads.q_width()];
@@ -457,14 +627,18 @@ mod tests {
                 let kv = head / heads.group();
                 let first = (t + 1).saturating_sub(heads.window.unwrap_or(usize::MAX));
                 let score = |s: usize| -> f64 {
-                    let (q, k) = (&qkv[t * width + head * dim..], &qkv[s * width + heads.k_at(kv)..]);
+                    let (q, k) = (
+                        &qkv[t * width + head * dim..],
+                        &qkv[s * width + heads.k_at(kv)..],
+                    );
                     (0..dim).map(|i| q[i] as f64 * k[i] as f64).sum::<f64>() / (dim as f64).sqrt()
                 };
                 let weights: Vec<f64> = (first..=t).map(|s| score(s).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 for (w, s) in weights.iter().zip(first..) {
                     for i in 0..dim {
-                        out[t * heads.q_width() + head * dim + i] += w / total * qkv[s * width + heads.v_at(kv) + i] as f64;
+                        out[t * heads.q_width() + head * dim + i] +=
+                            w / total * qkv[s * width + heads.v_at(kv) + i] as f64;
                     }
                 }
             }
@@ -487,13 +661,23 @@ mod tests {
             let mut layout = Layout::default();
             layout.push(3, &[]);
             layout.push(prompt, &branches);
-            let qkv = noise(layout.tokens() * heads.qkv_width(), 1).iter().map(|x| 2.0 * x).collect::<Vec<_>>();
+            let qkv = noise(layout.tokens() * heads.qkv_width(), 1)
+                .iter()
+                .map(|x| 2.0 * x)
+                .collect::<Vec<_>>();
             let (out, _) = run(&layout, heads, &qkv);
             for segment in &layout.segments()[2..] {
                 let rows = |width: usize, all: &[f32]| {
-                    [&all[3 * width..(3 + prompt) * width], &all[segment.tokens.start * width..segment.tokens.end * width]].concat()
+                    [
+                        &all[3 * width..(3 + prompt) * width],
+                        &all[segment.tokens.start * width..segment.tokens.end * width],
+                    ]
+                    .concat()
                 };
-                assert_close(&rows(heads.q_width(), &out), &plain(heads, &rows(heads.qkv_width(), &qkv)));
+                assert_close(
+                    &rows(heads.q_width(), &out),
+                    &plain(heads, &rows(heads.qkv_width(), &qkv)),
+                );
             }
         }
     }
@@ -511,7 +695,12 @@ mod tests {
             let mut d_qkv = vec![0.0; qkv.len()];
             backward(&layout, heads, &qkv, &out, &lse, &d_out, &mut d_qkv);
             finite_difference(&qkv, &d_qkv, |qkv| {
-                run(&layout, heads, qkv).0.iter().zip(&d_out).map(|(o, d)| (o * d) as f64).sum()
+                run(&layout, heads, qkv)
+                    .0
+                    .iter()
+                    .zip(&d_out)
+                    .map(|(o, d)| (o * d) as f64)
+                    .sum()
             });
         }
     }

@@ -39,8 +39,16 @@ impl<'a> Mat<'a> {
     /// A matrix whose rows lie `stride` elements apart.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(cols <= stride || rows <= 1);
-        assert!(rows == 0 || (rows - 1) * stride + cols <= data.len(), "matrix view past its data");
-        Self { data, rows, cols, stride }
+        assert!(
+            rows == 0 || (rows - 1) * stride + cols <= data.len(),
+            "matrix view past its data"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            stride,
+        }
     }
 
     fn row(&self, r: usize) -> &'a [f32] {
@@ -101,7 +109,9 @@ struct Line([f32; 16]);
 impl Aligned {
     /// Zeroed storage for at least `len` elements.
     pub fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0.0; 16]); len.div_ceil(16)] }
+        Self {
+            lines: vec![Line([0.0; 16]); len.div_ceil(16)],
+        }
     }
 
     /// Makes room for `len` elements; what was there stays, new elements are zero.
@@ -121,7 +131,9 @@ impl Aligned {
     /// The elements, writable.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         // SAFETY: as in `as_slice`.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16)
+        }
     }
 }
 
@@ -137,14 +149,24 @@ pub struct Packed {
 impl Packed {
     /// Packs the rows of `b`, `[n, k]`: the product is A·bᵀ.
     pub fn from_rows(b: Mat, precision: Precision) -> Self {
-        let mut packed = Self { storage: Aligned::default(), n: 0, k: 0, precision };
+        let mut packed = Self {
+            storage: Aligned::default(),
+            n: 0,
+            k: 0,
+            precision,
+        };
         packed.set_rows(b);
         packed
     }
 
     /// Packs the columns of `b`, `[k, n]`: the product is A·b.
     pub fn from_columns(b: Mat, precision: Precision) -> Self {
-        let mut packed = Self { storage: Aligned::default(), n: 0, k: 0, precision };
+        let mut packed = Self {
+            storage: Aligned::default(),
+            n: 0,
+            k: 0,
+            precision,
+        };
         packed.set_columns(b);
         packed
     }
@@ -170,9 +192,15 @@ impl Packed {
             // Small operands (attention inside a parallel loop) are packed by the caller's thread.
             let panels = &mut self.storage.as_mut_slice()[..len];
             if len < 1 << 16 {
-                panels.chunks_mut(panel).enumerate().for_each(|(i, out)| pack(b, i * width, width, precision, out));
+                panels
+                    .chunks_mut(panel)
+                    .enumerate()
+                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
             } else {
-                panels.par_chunks_mut(panel).enumerate().for_each(|(i, out)| pack(b, i * width, width, precision, out));
+                panels
+                    .par_chunks_mut(panel)
+                    .enumerate()
+                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
             }
         }
     }
@@ -221,7 +249,11 @@ impl Packed {
         for (i, out) in out[..self.k].iter_mut().enumerate() {
             *out = if paired(self.precision) {
                 let word = panel[i / 2 * width + r % width].to_bits();
-                f32::from_bits(if i % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
+                f32::from_bits(if i % 2 == 0 {
+                    word << 16
+                } else {
+                    word & 0xffff_0000
+                })
             } else {
                 panel[i * width + r % width]
             };
@@ -243,13 +275,26 @@ pub struct Panels<'a> {
 impl<'a> Panels<'a> {
     /// A float32 operand of `n` rows and sums of length `k`: element (row r, k) lies at
     /// `r / width * panel_stride + k * row_stride + r % width`. The data must reach to the end of the last panel.
-    pub fn strided(data: &'a [f32], n: usize, k: usize, panel_stride: usize, row_stride: usize) -> Self {
+    pub fn strided(
+        data: &'a [f32],
+        n: usize,
+        k: usize,
+        panel_stride: usize,
+        row_stride: usize,
+    ) -> Self {
         let width = panel_width();
         if n > 0 && k > 0 {
             let end = (n.div_ceil(width) - 1) * panel_stride + (k - 1) * row_stride + width;
             assert!(end <= data.len(), "panels past their data");
         }
-        Self { data, n, k, panel_stride, row_stride, precision: Precision::F32 }
+        Self {
+            data,
+            n,
+            k,
+            panel_stride,
+            row_stride,
+            precision: Precision::F32,
+        }
     }
 }
 
@@ -284,7 +329,10 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
         return;
     }
     assert!(b.n <= c_stride || m == 1);
-    assert!((m - 1) * c_stride + b.n <= c.len(), "result past its buffer");
+    assert!(
+        (m - 1) * c_stride + b.n <= c.len(),
+        "result past its buffer"
+    );
     let rows = m.div_ceil(m.div_ceil(block_rows())); // even blocks: 16 rows are 8 + 8, not 14 + 2
     let mut packed = LEFT.with(RefCell::take);
     let block = words(k, b.precision) * rows;
@@ -292,11 +340,25 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
     packed.grow(len);
     let blocks = &mut packed.as_mut_slice()[..len];
     if threads == Threads::One || len < 1 << 15 {
-        blocks.chunks_mut(block.max(1)).enumerate().for_each(|(i, out)| pack(a, i * rows, rows, b.precision, out));
+        blocks
+            .chunks_mut(block.max(1))
+            .enumerate()
+            .for_each(|(i, out)| pack(a, i * rows, rows, b.precision, out));
     } else {
-        blocks.par_chunks_mut(block.max(1)).enumerate().for_each(|(i, out)| pack(a, i * rows, rows, b.precision, out));
+        blocks
+            .par_chunks_mut(block.max(1))
+            .enumerate()
+            .for_each(|(i, out)| pack(a, i * rows, rows, b.precision, out));
     }
-    let product = Product { a: packed.as_slice(), rows, m, b, c: c.as_mut_ptr(), c_stride, write };
+    let product = Product {
+        a: packed.as_slice(),
+        rows,
+        m,
+        b,
+        c: c.as_mut_ptr(),
+        c_stride,
+        write,
+    };
     product.run(threads);
     LEFT.with(|left| *left.borrow_mut() = packed);
 }
@@ -323,13 +385,18 @@ impl Product<'_> {
             return self.tile(0..blocks, 0..panels);
         }
         // Tasks of a few panels (they stay in L2 while the blocks of A pass by) and about a hundred rows.
-        let panel_step = panels.div_ceil(4 * rayon::current_num_threads()).clamp(1, 4);
+        let panel_step = panels
+            .div_ceil(4 * rayon::current_num_threads())
+            .clamp(1, 4);
         let block_step = blocks.min(10);
         let (across, down) = (panels.div_ceil(panel_step), blocks.div_ceil(block_step));
         (0..across * down).into_par_iter().for_each(|task| {
             // Neighbouring tasks share their panels of B: they are the larger operand as a rule.
             let (p, b) = (task / down * panel_step, task % down * block_step);
-            self.tile(b..(b + block_step).min(blocks), p..(p + panel_step).min(panels));
+            self.tile(
+                b..(b + block_step).min(blocks),
+                p..(p + panel_step).min(panels),
+            );
         });
     }
 
@@ -479,7 +546,11 @@ multiversion! {
 fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }
+    if x.is_nan() {
+        (bits >> 16) | 0x40
+    } else {
+        rounded
+    }
 }
 
 #[inline(always)]
@@ -523,7 +594,10 @@ unsafe fn portable<const R: usize>(t: Tile) {
     for p in 0..t.k {
         // SAFETY: A has k × R words, B k rows of 16 words.
         let (a, b) = unsafe {
-            (&*t.a.add(p * R).cast::<[f32; R]>(), &*t.b.add(p * t.b_stride).cast::<[f32; 16]>())
+            (
+                &*t.a.add(p * R).cast::<[f32; R]>(),
+                &*t.b.add(p * t.b_stride).cast::<[f32; 16]>(),
+            )
         };
         for (sum, &x) in sums.iter_mut().zip(a) {
             for (s, &y) in sum.iter_mut().zip(b) {
@@ -656,35 +730,58 @@ mod tests {
     use super::*;
     use crate::kernels::testing::noise;
 
-
     /// C = A·Bᵀ in float64.
     fn plain(a: &[f32], b: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
-        let at = |i: usize, j: usize| (0..k).map(|p| a[i * k + p] as f64 * b[j * k + p] as f64).sum();
+        let at = |i: usize, j: usize| {
+            (0..k)
+                .map(|p| a[i * k + p] as f64 * b[j * k + p] as f64)
+                .sum()
+        };
         (0..m * n).map(|i| at(i / n, i % n)).collect()
     }
 
     fn transpose(a: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-        (0..rows * cols).map(|i| a[i % rows * cols + i / rows]).collect()
+        (0..rows * cols)
+            .map(|i| a[i % rows * cols + i / rows])
+            .collect()
     }
 
     #[test]
     fn products_of_all_layouts_agree_with_float64() {
-        for (m, n, k) in [(1, 1, 1), (1, 100, 33), (3, 32, 64), (15, 31, 7), (16, 65, 130), (47, 200, 96), (150, 48, 51)] {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (1, 100, 33),
+            (3, 32, 64),
+            (15, 31, 7),
+            (16, 65, 130),
+            (47, 200, 96),
+            (150, 48, 51),
+        ] {
             let (a, b) = (noise(m * k, 1), noise(n * k, 2));
             let (at, bt) = (transpose(&a, m, k), transpose(&b, n, k));
             let expected = plain(&a, &b, m, n, k);
             for precision in [Precision::F32, Precision::Bf16] {
-                let tolerance = if precision == Precision::F32 { 1e-5 } else { 0.02 } * (k as f64).sqrt();
+                let tolerance = if precision == Precision::F32 {
+                    1e-5
+                } else {
+                    0.02
+                } * (k as f64).sqrt();
                 let rows = Packed::from_rows(Mat::new(&b, n, k), precision);
                 let columns = Packed::from_columns(Mat::new(&bt, k, n), precision);
                 for b in [&rows, &columns] {
-                    for a in [Left::Rows(Mat::new(&a, m, k)), Left::Columns(Mat::new(&at, k, m))] {
+                    for a in [
+                        Left::Rows(Mat::new(&a, m, k)),
+                        Left::Columns(Mat::new(&at, k, m)),
+                    ] {
                         for threads in [Threads::One, Threads::All] {
                             let mut c = vec![f32::NAN; m * n];
                             matmul(a, b.panels(), &mut c, n, Write::Set, threads);
                             matmul(a, b.panels(), &mut c, n, Write::Add, threads);
                             for (x, y) in c.iter().zip(&expected) {
-                                assert!((*x as f64 - 2.0 * y).abs() < 2.0 * tolerance, "{m}×{n}×{k} {precision:?}: {x} {y}");
+                                assert!(
+                                    (*x as f64 - 2.0 * y).abs() < 2.0 * tolerance,
+                                    "{m}×{n}×{k} {precision:?}: {x} {y}"
+                                );
                             }
                         }
                     }
@@ -700,11 +797,25 @@ mod tests {
         for precision in [Precision::F32, Precision::Bf16] {
             let b = Packed::from_rows(Mat::new(&b, n, k), precision);
             let mut together = vec![0.0; m * n];
-            matmul(Left::Rows(Mat::new(&a, m, k)), b.panels(), &mut together, n, Write::Set, Threads::All);
+            matmul(
+                Left::Rows(Mat::new(&a, m, k)),
+                b.panels(),
+                &mut together,
+                n,
+                Write::Set,
+                Threads::All,
+            );
             for count in [1, 2, 7, 16, 30] {
                 let mut alone = vec![0.0; count * n];
                 let rows = Mat::new(&a[5 * k..], count, k);
-                matmul(Left::Rows(rows), b.panels(), &mut alone, n, Write::Set, Threads::One);
+                matmul(
+                    Left::Rows(rows),
+                    b.panels(),
+                    &mut alone,
+                    n,
+                    Write::Set,
+                    Threads::One,
+                );
                 assert_eq!(alone[..], together[5 * n..(5 + count) * n]);
             }
         }
@@ -732,7 +843,14 @@ mod tests {
         let (a, b) = (noise(3 * 5, 6), noise(4 * 5, 7));
         let b = Packed::from_rows(Mat::new(&b, 4, 5), Precision::F32);
         let mut c = vec![9.0; 3 * 6];
-        matmul(Left::Rows(Mat::new(&a, 3, 5)), b.panels(), &mut c, 6, Write::Set, Threads::One);
+        matmul(
+            Left::Rows(Mat::new(&a, 3, 5)),
+            b.panels(),
+            &mut c,
+            6,
+            Write::Set,
+            Threads::One,
+        );
         assert!(c.chunks(6).all(|row| row[4..] == [9.0, 9.0]));
     }
 }

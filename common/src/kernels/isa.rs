@@ -36,7 +36,9 @@ impl Isa {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq");
         match (fma, avx512) {
-            (true, true) => Self::Avx512 { bf16: is_x86_feature_detected!("avx512bf16") },
+            (true, true) => Self::Avx512 {
+                bf16: is_x86_feature_detected!("avx512bf16"),
+            },
             (true, false) => Self::Avx2,
             _ => Self::Portable,
         }

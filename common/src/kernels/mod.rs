@@ -21,7 +21,9 @@ pub fn rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync
         return f(0, data);
     }
     let step = count.div_ceil(4 * rayon::current_num_threads()).max(1);
-    data.par_chunks_mut(step * width).enumerate().for_each(|(i, part)| f(i * step, part));
+    data.par_chunks_mut(step * width)
+        .enumerate()
+        .for_each(|(i, part)| f(i * step, part));
 }
 
 #[cfg(test)]
@@ -47,7 +49,11 @@ pub(crate) mod testing {
             };
             let estimate = (at(1e-2) - at(-1e-2)) / 2e-2;
             let error = (estimate - gradient[i] as f64).abs();
-            assert!(error < 5e-3 * scale, "element {i}: {} but differences give {estimate}", gradient[i]);
+            assert!(
+                error < 5e-3 * scale,
+                "element {i}: {} but differences give {estimate}",
+                gradient[i]
+            );
         }
     }
 }

@@ -7,7 +7,10 @@ use super::softmax::dot;
 pub fn forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     super::rows(out, weight.len(), |first, out| {
         let x = &x[first * weight.len()..];
-        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        for (x, out) in x
+            .chunks_exact(weight.len())
+            .zip(out.chunks_exact_mut(weight.len()))
+        {
             row(x, weight, eps, out);
         }
     });
@@ -34,7 +37,14 @@ multiversion! {
 /// The gradient of one row: adds ∂L/∂x to `dx`, and ∂L/∂w to `dw`.
 ///
 /// With x̂ = x·s, s = 1/rms: dx = s·(g − x̂·mean(g·x̂)), g = dy·w; dw = dy·x̂.
-pub fn backward_row(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+pub fn backward_row(
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+    dw: &mut [f32],
+) {
     let scale = inverse_rms(x, eps);
     let mean = weighted_dot(x, weight, dy) * scale / x.len() as f32;
     apply(x, weight, dy, scale, mean, dx, dw);
@@ -76,7 +86,9 @@ pub fn backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32],
         .map(|(i, dx)| {
             let mut dw = vec![0.0; width];
             let at = i * ROWS * width;
-            let rows = x[at..].chunks_exact(width).zip(dy[at..].chunks_exact(width));
+            let rows = x[at..]
+                .chunks_exact(width)
+                .zip(dy[at..].chunks_exact(width));
             for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
                 backward_row(x, weight, eps, dy, dx, &mut dw);
             }
@@ -96,7 +108,11 @@ mod tests {
     #[test]
     fn gradients_agree_with_finite_differences() {
         let (rows, width) = (3, 21);
-        let (x, w, dy) = (noise(rows * width, 1), noise(width, 2), noise(rows * width, 3));
+        let (x, w, dy) = (
+            noise(rows * width, 1),
+            noise(width, 2),
+            noise(rows * width, 3),
+        );
         let loss = |x: &[f32], w: &[f32]| -> f64 {
             let mut y = vec![0.0; x.len()];
             forward(x, w, 1e-5, &mut y);

@@ -15,7 +15,11 @@ impl Rotary {
     pub fn new(inv_freq: &[f32], positions: usize) -> Self {
         let angles = (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
         let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
-        Self { half: inv_freq.len(), cos, sin }
+        Self {
+            half: inv_freq.len(),
+            cos,
+            sin,
+        }
     }
 
     /// How many positions the table holds.
@@ -26,13 +30,25 @@ impl Rotary {
     /// Rotates one head vector `[head_dim]` in place.
     pub fn rotate(&self, head: &mut [f32], position: usize) {
         let (x, y) = head.split_at_mut(self.half);
-        turn(x, y, self.row(&self.cos, position), self.row(&self.sin, position), 1.0);
+        turn(
+            x,
+            y,
+            self.row(&self.cos, position),
+            self.row(&self.sin, position),
+            1.0,
+        );
     }
 
     /// The inverse rotation, which is also the gradient's.
     pub fn rotate_back(&self, head: &mut [f32], position: usize) {
         let (x, y) = head.split_at_mut(self.half);
-        turn(x, y, self.row(&self.cos, position), self.row(&self.sin, position), -1.0);
+        turn(
+            x,
+            y,
+            self.row(&self.cos, position),
+            self.row(&self.sin, position),
+            -1.0,
+        );
     }
 
     fn row<'a>(&self, table: &'a [f32], position: usize) -> &'a [f32] {
@@ -62,7 +78,9 @@ mod tests {
         assert_eq!(turned, head);
         rotary.rotate(&mut turned, 5);
         let (s, c) = 5f32.sin_cos();
-        assert!((turned[0] - (c - 3.0 * s)).abs() < 1e-6 && (turned[2] - (3.0 * c + s)).abs() < 1e-6);
+        assert!(
+            (turned[0] - (c - 3.0 * s)).abs() < 1e-6 && (turned[2] - (3.0 * c + s)).abs() < 1e-6
+        );
         rotary.rotate_back(&mut turned, 5);
         assert!(turned.iter().zip(head).all(|(x, y)| (x - y).abs() < 1e-6));
     }

@@ -16,7 +16,8 @@ pub fn exp(x: f32) -> f32 {
     let n = shifted - MAGIC;
     let r = x - n * 0.693_359_4;
     let r = r - n * -2.121_944_4e-4; // ln 2 in two parts
-    let tail = 1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))));
+    let tail =
+        1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0))));
     let p = 1.0 + r * (1.0 + r * (0.5 + r * tail));
     // 2ⁿ in two factors, so that n = 128 does not overflow before the product does.
     let bits = shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
@@ -116,7 +117,10 @@ mod tests {
         for i in -8700..8872 {
             let x = i as f32 * 0.01;
             let (ours, exact) = (exp(x) as f64, (x as f64).exp());
-            assert!(((ours - exact) / exact).abs() < 2e-7, "exp({x}) = {ours}, not {exact}");
+            assert!(
+                ((ours - exact) / exact).abs() < 2e-7,
+                "exp({x}) = {ours}, not {exact}"
+            );
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-1e9), 0.0);
@@ -134,7 +138,10 @@ mod tests {
             assert!((sum_exp(&row, 1.0, 0.5) as f64 - expected).abs() <= 1e-6 * expected);
             let mut copy = row.clone();
             let sum = exp_in_place(&mut copy, 1.0) as f64;
-            assert!((sum - row.iter().map(|&x| ((x - 1.0) as f64).exp()).sum::<f64>()).abs() <= 1e-6 * sum.max(1.0));
+            assert!(
+                (sum - row.iter().map(|&x| ((x - 1.0) as f64).exp()).sum::<f64>()).abs()
+                    <= 1e-6 * sum.max(1.0)
+            );
             let product: f64 = row.iter().map(|&x| x as f64 * x as f64).sum();
             assert!((dot(&row, &row) as f64 - product).abs() <= 1e-5 * product.max(1.0));
         }

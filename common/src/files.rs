@@ -1,0 +1,105 @@
+//! Files and folders that appear whole or not at all: made beside their place, synced, then renamed.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// Where the work on `path` happens until it is whole: `path.part`, in the same folder.
+pub fn part_path(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path.as_os_str());
+    name.push(".part");
+    PathBuf::from(name)
+}
+
+/// Makes a file or folder by calling `write` with a path beside it, then publishes what it wrote.
+/// An existing file is replaced in one step; an existing folder is an error. A leftover `.part` is thrown away.
+pub fn write_aside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let part = part_path(path);
+    if path.is_dir() {
+        bail!("{} is already there: move it away first", path.display());
+    }
+    remove(&part)?;
+    write(&part)?;
+    publish(&part, path)
+}
+
+/// Gives finished work its name: syncs every file of `part` (a file, or a folder and all below it) to disk,
+/// renames it to `path` and syncs the folder around it, so that a power cut leaves all of it or none.
+pub fn publish(part: &Path, path: &Path) -> Result<()> {
+    sync_tree(part).with_context(|| format!("cannot sync {}", part.display()))?;
+    fs::rename(part, path)
+        .with_context(|| format!("cannot rename {} to {}", part.display(), path.display()))?;
+    let parent = parent(path);
+    File::open(parent)
+        .and_then(|folder| folder.sync_all())
+        .with_context(|| format!("cannot sync the folder {}", parent.display()))
+}
+
+/// The folder that `path` lies in; `.` for a bare name.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_tree(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path)? {
+            sync_tree(&entry?.path())?;
+        }
+    }
+    File::open(path)?.sync_all()
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let result = match path.symlink_metadata() {
+        Err(_) => return Ok(()),
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+    };
+    result.with_context(|| format!("cannot remove the leftover {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_or_folder_appears_only_when_its_writer_succeeds() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("stats.json");
+        let failed = write_aside(&file, |part| {
+            fs::write(part, "half")?;
+            bail!("disk on fire")
+        });
+        assert!(failed.is_err() && !file.exists());
+
+        write_aside(&file, |part| Ok(fs::write(part, "one")?)).unwrap();
+        write_aside(&file, |part| Ok(fs::write(part, "two")?)).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "two");
+
+        let folder = dir.path().join("model");
+        let make = |part: &Path| {
+            fs::create_dir_all(part.join("sub"))?;
+            Ok(fs::write(part.join("sub/a"), "a")?)
+        };
+        write_aside(&folder, make).unwrap();
+        assert_eq!(fs::read_to_string(folder.join("sub/a")).unwrap(), "a");
+        let again = write_aside(&folder, make).unwrap_err();
+        assert!(again.to_string().contains("already there"), "{again:#}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no leftovers");
+    }
+
+    #[test]
+    fn parts_lie_beside_their_place() {
+        assert_eq!(
+            part_path(Path::new("a/b.jsonl")),
+            Path::new("a/b.jsonl.part")
+        );
+        assert_eq!(parent(Path::new("b")), Path::new("."));
+        assert_eq!(parent(Path::new("a/b")), Path::new("a"));
+    }
+}

@@ -1,0 +1,350 @@
+//! Where rows go: stdout, or a file that appears whole or not at all and whose making can be taken up again.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Serialize;
+
+use super::read::{MAX_LINE_BYTES, Rows, object, rows};
+use crate::files::{parent, part_path, publish};
+use crate::program;
+
+/// What [`Output::open`] found.
+pub enum Opened {
+    /// The file is there and whole; the user has been told. Exit 0.
+    AlreadyDone,
+    /// Ready for rows, after those that [`Output::kept_rows`] counts.
+    Ready(Output),
+}
+
+/// A sink of rows. Dropped without [`Output::finish`], a file's rows stay in `FILE.part` for `--resume`.
+pub struct Output {
+    sink: Sink,
+    kept: u64,
+}
+
+enum Sink {
+    Stdout(BufWriter<io::Stdout>),
+    File {
+        writer: BufWriter<File>,
+        part: PathBuf,
+        path: PathBuf,
+    },
+}
+
+impl Output {
+    /// Rows to stdout.
+    pub fn stdout() -> Self {
+        Self {
+            sink: Sink::Stdout(BufWriter::with_capacity(1 << 16, io::stdout())),
+            kept: 0,
+        }
+    }
+
+    /// Rows to `output`, by way of `output.part`; without one, or with `-`, to stdout.
+    ///
+    /// With `resume`: an existing file is [`Opened::AlreadyDone`]; an existing `.part` is gone on with, a torn
+    /// last line cut away. Without: either of them is an error, so that no work is overwritten unasked.
+    /// The `.part` is locked: two runs never write one file.
+    pub fn open(output: Option<&Path>, resume: bool) -> Result<Opened> {
+        let Some(path) = output.filter(|path| *path != Path::new("-")) else {
+            return Ok(Opened::Ready(Self::stdout()));
+        };
+        let part = part_path(path);
+        if path.exists() {
+            if !resume {
+                bail!(
+                    "{} is already there: remove it, name another --output, or pass --resume to keep it",
+                    path.display()
+                );
+            }
+            program::say(format_args!(
+                "{} is already there, nothing to do",
+                path.display()
+            ));
+            return Ok(Opened::AlreadyDone);
+        }
+        if part.exists() && !resume {
+            bail!(
+                "{} is there from an interrupted run: pass --resume to go on with it, or remove it",
+                part.display()
+            );
+        }
+        let folder = parent(path);
+        if !folder.is_dir() {
+            bail!("the folder {} for --output is not there", folder.display());
+        }
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&part)
+            .with_context(|| format!("cannot write {}", part.display()))?;
+        // Where the file system has no locks, there is none to respect.
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            bail!("{} is being written by another program", part.display());
+        }
+        let (kept, bytes) = whole_rows(&file, &part)?;
+        cut(&mut file, bytes).with_context(|| format!("cannot write {}", part.display()))?;
+        let sink = Sink::File {
+            writer: BufWriter::with_capacity(1 << 16, file),
+            part,
+            path: path.to_owned(),
+        };
+        Ok(Opened::Ready(Self { sink, kept }))
+    }
+
+    /// How many whole rows an earlier run left, and this one keeps.
+    pub fn kept_rows(&self) -> u64 {
+        self.kept
+    }
+
+    /// Those rows, streamed. To be read before the first `write`.
+    pub fn kept(&self) -> Box<dyn Iterator<Item = Result<super::Row>>> {
+        match &self.sink {
+            Sink::Stdout(_) => Box::new(std::iter::empty()),
+            Sink::File { part, .. } => {
+                let kept: Rows = rows(std::slice::from_ref(part));
+                Box::new(kept.take(usize::try_from(self.kept).unwrap_or(usize::MAX)))
+            }
+        }
+    }
+
+    /// Keeps only the first `rows` of the kept rows: cuts the incomplete group that the last run was at.
+    /// To be called before the first `write`.
+    pub fn truncate_to(&mut self, rows: u64) -> Result<()> {
+        if rows >= self.kept {
+            return Ok(());
+        }
+        let Sink::File { writer, part, .. } = &mut self.sink else {
+            return Ok(());
+        };
+        let context = || format!("cannot cut {}", part.display());
+        let file = writer.get_mut();
+        file.seek(SeekFrom::Start(0)).with_context(context)?;
+        let mut reader = BufReader::new(&*file);
+        let (mut bytes, mut line) = (0, Vec::new());
+        for _ in 0..rows {
+            line.clear();
+            bytes += reader.read_until(b'\n', &mut line).with_context(context)? as u64;
+        }
+        cut(file, bytes).with_context(context)?;
+        self.kept = rows;
+        Ok(())
+    }
+
+    /// Appends one row: a [`Row`](super::Row)'s `fields`, or anything that serialises to an object.
+    /// A closed stdout is an `io::Error` of kind `BrokenPipe` in the error's chain.
+    pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
+        let written = match &mut self.sink {
+            Sink::Stdout(writer) => jsonl::write(writer, row),
+            Sink::File { writer, .. } => jsonl::write(writer, row),
+        };
+        match written {
+            Ok(()) => Ok(()),
+            Err(jsonl::WriteError::Io(err)) => Err(self.failed(err)),
+            Err(err) => Err(anyhow!(err).context("a row cannot be written as JSON")),
+        }
+    }
+
+    /// Hands what was written to the reader of the pipe, or to the file. After each group of rows.
+    pub fn flush(&mut self) -> Result<()> {
+        let flushed = match &mut self.sink {
+            Sink::Stdout(writer) => writer.flush(),
+            Sink::File { writer, .. } => writer.flush(),
+        };
+        flushed.map_err(|err| self.failed(err))
+    }
+
+    /// Flushes stdout; syncs the file and gives it its name.
+    pub fn finish(mut self) -> Result<()> {
+        self.flush()?;
+        match self.sink {
+            Sink::Stdout(_) => Ok(()),
+            Sink::File { part, path, .. } => publish(&part, &path),
+        }
+    }
+
+    fn failed(&self, err: io::Error) -> anyhow::Error {
+        let target = match &self.sink {
+            Sink::Stdout(_) => "stdout".to_owned(),
+            Sink::File { part, .. } => part.display().to_string(),
+        };
+        anyhow::Error::new(err).context(format!("cannot write to {target}"))
+    }
+}
+
+/// The number of whole rows at the start of the file, and their bytes. A last line that is torn (no newline, or
+/// not JSON, as a power cut leaves it) does not count; one in the middle was not made by us, so it is an error.
+fn whole_rows(file: &File, part: &Path) -> Result<(u64, u64)> {
+    let mut reader = BufReader::with_capacity(1 << 16, file);
+    let (mut rows, mut bytes) = (0, 0);
+    let mut line = Vec::new();
+    let mut torn = None;
+    loop {
+        line.clear();
+        let read = (&mut reader)
+            .take(MAX_LINE_BYTES + 1)
+            .read_until(b'\n', &mut line)
+            .with_context(|| format!("cannot read {}", part.display()))?;
+        if read == 0 {
+            return Ok((rows, bytes));
+        }
+        if let Some(err) = torn {
+            bail!(
+                "{}:{}: {err:#}; remove the file to start again",
+                part.display(),
+                rows + 1
+            );
+        }
+        if line.last() != Some(&b'\n') {
+            torn = Some(anyhow!("the line has no end"));
+        } else if let Err(err) = object(&line) {
+            torn = Some(err);
+        } else {
+            rows += 1;
+            bytes += read as u64;
+        }
+    }
+}
+
+fn cut(file: &mut File, bytes: u64) -> io::Result<()> {
+    file.set_len(bytes)?;
+    file.seek(SeekFrom::Start(bytes)).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::fs;
+
+    fn open(path: &Path, resume: bool) -> Result<Output> {
+        match Output::open(Some(path), resume)? {
+            Opened::Ready(output) => Ok(output),
+            Opened::AlreadyDone => bail!("already done"),
+        }
+    }
+
+    fn refusal(path: &Path, resume: bool) -> String {
+        match open(path, resume) {
+            Ok(_) => panic!("opened"),
+            Err(err) => format!("{err:#}").replace(&format!("{}/", parent(path).display()), ""),
+        }
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o.jsonl");
+        let mut output = open(&path, false).unwrap();
+        output.write(&json!({"b": 1, "a": "é\n"})).unwrap();
+        output.flush().unwrap();
+        assert!(!path.exists());
+        output.finish().unwrap();
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"b\":1,\"a\":\"é\\n\"}\n"
+        );
+        assert!(!part_path(&path).exists());
+        assert!(matches!(
+            Output::open(Some(&path), true).unwrap(),
+            Opened::AlreadyDone
+        ));
+        assert_eq!(
+            refusal(&path, false),
+            "o.jsonl is already there: remove it, name another --output, or pass --resume to keep it"
+        );
+    }
+
+    #[test]
+    fn work_left_behind_is_taken_up_only_on_request() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o.jsonl");
+        let mut output = open(&path, true).unwrap();
+        assert_eq!(output.kept_rows(), 0);
+        output.write(&json!({"n": 0})).unwrap();
+        drop(output);
+        assert_eq!(
+            refusal(&path, false),
+            "o.jsonl.part is there from an interrupted run: pass --resume to go on with it, or remove it"
+        );
+        let mut output = open(&path, true).unwrap();
+        assert_eq!(output.kept_rows(), 1);
+        output.write(&json!({"n": 1})).unwrap();
+        output.finish().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"n\":0}\n{\"n\":1}\n");
+    }
+
+    #[test]
+    fn killed_at_any_byte_no_row_is_lost_or_doubled() {
+        let whole = "{\"n\":0}\n{\"n\":\"ünï\"}\n{\"n\":2}\n";
+        let dir = tempfile::tempdir().unwrap();
+        for cut in 0..=whole.len() {
+            let path = dir.path().join(format!("{cut}"));
+            fs::write(part_path(&path), &whole.as_bytes()[..cut]).unwrap();
+            let mut output = open(&path, true).unwrap();
+            let kept = output.kept().collect::<Result<Vec<_>>>().unwrap();
+            assert_eq!(kept.len() as u64, output.kept_rows());
+            for line in whole.lines().skip(kept.len()) {
+                let row: serde_json::Value = serde_json::from_str(line).unwrap();
+                output.write(&row).unwrap();
+            }
+            output.finish().unwrap();
+            assert_eq!(
+                fs::read_to_string(&path).unwrap(),
+                whole,
+                "cut at byte {cut}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_last_line_is_torn_and_a_bad_middle_one_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o");
+        fs::write(part_path(&path), b"{}\n\0\0\0\0\n").unwrap();
+        assert_eq!(open(&path, true).unwrap().kept_rows(), 1);
+        fs::write(part_path(&path), b"{}\nx\n{}\n").unwrap();
+        assert_eq!(
+            refusal(&path, true),
+            "o.part:2: not JSON: expected value at column 1; remove the file to start again"
+        );
+    }
+
+    #[test]
+    fn an_incomplete_group_can_be_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o");
+        fs::write(part_path(&path), "{\"n\":0}\n{\"n\":1}\n{\"n\":2}\n{\"n\"").unwrap();
+        let mut output = open(&path, true).unwrap();
+        output.truncate_to(5).unwrap();
+        assert_eq!(output.kept_rows(), 3);
+        output.truncate_to(1).unwrap();
+        assert_eq!(output.kept().count(), 1);
+        output.write(&json!({"n": 9})).unwrap();
+        output.finish().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"n\":0}\n{\"n\":9}\n");
+    }
+
+    #[test]
+    fn two_runs_do_not_share_a_file_and_folders_are_not_invented() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o");
+        let first = open(&path, true).unwrap();
+        assert_eq!(
+            refusal(&path, true),
+            "o.part is being written by another program"
+        );
+        drop(first);
+        open(&path, true).unwrap();
+        let err = refusal(&dir.path().join("gone/o"), false);
+        assert!(
+            err.starts_with("the folder ") && err.ends_with(" is not there"),
+            "{err}"
+        );
+    }
+}

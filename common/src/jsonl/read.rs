@@ -1,0 +1,405 @@
+//! Streaming rows from files and stdin, one line in memory at a time.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Map, Value};
+
+use super::row::{Place, Row};
+use crate::program;
+
+/// The longest line that is read, in bytes: a bound on memory when the input is not JSON Lines at all.
+pub const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// The rows of the files, one file after the other; `-` is stdin, and so is no file at all.
+///
+/// Blank lines, CRLF, a byte-order mark and a last line without its newline are fine. A file that cannot be read,
+/// a line that is not a JSON object in UTF-8, and a signal (see [`program::check`]) are errors, after which the
+/// iterator ends. All files are looked at before the first row, so a mistyped name costs no work.
+pub fn rows(files: &[PathBuf]) -> Rows {
+    let files = match files {
+        [] => vec![PathBuf::from("-")],
+        files => files.to_vec(),
+    };
+    Rows {
+        checked: false,
+        waiting: files.into_iter().rev().collect(),
+        open: None,
+        max_line: MAX_LINE_BYTES,
+    }
+}
+
+/// See [`rows`].
+pub struct Rows {
+    checked: bool,
+    /// Files still to open, last first.
+    waiting: Vec<PathBuf>,
+    open: Option<Lines>,
+    max_line: u64,
+}
+
+struct Lines {
+    reader: Box<dyn BufRead>,
+    place: Place,
+    buffer: Vec<u8>,
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Result<Row>> {
+        let next = self.next_row();
+        if next.is_err() {
+            self.open = None;
+            self.waiting.clear();
+        }
+        next.transpose()
+    }
+}
+
+impl Rows {
+    fn next_row(&mut self) -> Result<Option<Row>> {
+        if !self.checked {
+            self.waiting.iter().try_for_each(|file| look_at(file))?;
+            self.checked = true;
+        }
+        loop {
+            program::check()?;
+            if self.open.is_none() {
+                let Some(file) = self.waiting.pop() else {
+                    return Ok(None);
+                };
+                self.open = Some(Lines::open(&file)?);
+            }
+            let lines = self.open.as_mut().expect("opened above");
+            if !lines.next_line(self.max_line)? {
+                self.open = None;
+            } else if !lines.buffer.trim_ascii().is_empty() {
+                return lines.row().map(Some);
+            }
+        }
+    }
+}
+
+impl Lines {
+    fn open(path: &Path) -> Result<Self> {
+        let stdin = path == Path::new("-");
+        let reader: Box<dyn BufRead> = if stdin {
+            Box::new(BufReader::new(Stdin::start()))
+        } else {
+            let file =
+                File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+            Box::new(BufReader::with_capacity(1 << 16, file))
+        };
+        let file: Arc<str> = match stdin {
+            true => "stdin".into(),
+            false => path.display().to_string().into(),
+        };
+        Ok(Self {
+            reader,
+            place: Place { file, line: 0 },
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Reads the next line, with its newline, into the buffer; false at the end.
+    fn next_line(&mut self, max: u64) -> Result<bool> {
+        self.buffer.clear();
+        let mut bounded = (&mut self.reader).take(max + 1);
+        if let Err(err) = bounded.read_until(b'\n', &mut self.buffer) {
+            program::check()?;
+            return Err(err).with_context(|| format!("cannot read {}", self.place.file));
+        }
+        if self.buffer.is_empty() {
+            return Ok(false);
+        }
+        self.place.line += 1;
+        if self.buffer.len() as u64 > max {
+            bail!(
+                "{}: the line is longer than {} MiB; rows are one JSON object a line",
+                self.place,
+                max >> 20
+            );
+        }
+        Ok(true)
+    }
+
+    fn row(&self) -> Result<Row> {
+        let mut line = self.buffer.as_slice();
+        if self.place.line == 1 {
+            line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
+        }
+        let fields = object(line).map_err(|err| anyhow!("{}: {err:#}", self.place))?;
+        Ok(Row {
+            fields,
+            place: self.place.clone(),
+        })
+    }
+}
+
+/// Parses one line, which holds one JSON object.
+pub(super) fn object(line: &[u8]) -> Result<Map<String, Value>> {
+    if let Err(err) = std::str::from_utf8(line) {
+        bail!("not valid UTF-8 at byte {}", err.valid_up_to() + 1);
+    }
+    match jsonl::read::<_, Value>(line) {
+        Ok(Value::Object(fields)) => Ok(fields),
+        Ok(_) => bail!("not a JSON object; rows are one object a line"),
+        Err(jsonl::ReadError::Deserialize(err)) => {
+            // serde_json counts lines within this one line: "… at line 1 column 9".
+            let text = err.to_string();
+            let what = text
+                .rsplit_once(" at line ")
+                .map_or(&*text, |(what, _)| what);
+            bail!("not JSON: {what} at column {}", err.column())
+        }
+        Err(err) => bail!("not JSON: {err}"),
+    }
+}
+
+fn look_at(path: &Path) -> Result<()> {
+    if path == Path::new("-") {
+        return Ok(());
+    }
+    let meta = path
+        .metadata()
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    if meta.is_dir() {
+        bail!("{} is a folder, not a file of rows", path.display());
+    }
+    Ok(())
+}
+
+/// Neighbouring rows of one prompt (same `id`, same `prompt`), at most `max` at a time: what is scored together.
+/// An error comes after the rows that were whole before it.
+pub fn groups(
+    rows: impl Iterator<Item = Result<Row>>,
+    max: usize,
+) -> impl Iterator<Item = Result<Vec<Row>>> {
+    Groups {
+        rows,
+        max: max.max(1),
+        next: None,
+    }
+}
+
+struct Groups<I> {
+    rows: I,
+    max: usize,
+    /// The row (with its id) or the error that ended the last group.
+    next: Option<Result<(String, Row)>>,
+}
+
+impl<I: Iterator<Item = Result<Row>>> Groups<I> {
+    fn take_next(&mut self) -> Option<Result<(String, Row)>> {
+        let with_id = |row: Result<Row>| {
+            let row = row?;
+            Ok((row.id()?, row))
+        };
+        self.next.take().or_else(|| self.rows.next().map(with_id))
+    }
+}
+
+impl<I: Iterator<Item = Result<Row>>> Iterator for Groups<I> {
+    type Item = Result<Vec<Row>>;
+
+    fn next(&mut self) -> Option<Result<Vec<Row>>> {
+        let (id, first) = match self.take_next()? {
+            Ok(first) => first,
+            Err(err) => return Some(Err(err)),
+        };
+        let mut group = vec![first];
+        while group.len() < self.max {
+            match self.take_next() {
+                None => break,
+                Some(Ok((next, row)))
+                    if next == id && row.fields.get("prompt") == group[0].fields.get("prompt") =>
+                {
+                    group.push(row);
+                }
+                other => {
+                    self.next = other;
+                    break;
+                }
+            }
+        }
+        Some(Ok(group))
+    }
+}
+
+/// stdin through a thread of its own, so that a signal ends the wait for a slow neighbour in the pipe:
+/// a blocking read would go on until the next row.
+struct Stdin {
+    chunks: Receiver<io::Result<Vec<u8>>>,
+    chunk: Vec<u8>,
+    taken: usize,
+}
+
+impl Stdin {
+    fn start() -> Self {
+        let (sender, chunks) = sync_channel(4);
+        std::thread::spawn(move || {
+            let mut stdin = io::stdin().lock();
+            loop {
+                let chunk = stdin.fill_buf().map(<[u8]>::to_vec);
+                match &chunk {
+                    Ok(bytes) if bytes.is_empty() => return,
+                    Ok(bytes) => stdin.consume(bytes.len()),
+                    Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(_) => {}
+                }
+                let failed = chunk.is_err();
+                if sender.send(chunk).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        Self {
+            chunks,
+            chunk: Vec::new(),
+            taken: 0,
+        }
+    }
+}
+
+impl Read for Stdin {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while self.taken == self.chunk.len() {
+            match self.chunks.recv_timeout(Duration::from_millis(50)) {
+                Ok(chunk) => (self.chunk, self.taken) = (chunk?, 0),
+                Err(RecvTimeoutError::Disconnected) => return Ok(0),
+                Err(RecvTimeoutError::Timeout) => {
+                    program::check().map_err(io::Error::other)?;
+                }
+            }
+        }
+        let n = into.len().min(self.chunk.len() - self.taken);
+        into[..n].copy_from_slice(&self.chunk[self.taken..self.taken + n]);
+        self.taken += n;
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    struct World(tempfile::TempDir);
+
+    impl World {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+        fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+            let path = self.0.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            path
+        }
+        /// The messages of all rows' errors, without the folder's name.
+        fn error(&self, files: &[PathBuf]) -> String {
+            let mut rows = rows(files);
+            let err = rows.by_ref().find_map(Result::err).expect("an error");
+            assert!(rows.next().is_none(), "the iterator ends after an error");
+            format!("{err:#}").replace(&format!("{}/", self.0.path().display()), "")
+        }
+    }
+
+    #[test]
+    fn files_are_one_stream_with_their_own_line_numbers() {
+        let world = World::new();
+        let a = world.file("a", "\u{feff}{\"n\":1}\r\n\r\n  \n{\"n\":2}\r\n");
+        let b = world.file("b", "{\"n\":3}\n\n{\"z\":1,\"a\":2}");
+        let empty = world.file("empty", "");
+        let got: Vec<Row> = rows(&[a, empty, b]).collect::<Result<_>>().unwrap();
+        let lines: Vec<_> = got.iter().map(|r| r.place.line).collect();
+        assert_eq!(lines, [1, 4, 1, 3]);
+        assert!(got[2].place.to_string().ends_with("/b:1"));
+        let order: Vec<_> = got[3].fields.keys().collect();
+        assert_eq!(order, ["z", "a"]);
+    }
+
+    #[test]
+    fn what_is_not_a_row_is_named_with_its_place() {
+        let world = World::new();
+        for (bytes, message) in [
+            (
+                &b"{}\n{\"a\":\n"[..],
+                "f:2: not JSON: EOF while parsing a value at column 0",
+            ),
+            (
+                b"{}\n\n{\"a\":NaN}\n",
+                "f:3: not JSON: expected value at column 6",
+            ),
+            (b"{} {}\n", "f:1: not JSON: trailing characters at column 4"),
+            (
+                b"[1]\n",
+                "f:1: not a JSON object; rows are one object a line",
+            ),
+            (b"{\"a\":\"\xff\"}\n", "f:1: not valid UTF-8 at byte 7"),
+            (
+                b"{\"a\":\"\\ud800\"}\n",
+                "f:1: not JSON: unexpected end of hex escape at column 13",
+            ),
+        ] {
+            let file = world.file("f", bytes);
+            assert_eq!(world.error(&[file]), message);
+        }
+        let deep = world.file("f", "{\"a\":".to_owned() + &"[".repeat(100_000));
+        assert_eq!(
+            world.error(&[deep]),
+            "f:1: not JSON: recursion limit exceeded at column 132"
+        );
+    }
+
+    #[test]
+    fn a_missing_file_or_a_folder_is_named_before_the_first_row() {
+        let world = World::new();
+        let good = world.file("good", "{}\n");
+        let gone = world.0.path().join("gone");
+        assert_eq!(
+            world.error(&[good.clone(), gone]),
+            "cannot open gone: No such file or directory (os error 2)"
+        );
+        fs::create_dir(world.0.path().join("d")).unwrap();
+        assert_eq!(
+            world.error(&[good, world.0.path().join("d")]),
+            "d is a folder, not a file of rows"
+        );
+    }
+
+    #[test]
+    fn a_line_without_end_is_bounded() {
+        let world = World::new();
+        let file = world.file("f", "{\"a\":1}\n{\"a\": 12345}\n");
+        let mut rows = rows(&[file]);
+        rows.max_line = 10;
+        assert!(rows.next().unwrap().is_ok());
+        let err = rows.next().unwrap().unwrap_err().to_string();
+        assert!(err.contains("f:2: the line is longer than"), "{err}");
+        assert!(rows.next().is_none());
+    }
+
+    #[test]
+    fn groups_are_neighbours_of_one_prompt_and_errors_come_after_them() {
+        let world = World::new();
+        let file = world.file(
+            "f",
+            "{\"prompt\":\"a\"}\n{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\n{\"prompt\":\"a\"}\n\
+             {\"prompt\":\"a\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\n{}\n",
+        );
+        let sizes: Vec<_> = groups(rows(&[file.clone()]), 16)
+            .map(|g| g.map(|g| g.len()).unwrap_or(0))
+            .collect();
+        assert_eq!(sizes, [2, 1, 1, 1, 2, 0]);
+        let sizes: Vec<_> = groups(rows(&[file]), 1)
+            .map(|g| g.map(|g| g.len()).unwrap_or(0))
+            .collect();
+        assert_eq!(sizes, [1, 1, 1, 1, 1, 1, 1, 0]);
+    }
+}

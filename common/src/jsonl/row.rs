@@ -1,0 +1,228 @@
+//! One row, where it stands, and typed access to its fields with errors that say both.
+
+use std::fmt;
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+use serde_json::{Map, Value};
+
+use crate::records::Prompt;
+
+/// Where a row was read; shown as `FILE:LINE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file as the user named it; `stdin` for standard input.
+    pub file: Arc<str>,
+    /// From 1; blank lines count.
+    pub line: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// A JSON object with its place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub fields: Map<String, Value>,
+    pub place: Place,
+}
+
+/// How a response ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// With the end-of-turn token, or unknown: the row does not say.
+    Stop,
+    /// Cut at the token limit; no end-of-turn token.
+    Length,
+}
+
+impl FinishReason {
+    /// The value of the `finish_reason` field.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+impl Row {
+    /// The `prompt` field: a non-empty string or list of messages.
+    pub fn prompt(&self) -> Result<Prompt> {
+        Prompt::from_value(self.required("prompt")?).map_err(|e| self.error("prompt", e))
+    }
+
+    /// The `id` field (a string, or a number as written); without one, derived from the prompt's text.
+    pub fn id(&self) -> Result<String> {
+        match self.present("id") {
+            Some(Value::String(id)) if !id.is_empty() => Ok(id.clone()),
+            Some(Value::Number(id)) => Ok(id.to_string()),
+            Some(_) => Err(self.error("id", "must be a non-empty string or a number")),
+            None => Ok(self.prompt()?.derived_id()),
+        }
+    }
+
+    /// A field that must be a string.
+    pub fn string(&self, field: &str) -> Result<&str> {
+        self.required(field)?
+            .as_str()
+            .ok_or_else(|| self.error(field, "must be a string"))
+    }
+
+    /// A field that may be absent or null, else must be a string.
+    pub fn opt_string(&self, field: &str) -> Result<Option<&str>> {
+        self.present(field).map(|_| self.string(field)).transpose()
+    }
+
+    /// A field that must be a finite number.
+    pub fn number(&self, field: &str) -> Result<f64> {
+        self.required(field)?
+            .as_f64()
+            .filter(|number| number.is_finite())
+            .ok_or_else(|| self.error(field, "must be a finite number"))
+    }
+
+    /// A field that may be absent or null, else must be a finite number.
+    pub fn opt_number(&self, field: &str) -> Result<Option<f64>> {
+        self.present(field).map(|_| self.number(field)).transpose()
+    }
+
+    /// A list of token ids that may be absent or null.
+    pub fn opt_ids(&self, field: &str) -> Result<Option<Vec<u32>>> {
+        let Some(value) = self.present(field) else {
+            return Ok(None);
+        };
+        let wrong = || self.error(field, "must be a list of token ids");
+        let ids = value.as_array().ok_or_else(wrong)?;
+        ids.iter()
+            .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
+            .collect::<Option<_>>()
+            .map(Some)
+            .ok_or_else(wrong)
+    }
+
+    /// A finish reason (`finish_reason`, or with a pair's prefix); absent counts as `stop`.
+    pub fn finish_reason(&self, field: &str) -> Result<FinishReason> {
+        match self.opt_string(field)? {
+            None | Some("stop") => Ok(FinishReason::Stop),
+            Some("length") => Ok(FinishReason::Length),
+            Some(other) => Err(self.error(
+                field,
+                format_args!("must be \"stop\" or \"length\", not {other:?}: drop such rows"),
+            )),
+        }
+    }
+
+    /// An error about this row: `FILE:LINE: field "x" message`.
+    pub fn error(&self, field: &str, message: impl fmt::Display) -> anyhow::Error {
+        anyhow!("{}: field \"{field}\" {message}", self.place)
+    }
+
+    fn required(&self, field: &str) -> Result<&Value> {
+        self.fields
+            .get(field)
+            .ok_or_else(|| self.error(field, "is missing"))
+    }
+
+    /// `null` is how many writers say "none".
+    fn present(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field).filter(|value| !value.is_null())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn row(value: Value) -> Row {
+        let Value::Object(fields) = value else {
+            panic!("not an object: {value}")
+        };
+        let file = "in.jsonl".into();
+        Row {
+            fields,
+            place: Place { file, line: 7 },
+        }
+    }
+
+    fn message<T: fmt::Debug>(result: Result<T>) -> String {
+        result.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn errors_name_file_line_and_field() {
+        let bad = row(json!({
+            "prompt": "", "id": true, "response": 3, "reward": "x", "token_ids": [1, -1],
+            "finish_reason": "abort", "huge": [4294967296u64],
+        }));
+        let at = |rest: &str| format!("in.jsonl:7: field {rest}");
+        assert_eq!(message(bad.prompt()), at("\"prompt\" is empty"));
+        assert_eq!(
+            message(bad.id()),
+            at("\"id\" must be a non-empty string or a number")
+        );
+        assert_eq!(
+            message(bad.string("response")),
+            at("\"response\" must be a string")
+        );
+        assert_eq!(
+            message(bad.opt_string("response")),
+            at("\"response\" must be a string")
+        );
+        assert_eq!(message(bad.string("gone")), at("\"gone\" is missing"));
+        assert_eq!(
+            message(bad.number("reward")),
+            at("\"reward\" must be a finite number")
+        );
+        assert_eq!(
+            message(bad.opt_number("reward")),
+            at("\"reward\" must be a finite number")
+        );
+        assert_eq!(message(bad.number("gone")), at("\"gone\" is missing"));
+        for field in ["token_ids", "huge", "response"] {
+            let expected = at(&format!("\"{field}\" must be a list of token ids"));
+            assert_eq!(message(bad.opt_ids(field)), expected);
+        }
+        assert_eq!(
+            message(bad.finish_reason("finish_reason")),
+            at("\"finish_reason\" must be \"stop\" or \"length\", not \"abort\": drop such rows")
+        );
+        assert_eq!(message(row(json!({})).id()), at("\"prompt\" is missing"));
+    }
+
+    #[test]
+    fn absent_and_null_are_the_same_where_a_field_is_optional() {
+        for empty in [json!({}), json!({"f": null})] {
+            let row = row(empty);
+            assert_eq!(row.opt_string("f").unwrap(), None);
+            assert_eq!(row.opt_number("f").unwrap(), None);
+            assert_eq!(row.opt_ids("f").unwrap(), None);
+            assert_eq!(row.finish_reason("f").unwrap(), FinishReason::Stop);
+        }
+    }
+
+    #[test]
+    fn fields_are_read_with_their_types() {
+        let row = row(json!({
+            "prompt": "hi", "id": 12, "reward": -3, "token_ids": [0, 4294967295u32],
+            "finish_reason": "length", "s": "",
+        }));
+        assert_eq!(row.id().unwrap(), "12");
+        assert_eq!(row.number("reward").unwrap(), -3.0);
+        assert_eq!(row.opt_ids("token_ids").unwrap().unwrap(), [0, u32::MAX]);
+        assert_eq!(
+            row.finish_reason("finish_reason").unwrap(),
+            FinishReason::Length
+        );
+        assert_eq!(row.string("s").unwrap(), "");
+        let unnamed = super::tests::row(json!({"prompt": "hi"}));
+        assert_eq!(
+            unnamed.id().unwrap(),
+            unnamed.prompt().unwrap().derived_id()
+        );
+    }
+}
