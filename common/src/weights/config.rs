@@ -225,7 +225,7 @@ fn read(fields: &Fields) -> Result<Config> {
         "llama" | "qwen3" => fields.flag("attention_bias")?.unwrap_or(false),
         _ => false,
     };
-    let layers = fields.size("num_hidden_layers")?;
+    let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
     Config {
         model_type: model_type.to_owned(),
@@ -275,7 +275,6 @@ impl Config {
         let sizes = [
             ("vocabulary", self.vocab, 1 << 24),
             ("hidden size", self.hidden, 1 << 20),
-            ("number of layers", self.layers, 1 << 12),
             ("number of attention heads", self.heads, 1 << 12),
             ("number of key/value heads", self.kv_heads, 1 << 12),
             ("head dimension", self.head_dim, 1 << 12),
@@ -306,6 +305,15 @@ impl Config {
         );
         Ok(self)
     }
+}
+
+/// The number of layers is held to a bound before anything is allocated for each.
+pub(super) fn bounded_layers(layers: usize) -> Result<usize> {
+    ensure!(
+        (1..=4096).contains(&layers),
+        "the number of layers is {layers}, outside 1 to 4096"
+    );
+    Ok(layers)
 }
 
 /// Options under which the same tensors mean something else than this decoder would compute.
