@@ -283,3 +283,181 @@ pub fn save_adapter(
         .collect();
     write_safetensors(&dir.join(WEIGHTS), &layout, &mut tensors.into_iter())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::*;
+    use super::super::read_json;
+    use super::*;
+    use std::fs;
+
+    const NAME: &str = "model.layers.1.self_attn.q_proj";
+
+    /// A base, and an adapter of rank 2 for one 32×32 projection.
+    fn adapted() -> (tempfile::TempDir, Tensors, tempfile::TempDir) {
+        let (base, _, tensors) = checkpoint("llama");
+        let adapter = tempfile::tempdir().unwrap();
+        let module = LoraModule {
+            name: NAME.to_owned(),
+            input: 32,
+            output: 32,
+            a: (0..64).map(|i| i as f32 / 8.0).collect::<Vec<_>>().into(),
+            b: (0..64)
+                .map(|i| 4.0 - i as f32 / 8.0)
+                .collect::<Vec<_>>()
+                .into(),
+        };
+        let path = base.path().to_str().unwrap();
+        save_adapter(adapter.path(), path, 2, 3.0, &[module]).unwrap();
+        (base, tensors, adapter)
+    }
+
+    fn edit(adapter: &Path, key: &str, value: Value) {
+        let path = adapter.join(CONFIG);
+        let mut json = read_json(&path).unwrap();
+        json[key] = value;
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    fn assert_merged(adapter: &Path, tensors: &Tensors, scale: f32) {
+        let weights = open(adapter).unwrap();
+        for (name, shape, base) in tensors {
+            let found = weights.tensor(name, shape).unwrap();
+            if *name != format!("{NAME}.weight") {
+                assert_eq!(&found, base, "{name}");
+                continue;
+            }
+            for (at, (found, base)) in found.iter().zip(base).enumerate() {
+                let (row, column) = (at / 32, at % 32);
+                let delta: f32 = (0..2)
+                    .map(|k| (4.0 - (2 * row + k) as f32 / 8.0) * ((32 * k + column) as f32 / 8.0))
+                    .sum();
+                let expected = base + scale * delta;
+                assert!((found - expected).abs() < 1e-4, "{at}: {found} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_adapter_opens_as_its_merged_model() {
+        let (base, tensors, adapter) = adapted();
+        assert_merged(adapter.path(), &tensors, 1.5);
+        let merged = open(adapter.path()).unwrap();
+        assert_eq!(merged.path(), base.path(), "the tokenizer is the base's");
+        let plain = open(base.path()).unwrap();
+        assert_ne!(merged.fingerprint().unwrap(), plain.fingerprint().unwrap());
+        edit(adapter.path(), "use_rslora", json!(true));
+        assert_merged(adapter.path(), &tensors, 3.0 / 2f32.sqrt());
+    }
+
+    #[test]
+    fn what_is_written_is_pefts_layout() {
+        let (base, _, adapter) = adapted();
+        let json = read_json(&adapter.path().join(CONFIG)).unwrap();
+        for (key, value) in [
+            ("peft_type", json!("LORA")),
+            ("task_type", json!("CAUSAL_LM")),
+            ("r", json!(2)),
+            ("lora_alpha", json!(3)),
+            ("target_modules", json!(["q_proj"])),
+            ("bias", json!("none")),
+            ("base_model_name_or_path", json!(base.path())),
+        ] {
+            assert_eq!(json[key], value, "{key}");
+        }
+        let shards = Shards::open_file(&adapter.path().join(WEIGHTS)).unwrap();
+        let a = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight";
+        assert_eq!(shards.shape(a).unwrap(), [2, 32]);
+        assert_eq!(
+            shards.shape(&a.replace("lora_A", "lora_B")).unwrap(),
+            [32, 2]
+        );
+        assert!(save_adapter(adapter.path(), "x", 2, 3.0, &[]).is_err());
+    }
+
+    #[test]
+    fn options_that_mean_something_else_are_refused_by_name() {
+        for (key, value) in [
+            ("peft_type", json!("IA3")),
+            ("task_type", json!("SEQ_CLS")),
+            ("bias", json!("all")),
+            ("use_dora", json!(true)),
+            ("fan_in_fan_out", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+            ("rank_pattern", json!({"q_proj": 4})),
+            ("alpha_pattern", json!({"q_proj": 4})),
+            ("init_lora_weights", json!("pissa")),
+            ("some_option_of_tomorrow", json!(true)),
+            ("lora_alpha", json!(null)),
+            ("r", json!(3)),
+            ("base_model_name_or_path", json!(null)),
+            ("base_model_name_or_path", json!("/nowhere/at/all")),
+        ] {
+            let (_base, _, adapter) = adapted();
+            edit(adapter.path(), key, value.clone());
+            let line = error(adapter.path());
+            let named = if key == "r" {
+                "has shape [2, 32], but"
+            } else {
+                key
+            };
+            assert!(
+                line.contains(named) && line.contains("adapter_"),
+                "{key}: {line}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_itself_or_without_its_weights_is_refused() {
+        let (_base, _, adapter) = adapted();
+        edit(
+            adapter.path(),
+            "base_model_name_or_path",
+            json!(adapter.path()),
+        );
+        assert!(error(adapter.path()).contains("is an adapter itself"));
+        let (_base, _, adapter) = adapted();
+        fs::remove_file(adapter.path().join(WEIGHTS)).unwrap();
+        assert!(error(adapter.path()).contains("adapter_model.safetensors: missing"));
+    }
+
+    #[test]
+    fn tensors_that_are_no_pair_on_a_projection_are_refused() {
+        for (name, shape, wanted) in [
+            (
+                "base_model.model.lm_head.lora_embedding_A",
+                vec![2, 4],
+                "is not one of a pair",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+                vec![32, 2],
+                "is not one of a pair",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight",
+                vec![2, 32],
+                "does not have as a projection",
+            ),
+            (
+                "base_model.model.model.norm.lora_A.weight",
+                vec![2, 32],
+                "does not have as a projection",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                vec![2, 32],
+                "lora_B.weight\" is missing",
+            ),
+        ] {
+            let (_base, _, adapter) = adapted();
+            let values = vec![0.0; shape.iter().product()];
+            let mut tensors = [(name.to_owned(), shape.clone(), Cow::Owned(values))].into_iter();
+            let layout = [(name.to_owned(), shape)];
+            write_safetensors(&adapter.path().join(WEIGHTS), &layout, &mut tensors).unwrap();
+            let line = error(adapter.path());
+            assert!(line.contains(wanted), "{name}: {line}");
+        }
+    }
+}

@@ -100,7 +100,7 @@ fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
         Some(head_dim) => head_dim,
         None => {
             ensure!(
-                hidden % heads == 0,
+                hidden.is_multiple_of(heads),
                 "embedding_length {hidden} is not a multiple of attention.head_count {heads}"
             );
             hidden / heads

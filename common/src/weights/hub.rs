@@ -225,3 +225,314 @@ fn is_whole(folder: &Path) -> bool {
     (has("config.json") && (has(SINGLE) || shards()))
         || (has(adapter::CONFIG) && has(adapter::WEIGHTS))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::{checkpoint, open};
+    use super::*;
+    use std::fs;
+
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+    fn hub(cache: &Path, endpoint: &str, offline: bool) -> Hub {
+        Hub {
+            cache: cache.to_owned(),
+            endpoint: endpoint.to_owned(),
+            token: Some("hf_secret".to_owned()),
+            offline,
+        }
+    }
+
+    fn id(text: &str) -> HubId {
+        HubId::parse(text).unwrap()
+    }
+
+    #[test]
+    fn ids_are_held_to_plain_names() {
+        let parsed = id("HuggingFaceTB/SmolLM2-135M_x.y@refs/pr/1");
+        assert_eq!(
+            parsed.to_string(),
+            "HuggingFaceTB/SmolLM2-135M_x.y@refs/pr/1"
+        );
+        assert_eq!(id("a/b").revision, "main");
+        for bad in [
+            "model", "/a/b", "./a/b", "../a", "a/..", "a/b/c", "a/b..c", "a b/c", "a/b@",
+            "a/b@../x", "a/b@/x", "a/b@x//y", "a/b@x y", "a/b?c", "a/b#c", "a\\b/c", "a/.b", "/b",
+            "a/",
+        ] {
+            assert_eq!(HubId::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_environment_decides_as_for_python() {
+        let of = |pairs: &[(&str, &str)]| {
+            let pairs = pairs.to_vec();
+            Hub::from_variables(move |key| {
+                let found = pairs.iter().find(|(k, _)| *k == key);
+                found.map(|(_, value)| (*value).to_owned())
+            })
+        };
+        let plain = of(&[("HOME", "/nobody")]);
+        assert_eq!(plain.cache, Path::new("/nobody/.cache/huggingface/hub"));
+        assert_eq!(plain.endpoint, "https://huggingface.co");
+        assert_eq!((plain.token, plain.offline), (None, false));
+        let home = tempfile::tempdir().unwrap();
+        fs::write(home.path().join("token"), "hf_file\n").unwrap();
+        let home = home.path().to_str().unwrap();
+        let set = of(&[
+            ("HF_HOME", home),
+            ("HF_ENDPOINT", "http://mirror/"),
+            ("HF_HUB_OFFLINE", "True"),
+        ]);
+        assert_eq!(set.cache, Path::new(home).join("hub"));
+        assert_eq!(set.endpoint, "http://mirror");
+        assert_eq!((set.token.as_deref(), set.offline), (Some("hf_file"), true));
+        let over = of(&[
+            ("HF_HOME", home),
+            ("HF_HUB_CACHE", "/c"),
+            ("HF_TOKEN", "hf_env"),
+            ("HF_HUB_OFFLINE", "0"),
+        ]);
+        assert_eq!(over.cache, Path::new("/c"));
+        assert_eq!(
+            (over.token.as_deref(), over.offline),
+            (Some("hf_env"), false)
+        );
+        assert_eq!(
+            of(&[("XDG_CACHE_HOME", "/x")]).cache,
+            Path::new("/x/huggingface/hub")
+        );
+    }
+
+    /// A cache as Python's huggingface_hub leaves it, holding a tiny checkpoint.
+    fn cache() -> (tempfile::TempDir, PathBuf) {
+        let (model, ..) = checkpoint("llama");
+        let cache = tempfile::tempdir().unwrap();
+        let repository = cache.path().join("models--org--name");
+        let snapshot = repository.join("snapshots").join(COMMIT);
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::create_dir_all(repository.join("refs")).unwrap();
+        fs::write(repository.join("refs/main"), COMMIT).unwrap();
+        for file in ["config.json", SINGLE] {
+            fs::copy(model.path().join(file), snapshot.join(file)).unwrap();
+        }
+        (cache, snapshot)
+    }
+
+    #[test]
+    fn a_cached_model_opens_offline_by_branch_and_by_commit() {
+        let (cache, snapshot) = cache();
+        let hub = hub(cache.path(), "", true);
+        for text in ["org/name", "org/name@main", &format!("org/name@{COMMIT}")] {
+            assert_eq!(hub.locate(&id(text)).unwrap(), snapshot);
+        }
+        open(&snapshot).unwrap();
+        let line = hub.locate(&id("org/name@v2")).unwrap_err().to_string();
+        assert!(
+            line.contains("org/name@v2") && line.contains("HF_HUB_OFFLINE"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn a_half_downloaded_snapshot_or_a_strange_ref_is_not_used() {
+        let (cache, snapshot) = cache();
+        let hub = hub(cache.path(), "", true);
+        let refs = cache.path().join("models--org--name/refs/main");
+        fs::write(&refs, "../../../elsewhere").unwrap();
+        assert!(hub.locate(&id("org/name")).is_err());
+        fs::write(&refs, COMMIT).unwrap();
+        fs::remove_file(snapshot.join(SINGLE)).unwrap();
+        assert!(hub.locate(&id("org/name")).is_err());
+        let index = r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
+        fs::write(snapshot.join(INDEX), index).unwrap();
+        fs::write(snapshot.join("1.safetensors"), "").unwrap();
+        assert!(hub.locate(&id("org/name")).is_err());
+        fs::write(snapshot.join("2.safetensors"), "").unwrap();
+        assert!(hub.locate(&id("org/name")).is_ok());
+    }
+
+    #[cfg(not(feature = "hub"))]
+    #[test]
+    fn without_the_feature_the_cache_still_serves_and_the_rest_says_how_to_build() {
+        let (cache, snapshot) = cache();
+        let hub = hub(cache.path(), "", false);
+        assert_eq!(hub.locate(&id("org/name")).unwrap(), snapshot);
+        let line = hub.locate(&id("org/other")).unwrap_err().to_string();
+        assert!(line.contains("--features hub"), "{line}");
+    }
+
+    #[cfg(feature = "hub")]
+    mod online {
+        use super::*;
+        use crate::weights::fixtures::{assert_holds, borrowed};
+        use std::collections::HashMap;
+        use std::io::{BufRead, BufReader, Write};
+        use std::net::{TcpListener, TcpStream};
+        use std::sync::{Arc, Mutex};
+
+        /// A hub on the loopback that holds one repository, `org/name`, and remembers its requests.
+        struct Stub {
+            endpoint: String,
+            requests: Arc<Mutex<Vec<String>>>,
+        }
+
+        impl Stub {
+            fn serve(sha: &str, files: HashMap<String, Vec<u8>>) -> Self {
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                let endpoint = format!("http://{}", listener.local_addr().unwrap());
+                let requests = Arc::new(Mutex::new(Vec::new()));
+                let (log, sha) = (requests.clone(), sha.to_owned());
+                std::thread::spawn(move || {
+                    for stream in listener.incoming().flatten() {
+                        answer(stream, &sha, &files, &log).ok();
+                    }
+                });
+                Self { endpoint, requests }
+            }
+
+            fn taken(&self) -> Vec<String> {
+                std::mem::take(&mut self.requests.lock().unwrap())
+            }
+        }
+
+        fn answer(
+            mut stream: TcpStream,
+            sha: &str,
+            files: &HashMap<String, Vec<u8>>,
+            log: &Mutex<Vec<String>>,
+        ) -> std::io::Result<()> {
+            let mut reader = BufReader::new(stream.try_clone()?);
+            let (mut request, mut start, mut token) = (String::new(), 0, false);
+            reader.read_line(&mut request)?;
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line)?;
+                let line = line.trim().to_lowercase();
+                if line.is_empty() {
+                    break;
+                }
+                if let Some(range) = line.strip_prefix("range: bytes=") {
+                    start = range.split('-').next().unwrap().parse().unwrap();
+                }
+                token |= line == "authorization: bearer hf_secret";
+            }
+            let path = request.split(' ').nth(1).unwrap_or("").to_owned();
+            log.lock().unwrap().push(path.clone());
+            // Large files are redirected, as the hub does to its storage.
+            let stored = path.strip_prefix("/storage/");
+            let file = path.strip_prefix(&format!("/org/name/resolve/{sha}/"));
+            let redirected = file.filter(|file| file.ends_with(".safetensors"));
+            let (status, headers, body) = if !token {
+                ("401 Unauthorized", String::new(), Vec::new())
+            } else if path == "/api/models/org/name/revision/main" {
+                let siblings: Vec<_> = files
+                    .keys()
+                    .map(|name| serde_json::json!({"rfilename": name}))
+                    .collect();
+                let info = serde_json::json!({"sha": sha, "siblings": siblings});
+                ("200 OK", String::new(), info.to_string().into_bytes())
+            } else if let Some(file) = redirected {
+                let host = stream.local_addr()?;
+                let headers = format!(
+                    "location: http://{host}/storage/{file}\r\nx-linked-etag: \"{file}\"\r\nx-repo-commit: {sha}\r\n"
+                );
+                ("302 Found", headers, Vec::new())
+            } else if let Some(bytes) = stored.or(file).and_then(|file| files.get(file)) {
+                let headers = format!(
+                    "etag: \"{}\"\r\nx-repo-commit: {sha}\r\ncontent-range: bytes {start}-{}/{}\r\n",
+                    blake3::hash(bytes).to_hex(),
+                    bytes.len() - 1,
+                    bytes.len()
+                );
+                ("206 Partial Content", headers, bytes[start..].to_vec())
+            } else {
+                ("404 Not Found", String::new(), Vec::new())
+            };
+            write!(
+                stream,
+                "HTTP/1.1 {status}\r\n{headers}content-length: {}\r\nconnection: close\r\n\r\n",
+                body.len()
+            )?;
+            stream.write_all(&body)
+        }
+
+        fn files_of(folder: &Path) -> HashMap<String, Vec<u8>> {
+            fs::read_dir(folder)
+                .unwrap()
+                .flatten()
+                .map(|entry| {
+                    let name = entry.file_name().into_string().unwrap();
+                    (name, fs::read(entry.path()).unwrap())
+                })
+                .collect()
+        }
+
+        #[test]
+        fn a_model_is_fetched_once_and_then_served_from_the_cache() {
+            let (model, _, tensors) = checkpoint("llama");
+            fs::write(model.path().join("README.md"), "not needed").unwrap();
+            let stub = Stub::serve(COMMIT, files_of(model.path()));
+            let cache = tempfile::tempdir().unwrap();
+            let hub = hub(cache.path(), &stub.endpoint, false);
+            let folder = hub.locate(&id("org/name")).unwrap();
+            assert_holds(&open(&folder).unwrap(), &tensors);
+            assert!(!folder.join("README.md").exists());
+            let requests = stub.taken();
+            assert!(
+                requests.iter().any(|path| path.ends_with(SINGLE)),
+                "{requests:?}"
+            );
+            let main = cache.path().join("models--org--name/refs/main");
+            assert_eq!(fs::read_to_string(main).unwrap(), COMMIT);
+
+            assert_eq!(hub.locate(&id("org/name")).unwrap(), folder);
+            assert_eq!(stub.taken(), ["/api/models/org/name/revision/main"]);
+            let pinned = id(&format!("org/name@{COMMIT}"));
+            assert_eq!(hub.locate(&pinned).unwrap(), folder);
+            assert_eq!(stub.taken().len(), 0, "a cached commit needs no network");
+            let gone = super::hub(cache.path(), "http://127.0.0.1:9", false);
+            assert_eq!(gone.locate(&id("org/name")).unwrap(), folder);
+        }
+
+        #[test]
+        fn shards_are_fetched_as_the_index_names_them() {
+            let (_, config, tensors) = checkpoint("llama");
+            let model = tempfile::tempdir().unwrap();
+            crate::weights::save::save_sharded(
+                model.path(),
+                &config,
+                None,
+                borrowed(&tensors),
+                9000,
+            )
+            .unwrap();
+            let stub = Stub::serve(COMMIT, files_of(model.path()));
+            let cache = tempfile::tempdir().unwrap();
+            let hub = hub(cache.path(), &stub.endpoint, false);
+            let folder = hub.locate(&id("org/name")).unwrap();
+            assert_holds(&open(&folder).unwrap(), &tensors);
+        }
+
+        #[test]
+        fn what_the_hub_lacks_or_answers_wrongly_is_one_clear_line() {
+            let cache = tempfile::tempdir().unwrap();
+            let line = |sha: &str, files: HashMap<String, Vec<u8>>, text: &str| {
+                let stub = Stub::serve(sha, files);
+                let error = hub(cache.path(), &stub.endpoint, false).locate(&id(text));
+                format!("{:#}", error.unwrap_err())
+            };
+            let pickled = HashMap::from([("pytorch_model.bin".to_owned(), vec![1])]);
+            let missing = line(COMMIT, pickled.clone(), "org/other");
+            assert!(
+                missing.contains("org/other@main") && missing.contains("404"),
+                "{missing}"
+            );
+            let refused = line(COMMIT, pickled.clone(), "org/name");
+            assert!(refused.contains("holds no model.safetensors"), "{refused}");
+            let strange = line("../../escape", pickled, "org/name");
+            assert!(strange.contains("named the commit"), "{strange}");
+        }
+    }
+}
