@@ -215,7 +215,7 @@ fn read(fields: &Fields) -> Result<Config> {
         (None, "qwen3") => 128,
         (None, _) => {
             ensure!(
-                hidden % heads == 0,
+                hidden.is_multiple_of(heads),
                 "hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
             );
             hidden / heads
@@ -225,7 +225,7 @@ fn read(fields: &Fields) -> Result<Config> {
         "llama" | "qwen3" => fields.flag("attention_bias")?.unwrap_or(false),
         _ => false,
     };
-    let layers = fields.size("num_hidden_layers")?;
+    let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
     Config {
         model_type: model_type.to_owned(),
@@ -275,7 +275,6 @@ impl Config {
         let sizes = [
             ("vocabulary", self.vocab, 1 << 24),
             ("hidden size", self.hidden, 1 << 20),
-            ("number of layers", self.layers, 1 << 12),
             ("number of attention heads", self.heads, 1 << 12),
             ("number of key/value heads", self.kv_heads, 1 << 12),
             ("head dimension", self.head_dim, 1 << 12),
@@ -306,6 +305,15 @@ impl Config {
         );
         Ok(self)
     }
+}
+
+/// The number of layers is held to a bound before anything is allocated for each.
+pub(super) fn bounded_layers(layers: usize) -> Result<usize> {
+    ensure!(
+        (1..=4096).contains(&layers),
+        "the number of layers is {layers}, outside 1 to 4096"
+    );
+    Ok(layers)
 }
 
 /// Options under which the same tensors mean something else than this decoder would compute.
@@ -426,5 +434,258 @@ impl<'a> Fields<'a> {
                     .with_context(|| format!("{key}: must be a string, not {value}"))
             })
             .transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::config_json;
+    use super::*;
+
+    fn read(value: &Value) -> Result<Config> {
+        Config::from_json(value, Path::new("x/config.json"))
+    }
+
+    fn error(value: &Value) -> String {
+        format!("{:#}", read(value).unwrap_err())
+    }
+
+    /// The base config of a family with some fields changed; null removes nothing, it is set.
+    fn with(model_type: &str, changes: Value) -> Value {
+        let mut json = config_json(model_type);
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        json
+    }
+
+    fn without(model_type: &str, key: &str) -> Value {
+        let mut json = config_json(model_type);
+        json.as_object_mut().unwrap().shift_remove(key);
+        json
+    }
+
+    #[test]
+    fn families_differ_as_transformers_has_them() {
+        let of = |model_type: &str| read(&config_json(model_type)).unwrap();
+        let flags = |c: &Config| (c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm);
+        assert_eq!(flags(&of("llama")), (false, false, false, false));
+        assert_eq!(flags(&of("mistral")), (false, false, false, false));
+        assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+        assert_eq!(flags(&of("qwen3")), (false, false, false, true));
+        let biased = json!({"attention_bias": true, "mlp_bias": true});
+        let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
+        assert_eq!(flags(&of("llama")), (true, true, true, false));
+        assert_eq!(flags(&of("mistral")), (false, false, false, false));
+        assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+        assert_eq!(flags(&of("qwen3")), (true, true, false, true));
+    }
+
+    #[test]
+    fn absent_fields_get_transformers_defaults() {
+        let of = |model_type: &str, key: &str| read(&without(model_type, key)).unwrap();
+        assert_eq!(of("llama", "num_key_value_heads").kv_heads, 4);
+        assert_eq!(of("llama", "head_dim").head_dim, 8);
+        assert_eq!(of("qwen3", "head_dim").head_dim, 128);
+        assert_eq!(of("qwen2", "rms_norm_eps").norm_eps, 1e-6);
+        assert!(!of("llama", "tie_word_embeddings").tied);
+        let null = with(
+            "mistral",
+            json!({"num_key_value_heads": null, "head_dim": null}),
+        );
+        assert_eq!(read(&null).unwrap().kv_heads, 4);
+        let eight = with(
+            "mistral",
+            json!({"num_attention_heads": 8, "hidden_size": 64}),
+        );
+        let mut eight = eight;
+        eight
+            .as_object_mut()
+            .unwrap()
+            .shift_remove("num_key_value_heads");
+        assert_eq!(read(&eight).unwrap().kv_heads, 8);
+    }
+
+    #[test]
+    fn windows_follow_each_familys_rules() {
+        let windows =
+            |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap().windows;
+        assert_eq!(
+            windows("llama", json!({"sliding_window": 16})),
+            [None, None]
+        );
+        assert_eq!(windows("mistral", json!({})), [Some(4096), Some(4096)]);
+        assert_eq!(
+            windows("mistral", json!({"sliding_window": 16})),
+            [Some(16), Some(16)]
+        );
+        assert_eq!(
+            windows("mistral", json!({"sliding_window": null})),
+            [None, None]
+        );
+        for qwen in ["qwen2", "qwen3"] {
+            assert_eq!(
+                windows(qwen, json!({"sliding_window": 16, "max_window_layers": 0})),
+                [None, None]
+            );
+            let on =
+                json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+            assert_eq!(windows(qwen, on), [None, Some(16)]);
+            let far = json!({"use_sliding_window": true, "sliding_window": 16});
+            assert_eq!(
+                windows(qwen, far),
+                [None, None],
+                "max_window_layers is 28 when absent"
+            );
+            let types = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 9,
+                "layer_types": ["sliding_attention", "full_attention"]});
+            assert_eq!(windows(qwen, types), [Some(16), None]);
+        }
+        for (layer_types, wanted) in [
+            (json!(["full_attention"]), "has 1 entries for 2 layers"),
+            (
+                json!(["full_attention", "linear_attention"]),
+                "\"linear_attention\" is not supported",
+            ),
+            (
+                json!(["full_attention", "sliding_attention"]),
+                "give no window",
+            ),
+        ] {
+            let line = error(&with("qwen2", json!({"layer_types": layer_types})));
+            assert!(line.contains(wanted), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_named_with_its_file() {
+        for (changes, wanted) in [
+            (
+                json!({"model_type": "gemma2"}),
+                "the architecture \"gemma2\" is not supported; known: llama, mistral, qwen2, qwen3",
+            ),
+            (json!({"model_type": null}), "\"model_type\" is missing"),
+            (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
+            (
+                json!({"quantization_config": {"bits": 4}}),
+                "quantization_config",
+            ),
+            (
+                json!({"architectures": ["LlamaForSequenceClassification"]}),
+                "LlamaForSequenceClassification",
+            ),
+            (
+                json!({"hidden_size": "32"}),
+                "hidden_size: must be a whole number, not \"32\"",
+            ),
+            (
+                json!({"hidden_size": -1}),
+                "hidden_size: must be a whole number",
+            ),
+            (json!({"hidden_size": 0}), "hidden_size: must be above 0"),
+            (json!({"vocab_size": null}), "\"vocab_size\" is missing"),
+            (json!({"vocab_size": 1u64 << 60}), "outside 1 to"),
+            (
+                json!({"num_hidden_layers": 1u64 << 40}),
+                "the number of layers",
+            ),
+            (json!({"num_key_value_heads": 3}), "evenly"),
+            (json!({"head_dim": 7}), "is odd"),
+            (
+                json!({"head_dim": null, "hidden_size": 30}),
+                "not a multiple",
+            ),
+            (json!({"rms_norm_eps": 0}), "epsilon"),
+            (
+                json!({"tie_word_embeddings": "yes"}),
+                "must be true or false",
+            ),
+        ] {
+            let line = error(&with("llama", changes.clone()));
+            assert!(
+                line.contains(wanted) && line.starts_with("x/config.json"),
+                "{changes}: {line}"
+            );
+        }
+        assert!(error(&json!([])).contains("must be a JSON object"));
+    }
+
+    #[test]
+    fn parameters_are_those_of_transformers_in_its_order() {
+        let names = |json: &Value| -> Vec<String> {
+            let config = read(json).unwrap();
+            config
+                .parameters()
+                .into_iter()
+                .map(|(name, _)| name)
+                .collect()
+        };
+        let layer = |names: Vec<String>| -> Vec<String> {
+            let own = names
+                .iter()
+                .filter_map(|n| n.strip_prefix("model.layers.1."));
+            own.map(str::to_owned).collect()
+        };
+        assert_eq!(
+            layer(names(&config_json("qwen3"))),
+            [
+                "self_attn.q_proj.weight",
+                "self_attn.k_proj.weight",
+                "self_attn.v_proj.weight",
+                "self_attn.o_proj.weight",
+                "self_attn.q_norm.weight",
+                "self_attn.k_norm.weight",
+                "mlp.gate_proj.weight",
+                "mlp.up_proj.weight",
+                "mlp.down_proj.weight",
+                "input_layernorm.weight",
+                "post_attention_layernorm.weight",
+            ]
+        );
+        assert!(layer(names(&config_json("qwen2"))).contains(&"self_attn.k_proj.bias".to_owned()));
+        let tied = names(&with("llama", json!({"tie_word_embeddings": true})));
+        assert_eq!(tied.first().unwrap(), "model.embed_tokens.weight");
+        assert_eq!(tied.last().unwrap(), "model.norm.weight");
+        assert_eq!(
+            names(&config_json("llama")).last().unwrap(),
+            "lm_head.weight"
+        );
+        let wide = read(&with("llama", json!({"head_dim": 16}))).unwrap();
+        let shape = |name: &str| {
+            let all = wide.parameters();
+            all.into_iter().find(|(n, _)| n.ends_with(name)).unwrap().1
+        };
+        assert_eq!(shape("q_proj.weight"), [64, 32]);
+        assert_eq!(shape("k_proj.weight"), [32, 32]);
+        assert_eq!(shape("o_proj.weight"), [32, 64]);
+    }
+
+    #[test]
+    fn a_written_config_reads_back_the_same() {
+        let windows =
+            json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+        let scaled = json!({"attention_bias": true, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}});
+        for (family, changes) in [
+            ("llama", scaled),
+            ("mistral", json!({"sliding_window": 16})),
+            ("mistral", json!({"sliding_window": null})),
+            ("qwen2", windows.clone()),
+            ("qwen3", windows),
+        ] {
+            let config = read(&with(family, changes)).unwrap();
+            let written = config.to_json(None);
+            assert_eq!(read(&written).unwrap(), config);
+            assert_eq!(written["torch_dtype"], "float32");
+            assert_eq!(written["rms_norm_eps"], json!(1e-5));
+        }
+        // A file of transformers 5 keeps its own fields.
+        let mut new = config_json("llama");
+        new.as_object_mut().unwrap().shift_remove("torch_dtype");
+        new["dtype"] = json!("bfloat16");
+        let config = read(&new).unwrap();
+        let written = config.to_json(Some(&new));
+        new["dtype"] = json!("float32");
+        assert_eq!(written, new);
     }
 }

@@ -1,6 +1,6 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Activation, Config};
+use super::config::{Activation, Config, bounded_layers};
 use super::gguf::{Gguf, Scalar};
 use super::rope::{Rope, RopeScaling};
 use anyhow::{Context, Result, bail, ensure};
@@ -60,7 +60,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         fields.size("attention.head_count")?,
     );
     let head_dim = head_dim(&fields, hidden, heads)?;
-    let layers = fields.size("block_count")?;
+    let layers = bounded_layers(fields.size("block_count")?)?;
     let context = fields.size("context_length")?;
     let window = fields.whole("attention.sliding_window")?;
     let has = |name: &str| gguf.shape(name).is_some();
@@ -100,7 +100,7 @@ fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
         Some(head_dim) => head_dim,
         None => {
             ensure!(
-                hidden % heads == 0,
+                hidden.is_multiple_of(heads),
                 "embedding_length {hidden} is not a multiple of attention.head_count {heads}"
             );
             hidden / heads

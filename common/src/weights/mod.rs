@@ -1,19 +1,24 @@
 //! From a MODEL argument to a config and float32 tensors by their Hugging Face names, and back to a folder.
 
+mod adapter;
 mod config;
 mod gguf;
 mod gguf_config;
+mod hub;
 mod mapped;
 mod rope;
 mod safetensors;
 mod save;
 
+pub use adapter::{LoraModule, save_adapter};
 pub use config::{Activation, Config, FAMILIES};
 pub use rope::{Rope, RopeScaling};
 pub use save::save;
 
+use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
+use hub::{Hub, HubId};
 use safetensors::Shards;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -23,7 +28,7 @@ use std::sync::OnceLock;
 pub struct Weights {
     pub config: Config,
     path: PathBuf,
-    /// `config.json` as it was, or the token ids of a GGUF.
+    /// `config.json` as it was (of the base, for an adapter), or the token ids of a GGUF.
     original: Value,
     source: Source,
     fingerprint: OnceLock<String>,
@@ -32,20 +37,59 @@ pub struct Weights {
 enum Source {
     Safetensors(Shards),
     Gguf(Gguf),
+    Adapted {
+        base: Box<Weights>,
+        adapter: Adapter,
+    },
 }
 
 impl Weights {
-    /// Opens MODEL: a Hugging Face folder, a `.gguf` file, or a hub id. The header of every file, and
-    /// the presence, shape and dtype of every tensor of the config, are checked here; no tensor is read yet.
+    /// Opens MODEL: a Hugging Face folder, a PEFT adapter's folder (merged into its base as it is read), a
+    /// `.gguf` file, or a hub id `org/name[@revision]`. The header of every file, and the presence, shape
+    /// and dtype of every tensor of the config, are checked here; no tensor is read yet.
     pub fn open(model: &str) -> Result<Self> {
-        let path = Path::new(model);
-        if path.is_dir() {
-            Self::open_folder(path)
-        } else if path.is_file() {
-            Self::open_gguf(path)
-        } else {
-            bail!("{model}: no such folder or file")
+        let path = locate(model)?;
+        match is_adapter(&path) {
+            true => Self::open_adapter(&path),
+            false => Self::open_plain(&path),
         }
+    }
+
+    fn open_plain(path: &Path) -> Result<Self> {
+        match path.is_file() {
+            true => Self::open_gguf(path),
+            false => Self::open_folder(path),
+        }
+    }
+
+    fn open_adapter(folder: &Path) -> Result<Self> {
+        let path = folder.join(adapter::CONFIG);
+        let settings = read_json(&path)?;
+        let at = || format!("{}: base_model_name_or_path", path.display());
+        let base = locate(&adapter::base_of(&settings, &path)?).with_context(at)?;
+        ensure!(
+            !is_adapter(&base),
+            "{}: {} is an adapter itself, not a model",
+            at(),
+            base.display()
+        );
+        let base = Self::open_plain(&base).with_context(at)?;
+        let adapter = Adapter::open(folder, &settings, &base.config.parameters())?;
+        let has_tokenizer = folder.join("tokenizer.json").is_file();
+        Ok(Self {
+            config: base.config.clone(),
+            path: if has_tokenizer {
+                folder.to_owned()
+            } else {
+                base.path.clone()
+            },
+            original: base.original.clone(),
+            fingerprint: OnceLock::new(),
+            source: Source::Adapted {
+                base: Box::new(base),
+                adapter,
+            },
+        })
     }
 
     fn open_folder(folder: &Path) -> Result<Self> {
@@ -90,6 +134,7 @@ impl Weights {
             match &source {
                 Source::Safetensors(shards) => shards.check(&name, &shape)?,
                 Source::Gguf(gguf) => gguf.check(&stored_name(&name)?, &shape)?,
+                Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
             }
         }
         Ok(Self {
@@ -108,6 +153,11 @@ impl Weights {
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         match &self.source {
             Source::Safetensors(shards) => shards.read(name, shape),
+            Source::Adapted { base, adapter } => {
+                let mut values = base.tensor(name, shape)?;
+                adapter.merge(name, shape, &mut values)?;
+                Ok(values)
+            }
             Source::Gguf(gguf) => {
                 let values = gguf.read(&stored_name(name)?, shape)?;
                 Ok(match self.is_permuted(name) {
@@ -126,7 +176,7 @@ impl Weights {
             && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))
     }
 
-    /// The folder or `.gguf` file that the weights came from, where the tokenizer is too.
+    /// The folder or `.gguf` file where the tokenizer is: that of the weights, or the base's for an adapter without one.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -185,6 +235,25 @@ impl Weights {
     }
 }
 
+/// A MODEL argument as a local path.
+fn locate(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    let id = HubId::parse(model).with_context(|| {
+        format!(
+            "{model}: no such folder or file (nor a hub id, which would be org/name or org/name@revision)"
+        )
+    })?;
+    Hub::from_env().locate(&id)
+}
+
+/// Whether a folder is a PEFT adapter's rather than a model's.
+fn is_adapter(path: &Path) -> bool {
+    path.join(adapter::CONFIG).is_file() && !path.join("config.json").is_file()
+}
+
 fn stored_name(name: &str) -> Result<String> {
     gguf::gguf_name(name).with_context(|| format!("GGUF has no name for the tensor {name:?}"))
 }
@@ -193,3 +262,8 @@ fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", path.display()))
 }
+
+#[cfg(test)]
+mod fixtures;
+#[cfg(test)]
+mod tests;

@@ -180,3 +180,152 @@ impl RopeScaling {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(fields: Value) -> Result<Rope> {
+        Rope::from_json(fields.as_object().unwrap(), 131_072)
+    }
+
+    /// Every fourth of the 32 frequencies of a 64-wide head: the bits of LlamaRotaryEmbedding.inv_freq
+    /// (transformers 5.23, torch 2.15). torch's vector `pow` may differ from libm's in the last two bits.
+    fn assert_bits(rope: &Rope, expected: [u32; 8]) {
+        let found = rope.inv_freq(64);
+        assert_eq!(found.len(), 32);
+        for (i, expected) in expected.into_iter().enumerate() {
+            let found = found[4 * i];
+            assert!(
+                found.to_bits().abs_diff(expected) <= 2,
+                "frequency {}: {found} is not {}",
+                4 * i,
+                f32::from_bits(expected)
+            );
+        }
+    }
+
+    #[test]
+    fn frequencies_match_transformers() {
+        let default = rope(json!({"rope_theta": 100000.0})).unwrap();
+        assert_bits(
+            &default,
+            [
+                0x3f800000, 0x3e72d423, 0x3d6655c2, 0x3c5a7bf2, 0x3b4f3e38, 0x3a44948c, 0x393a7753,
+                0x3830df52,
+            ],
+        );
+        let linear = rope(json!({"rope_parameters":
+            {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}}));
+        assert_bits(
+            &linear.unwrap(),
+            [
+                0x3ecccccd, 0x3e0186e2, 0x3d23d70a, 0x3c4f3e38, 0x3b83126e, 0x3aa5cb60, 0x39d1b718,
+                0x3904a2b3,
+            ],
+        );
+        let llama3 = rope(
+            json!({"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", "factor": 32.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}),
+        );
+        let llama3 = llama3.unwrap();
+        assert_bits(
+            &llama3,
+            [
+                0x3f800000, 0x3e4693b0, 0x3d1a08c8, 0x3beef74f, 0x39e13620, 0x370fc8f8, 0x35df10c4,
+                0x34ad07a7,
+            ],
+        );
+        // The ramp between the kept and the divided frequencies.
+        for (i, expected) in [(14, 0x3b527720u32), (15, 0x3aa9279b), (17, 0x38cb98f7)] {
+            assert!(
+                llama3.inv_freq(64)[i].to_bits().abs_diff(expected) <= 16,
+                "{i}"
+            );
+        }
+    }
+
+    #[test]
+    fn old_and_new_fields_mean_the_same() {
+        let scaling = json!({"rope_type": "linear", "factor": 4.0});
+        let old = rope(json!({"rope_theta": 5e5, "rope_scaling": scaling})).unwrap();
+        let mut parameters = scaling.clone();
+        parameters["rope_theta"] = json!(5e5);
+        assert_eq!(old, rope(json!({"rope_parameters": parameters})).unwrap());
+        let default = rope(json!({"rope_scaling": null})).unwrap();
+        assert_eq!(
+            (default.theta, default.scaling),
+            (10_000.0, RopeScaling::Default)
+        );
+        for rope_written in [old, default] {
+            let json = json!({"rope_theta": rope_written.theta, "rope_scaling": rope_written.scaling_json()});
+            assert_eq!(rope(json).unwrap(), rope_written);
+        }
+    }
+
+    #[test]
+    fn an_original_context_outside_or_absent_is_found_as_transformers_does() {
+        let original = |fields: Value| match rope(fields).unwrap().scaling {
+            RopeScaling::Llama3 {
+                original_context, ..
+            } => original_context,
+            other => panic!("{other:?}"),
+        };
+        let mut scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+        assert_eq!(original(json!({"rope_scaling": scaling})), 131_072.0);
+        scaling["original_max_position_embeddings"] = json!(4096);
+        assert_eq!(original(json!({"rope_scaling": scaling})), 4096.0);
+        let outside = json!({"rope_scaling": scaling, "original_max_position_embeddings": 2048});
+        assert_eq!(original(outside), 2048.0);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (fields, wanted) in [
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+                "\"yarn\" is not supported; known: default, linear, llama3",
+            ),
+            (
+                json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
+                "\"dynamic\"",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "linear"}}),
+                "\"factor\" is missing",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+                "factor: must be a positive",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": 3}}),
+                "rope_type: must be a string",
+            ),
+            (
+                json!({"rope_scaling": "linear"}),
+                "rope_scaling: must be an object",
+            ),
+            (json!({"rope_theta": -1}), "rope_theta"),
+            (
+                json!({"partial_rotary_factor": 0.5}),
+                "partial_rotary_factor",
+            ),
+            (
+                json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
+                "partial_rotary_factor",
+            ),
+            (
+                json!({"rope_parameters": {"full_attention": {}}}),
+                "by layer type",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}}),
+                "must be below",
+            ),
+        ] {
+            let line = format!("{:#}", rope(fields.clone()).unwrap_err());
+            assert!(line.contains(wanted), "{fields}: {line}");
+        }
+    }
+}

@@ -15,7 +15,7 @@ const SHARD: usize = 5_000_000_000;
 /// A tensor's Hugging Face name and its shape.
 type Named = (String, Vec<usize>);
 
-/// Writes `config.json`, `generation_config.json` and the weights into the folder `dir`, which exists.
+/// Writes `config.json`, `generation_config.json` (where `original` has one) and the weights into the folder `dir`, which exists.
 /// `tensors` must come in the order of [`Config::parameters`] and is drained one by one, so memory
 /// holds one tensor at a time. Each file is synced; making the folder appear whole is the caller's business.
 ///
@@ -30,7 +30,7 @@ pub fn save<'a>(
     save_sharded(dir, config, original, tensors, SHARD)
 }
 
-fn save_sharded<'a>(
+pub(super) fn save_sharded<'a>(
     dir: &Path,
     config: &Config,
     original: Option<&Weights>,
@@ -39,6 +39,9 @@ fn save_sharded<'a>(
 ) -> Result<()> {
     let json = config.to_json(original.map(|weights| &weights.original));
     write_json(&dir.join("config.json"), &json)?;
+    if let Some(original) = original {
+        save_generation_config(dir, original)?;
+    }
     let shards = shards(config.parameters(), limit);
     let mut map = Map::new();
     for (number, shard) in shards.iter().enumerate() {
@@ -61,6 +64,22 @@ fn save_sharded<'a>(
         write_json(&dir.join(INDEX), &index)?;
     }
     Ok(())
+}
+
+/// The origin's `generation_config.json`, or for a GGUF its special tokens: what ends a turn must not be lost.
+fn save_generation_config(dir: &Path, original: &Weights) -> Result<()> {
+    let path = dir.join("generation_config.json");
+    if let Ok(text) = std::fs::read(original.path.join("generation_config.json")) {
+        return write_synced(&path, &text);
+    }
+    let ids: Map<_, _> = ["bos_token_id", "eos_token_id", "pad_token_id"]
+        .into_iter()
+        .filter_map(|key| Some((key.to_owned(), original.original.get(key)?.clone())))
+        .collect();
+    match ids.contains_key("eos_token_id") {
+        true => write_json(&path, &Value::Object(ids)),
+        false => Ok(()),
+    }
 }
 
 fn bytes(shape: &[usize]) -> usize {
@@ -87,7 +106,7 @@ fn shards(parameters: Vec<Named>, limit: usize) -> Vec<Vec<Named>> {
 }
 
 /// Writes one safetensors file: the header first, as every size is known, then the tensors as they come.
-fn write_safetensors<'a>(
+pub(super) fn write_safetensors<'a>(
     path: &Path,
     layout: &[Named],
     tensors: &mut impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
@@ -135,10 +154,15 @@ fn header(layout: &[Named]) -> Vec<u8> {
     header
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let at = || path.display().to_string();
-    let mut file = File::create(path).with_context(at)?;
-    file.write_all(format!("{value:#}\n").as_bytes())
-        .with_context(at)?;
-    file.sync_all().with_context(at)
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    write_synced(path, format!("{value:#}\n").as_bytes())
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().with_context(|| path.display().to_string())
 }
