@@ -350,6 +350,27 @@ mod tests {
         assert_merged(adapter.path(), &tensors, 3.0 / 2f32.sqrt());
     }
 
+    /// Every field that PEFT 0.21 writes for plain LoRA, most of them off.
+    #[test]
+    fn pefts_own_config_is_understood() {
+        let config = json!({
+            "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+            "base_model_name_or_path": "x", "bias": "none", "corda_config": null, "ensure_weight_tying": false,
+            "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
+            "init_lora_weights": true, "kasa_config": null, "layer_replication": null, "layers_pattern": null,
+            "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 3, "lora_bias": false, "lora_dropout": 0.1,
+            "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null,
+            "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 2,
+            "rank_pattern": {}, "revision": null, "target_modules": ["up_proj", "q_proj"], "target_parameters": null,
+            "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
+            "use_qalora": false, "use_rslora": false, "velora_config": null,
+        });
+        assert_eq!(read_config(&config).unwrap(), (2, 1.5));
+        assert_eq!(base_of(&config, Path::new("c")).unwrap(), "x");
+        let pinned = json!({"base_model_name_or_path": "org/name", "revision": "v1"});
+        assert_eq!(base_of(&pinned, Path::new("c")).unwrap(), "org/name@v1");
+    }
+
     #[test]
     fn what_is_written_is_pefts_layout() {
         let (base, _, adapter) = adapted();

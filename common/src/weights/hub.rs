@@ -91,7 +91,7 @@ impl Hub {
         if self.offline {
             return cached.with_context(|| {
                 format!(
-                    "{id}: not in the cache ({}), and HF_HUB_OFFLINE forbids fetching it",
+                    "{id}: no such folder or file, not in the Hugging Face cache ({}), and HF_HUB_OFFLINE forbids fetching it",
                     self.cache.display()
                 )
             });

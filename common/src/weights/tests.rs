@@ -491,7 +491,66 @@ fn vocabularies_and_tokenizers_must_fit() {
     assert!(line.to_string().contains("one of 48"), "{line}");
 }
 
-/// Figures of the default model from Python: `gguf.dequantize`, rows un-permuted as transformers does.
+/// What Python found of a tensor: its sum, its sum weighted by (index mod 1009) − 504, which notices
+/// misplaced rows, and its values at 1, at half + 3 and at the end.
+struct Figures {
+    name: &'static str,
+    shape: &'static [usize],
+    sum: f64,
+    weighted: f64,
+    values: [f64; 3],
+}
+
+/// Of the default model; `gguf.dequantize`, rows un-permuted as transformers does.
+const FIGURES: [Figures; 6] = [
+    Figures {
+        name: "model.embed_tokens.weight",
+        shape: &[49152, 576],
+        sum: -15353.04449415207,
+        weighted: -66877.3282699585,
+        values: [
+            0.032978057861328125,
+            -0.23443984985351562,
+            -0.0417022705078125,
+        ],
+    },
+    Figures {
+        name: "model.layers.0.self_attn.q_proj.weight",
+        shape: &[576, 576],
+        sum: 59.22322082519531,
+        weighted: 2093.4718475341797,
+        values: [0.1573486328125, 0.2060546875, -0.255859375],
+    },
+    Figures {
+        name: "model.layers.0.self_attn.k_proj.weight",
+        shape: &[192, 576],
+        sum: 26.937057495117188,
+        weighted: 10697.64730834961,
+        values: [0.3402099609375, 1.71337890625, 0.3636474609375],
+    },
+    Figures {
+        name: "model.layers.29.self_attn.v_proj.weight",
+        shape: &[192, 576],
+        sum: -23.565185546875,
+        weighted: 38128.958251953125,
+        values: [-0.277587890625, -0.09649658203125, 0.05322265625],
+    },
+    Figures {
+        name: "model.layers.7.mlp.down_proj.weight",
+        shape: &[576, 1536],
+        sum: -198.9853515625,
+        weighted: 1828.1307830810547,
+        values: [-0.127593994140625, 0.1055908203125, 0.05706787109375],
+    },
+    Figures {
+        name: "model.norm.weight",
+        shape: &[576],
+        sum: 1038.33203125,
+        weighted: -224581.22265625,
+        values: [1.8203125, 1.46875, 1.984375],
+    },
+];
+
 #[test]
 fn the_default_models_tensors_match_pythons() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/SmolLM2-135M-Instruct.gguf");
@@ -503,72 +562,19 @@ fn the_default_models_tensors_match_pythons() {
     let weights = open(&path).unwrap();
     assert_eq!(weights.config.rope.theta, 100_000.0);
     assert!(weights.config.tied && weights.config.context == 8192);
-    // name, shape, sum, sum weighted by (index mod 1009) − 504, and the values at 1, half + 3 and the end
-    let figures: [(&str, &[usize], f64, f64, [f32; 3]); 6] = [
-        (
-            "model.embed_tokens.weight",
-            &[49152, 576],
-            -15353.04449415207,
-            -66877.3282699585,
-            [
-                0.032978057861328125,
-                -0.23443984985351562,
-                -0.0417022705078125,
-            ],
-        ),
-        (
-            "model.layers.0.self_attn.q_proj.weight",
-            &[576, 576],
-            59.22322082519531,
-            2093.4718475341797,
-            [0.1573486328125, 0.2060546875, -0.255859375],
-        ),
-        (
-            "model.layers.0.self_attn.k_proj.weight",
-            &[192, 576],
-            26.937057495117188,
-            10697.64730834961,
-            [0.3402099609375, 1.71337890625, 0.3636474609375],
-        ),
-        (
-            "model.layers.29.self_attn.v_proj.weight",
-            &[192, 576],
-            -23.565185546875,
-            38128.958251953125,
-            [-0.277587890625, -0.09649658203125, 0.05322265625],
-        ),
-        (
-            "model.layers.7.mlp.down_proj.weight",
-            &[576, 1536],
-            -198.9853515625,
-            1828.1307830810547,
-            [-0.127593994140625, 0.1055908203125, 0.05706787109375],
-        ),
-        (
-            "model.norm.weight",
-            &[576],
-            1038.33203125,
-            -224581.22265625,
-            [1.8203125, 1.46875, 1.984375],
-        ),
-    ];
-    for (name, shape, sum, weighted, values) in figures {
-        let tensor = weights.tensor(name, shape).unwrap();
-        let found: f64 = tensor.iter().map(|v| f64::from(*v)).sum();
-        assert!(
-            (found - sum).abs() < 1e-6 * sum.abs().max(1.0),
-            "{name}: {found}"
-        );
-        let found: f64 = tensor
-            .iter()
-            .enumerate()
-            .map(|(i, v)| f64::from(*v) * ((i % 1009) as f64 - 504.0))
-            .sum();
-        assert!(
-            (found - weighted).abs() < 1e-6 * weighted.abs(),
-            "{name}: {found}"
-        );
-        let picked = [1, tensor.len() / 2 + 3, tensor.len() - 1].map(|i| tensor[i]);
-        assert_eq!(picked, values, "{name}");
+    for figures in FIGURES {
+        let name = figures.name;
+        let tensor = weights.tensor(name, figures.shape).unwrap();
+        let sum: f64 = tensor.iter().map(|v| f64::from(*v)).sum();
+        assert!((sum / figures.sum - 1.0).abs() < 1e-6, "{name}: {sum}");
+        let weight = |i: usize| (i % 1009) as f64 - 504.0;
+        let weighted = tensor.iter().enumerate();
+        let weighted: f64 = weighted.map(|(i, v)| f64::from(*v) * weight(i)).sum();
+        let ratio = weighted / figures.weighted;
+        assert!((ratio - 1.0).abs() < 1e-6, "{name}: {weighted}");
+        let picked = [1, tensor.len() / 2 + 3, tensor.len() - 1].map(|i| f64::from(tensor[i]));
+        assert_eq!(picked, figures.values, "{name}");
     }
+    // The conversion of this file to a folder by Python has the same one.
+    assert_eq!(weights.fingerprint().unwrap(), "9fccf05a252b2a2d");
 }
