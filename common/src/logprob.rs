@@ -7,7 +7,7 @@
 use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::{rows, softmax};
-use crate::model::{Decoder, LayerState};
+use crate::model::Decoder;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -23,7 +23,12 @@ pub struct Group {
 impl Group {
     /// The tokens that a forward pass over the group runs on.
     pub fn tokens(&self) -> usize {
-        self.prompt.len() + self.responses.iter().map(|r| r.len().saturating_sub(1)).sum::<usize>()
+        self.prompt.len()
+            + self
+                .responses
+                .iter()
+                .map(|r| r.len().saturating_sub(1))
+                .sum::<usize>()
     }
 }
 
@@ -48,16 +53,30 @@ impl Batch {
         let mut batch = Self::default();
         for group in groups {
             assert!(!group.prompt.is_empty(), "a prompt has at least one token");
-            let inputs: Vec<usize> = group.responses.iter().map(|r| r.len().saturating_sub(1)).collect();
+            let inputs: Vec<usize> = group
+                .responses
+                .iter()
+                .map(|r| r.len().saturating_sub(1))
+                .collect();
             batch.layout.push(group.prompt.len(), &inputs);
             batch.tokens.extend(&group.prompt);
             let last_of_prompt = batch.tokens.len() - 1;
             for response in &group.responses {
                 let first = batch.tokens.len();
-                batch.responses.push(batch.targets.len()..batch.targets.len() + response.len());
-                batch.rows.extend((0..response.len()).map(|i| if i == 0 { last_of_prompt } else { first + i - 1 }));
+                batch
+                    .responses
+                    .push(batch.targets.len()..batch.targets.len() + response.len());
+                batch.rows.extend((0..response.len()).map(|i| {
+                    if i == 0 {
+                        last_of_prompt
+                    } else {
+                        first + i - 1
+                    }
+                }));
                 batch.targets.extend(response);
-                batch.tokens.extend(&response[..response.len().saturating_sub(1)]);
+                batch
+                    .tokens
+                    .extend(&response[..response.len().saturating_sub(1)]);
             }
         }
         batch
@@ -65,19 +84,29 @@ impl Batch {
 
     /// The rows of `hidden` `[T, width]` that predict targets, `[targets, width]`.
     pub fn gather(&self, hidden: &[f32], width: usize) -> Vec<f32> {
-        self.rows.iter().flat_map(|&r| &hidden[r * width..][..width]).copied().collect()
+        self.rows
+            .iter()
+            .flat_map(|&r| &hidden[r * width..][..width])
+            .copied()
+            .collect()
     }
 
     /// Adds the gradient of the gathered rows to those of the batch, `[T, width]`.
     pub fn scatter(&self, gathered: &[f32], width: usize, hidden: &mut [f32]) {
         for (&r, row) in self.rows.iter().zip(gathered.chunks_exact(width)) {
-            hidden[r * width..][..width].iter_mut().zip(row).for_each(|(h, g)| *h += g);
+            hidden[r * width..][..width]
+                .iter_mut()
+                .zip(row)
+                .for_each(|(h, g)| *h += g);
         }
     }
 
     /// Sums per-target values over each response.
     pub fn sums(&self, values: &[f32]) -> Vec<f64> {
-        self.responses.iter().map(|r| values[r.clone()].iter().map(|&v| v as f64).sum()).collect()
+        self.responses
+            .iter()
+            .map(|r| values[r.clone()].iter().map(|&v| v as f64).sum())
+            .collect()
     }
 }
 
@@ -88,17 +117,6 @@ pub fn score(decoder: &Decoder, groups: &[Group]) -> Vec<f64> {
     let mut normed = vec![];
     decoder.final_norm(&batch.gather(&hidden, decoder.config.hidden), &mut normed);
     batch.sums(&target_logps(decoder, &normed, &batch.targets).logps)
-}
-
-/// As [`score`], keeping each layer's state for a backward pass as `keep` leaves it; gives the residual stream too.
-pub fn forward_for_training(
-    decoder: &Decoder,
-    batch: &Batch,
-    mut keep: impl FnMut(&mut LayerState) -> LayerState,
-) -> (Vec<f32>, Vec<LayerState>) {
-    let mut states = vec![];
-    let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, state| states.push(keep(state)));
-    (hidden, states)
 }
 
 /// What one pass over the LM head finds for each target.
@@ -116,20 +134,34 @@ const WORDS: usize = 2048;
 
 /// log p of each target, for `normed` `[targets, hidden]`, the hidden states after the last norm.
 pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> TargetLogps {
-    let mut found = TargetLogps { logps: vec![], lse: vec![] };
+    let mut found = TargetLogps {
+        logps: vec![],
+        lse: vec![],
+    };
     let width = decoder.config.hidden;
     for (normed, targets) in normed.chunks(ROWS * width).zip(targets.chunks(ROWS)) {
-        let mut stats = vec![Running { max: f32::NEG_INFINITY, sum: 0.0, target: f32::NAN }; targets.len()];
+        let mut stats = vec![
+            Running {
+                max: f32::NEG_INFINITY,
+                sum: 0.0,
+                target: f32::NAN
+            };
+            targets.len()
+        ];
         let mut logits = vec![];
         for words in tiles(decoder.config.vocab) {
             tile(decoder, normed, words.clone(), &mut logits);
             let n = words.len();
-            stats.par_iter_mut().zip(targets).zip(logits.par_chunks_exact(n)).for_each(|((s, &target), row)| {
-                s.add(row);
-                if words.contains(&(target as usize)) {
-                    s.target = row[target as usize - words.start];
-                }
-            });
+            stats
+                .par_iter_mut()
+                .zip(targets)
+                .zip(logits.par_chunks_exact(n))
+                .for_each(|((s, &target), row)| {
+                    s.add(row);
+                    if words.contains(&(target as usize)) {
+                        s.target = row[target as usize - words.start];
+                    }
+                });
         }
         for s in stats {
             let lse = s.max as f64 + s.sum.ln();
@@ -151,7 +183,8 @@ struct Running {
 impl Running {
     fn add(&mut self, row: &[f32]) {
         let max = softmax::max(row).max(self.max);
-        self.sum = self.sum * ((self.max - max) as f64).exp() + softmax::sum_exp(row, max, 1.0) as f64;
+        self.sum =
+            self.sum * ((self.max - max) as f64).exp() + softmax::sum_exp(row, max, 1.0) as f64;
         self.max = max;
     }
 }
@@ -171,11 +204,17 @@ pub fn target_logps_backward(
 ) {
     let width = decoder.config.hidden;
     d_normed.fill(0.0);
-    let chunks = normed.chunks(ROWS * width).zip(d_normed.chunks_mut(ROWS * width)).enumerate();
+    let chunks = normed
+        .chunks(ROWS * width)
+        .zip(d_normed.chunks_mut(ROWS * width))
+        .enumerate();
     for (i, (normed, d_normed)) in chunks {
         let at = i * ROWS;
         let mut logits = vec![];
-        let right = Packed::from_columns(Mat::new(normed, normed.len() / width, width), decoder.precision);
+        let right = Packed::from_columns(
+            Mat::new(normed, normed.len() / width, width),
+            decoder.precision,
+        );
         for words in tiles(decoder.config.vocab) {
             tile(decoder, normed, words.clone(), &mut logits);
             let n = words.len();
@@ -191,17 +230,73 @@ pub fn target_logps_backward(
             });
             let d_logits = Mat::new(&logits, logits.len() / n, n);
             let head = decoder.head_transposed(words.clone());
-            matmul(Left::Rows(d_logits), head, d_normed, width, Write::Add, Threads::All);
+            matmul(
+                Left::Rows(d_logits),
+                head,
+                d_normed,
+                width,
+                Write::Add,
+                Threads::All,
+            );
             if let Some(d_head) = &mut d_head {
                 let target = &mut d_head[words.start * width..];
-                matmul(Left::Columns(d_logits), right.panels(), target, width, Write::Add, Threads::All);
+                matmul(
+                    Left::Columns(d_logits),
+                    right.panels(),
+                    target,
+                    width,
+                    Write::Add,
+                    Threads::All,
+                );
             }
         }
     }
 }
 
+/// Scores many groups with at most `limit` tokens in a forward pass; a group of more is cut between its responses.
+/// Gives Σ log p of each response, group by group.
+pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Vec<Vec<f64>> {
+    let mut parts: Vec<(usize, Group)> = vec![];
+    for (i, group) in groups.iter().enumerate() {
+        let mut part = Group {
+            prompt: group.prompt.clone(),
+            responses: vec![],
+        };
+        for response in &group.responses {
+            if !part.responses.is_empty() && part.tokens() + response.len() > limit {
+                let next = Group {
+                    prompt: group.prompt.clone(),
+                    responses: vec![],
+                };
+                parts.push((i, std::mem::replace(&mut part, next)));
+            }
+            part.responses.push(response.clone());
+        }
+        parts.push((i, part));
+    }
+    let mut scores = vec![vec![]; groups.len()];
+    let mut rest = parts.as_slice();
+    while !rest.is_empty() {
+        let mut tokens = 0;
+        let fits = rest.iter().take_while(|(_, part)| {
+            tokens += part.tokens();
+            tokens <= limit
+        });
+        let (now, later) = rest.split_at(fits.count().max(1));
+        let batch: Vec<Group> = now.iter().map(|(_, part)| part.clone()).collect();
+        let mut found = score(decoder, &batch).into_iter();
+        for (i, part) in now {
+            scores[*i].extend(found.by_ref().take(part.responses.len()));
+        }
+        rest = later;
+    }
+    scores
+}
+
 fn tiles(vocab: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..vocab).step_by(WORDS).map(move |start| start..(start + WORDS).min(vocab))
+    (0..vocab)
+        .step_by(WORDS)
+        .map(move |start| start..(start + WORDS).min(vocab))
 }
 
 /// The logits of all rows for a range of words, `[rows, words]`.
@@ -210,12 +305,20 @@ fn tile(decoder: &Decoder, normed: &[f32], words: Range<usize>, logits: &mut Vec
     let (count, n) = (normed.len() / width, words.len());
     logits.resize(count * n, 0.0);
     let panels = decoder.head().panel_range(words.start, n);
-    matmul(Left::Rows(Mat::new(normed, count, width)), panels, logits, n, Write::Set, Threads::All);
+    matmul(
+        Left::Rows(Mat::new(normed, count, width)),
+        panels,
+        logits,
+        n,
+        Write::Set,
+        Threads::All,
+    );
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dpo::Forward;
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::model::{Gradients, Params, Use};
@@ -232,8 +335,18 @@ mod tests {
             "tie_word_embeddings": true, "hidden_act": "silu"
         });
         let llama = Config::from_json(&base, Path::new("config.json")).unwrap();
-        let biased = Config { qkv_bias: true, o_bias: true, mlp_bias: true, tied: false, ..llama.clone() };
-        let normed = Config { qk_norm: true, windows: vec![Some(3), None], ..llama.clone() };
+        let biased = Config {
+            qkv_bias: true,
+            o_bias: true,
+            mlp_bias: true,
+            tied: false,
+            ..llama.clone()
+        };
+        let normed = Config {
+            qk_norm: true,
+            windows: vec![Some(3), None],
+            ..llama.clone()
+        };
         vec![llama, biased, normed]
     }
 
@@ -252,7 +365,10 @@ mod tests {
             prompt: prompt.to_vec(),
             responses: responses.iter().map(|r| r.to_vec()).collect(),
         };
-        vec![group(&[1, 5, 9], &[&[2, 3, 4, 5, 6], &[7], &[]]), group(&[3], &[&[39, 1]])]
+        vec![
+            group(&[1, 5, 9], &[&[2, 3, 4, 5, 6], &[7], &[]]),
+            group(&[3], &[&[39, 1]]),
+        ]
     }
 
     fn decoder(config: &Config, flat: &[f32]) -> Decoder {
@@ -268,37 +384,57 @@ mod tests {
             let mut alone = vec![];
             for group in groups() {
                 for response in group.responses {
-                    alone.extend(score(&decoder, &[Group { prompt: group.prompt.clone(), responses: vec![response] }]));
+                    alone.extend(score(
+                        &decoder,
+                        &[Group {
+                            prompt: group.prompt.clone(),
+                            responses: vec![response],
+                        }],
+                    ));
                 }
             }
             assert_eq!(together, alone);
+            for limit in [1, 6, 9, 1000] {
+                assert_eq!(
+                    score_all(&decoder, &groups(), limit).concat(),
+                    together,
+                    "at most {limit} tokens at once"
+                );
+            }
             assert_eq!(together[2], 0.0, "an empty response has probability 1");
             assert!(together[0] < -5.0);
         }
     }
 
-    /// Σ over the responses of coefficient · log p, and its gradient, with layer states kept or made again.
-    fn gradient(config: &Config, params: &Params, flat: &[f32], coefficients: &[f32], keep: bool) -> Vec<f32> {
+    /// The gradient of Σ coefficient · log p over the responses, with layer states kept or made again.
+    fn gradient(
+        config: &Config,
+        params: &Params,
+        flat: &[f32],
+        coefficients: &[f32],
+        keep: bool,
+    ) -> Vec<f32> {
         let decoder = decoder(config, flat);
-        let groups = groups();
-        let batch = Batch::new(&groups);
-        let width = config.hidden;
-        let (hidden, states) = forward_for_training(&decoder, &batch, |state| match keep {
-            true => std::mem::take(state),
-            false => LayerState { x: std::mem::take(&mut state.x), ..LayerState::default() },
-        });
-        let gathered = batch.gather(&hidden, width);
-        let mut normed = vec![];
-        decoder.final_norm(&gathered, &mut normed);
-        let found = target_logps(&decoder, &normed, &batch.targets);
-        let mut d_logps = vec![0.0; batch.targets.len()];
-        for (range, c) in batch.responses.iter().zip(coefficients) {
+        let pass = Forward::new(
+            &decoder,
+            &Batch::new(&groups()),
+            if keep { usize::MAX } else { 0 },
+        );
+        let mut d_logps = vec![0.0; pass.batch.targets.len()];
+        for (range, c) in pass.batch.responses.iter().zip(coefficients) {
             d_logps[range.clone()].fill(*c);
         }
-        let mut flat_gradient = vec![0.0; params.len];
-        let mut gradients = Gradients::Full { params, flat: &mut flat_gradient };
-        crate::dpo::head_and_layers_backward(&decoder, params, &batch, &gathered, &normed, &found, &d_logps, states, &mut gradients);
-        flat_gradient
+        let mut sum = vec![0.0; params.len];
+        pass.backward(
+            &decoder,
+            params,
+            &d_logps,
+            &mut Gradients::Full {
+                params,
+                flat: &mut sum,
+            },
+        );
+        sum
     }
 
     #[test]
@@ -308,13 +444,23 @@ mod tests {
             let params = Params::new(&config);
             let flat = weights(&params);
             let ours = gradient(&config, &params, &flat, &coefficients, true);
-            assert_eq!(ours, gradient(&config, &params, &flat, &coefficients, false), "recompute changes the gradient");
+            assert_eq!(
+                ours,
+                gradient(&config, &params, &flat, &coefficients, false),
+                "recompute changes the gradient"
+            );
             let loss = |flat: &[f32]| -> f64 {
                 let scores = score(&decoder(&config, flat), &groups());
-                scores.iter().zip(coefficients).map(|(s, c)| s * c as f64).sum()
+                scores
+                    .iter()
+                    .zip(coefficients)
+                    .map(|(s, c)| s * c as f64)
+                    .sum()
             };
             for (name, _, range) in params.tensors() {
-                let scale = ours[range.clone()].iter().fold(0.0f32, |m, g| m.max(g.abs()));
+                let scale = ours[range.clone()]
+                    .iter()
+                    .fold(0.0f32, |m, g| m.max(g.abs()));
                 assert!(scale > 1e-3, "{name} has no gradient");
                 for i in range.clone().step_by(range.len().div_ceil(9)) {
                     let at = |step: f32| {
@@ -324,7 +470,12 @@ mod tests {
                     };
                     let estimate = (at(4e-3) - at(-4e-3)) / 8e-3;
                     let error = (estimate - ours[i] as f64).abs();
-                    assert!(error < 0.01 * (scale as f64).max(0.1), "{name}[{}]: {} but {estimate}", i - range.start, ours[i]);
+                    assert!(
+                        error < 0.01 * (scale as f64).max(0.1),
+                        "{name}[{}]: {} but {estimate}",
+                        i - range.start,
+                        ours[i]
+                    );
                 }
             }
         }

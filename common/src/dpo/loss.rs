@@ -79,14 +79,23 @@ impl Objective {
                 ((1.0 - s) * softplus(-delta) - s * softplus(delta)) / (1.0 - 2.0 * s),
                 ((1.0 - s) * -sigmoid(-delta) - s * sigmoid(delta)) / (1.0 - 2.0 * s),
             ),
-            LossType::Hinge => of_delta((1.0 - delta).max(0.0), if delta < 1.0 { -1.0 } else { 0.0 }),
+            LossType::Hinge => {
+                of_delta((1.0 - delta).max(0.0), if delta < 1.0 { -1.0 } else { 0.0 })
+            }
             LossType::Ipo => {
-                let (n_chosen, n_rejected) = (logps.chosen_tokens as f64, logps.rejected_tokens as f64);
+                let (n_chosen, n_rejected) =
+                    (logps.chosen_tokens as f64, logps.rejected_tokens as f64);
                 let gap = chosen / n_chosen - rejected / n_rejected - 1.0 / (2.0 * beta);
                 (gap * gap, 2.0 * gap / n_chosen, -2.0 * gap / n_rejected)
             }
         };
-        PairLoss { loss, d_chosen, d_rejected, reward_chosen: beta * chosen, reward_rejected: beta * rejected }
+        PairLoss {
+            loss,
+            d_chosen,
+            d_rejected,
+            reward_chosen: beta * chosen,
+            reward_rejected: beta * rejected,
+        }
     }
 }
 
@@ -107,7 +116,8 @@ mod tests {
     /// Every figure of tests/golden/dpo_losses.json, which PyTorch made (make_dpo_losses.py).
     #[test]
     fn losses_and_slopes_are_pytorchs() {
-        let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/dpo_losses.json")).unwrap();
+        let golden: Value =
+            serde_json::from_str(include_str!("../../../tests/golden/dpo_losses.json")).unwrap();
         let mut pairs = 0;
         for batch in golden["batches"].as_array().unwrap() {
             let objective = Objective {
@@ -117,8 +127,12 @@ mod tests {
                 rpo_alpha: batch["rpo_alpha"].as_f64().unwrap_or(0.0),
             };
             let rows = batch["pairs"].as_array().unwrap();
-            let (n, chosen_tokens): (f64, f64) =
-                (rows.len() as f64, rows.iter().map(|p| p["chosen_tokens"].as_f64().unwrap()).sum());
+            let (n, chosen_tokens): (f64, f64) = (
+                rows.len() as f64,
+                rows.iter()
+                    .map(|p| p["chosen_tokens"].as_f64().unwrap())
+                    .sum(),
+            );
             for row in rows {
                 let at = |field: &str| row[field].as_f64().unwrap();
                 let found = objective.pair(&PairLogps {
@@ -138,7 +152,10 @@ mod tests {
                     (found.d_rejected / n, "d_rejected"),
                 ] {
                     let tolerance = 1e-12 * at(field).abs().max(1.0);
-                    assert!((ours - at(field)).abs() <= tolerance, "{field}: {ours} in {batch}");
+                    assert!(
+                        (ours - at(field)).abs() <= tolerance,
+                        "{field}: {ours} in {batch}"
+                    );
                 }
                 pairs += 1;
             }

@@ -7,7 +7,7 @@ mod trainer;
 
 pub use loss::{LossType, Objective, PairLogps, PairLoss};
 pub use optimizer::{AdamW, Scheduler};
-pub use step::{Limits, Pair, Sums};
-pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};
 #[cfg(test)]
 pub(crate) use step::Forward;
+pub use step::{Limits, Pair, Sums};
+pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};

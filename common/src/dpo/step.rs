@@ -20,7 +20,10 @@ pub struct Pair {
 impl Pair {
     /// Prompt and both responses as a group to score.
     pub fn group(&self) -> Group {
-        Group { prompt: self.prompt.clone(), responses: vec![self.chosen.clone(), self.rejected.clone()] }
+        Group {
+            prompt: self.prompt.clone(),
+            responses: vec![self.chosen.clone(), self.rejected.clone()],
+        }
     }
 
     /// Tokens of the longer of the two sequences.
@@ -66,10 +69,15 @@ pub fn accumulate(
     limits: Limits,
     gradients: &mut Gradients,
 ) -> Sums {
-    let total = BatchTotals { pairs: pairs.len(), chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum() };
+    let total = BatchTotals {
+        pairs: pairs.len(),
+        chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
+    };
     let mut sums = Sums::default();
     for part in parts(pairs, limits.tokens) {
-        accumulate_part(decoder, params, objective, part, total, limits, gradients, &mut sums);
+        accumulate_part(
+            decoder, params, objective, part, total, limits, gradients, &mut sums,
+        );
     }
     sums
 }
@@ -157,18 +165,33 @@ impl Forward {
             states.push(if keep {
                 std::mem::take(state).without_scratch()
             } else {
-                LayerState { x: std::mem::take(&mut state.x), ..LayerState::default() }
+                LayerState {
+                    x: std::mem::take(&mut state.x),
+                    ..LayerState::default()
+                }
             });
         });
         let gathered = batch.gather(&hidden, decoder.config.hidden);
         let mut normed = vec![];
         decoder.final_norm(&gathered, &mut normed);
         let found = target_logps(decoder, &normed, &batch.targets);
-        Self { batch: batch.clone(), states, gathered, normed, found }
+        Self {
+            batch: batch.clone(),
+            states,
+            gathered,
+            normed,
+            found,
+        }
     }
 
     /// Adds the gradients, given ∂L/∂(log p) of every target.
-    pub fn backward(self, decoder: &Decoder, params: &Params, d_logps: &[f32], gradients: &mut Gradients) {
+    pub fn backward(
+        self,
+        decoder: &Decoder,
+        params: &Params,
+        d_logps: &[f32],
+        gradients: &mut Gradients,
+    ) {
         let width = decoder.config.hidden;
         let mut d_normed = vec![0.0; self.normed.len()];
         target_logps_backward(
@@ -181,9 +204,22 @@ impl Forward {
             gradients.head(),
         );
         let mut d_gathered = vec![0.0; self.normed.len()];
-        decoder.final_norm_backward(&self.gathered, &d_normed, &mut d_gathered, gradients.vector(&params.norm));
+        decoder.final_norm_backward(
+            &self.gathered,
+            &d_normed,
+            &mut d_gathered,
+            gradients.vector(&params.norm),
+        );
         let mut dx = vec![0.0; self.batch.tokens.len() * width];
         self.batch.scatter(&d_gathered, width, &mut dx);
-        backward(decoder, params, &self.batch.layout, &self.batch.tokens, self.states, dx, gradients);
+        backward(
+            decoder,
+            params,
+            &self.batch.layout,
+            &self.batch.tokens,
+            self.states,
+            dx,
+            gradients,
+        );
     }
 }

@@ -112,17 +112,29 @@ impl Trainer {
     ///
     /// # Errors
     /// A tensor that cannot be read.
-    pub fn new(start: &Weights, settings: Settings, precision: Precision, limits: Limits) -> Result<Self> {
+    pub fn new(
+        start: &Weights,
+        settings: Settings,
+        precision: Precision,
+        limits: Limits,
+    ) -> Result<Self> {
         let params = Params::new(&start.config);
         let model = params.read(start)?;
         let adapters = settings.lora.map(|s| {
             let lora = Lora::new(&params, s.rank, s.alpha);
             let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
             let values = lora.initial(|| (rng.next_u32() >> 8) as f32 / (1 << 24) as f32);
-            Adapters { lora, values, base: model.clone() }
+            Adapters {
+                lora,
+                values,
+                base: model.clone(),
+            }
         });
         let (len, decayed) = match &adapters {
-            Some(adapters) => (adapters.lora.len, std::iter::once(0..adapters.lora.len).collect()),
+            Some(adapters) => (
+                adapters.lora.len,
+                std::iter::once(0..adapters.lora.len).collect(),
+            ),
             None => (params.len, matrices(&params)),
         };
         let decoder = Decoder::new(&start.config, model.as_slice(), precision, Use::Training)?;
@@ -160,13 +172,10 @@ impl Trainer {
     /// A loss or gradient that is not finite: nothing is changed then.
     pub fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
         let step = self.optimizer.steps;
-        self.gradient.fill(0.0);
-        let mut gradients = match &self.adapters {
-            None => Gradients::Full { params: &self.params, flat: &mut self.gradient },
-            Some(a) => Gradients::Lora { lora: &a.lora, values: &a.values, flat: &mut self.gradient },
-        };
-        let objective = &self.settings.objective;
-        let sums = accumulate(&self.decoder, &self.params, objective, pairs, self.limits, &mut gradients);
+        let mut gradient = std::mem::take(&mut self.gradient);
+        gradient.fill(0.0);
+        let sums = self.add_gradient(pairs, &mut gradient);
+        self.gradient = gradient;
         let grad_norm = norm(&self.gradient);
         ensure!(
             sums.loss.is_finite() && grad_norm.is_finite(),
@@ -175,12 +184,16 @@ impl Trainer {
             sums.loss
         );
         let s = &self.settings;
-        let learning_rate = s.learning_rate * s.scheduler.factor(step, s.warmup_steps, s.total_steps);
+        let learning_rate =
+            s.learning_rate * s.scheduler.factor(step, s.warmup_steps, s.total_steps);
         let factor = clip_factor(grad_norm, s.max_grad_norm);
         match &mut self.adapters {
-            None => self.optimizer.step(&mut self.model, &self.gradient, factor, learning_rate),
+            None => self
+                .optimizer
+                .step(&mut self.model, &self.gradient, factor, learning_rate),
             Some(a) => {
-                self.optimizer.step(&mut a.values, &self.gradient, factor, learning_rate);
+                self.optimizer
+                    .step(&mut a.values, &self.gradient, factor, learning_rate);
                 a.lora.merge(&a.values, &a.base, &mut self.model);
             }
         }
@@ -189,7 +202,48 @@ impl Trainer {
         Ok(self.metrics(&sums, pairs.len(), epoch, grad_norm, learning_rate))
     }
 
-    fn metrics(&self, sums: &Sums, pairs: usize, epoch: f64, grad_norm: f64, learning_rate: f64) -> StepMetrics {
+    /// The sums over a batch and the gradient of its mean loss, flat like [`Self::params`] (or like the adapters).
+    pub fn gradient(&self, pairs: &[&Pair]) -> (Sums, Vec<f32>) {
+        let mut gradient = vec![0.0; self.gradient.len()];
+        (self.add_gradient(pairs, &mut gradient), gradient)
+    }
+
+    fn add_gradient(&self, pairs: &[&Pair], flat: &mut [f32]) -> Sums {
+        let mut gradients = match &self.adapters {
+            None => Gradients::Full {
+                params: &self.params,
+                flat,
+            },
+            Some(a) => Gradients::Lora {
+                lora: &a.lora,
+                values: &a.values,
+                flat,
+            },
+        };
+        let objective = &self.settings.objective;
+        accumulate(
+            &self.decoder,
+            &self.params,
+            objective,
+            pairs,
+            self.limits,
+            &mut gradients,
+        )
+    }
+
+    /// Where the model's parameters lie.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn metrics(
+        &self,
+        sums: &Sums,
+        pairs: usize,
+        epoch: f64,
+        grad_norm: f64,
+        learning_rate: f64,
+    ) -> StepMetrics {
         let mean = |sum: f64| sum / pairs as f64;
         StepMetrics {
             step: self.optimizer.steps,
@@ -209,8 +263,12 @@ impl Trainer {
 
     /// Writes the model (adapters merged) into the folder `dir` as transformers reads it.
     pub fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
-        let places: HashMap<&str, Range<usize>> =
-            self.params.tensors().into_iter().map(|(name, _, range)| (name, range)).collect();
+        let places: HashMap<&str, Range<usize>> = self
+            .params
+            .tensors()
+            .into_iter()
+            .map(|(name, _, range)| (name, range))
+            .collect();
         let tensors = start.config.parameters().into_iter().map(|(name, shape)| {
             let values = &self.model[places[name.as_str()].clone()];
             (name, shape, Cow::Borrowed(values))
@@ -223,17 +281,19 @@ impl Trainer {
     /// # Errors
     /// There are none: all weights were trained.
     pub fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {
-        let Some(a) = &self.adapters else { anyhow::bail!("no adapters were trained") };
+        let Some(a) = &self.adapters else {
+            anyhow::bail!("no adapters were trained")
+        };
         let modules: Vec<_> = a
             .lora
             .adapters
             .iter()
-            .map(|x| weights::AdapterModule {
+            .map(|x| weights::LoraModule {
                 name: x.module.clone(),
+                input: x.cols,
+                output: x.rows,
                 a: Cow::Borrowed(&a.values[x.a.clone()]),
                 b: Cow::Borrowed(&a.values[x.b.clone()]),
-                rows: x.rows,
-                cols: x.cols,
             })
             .collect();
         weights::save_adapter(dir, base, a.lora.rank, a.lora.alpha, &modules)
@@ -242,7 +302,11 @@ impl Trainer {
     /// The numbers that training goes on from: what is trained, and the optimiser's moments.
     pub fn state(&self) -> [(&'static str, &[f32]); 3] {
         let trained = self.adapters.as_ref().map_or(&self.model, |a| &a.values);
-        [("trained", trained), ("exp_avg", &self.optimizer.m), ("exp_avg_sq", &self.optimizer.v)]
+        [
+            ("trained", trained),
+            ("exp_avg", &self.optimizer.m),
+            ("exp_avg_sq", &self.optimizer.v),
+        ]
     }
 
     /// Goes back to a state that [`Self::state`] gave after `steps` steps and `tokens` tokens.
@@ -251,7 +315,9 @@ impl Trainer {
     /// Numbers of another length.
     pub fn restore(&mut self, state: [Vec<f32>; 3], steps: u64, tokens: u64) -> Result<()> {
         ensure!(
-            state.iter().all(|values| values.len() == self.gradient.len()),
+            state
+                .iter()
+                .all(|values| values.len() == self.gradient.len()),
             "the saved state is of another model or of other adapters"
         );
         let [trained, m, v] = state;
@@ -271,7 +337,12 @@ impl Trainer {
 
 /// The places of all matrices: what weight decay applies to.
 fn matrices(params: &Params) -> Vec<Range<usize>> {
-    params.tensors().into_iter().filter(|(_, shape, _)| shape.len() > 1).map(|(_, _, range)| range).collect()
+    params
+        .tensors()
+        .into_iter()
+        .filter(|(_, shape, _)| shape.len() > 1)
+        .map(|(_, _, range)| range)
+        .collect()
 }
 
 /// The order of `n` pairs in an epoch: a permutation that depends on the seed and the epoch alone.

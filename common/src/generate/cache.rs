@@ -20,14 +20,23 @@ struct HeadCache {
 impl LayerCache {
     /// Nothing yet, for a layer with these heads.
     pub fn new(heads: Heads) -> Self {
-        let head = || HeadCache { keys: Aligned::default(), values: Aligned::default(), tokens: 0, dim: heads.dim };
-        Self { heads: (0..heads.kv).map(|_| head()).collect() }
+        let head = || HeadCache {
+            keys: Aligned::default(),
+            values: Aligned::default(),
+            tokens: 0,
+            dim: heads.dim,
+        };
+        Self {
+            heads: (0..heads.kv).map(|_| head()).collect(),
+        }
     }
 
     /// Appends a token: its row of the fused projection, after rotation.
     pub fn push(&mut self, heads: Heads, qkv: &[f32]) {
         let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
-        let parts = keys.chunks_exact(heads.dim).zip(values.chunks_exact(heads.dim));
+        let parts = keys
+            .chunks_exact(heads.dim)
+            .zip(values.chunks_exact(heads.dim));
         for (head, (key, value)) in self.heads.iter_mut().zip(parts) {
             head.push(key, value);
         }
@@ -41,13 +50,25 @@ impl LayerCache {
     /// The keys of a head as an operand: queries times this are scores.
     pub fn keys(&self, kv_head: usize) -> Panels<'_> {
         let head = &self.heads[kv_head];
-        Panels::strided(head.keys.as_slice(), head.tokens, head.dim, head.dim * panel_width(), panel_width())
+        Panels::strided(
+            head.keys.as_slice(),
+            head.tokens,
+            head.dim,
+            head.dim * panel_width(),
+            panel_width(),
+        )
     }
 
     /// The values of a head as an operand: weights times this are results.
     pub fn values(&self, kv_head: usize) -> Panels<'_> {
         let head = &self.heads[kv_head];
-        Panels::strided(head.values.as_slice(), head.dim, head.tokens, panel_width(), head.value_stride())
+        Panels::strided(
+            head.values.as_slice(),
+            head.dim,
+            head.tokens,
+            panel_width(),
+            head.value_stride(),
+        )
     }
 }
 

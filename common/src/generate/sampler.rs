@@ -27,10 +27,22 @@ pub struct Sampling {
 impl Sampling {
     /// Refuses values without a meaning.
     pub fn check(&self) -> Result<()> {
-        ensure!(self.temperature >= 0.0 && self.temperature.is_finite(), "--temperature must be 0 or more");
-        ensure!(self.top_p > 0.0 && self.top_p <= 1.0, "--top-p must be above 0 and at most 1");
-        ensure!((0.0..=1.0).contains(&self.min_p), "--min-p must be between 0 and 1");
-        ensure!(self.repetition_penalty > 0.0, "--repetition-penalty must be above 0");
+        ensure!(
+            self.temperature >= 0.0 && self.temperature.is_finite(),
+            "--temperature must be 0 or more"
+        );
+        ensure!(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "--top-p must be above 0 and at most 1"
+        );
+        ensure!(
+            (0.0..=1.0).contains(&self.min_p),
+            "--min-p must be between 0 and 1"
+        );
+        ensure!(
+            self.repetition_penalty > 0.0,
+            "--repetition-penalty must be above 0"
+        );
         ensure!(self.max_tokens > 0, "--max-tokens must be at least 1");
         Ok(())
     }
@@ -39,7 +51,9 @@ impl Sampling {
 /// The random numbers of one sample: one draw per token, from a stream that no other sample shares.
 pub(super) fn stream(seed: u64, key: &str, sample: usize) -> ChaCha8Rng {
     let mut hash = blake3::Hasher::new();
-    hash.update(&seed.to_le_bytes()).update(&(sample as u64).to_le_bytes()).update(key.as_bytes());
+    hash.update(&seed.to_le_bytes())
+        .update(&(sample as u64).to_le_bytes())
+        .update(key.as_bytes());
     ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
 }
 
@@ -71,13 +85,23 @@ pub(super) fn draw<'a>(
         let max = softmax::max(logits);
         let scale = 1.0 / how.temperature;
         logits.iter_mut().for_each(|l| *l = (*l - max) * scale);
-        if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 { truncate(logits, how) }
+        if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 {
+            truncate(logits, how)
+        }
         pick(logits, uniform(rng))
     };
-    Drawn { token: token as u32, logp: raw[token] as f64 - lse }
+    Drawn {
+        token: token as u32,
+        logp: raw[token] as f64 - lse,
+    }
 }
 
-fn penalise<'a>(logits: &mut [f32], raw: &[f32], seen: impl Iterator<Item = &'a u32>, penalty: f32) {
+fn penalise<'a>(
+    logits: &mut [f32],
+    raw: &[f32],
+    seen: impl Iterator<Item = &'a u32>,
+    penalty: f32,
+) {
     if penalty == 1.0 {
         return;
     }
@@ -96,7 +120,9 @@ fn greedy(logits: &[f32]) -> usize {
 /// Sets to −∞ what top-k, top-p and min-p drop. Logits are scaled and at most 0 here.
 fn truncate(logits: &mut [f32], how: &Sampling) {
     // A token below every threshold that one of the three could set is no candidate: only the rest is sorted.
-    let mut kept: Vec<usize> = (0..logits.len()).filter(|&i| logits[i] >= how.min_p.ln()).collect();
+    let mut kept: Vec<usize> = (0..logits.len())
+        .filter(|&i| logits[i] >= how.min_p.ln())
+        .collect();
     let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
     if how.top_k > 0 && how.top_k < kept.len() {
         kept.select_nth_unstable_by(how.top_k - 1, by_logit);
@@ -116,7 +142,11 @@ fn keep_top_p(logits: &[f32], kept: &mut Vec<usize>, top_p: f64) {
     let mass = |i: &usize| softmax::exp(logits[*i]) as f64;
     let wanted = top_p * kept.iter().map(mass).sum::<f64>();
     for floor in [-7.0, -12.0, f32::NEG_INFINITY] {
-        let mut head: Vec<usize> = kept.iter().copied().filter(|&i| logits[i] >= floor).collect();
+        let mut head: Vec<usize> = kept
+            .iter()
+            .copied()
+            .filter(|&i| logits[i] >= floor)
+            .collect();
         if head.iter().map(mass).sum::<f64>() < wanted && floor > f32::NEG_INFINITY {
             continue;
         }
@@ -135,7 +165,10 @@ fn keep_top_p(logits: &[f32], kept: &mut Vec<usize>, top_p: f64) {
 /// The token at which the cumulative weight passes `u` of the total. `logits` become weights.
 fn pick(logits: &mut [f32], u: f64) -> usize {
     const CHUNK: usize = 512;
-    let sums: Vec<f64> = logits.chunks_mut(CHUNK).map(|c| softmax::exp_in_place(c, 0.0) as f64).collect();
+    let sums: Vec<f64> = logits
+        .chunks_mut(CHUNK)
+        .map(|c| softmax::exp_in_place(c, 0.0) as f64)
+        .collect();
     let mut rest = u * sums.iter().sum::<f64>();
     let mut last = 0;
     for (chunk, sum) in sums.iter().enumerate() {
@@ -163,7 +196,15 @@ mod tests {
     use super::*;
 
     pub fn plain() -> Sampling {
-        Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0, max_tokens: 1, seed: 0 }
+        Sampling {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_tokens: 1,
+            seed: 0,
+        }
     }
 
     fn counts(logits: &[f32], seen: &[u32], how: &Sampling, draws: usize) -> Vec<f64> {
@@ -183,20 +224,37 @@ mod tests {
         for (i, (&f, w)) in found.iter().zip(weights).enumerate() {
             let p = w / total;
             if p > 0.01 {
-                assert!((f - p).abs() <= 5.0 * (p * (1.0 - p) / 20_000.0).sqrt(), "token {i}: {f} for {p}");
+                assert!(
+                    (f - p).abs() <= 5.0 * (p * (1.0 - p) / 20_000.0).sqrt(),
+                    "token {i}: {f} for {p}"
+                );
             } else {
                 rest = (rest.0 + f, rest.1 + p);
             }
         }
-        assert!((rest.0 - rest.1).abs() <= 5.0 * (rest.1 / 20_000.0).sqrt(), "the rest: {rest:?}");
+        assert!(
+            (rest.0 - rest.1).abs() <= 5.0 * (rest.1 / 20_000.0).sqrt(),
+            "the rest: {rest:?}"
+        );
     }
 
     #[test]
     fn frequencies_are_the_softmax() {
-        let logits: Vec<f32> = (0..1030).map(|i| if i % 200 == 3 { (i as f32 / 500.0) + 4.0 } else { -6.0 }).collect();
+        let logits: Vec<f32> = (0..1030)
+            .map(|i| {
+                if i % 200 == 3 {
+                    (i as f32 / 500.0) + 4.0
+                } else {
+                    -6.0
+                }
+            })
+            .collect();
         let weights: Vec<f64> = logits.iter().map(|&l| (l as f64).exp()).collect();
         assert_frequencies(&counts(&logits, &[], &plain(), 20_000), &weights);
-        let hot = Sampling { temperature: 2.0, ..plain() };
+        let hot = Sampling {
+            temperature: 2.0,
+            ..plain()
+        };
         let weights: Vec<f64> = logits.iter().map(|&l| (l as f64 / 2.0).exp()).collect();
         assert_frequencies(&counts(&logits, &[], &hot, 20_000), &weights);
     }
@@ -205,27 +263,70 @@ mod tests {
     fn truncations_keep_what_they_should() {
         let p = [0.1, 0.4, 0.05, 0.3, 0.15f64];
         let logits = p.map(|p| p.ln() as f32);
-        let check = |how: Sampling, kept: [f64; 5]| assert_frequencies(&counts(&logits, &[], &how, 20_000), &kept);
-        check(Sampling { top_k: 2, ..plain() }, [0.0, 0.4, 0.0, 0.3, 0.0]);
-        check(Sampling { top_p: 0.65, ..plain() }, [0.0, 0.4, 0.0, 0.3, 0.0]);
-        check(Sampling { top_p: 0.75, ..plain() }, [0.0, 0.4, 0.0, 0.3, 0.15]);
-        check(Sampling { min_p: 0.3, ..plain() }, [0.0, 0.4, 0.0, 0.3, 0.15]);
-        check(Sampling { top_k: 3, top_p: 0.5, ..plain() }, [0.0, 0.4, 0.0, 0.3, 0.0]);
+        let check = |how: Sampling, kept: [f64; 5]| {
+            assert_frequencies(&counts(&logits, &[], &how, 20_000), &kept)
+        };
+        check(
+            Sampling {
+                top_k: 2,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
+        check(
+            Sampling {
+                top_p: 0.65,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
+        check(
+            Sampling {
+                top_p: 0.75,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.15],
+        );
+        check(
+            Sampling {
+                min_p: 0.3,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.15],
+        );
+        check(
+            Sampling {
+                top_k: 3,
+                top_p: 0.5,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
     }
 
     #[test]
     fn greedy_takes_the_first_best_and_penalty_moves_it() {
         let logits = [1.0, 3.0, 3.0, -1.0f32];
-        let greedy = Sampling { temperature: 0.0, ..plain() };
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..plain()
+        };
         assert_eq!(counts(&logits, &[], &greedy, 1)[1], 1.0);
-        let penalised = Sampling { repetition_penalty: 2.0, ..greedy };
+        let penalised = Sampling {
+            repetition_penalty: 2.0,
+            ..greedy
+        };
         assert_eq!(counts(&logits, &[1, 1, 1], &penalised, 1)[2], 1.0);
     }
 
     #[test]
     fn logp_is_the_models_own() {
         let mut rng = stream(0, "p", 0);
-        let how = Sampling { temperature: 0.3, top_k: 1, ..plain() };
+        let how = Sampling {
+            temperature: 0.3,
+            top_k: 1,
+            ..plain()
+        };
         let drawn = draw(&mut [0.0, 1.0, 2.0], [].iter(), &how, &mut rng);
         let exact = 2.0 - (1.0 + 1f64.exp() + 2f64.exp()).ln();
         assert!(drawn.token == 2 && (drawn.logp - exact).abs() < 1e-6);

@@ -34,7 +34,13 @@ pub fn backward(
         } else {
             &kept
         };
-        let pass = Pass { decoder, params, layout, rotary: &rotary, layer: i };
+        let pass = Pass {
+            decoder,
+            params,
+            layout,
+            rotary: &rotary,
+            layer: i,
+        };
         pass.mlp(state, &mut dx, &mut buffers, gradients);
         pass.attention(state, &mut dx, &mut buffers, gradients);
     }
@@ -61,24 +67,46 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// next = middle + down(swiglu(gate_up(norm(middle)))): turns the gradient of `next` into that of `middle`.
     fn mlp(&self, state: &LayerState, dx: &mut [f32], b: &mut Buffers, gradients: &mut Gradients) {
-        let (layer, p) = (&self.decoder.layers[self.layer], &self.params.layers[self.layer]);
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
         let precision = self.decoder.precision;
         self.decoder.mlp_inner(&state.gate_up, &mut b.inner);
         gradients.linear(&p.down, &b.inner, dx, precision);
         layer.down.backward(dx, &mut b.d_inner);
         b.d_wide.clone_from(&state.gate_up);
         activation::swiglu_backward(&mut b.d_wide, self.decoder.config.ffn, &b.d_inner);
-        self.decoder.mlp_input(self.layer, &state.middle, &mut b.inner);
+        self.decoder
+            .mlp_input(self.layer, &state.middle, &mut b.inner);
         gradients.linear(&p.gate_up, &b.inner, &b.d_wide, precision);
         layer.gate_up.backward(&b.d_wide, &mut b.d_inner);
         let eps = self.decoder.config.norm_eps;
-        let d_weight = gradients.vector(&p.mlp_norm).unwrap_or_else(|| spare(&mut b.unused, layer.mlp_norm.len()));
-        norm::backward(&state.middle, &layer.mlp_norm, eps, &b.d_inner, dx, d_weight);
+        let d_weight = gradients
+            .vector(&p.mlp_norm)
+            .unwrap_or_else(|| spare(&mut b.unused, layer.mlp_norm.len()));
+        norm::backward(
+            &state.middle,
+            &layer.mlp_norm,
+            eps,
+            &b.d_inner,
+            dx,
+            d_weight,
+        );
     }
 
     /// middle = x + output(attention(rotate(qkv(norm(x))))): turns the gradient of `middle` into that of `x`.
-    fn attention(&self, state: &LayerState, dx: &mut [f32], b: &mut Buffers, gradients: &mut Gradients) {
-        let (layer, p) = (&self.decoder.layers[self.layer], &self.params.layers[self.layer]);
+    fn attention(
+        &self,
+        state: &LayerState,
+        dx: &mut [f32],
+        b: &mut Buffers,
+        gradients: &mut Gradients,
+    ) {
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
         let (precision, eps) = (self.decoder.precision, self.decoder.config.norm_eps);
         gradients.linear(&p.output, &state.attention, dx, precision);
         layer.output.backward(dx, &mut b.d_inner);
@@ -99,7 +127,9 @@ impl Pass<'_> {
         norm::forward(&state.x, &layer.input_norm, eps, &mut b.inner);
         gradients.linear(&p.qkv, &b.inner, &b.d_wide, precision);
         layer.qkv.backward(&b.d_wide, &mut b.d_inner);
-        let d_weight = gradients.vector(&p.input_norm).unwrap_or_else(|| spare(&mut b.unused, layer.input_norm.len()));
+        let d_weight = gradients
+            .vector(&p.input_norm)
+            .unwrap_or_else(|| spare(&mut b.unused, layer.input_norm.len()));
         norm::backward(&state.x, &layer.input_norm, eps, &b.d_inner, dx, d_weight);
     }
 
@@ -107,7 +137,10 @@ impl Pass<'_> {
         let heads = self.decoder.layers[self.layer].heads;
         let positions: Vec<usize> = self.layout.positions().collect();
         crate::kernels::rows(d_qkv, heads.qkv_width(), |first, part| {
-            for (row, &position) in part.chunks_exact_mut(heads.qkv_width()).zip(&positions[first..]) {
+            for (row, &position) in part
+                .chunks_exact_mut(heads.qkv_width())
+                .zip(&positions[first..])
+            {
                 for head in row[..heads.q_width() + heads.kv_width()].chunks_exact_mut(heads.dim) {
                     self.rotary.rotate_back(head, position);
                 }
@@ -117,15 +150,31 @@ impl Pass<'_> {
 
     /// Carries the gradient through the norms of query and key heads, where the family has them.
     fn head_norms(&self, state: &LayerState, b: &mut Buffers, gradients: &mut Gradients) {
-        let (layer, p) = (&self.decoder.layers[self.layer], &self.params.layers[self.layer]);
-        let (Some((q, k)), Some((q_span, k_span))) = (&layer.head_norms, &p.head_norms) else { return };
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
+        let (Some((q, k)), Some((q_span, k_span))) = (&layer.head_norms, &p.head_norms) else {
+            return;
+        };
         let (heads, eps) = (layer.heads, self.decoder.config.norm_eps);
         let width = heads.qkv_width();
-        for (weight, span, columns) in
-            [(q, q_span, 0..heads.q_width()), (k, k_span, heads.q_width()..heads.q_width() + heads.kv_width())]
-        {
-            let d_weight = gradients.vector(span).unwrap_or_else(|| spare(&mut b.unused, weight.len()));
-            for (raw, d_row) in state.qkv_raw.chunks_exact(width).zip(b.d_wide.chunks_exact_mut(width)) {
+        for (weight, span, columns) in [
+            (q, q_span, 0..heads.q_width()),
+            (
+                k,
+                k_span,
+                heads.q_width()..heads.q_width() + heads.kv_width(),
+            ),
+        ] {
+            let d_weight = gradients
+                .vector(span)
+                .unwrap_or_else(|| spare(&mut b.unused, weight.len()));
+            for (raw, d_row) in state
+                .qkv_raw
+                .chunks_exact(width)
+                .zip(b.d_wide.chunks_exact_mut(width))
+            {
                 let raw = raw[columns.clone()].chunks_exact(heads.dim);
                 for (raw, d) in raw.zip(d_row[columns.clone()].chunks_exact_mut(heads.dim)) {
                     let dy = d.to_vec();

@@ -53,13 +53,22 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    fn new(source: &(impl Source + ?Sized), matrix: &Matrix, precision: Precision, purpose: Use) -> Result<Self> {
+    fn new(
+        source: &(impl Source + ?Sized),
+        matrix: &Matrix,
+        precision: Precision,
+        purpose: Use,
+    ) -> Result<Self> {
         let weight = source.get(&matrix.weight)?;
         let weight = Mat::new(&weight, matrix.rows, matrix.cols);
         Ok(Self {
             transposed: (purpose == Use::Training).then(|| Packed::from_columns(weight, precision)),
             weight: Packed::from_rows(weight, precision),
-            bias: matrix.bias.as_ref().map(|b| source.get(b).map(|b| b.into_owned())).transpose()?,
+            bias: matrix
+                .bias
+                .as_ref()
+                .map(|b| source.get(b).map(|b| b.into_owned()))
+                .transpose()?,
         })
     }
 
@@ -78,7 +87,14 @@ impl Linear {
     /// `y` `[T, out]` is set to, or gains, x·Wᵀ + b, for `x` `[T, in]`.
     fn forward(&self, x: &[f32], y: &mut [f32], write: Write) {
         let (n, k) = (self.weight.n(), self.weight.k());
-        matmul(Left::Rows(Mat::new(x, x.len() / k, k)), self.weight.panels(), y, n, write, Threads::All);
+        matmul(
+            Left::Rows(Mat::new(x, x.len() / k, k)),
+            self.weight.panels(),
+            y,
+            n,
+            write,
+            Threads::All,
+        );
         if let Some(bias) = &self.bias {
             rows(y, n, |_, y| {
                 for row in y.chunks_exact_mut(n) {
@@ -91,9 +107,19 @@ impl Linear {
     /// `dx` `[T, in]` is set to dy·W, for `dy` `[T, out]`.
     pub fn backward(&self, dy: &[f32], dx: &mut Vec<f32>) {
         let (n, k) = (self.weight.k(), self.weight.n());
-        let transposed = self.transposed.as_ref().expect("the decoder was built for training");
+        let transposed = self
+            .transposed
+            .as_ref()
+            .expect("the decoder was built for training");
         dx.resize(dy.len() / k * n, 0.0);
-        matmul(Left::Rows(Mat::new(dy, dy.len() / k, k)), transposed.panels(), dx, n, Write::Set, Threads::All);
+        matmul(
+            Left::Rows(Mat::new(dy, dy.len() / k, k)),
+            transposed.panels(),
+            dx,
+            n,
+            Write::Set,
+            Threads::All,
+        );
     }
 }
 
@@ -118,20 +144,39 @@ pub struct LayerState {
     pub scratch: Vec<f32>,
 }
 
+impl LayerState {
+    /// The state without what no backward pass reads.
+    pub fn without_scratch(mut self) -> Self {
+        self.scratch = vec![];
+        self
+    }
+}
+
 impl Decoder {
     /// Packs a model's weights, from a checkpoint or from the flat buffer.
     ///
     /// # Errors
     /// A tensor that is missing or of another shape.
-    pub fn new(config: &Config, source: &(impl Source + ?Sized), precision: Precision, purpose: Use) -> Result<Self> {
+    pub fn new(
+        config: &Config,
+        source: &(impl Source + ?Sized),
+        precision: Precision,
+        purpose: Use,
+    ) -> Result<Self> {
         let params = Params::new(config);
         let table = |span: &Span| -> Result<Packed> {
             let values = source.get(span)?;
-            Ok(Packed::from_rows(Mat::new(&values, config.vocab, config.hidden), precision))
+            Ok(Packed::from_rows(
+                Mat::new(&values, config.vocab, config.hidden),
+                precision,
+            ))
         };
         let transposed = |span: &Span| -> Result<Packed> {
             let values = source.get(span)?;
-            Ok(Packed::from_columns(Mat::new(&values, config.vocab, config.hidden), precision))
+            Ok(Packed::from_columns(
+                Mat::new(&values, config.vocab, config.hidden),
+                precision,
+            ))
         };
         let vector = |span: &Span| source.get(span).map(|v| v.into_owned());
         let head_span = params.head.as_ref().unwrap_or(&params.embedding);
@@ -146,7 +191,11 @@ impl Decoder {
                 },
                 input_norm: vector(&p.input_norm)?,
                 qkv: linear(&p.qkv)?,
-                head_norms: p.head_norms.as_ref().map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?))).transpose()?,
+                head_norms: p
+                    .head_norms
+                    .as_ref()
+                    .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
+                    .transpose()?,
                 output: linear(&p.output)?,
                 mlp_norm: vector(&p.mlp_norm)?,
                 gate_up: linear(&p.gate_up)?,
@@ -158,8 +207,15 @@ impl Decoder {
             precision,
             embedding: table(&params.embedding)?,
             head: params.head.as_ref().map(table).transpose()?,
-            head_transposed: (purpose == Use::Training).then(|| transposed(head_span)).transpose()?,
-            layers: params.layers.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            head_transposed: (purpose == Use::Training)
+                .then(|| transposed(head_span))
+                .transpose()?,
+            layers: params
+                .layers
+                .iter()
+                .enumerate()
+                .map(layer)
+                .collect::<Result<_>>()?,
             norm: vector(&params.norm)?,
             inv_freq: config.rope.inv_freq(config.head_dim),
         })
@@ -168,16 +224,25 @@ impl Decoder {
     /// Takes over changed parameters from the flat buffer.
     pub fn update(&mut self, flat: &[f32], params: &Params) {
         let table = |packed: &mut Packed, span: &Span, config: &Config| {
-            packed.set_rows(Mat::new(&flat[span.range.clone()], config.vocab, config.hidden));
+            packed.set_rows(Mat::new(
+                &flat[span.range.clone()],
+                config.vocab,
+                config.hidden,
+            ));
         };
-        let vector = |target: &mut Vec<f32>, span: &Span| target.copy_from_slice(&flat[span.range.clone()]);
+        let vector =
+            |target: &mut Vec<f32>, span: &Span| target.copy_from_slice(&flat[span.range.clone()]);
         table(&mut self.embedding, &params.embedding, &self.config);
         if let (Some(head), Some(span)) = (&mut self.head, &params.head) {
             table(head, span, &self.config);
         }
         if let Some(transposed) = &mut self.head_transposed {
             let span = params.head.as_ref().unwrap_or(&params.embedding);
-            transposed.set_columns(Mat::new(&flat[span.range.clone()], self.config.vocab, self.config.hidden));
+            transposed.set_columns(Mat::new(
+                &flat[span.range.clone()],
+                self.config.vocab,
+                self.config.hidden,
+            ));
         }
         for (layer, p) in self.layers.iter_mut().zip(&params.layers) {
             vector(&mut layer.input_norm, &p.input_norm);
@@ -186,12 +251,26 @@ impl Decoder {
                 vector(q, q_span);
                 vector(k, k_span);
             }
-            let linears = [&mut layer.qkv, &mut layer.output, &mut layer.gate_up, &mut layer.down];
+            let linears = [
+                &mut layer.qkv,
+                &mut layer.output,
+                &mut layer.gate_up,
+                &mut layer.down,
+            ];
             for (linear, matrix) in linears.into_iter().zip(p.matrices()) {
                 linear.update(flat, matrix);
             }
         }
         vector(&mut self.norm, &params.norm);
+    }
+
+    /// The bytes that the states of all layers take for so many tokens.
+    pub fn state_bytes(&self, tokens: usize) -> usize {
+        let c = &self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let qkv = (q + 2 * kv) * if c.qk_norm { 2 } else { 1 };
+        let row = 2 * c.hidden + qkv + q + c.heads + 2 * c.ffn;
+        tokens * row * c.layers * size_of::<f32>()
     }
 
     /// The LM head, `[vocab, hidden]`.
@@ -201,7 +280,10 @@ impl Decoder {
 
     /// The LM head's rows of some words as the columns of an operand: `[rows, words]` × this = `[rows, hidden]`.
     pub fn head_transposed(&self, words: Range<usize>) -> Panels<'_> {
-        self.head_transposed.as_ref().expect("the decoder was built for training").sum_range(words)
+        self.head_transposed
+            .as_ref()
+            .expect("the decoder was built for training")
+            .sum_range(words)
     }
 
     /// How the heads of layer `i` are laid out.
@@ -230,7 +312,13 @@ impl Decoder {
     }
 
     /// The gradient of the last norm: adds to `dx`, and to the norm's own where it is wanted.
-    pub fn final_norm_backward(&self, x: &[f32], dy: &[f32], dx: &mut [f32], d_weight: Option<&mut [f32]>) {
+    pub fn final_norm_backward(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        d_weight: Option<&mut [f32]>,
+    ) {
         let mut unused = vec![];
         let d_weight = d_weight.unwrap_or_else(|| {
             unused.resize(self.norm.len(), 0.0);
@@ -241,7 +329,12 @@ impl Decoder {
 
     /// The residual stream after the last layer, `[T, hidden]`, before the last norm. `seen` is shown each layer's
     /// state right after it ran, and may take it.
-    pub fn forward(&self, layout: &Layout, tokens: &[u32], mut seen: impl FnMut(usize, &mut LayerState)) -> Vec<f32> {
+    pub fn forward(
+        &self,
+        layout: &Layout,
+        tokens: &[u32],
+        mut seen: impl FnMut(usize, &mut LayerState),
+    ) -> Vec<f32> {
         assert_eq!(layout.tokens(), tokens.len());
         let rotary = self.rotary(layout.longest());
         let mut state = LayerState::default();
@@ -256,14 +349,27 @@ impl Decoder {
     }
 
     /// Runs layer `i` on `state.x`, filling the rest of the state; `next` receives its output.
-    pub fn run_layer(&self, i: usize, layout: &Layout, rotary: &Rotary, state: &mut LayerState, next: &mut Vec<f32>) {
+    pub fn run_layer(
+        &self,
+        i: usize,
+        layout: &Layout,
+        rotary: &Rotary,
+        state: &mut LayerState,
+        next: &mut Vec<f32>,
+    ) {
         let heads = self.layers[i].heads;
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
         self.project(i, &positions, rotary, state);
         state.attention.resize(tokens * heads.q_width(), 0.0);
         state.lse.resize(tokens * heads.query, 0.0);
-        attention::forward(layout, heads, &state.qkv, &mut state.attention, &mut state.lse);
+        attention::forward(
+            layout,
+            heads,
+            &state.qkv,
+            &mut state.attention,
+            &mut state.lse,
+        );
         self.finish(i, state, next);
     }
 
@@ -275,14 +381,20 @@ impl Decoder {
         state.scratch.resize(state.x.len(), 0.0);
         norm::forward(&state.x, &layer.input_norm, eps, &mut state.scratch);
         state.qkv.resize(positions.len() * width, 0.0);
-        layer.qkv.forward(&state.scratch, &mut state.qkv, Write::Set);
+        layer
+            .qkv
+            .forward(&state.scratch, &mut state.qkv, Write::Set);
         if layer.head_norms.is_some() {
             state.qkv_raw.clone_from(&state.qkv);
         }
         rows(&mut state.qkv, width, |first, qkv| {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
-                let (q, k) = row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
-                for (part, head_norm) in [(q, layer.head_norms.as_ref().map(|n| &n.0)), (k, layer.head_norms.as_ref().map(|n| &n.1))] {
+                let (q, k) =
+                    row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
+                for (part, head_norm) in [
+                    (q, layer.head_norms.as_ref().map(|n| &n.0)),
+                    (k, layer.head_norms.as_ref().map(|n| &n.1)),
+                ] {
                     for head in part.chunks_exact_mut(heads.dim) {
                         if let Some(weight) = head_norm {
                             let raw = head.to_vec();
@@ -299,11 +411,15 @@ impl Decoder {
     pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
         state.middle.clone_from(&state.x);
-        layer.output.forward(&state.attention, &mut state.middle, Write::Add);
+        layer
+            .output
+            .forward(&state.attention, &mut state.middle, Write::Add);
         self.mlp_input(i, &state.middle, &mut state.scratch);
         let tokens = state.x.len() / self.config.hidden;
         state.gate_up.resize(tokens * 2 * self.config.ffn, 0.0);
-        layer.gate_up.forward(&state.scratch, &mut state.gate_up, Write::Set);
+        layer
+            .gate_up
+            .forward(&state.scratch, &mut state.gate_up, Write::Set);
         self.mlp_inner(&state.gate_up, &mut state.scratch);
         next.clone_from(&state.middle);
         layer.down.forward(&state.scratch, next, Write::Add);

@@ -33,7 +33,14 @@ impl Gradients<'_> {
                 let x = Packed::from_columns(Mat::new(x, tokens, matrix.cols), precision);
                 let dy_columns = Left::Columns(Mat::new(dy, tokens, matrix.rows));
                 let target = &mut flat[matrix.weight.range.clone()];
-                matmul(dy_columns, x.panels(), target, matrix.cols, Write::Add, Threads::All);
+                matmul(
+                    dy_columns,
+                    x.panels(),
+                    target,
+                    matrix.cols,
+                    Write::Add,
+                    Threads::All,
+                );
                 if let Some(bias) = &matrix.bias {
                     let target = &mut flat[bias.range.clone()];
                     for row in dy.chunks_exact(matrix.rows) {
@@ -41,7 +48,9 @@ impl Gradients<'_> {
                     }
                 }
             }
-            Self::Lora { lora, values, flat } => lora.add_gradient(values, flat, matrix, x, dy, precision),
+            Self::Lora { lora, values, flat } => {
+                lora.add_gradient(values, flat, matrix, x, dy, precision)
+            }
         }
     }
 
@@ -56,9 +65,14 @@ impl Gradients<'_> {
     /// The LM head's gradient `[vocab, hidden]`, or none where it is not trained.
     pub fn head(&mut self) -> Option<&mut [f32]> {
         match self {
-            Self::Full { params, flat } => {
-                Some(&mut flat[params.head.as_ref().unwrap_or(&params.embedding).range.clone()])
-            }
+            Self::Full { params, flat } => Some(
+                &mut flat[params
+                    .head
+                    .as_ref()
+                    .unwrap_or(&params.embedding)
+                    .range
+                    .clone()],
+            ),
             Self::Lora { .. } => None,
         }
     }
@@ -69,7 +83,10 @@ impl Gradients<'_> {
             let table = &mut flat[params.embedding.range.clone()];
             let width = dx.len() / tokens.len();
             for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
-                table[token as usize * width..][..width].iter_mut().zip(dx).for_each(|(t, d)| *t += d);
+                table[token as usize * width..][..width]
+                    .iter_mut()
+                    .zip(dx)
+                    .for_each(|(t, d)| *t += d);
             }
         }
     }

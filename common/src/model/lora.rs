@@ -9,7 +9,15 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 /// The projections that are adapted: all linear maps of the layers.
-pub const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub const PROJECTIONS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 
 /// The adapter of one projection. A is `[rank, cols]`, B `[rows, rank]`.
 #[derive(Clone, Debug)]
@@ -48,7 +56,13 @@ pub struct Lora {
 impl Lora {
     /// Lays out adapters for every projection.
     pub fn new(params: &Params, rank: usize, alpha: f32) -> Self {
-        let mut lora = Self { rank, alpha, adapters: vec![], len: 0, by_matrix: HashMap::new() };
+        let mut lora = Self {
+            rank,
+            alpha,
+            adapters: vec![],
+            len: 0,
+            by_matrix: HashMap::new(),
+        };
         for matrix in params.layers.iter().flat_map(|layer| layer.matrices()) {
             let first = lora.adapters.len();
             let (mut at, mut column) = (matrix.weight.range.start, 0);
@@ -58,11 +72,20 @@ impl Lora {
                 let b = a.end..a.end + rows * rank;
                 lora.len = b.end;
                 let module = name.trim_end_matches(".weight").to_owned();
-                lora.adapters.push(Adapter { module, weight: at..at + rows * cols, rows, cols, a, b, column });
+                lora.adapters.push(Adapter {
+                    module,
+                    weight: at..at + rows * cols,
+                    rows,
+                    cols,
+                    a,
+                    b,
+                    column,
+                });
                 at += rows * cols;
                 column += rows;
             }
-            lora.by_matrix.insert(matrix.weight.range.start, first..lora.adapters.len());
+            lora.by_matrix
+                .insert(matrix.weight.range.start, first..lora.adapters.len());
         }
         lora
     }
@@ -77,7 +100,9 @@ impl Lora {
         let mut flat = vec![0.0; self.len];
         for adapter in &self.adapters {
             let bound = 1.0 / (adapter.cols as f32).sqrt();
-            flat[adapter.a.clone()].iter_mut().for_each(|x| *x = (2.0 * uniform() - 1.0) * bound);
+            flat[adapter.a.clone()]
+                .iter_mut()
+                .for_each(|x| *x = (2.0 * uniform() - 1.0) * bound);
         }
         flat
     }
@@ -88,11 +113,21 @@ impl Lora {
         for adapter in &self.adapters {
             scaled.clear();
             scaled.extend(adapters[adapter.b.clone()].iter().map(|b| b * self.scale()));
-            let a = Packed::from_columns(Mat::new(&adapters[adapter.a.clone()], self.rank, adapter.cols), Precision::F32);
+            let a = Packed::from_columns(
+                Mat::new(&adapters[adapter.a.clone()], self.rank, adapter.cols),
+                Precision::F32,
+            );
             let target = &mut merged[adapter.weight.clone()];
             target.copy_from_slice(&base[adapter.weight.clone()]);
             let b = Left::Rows(Mat::new(&scaled, adapter.rows, self.rank));
-            matmul(b, a.panels(), target, adapter.cols, Write::Add, Threads::All);
+            matmul(
+                b,
+                a.panels(),
+                target,
+                adapter.cols,
+                Write::Add,
+                Threads::All,
+            );
         }
     }
 
@@ -114,18 +149,45 @@ impl Lora {
             let dy = Mat::strided(&dy[adapter.column..], tokens, adapter.rows, matrix.rows);
             let product = |left: Mat, right: Packed| {
                 let mut out = vec![0.0; tokens * rank];
-                matmul(Left::Rows(left), right.panels(), &mut out, rank, Write::Set, Threads::All);
+                matmul(
+                    Left::Rows(left),
+                    right.panels(),
+                    &mut out,
+                    rank,
+                    Write::Set,
+                    Threads::All,
+                );
                 out.iter_mut().for_each(|v| *v *= self.scale());
                 out
             };
-            let a = Packed::from_rows(Mat::new(&values[adapter.a.clone()], rank, adapter.cols), precision);
-            let b = Packed::from_columns(Mat::new(&values[adapter.b.clone()], adapter.rows, rank), precision);
+            let a = Packed::from_rows(
+                Mat::new(&values[adapter.a.clone()], rank, adapter.cols),
+                precision,
+            );
+            let b = Packed::from_columns(
+                Mat::new(&values[adapter.b.clone()], adapter.rows, rank),
+                precision,
+            );
             let x_a = product(Mat::new(x, tokens, matrix.cols), a); // [T, r]
             let dy_b = product(dy, b); // [T, r]
             let x_a = Packed::from_columns(Mat::new(&x_a, tokens, rank), precision);
-            matmul(Left::Columns(dy), x_a.panels(), &mut flat[adapter.b.clone()], rank, Write::Add, Threads::All);
+            matmul(
+                Left::Columns(dy),
+                x_a.panels(),
+                &mut flat[adapter.b.clone()],
+                rank,
+                Write::Add,
+                Threads::All,
+            );
             let dy_b = Left::Columns(Mat::new(&dy_b, tokens, rank));
-            matmul(dy_b, x_columns.panels(), &mut flat[adapter.a.clone()], adapter.cols, Write::Add, Threads::All);
+            matmul(
+                dy_b,
+                x_columns.panels(),
+                &mut flat[adapter.a.clone()],
+                adapter.cols,
+                Write::Add,
+                Threads::All,
+            );
         }
     }
 }

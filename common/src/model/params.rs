@@ -72,12 +72,22 @@ pub struct Params {
 impl Params {
     /// Lays out the parameters of a model.
     pub fn new(config: &Config) -> Self {
-        let mut cursor = Cursor { config, shapes: config.parameters().into_iter().collect(), at: 0 };
+        let mut cursor = Cursor {
+            config,
+            shapes: config.parameters().into_iter().collect(),
+            at: 0,
+        };
         let embedding = cursor.span("model.", &["embed_tokens.weight"]);
         let layers = (0..config.layers).map(|i| cursor.layer(i)).collect();
         let norm = cursor.span("model.", &["norm.weight"]);
         let head = (!config.tied).then(|| cursor.span("", &["lm_head.weight"]));
-        Self { embedding, layers, norm, head, len: cursor.at }
+        Self {
+            embedding,
+            layers,
+            norm,
+            head,
+            len: cursor.at,
+        }
     }
 
     /// All spans, in the order of the flat buffer.
@@ -160,7 +170,8 @@ impl Cursor<'_> {
             input_norm: self.span(&prefix, &["input_layernorm.weight"]),
             qkv: self.matrix(&prefix, &attention, c.qkv_bias),
             head_norms: c.qk_norm.then(|| {
-                let mut norm = |which: &str| self.span(&prefix, &[&format!("self_attn.{which}_norm.weight")]);
+                let mut norm =
+                    |which: &str| self.span(&prefix, &[&format!("self_attn.{which}_norm.weight")]);
                 (norm("q"), norm("k"))
             }),
             output: self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias),
@@ -171,12 +182,22 @@ impl Cursor<'_> {
     }
 
     fn matrix(&mut self, prefix: &str, modules: &[&str], bias: bool) -> Matrix {
-        let named = |kind: &str| modules.iter().map(|m| format!("{m}.{kind}")).collect::<Vec<_>>();
+        let named = |kind: &str| {
+            modules
+                .iter()
+                .map(|m| format!("{m}.{kind}"))
+                .collect::<Vec<_>>()
+        };
         let weight = self.span(prefix, &named("weight"));
         let bias = bias.then(|| self.span(prefix, &named("bias")));
         let rows = weight.tensors.iter().map(|(_, shape)| shape[0]).sum();
         let cols = weight.tensors[0].1[1];
-        Matrix { weight, bias, rows, cols }
+        Matrix {
+            weight,
+            bias,
+            rows,
+            cols,
+        }
     }
 
     fn span<S: AsRef<str>>(&mut self, prefix: &str, names: &[S]) -> Span {
@@ -184,9 +205,18 @@ impl Cursor<'_> {
             let shape = self.shapes[&name].clone();
             (name, shape)
         };
-        let tensors: Vec<_> = names.iter().map(|name| tensor(format!("{prefix}{}", name.as_ref()))).collect();
-        let len: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let tensors: Vec<_> = names
+            .iter()
+            .map(|name| tensor(format!("{prefix}{}", name.as_ref())))
+            .collect();
+        let len: usize = tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
         self.at += len;
-        Span { range: self.at - len..self.at, tensors }
+        Span {
+            range: self.at - len..self.at,
+            tensors,
+        }
     }
 }
