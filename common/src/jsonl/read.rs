@@ -393,7 +393,7 @@ mod tests {
             "{\"prompt\":\"a\"}\n{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\n{\"prompt\":\"a\"}\n\
              {\"prompt\":\"a\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\n{}\n",
         );
-        let sizes: Vec<_> = groups(rows(&[file.clone()]), 16)
+        let sizes: Vec<_> = groups(rows(std::slice::from_ref(&file)), 16)
             .map(|g| g.map(|g| g.len()).unwrap_or(0))
             .collect();
         assert_eq!(sizes, [2, 1, 1, 1, 2, 0]);
