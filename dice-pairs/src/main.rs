@@ -121,7 +121,7 @@ fn run(args: Args) -> Result<()> {
         progress.skip(reason, *n);
     }
     progress.note(format!(
-        "alpha {}, mean length gap {:.1} (at alpha 0: {:.1})",
+        "alpha {}, mean length gap {:.2} (at alpha 0: {:.2})",
         chosen.alpha, stats.gap, stats.gap_at_zero
     ));
     let pairs = if args.replay.is_some() {
@@ -147,7 +147,7 @@ fn run(args: Args) -> Result<()> {
     }
     output.finish()?;
     if pairs.is_empty() {
-        progress.say("no pair is left: see the reasons below");
+        progress.say("no pair is left");
     }
     progress.finish();
     Ok(())
@@ -162,6 +162,7 @@ fn read_samples(args: &Args, progress: &Progress) -> Result<Samples> {
         max_chars: args.max_chars,
         keep_truncated: args.keep_truncated,
     });
+    progress.read(0);
     for row in args.files.rows() {
         samples.add(&row?)?;
         progress.read(1);
