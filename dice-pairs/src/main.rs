@@ -1,7 +1,7 @@
 //! dice-pairs: of each prompt's scored samples, the best and the worst become a preference pair; offline pairs are
 //! mixed back in.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -109,6 +109,13 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
+    let stdin = Path::new("-");
+    let files = &args.files.files;
+    if args.replay.as_deref() == Some(stdin)
+        && (files.is_empty() || files.iter().any(|f| f == stdin))
+    {
+        bail!("--replay and the samples cannot both come from stdin: name a FILE for one of them");
+    }
     let Opened::Ready(mut output) = args.files.open()? else {
         return Ok(());
     };
@@ -225,7 +232,6 @@ mod tests {
     use clap::CommandFactory;
     use serde_json::{Value, json};
     use std::fs;
-    use std::path::Path;
 
     fn args(dir: &Path, more: &[&str]) -> Args {
         let path = |name: &str| dir.join(name).display().to_string();
@@ -345,6 +351,19 @@ mod tests {
             err.ends_with("in.jsonl:9: field \"response\" is missing"),
             "{err}"
         );
-        assert!(!dir.path().join("out.jsonl").exists());
+        let left = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(left, 1, "only the input");
+    }
+
+    #[test]
+    fn stdin_cannot_be_two_things() {
+        for files in [&["--replay", "-"][..], &["f", "-", "--replay", "-"]] {
+            let all = ["dice-pairs"].iter().chain(files);
+            let err = run(Args::try_parse_from(all).unwrap()).unwrap_err();
+            assert!(
+                err.to_string().contains("cannot both come from stdin"),
+                "{err:#}"
+            );
+        }
     }
 }
