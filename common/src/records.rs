@@ -39,18 +39,24 @@ impl Prompt {
         }
     }
 
+    /// What makes two prompts the same one, whichever form they have: the hash of their messages.
+    pub fn key(&self) -> blake3::Hash {
+        hash_json(&self.messages())
+    }
+
     /// A stable id: the first 16 hex digits of the BLAKE3 hash of the text, or of the messages' compact JSON.
     pub fn derived_id(&self) -> String {
         let hash = match self {
             Self::Text(text) => blake3::hash(text.as_bytes()),
-            Self::Messages(messages) => blake3::hash(
-                serde_json::to_string(messages)
-                    .expect("JSON values always serialise")
-                    .as_bytes(),
-            ),
+            Self::Messages(messages) => hash_json(messages),
         };
         hash.to_hex()[..16].to_owned()
     }
+}
+
+fn hash_json(messages: &[Map<String, Value>]) -> blake3::Hash {
+    let text = serde_json::to_string(messages).expect("JSON values always serialise");
+    blake3::hash(text.as_bytes())
 }
 
 fn message(value: &Value) -> Result<Map<String, Value>> {
@@ -88,6 +94,13 @@ mod tests {
         ] {
             assert!(Prompt::from_value(&bad).is_err(), "{bad} should be refused");
         }
+    }
+
+    #[test]
+    fn a_prompt_is_the_same_in_both_forms() {
+        let text = Prompt::Text("hi".into());
+        assert_eq!(text.key(), Prompt::Messages(text.messages()).key());
+        assert_ne!(text.key(), Prompt::Text("ho".into()).key());
     }
 
     #[test]

@@ -19,10 +19,13 @@ pub enum Opened {
     Ready(Output),
 }
 
-/// A sink of rows. Dropped without [`Output::finish`], a file's rows stay in `FILE.part` for `--resume`.
+/// A sink of rows. Dropped without [`Output::finish`] (an error, a signal), a file's rows stay in `FILE.part` for
+/// `--resume`, and the user is told; a `FILE.part` without rows goes away.
 pub struct Output {
     sink: Sink,
     kept: u64,
+    written: u64,
+    finished: bool,
 }
 
 enum Sink {
@@ -37,9 +40,16 @@ enum Sink {
 impl Output {
     /// Rows to stdout.
     pub fn stdout() -> Self {
+        let writer = BufWriter::with_capacity(1 << 16, io::stdout());
+        Self::new(Sink::Stdout(writer), 0)
+    }
+
+    fn new(sink: Sink, kept: u64) -> Self {
         Self {
-            sink: Sink::Stdout(BufWriter::with_capacity(1 << 16, io::stdout())),
-            kept: 0,
+            sink,
+            kept,
+            written: 0,
+            finished: false,
         }
     }
 
@@ -66,7 +76,8 @@ impl Output {
             ));
             return Ok(Opened::AlreadyDone);
         }
-        if part.exists() && !resume {
+        // An empty one holds no work to lose.
+        if part.metadata().is_ok_and(|meta| meta.len() > 0) && !resume {
             bail!(
                 "{} is there from an interrupted run: pass --resume to go on with it, or remove it",
                 part.display()
@@ -94,7 +105,7 @@ impl Output {
             part,
             path: path.to_owned(),
         };
-        Ok(Opened::Ready(Self { sink, kept }))
+        Ok(Opened::Ready(Self::new(sink, kept)))
     }
 
     /// How many whole rows an earlier run left, and this one keeps.
@@ -144,7 +155,10 @@ impl Output {
             Sink::File { writer, .. } => jsonl::write(writer, row),
         };
         match written {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.written += 1;
+                Ok(())
+            }
             Err(jsonl::WriteError::Io(err)) => Err(self.failed(err)),
             Err(err) => Err(anyhow!(err).context("a row cannot be written as JSON")),
         }
@@ -162,10 +176,11 @@ impl Output {
     /// Flushes stdout; syncs the file and gives it its name.
     pub fn finish(mut self) -> Result<()> {
         self.flush()?;
-        match self.sink {
-            Sink::Stdout(_) => Ok(()),
-            Sink::File { part, path, .. } => publish(&part, &path),
+        if let Sink::File { part, path, .. } = &self.sink {
+            publish(part, path)?;
         }
+        self.finished = true;
+        Ok(())
     }
 
     fn failed(&self, err: io::Error) -> anyhow::Error {
@@ -174,6 +189,25 @@ impl Output {
             Sink::File { part, .. } => part.display().to_string(),
         };
         anyhow::Error::new(err).context(format!("cannot write to {target}"))
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let Sink::File { part, .. } = &self.sink else {
+            return;
+        };
+        if self.finished {
+            return;
+        }
+        match self.kept + self.written {
+            // Nothing to go on with; left there, it would only be in the way.
+            0 => drop(std::fs::remove_file(part)),
+            _ => program::say(format_args!(
+                "{} is kept: --resume goes on after its last whole row",
+                part.display()
+            )),
+        }
     }
 }
 
@@ -341,6 +375,10 @@ mod tests {
         );
         drop(first);
         open(&path, true).unwrap();
+        assert!(
+            !part_path(&path).exists(),
+            "a part without rows is in the way"
+        );
         let err = refusal(&dir.path().join("gone/o"), false);
         assert!(
             err.starts_with("the folder ") && err.ends_with(" is not there"),

@@ -288,6 +288,7 @@ impl Read for Stdin {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::fs;
 
     struct World(tempfile::TempDir);
@@ -393,7 +394,7 @@ mod tests {
             "{\"prompt\":\"a\"}\n{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\n{\"prompt\":\"a\"}\n\
              {\"prompt\":\"a\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\"prompt\":\"b\",\"id\":1}\n{\n{}\n",
         );
-        let sizes: Vec<_> = groups(rows(&[file.clone()]), 16)
+        let sizes: Vec<_> = groups(rows(std::slice::from_ref(&file)), 16)
             .map(|g| g.map(|g| g.len()).unwrap_or(0))
             .collect();
         assert_eq!(sizes, [2, 1, 1, 1, 2, 0]);
@@ -401,5 +402,41 @@ mod tests {
             .map(|g| g.map(|g| g.len()).unwrap_or(0))
             .collect();
         assert_eq!(sizes, [1, 1, 1, 1, 1, 1, 1, 0]);
+    }
+
+    proptest! {
+        /// Whatever the bytes: the rows before the first bad line, then one error that names it, never a panic.
+        #[test]
+        fn any_bytes_are_rows_up_to_the_first_bad_line(
+            lines in prop::collection::vec(prop_oneof![
+                4 => Just(b"{\"a\":[1,\"\xc3\xa9\"]}".to_vec()),
+                2 => Just(b" \r".to_vec()),
+                1 => prop::collection::vec(any::<u8>(), 0..12),
+            ], 0..8),
+        ) {
+            let world = World::new();
+            let file = world.file("f", lines.join(&b'\n'));
+            let bytes = fs::read(&file).unwrap();
+            let mut expected = Vec::new();
+            for (i, line) in bytes.split(|b| *b == b'\n').enumerate() {
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                let row = serde_json::from_slice::<Map<String, Value>>(line);
+                expected.push((i as u64 + 1, row.is_ok()));
+                if row.is_err() {
+                    break;
+                }
+            }
+            let got: Vec<_> = rows(&[file]).map(|row| match row {
+                Ok(row) => (row.place.line, true),
+                Err(err) => {
+                    let text = err.to_string();
+                    let line = text.split(':').nth(1).unwrap().parse().unwrap();
+                    (line, false)
+                }
+            }).collect();
+            prop_assert_eq!(got, expected);
+        }
     }
 }

@@ -1,0 +1,30 @@
+//! Preference pairs: best against worst of a prompt's own samples, and offline pairs mixed back in (replay).
+
+mod choose;
+mod replay;
+
+pub use choose::{Chosen, Length, Rules, Samples};
+pub use replay::{Mix, Replay, mix};
+
+use serde_json::{Map, Value};
+
+/// A preference pair, ready to be written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair {
+    /// See [`crate::records::Prompt::key`].
+    pub prompt: blake3::Hash,
+    pub fields: Map<String, Value>,
+}
+
+/// How many were left out, by reason, in order of first appearance.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Skipped(pub Vec<(String, u64)>);
+
+impl Skipped {
+    fn add(&mut self, reason: &str, n: u64) {
+        match self.0.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, count)) => *count += n,
+            None => self.0.push((reason.to_owned(), n)),
+        }
+    }
+}
