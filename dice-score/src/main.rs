@@ -1,1 +1,195 @@
-fn main() {}
+//! dice-score: the implicit reward of each response, from two checkpoints (step 2 of a DICE round).
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+use common::jsonl::{self, Files, Opened, Output, Row};
+use common::logprob::Group;
+use common::policy::{
+    CHOSEN, Compute, Logps, Prefers, REJECTED, RESPONSE, Response, RewardModel, TOKENS_AT_ONCE, dtype_name,
+};
+use common::program::{self, Progress};
+use common::reward::implicit_reward;
+use serde_json::json;
+use std::process::ExitCode;
+
+/// Give every response its implicit reward: beta * (log pi(y|x) - log pi_ref(y|x))
+///
+/// Reads rows with "prompt" and "response" and adds policy_logps, ref_logps (nats, summed over the response's tokens),
+/// reward, and the fingerprints policy and ref. A row's token_ids are scored as they are; without them the text is
+/// tokenised. A row without finish_reason counts as finished: its end-of-turn token is scored too.
+///
+/// Rows with "chosen" and "rejected" instead (preference pairs) get policy_chosen_logps, policy_rejected_logps,
+/// ref_chosen_logps, ref_rejected_logps, reward_chosen and reward_rejected.
+///
+/// Neighbouring rows of one prompt share its forward pass. Rows leave in their order, a few thousand tokens at a time.
+/// Memory: both models, and the activations of those tokens.
+///
+/// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Args {
+    /// The tuned model pi: a Hugging Face folder, a .gguf file, or a hub id org/name[@revision]
+    #[arg(long)]
+    policy: String,
+    /// Its reference pi_ref, of the same vocabulary
+    #[arg(long = "ref")]
+    reference: String,
+    /// Scale of the reward
+    #[arg(long, default_value_t = 0.1)]
+    beta: f64,
+    #[command(flatten)]
+    compute: Compute,
+    #[command(flatten)]
+    files: Files,
+}
+
+fn main() -> ExitCode {
+    program::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    let Opened::Ready(output) = args.files.open()? else { return Ok(()) };
+    let precision = args.compute.precision(Prefers::Exactness)?;
+    let models = RewardModel::open(&args.policy, &args.reference, precision)?;
+    program::say(format_args!("computing in {}", dtype_name(precision)));
+    let (policy, reference) = models.fingerprints()?;
+    let progress = Progress::new("dice-score", "rows", None);
+    let mut job = Job { models, policy, reference, beta: args.beta, output, progress, batch: vec![], tokens: 0 };
+    let kept = job.check_kept(args.files.rows())?;
+    // A prompt's rows may be many: so many at a time bound what is held.
+    const TOGETHER: usize = 64;
+    for group in jsonl::groups(args.files.rows().skip(kept), TOGETHER) {
+        match group.and_then(|rows| job.encode(rows)) {
+            Ok(prompt) => job.push(prompt)?,
+            Err(err) => {
+                // What came before the bad row is not lost.
+                job.score_batch()?;
+                return Err(err);
+            }
+        }
+        program::check()?;
+    }
+    job.score_batch()?;
+    job.progress.finish();
+    job.output.finish()
+}
+
+/// A run over all rows.
+struct Job {
+    models: RewardModel,
+    policy: String,
+    reference: String,
+    beta: f64,
+    output: Output,
+    progress: Progress,
+    /// Prompts that wait until there are tokens enough for a forward pass.
+    batch: Vec<Encoded>,
+    tokens: usize,
+}
+
+/// The rows of a prompt, and their token ids.
+struct Encoded {
+    rows: Vec<Row>,
+    /// One response per sample row, two per pair row.
+    group: Group,
+}
+
+impl Job {
+    /// Checks that the rows of an interrupted run are those of this input; gives their number.
+    fn check_kept(&mut self, mut inputs: impl Iterator<Item = Result<Row>>) -> Result<usize> {
+        let kept = self.output.kept_rows();
+        for row in self.output.kept() {
+            let row = row?;
+            let input = inputs.next().transpose()?;
+            let same = input.as_ref().is_some_and(|input| {
+                ["prompt", "response", "chosen", "rejected"].iter().all(|f| input.fields.get(*f) == row.fields.get(*f))
+            });
+            let models = row.opt_string("policy")? == Some(&self.policy) && row.opt_string("ref")? == Some(&self.reference);
+            ensure!(same && models, "{}: not what this command would have written here; remove the file to start over", row.place);
+        }
+        self.progress.kept(kept);
+        Ok(kept as usize)
+    }
+
+    fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {
+        let model = &self.models.policy;
+        let prompt = model.prompt_ids(&rows[0], &rows[0].prompt()?)?;
+        let mut group = Group { prompt, responses: vec![] };
+        for row in &rows {
+            for names in responses(row) {
+                let ids = model.response_ids(row, *names)?;
+                self.models.check_length(row, names.text, group.prompt.len(), ids.len())?;
+                group.responses.push(ids);
+            }
+        }
+        Ok(Encoded { rows, group })
+    }
+
+    fn push(&mut self, prompt: Encoded) -> Result<()> {
+        let tokens = prompt.group.tokens();
+        if self.tokens + tokens > TOKENS_AT_ONCE {
+            self.score_batch()?;
+        }
+        self.tokens += tokens;
+        self.batch.push(prompt);
+        Ok(())
+    }
+
+    fn score_batch(&mut self) -> Result<()> {
+        let batch = std::mem::take(&mut self.batch);
+        let (rows, groups): (Vec<_>, Vec<_>) = batch.into_iter().map(|e| (e.rows, e.group)).unzip();
+        let scores = self.models.score(&groups);
+        for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
+            let mut scores = scores.into_iter();
+            let count = rows.len() as u64;
+            for mut row in rows {
+                for names in responses(&row) {
+                    let logps = scores.next().expect("one score per response");
+                    self.describe(&mut row, *names, logps)?;
+                }
+                row.fields.insert("policy".into(), json!(self.policy));
+                row.fields.insert("ref".into(), json!(self.reference));
+                self.output.write(&row.fields)?;
+            }
+            self.progress.add(count, group.tokens() as u64);
+        }
+        self.tokens = 0;
+        self.output.flush()
+    }
+
+    fn describe(&self, row: &mut Row, names: Response, logps: Logps) -> Result<()> {
+        ensure!(
+            logps.policy.is_finite() && logps.reference.is_finite(),
+            row.error(names.text, "has a log-prob that is not a number: are the models sound?")
+        );
+        let fields = match names.text {
+            "chosen" => ["policy_chosen_logps", "ref_chosen_logps", "reward_chosen"],
+            "rejected" => ["policy_rejected_logps", "ref_rejected_logps", "reward_rejected"],
+            _ => ["policy_logps", "ref_logps", "reward"],
+        };
+        let reward = implicit_reward(self.beta, logps.policy, logps.reference);
+        for (field, value) in fields.into_iter().zip([logps.policy, logps.reference, reward]) {
+            row.fields.insert(field.into(), json!(value));
+        }
+        Ok(())
+    }
+}
+
+/// Which responses a row holds: a pair's two, or a sample's one.
+fn responses(row: &Row) -> &'static [Response] {
+    let pair = row.fields.contains_key("chosen") && row.fields.contains_key("rejected");
+    if pair { &[CHOSEN, REJECTED] } else { &[RESPONSE] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_flag_has_help() {
+        let mut command = Args::command().help_expected(true);
+        command.build();
+        command.debug_assert();
+    }
+}

@@ -1,5 +1,6 @@
 //! DPO (arXiv 2305.18290): the losses as pure functions, the optimiser, and the trainer that ties them to the decoder.
 
+pub mod checkpoint;
 mod loss;
 mod optimizer;
 mod step;

@@ -1,0 +1,191 @@
+//! Training checkpoints: a folder that transformers loads, with the optimiser's state and the trainer's beside it.
+//!
+//! While training to DIR, the newest whole checkpoint is `DIR.part/checkpoint-N`; it appears by a rename, and the one
+//! before it goes only then. The last one becomes DIR.
+
+use super::trainer::{Settings, StepMetrics, Trainer};
+use crate::chat::Chat;
+use crate::files::{part_path, publish, write_aside};
+use crate::model::Params;
+use crate::weights::Weights;
+use anyhow::{Context, Result, ensure};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What a run is: it may be resumed only as what it was. Also the head of `trainer_state.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// Of the tool that trains.
+    pub version: String,
+    /// Fingerprint of the starting policy.
+    pub model: String,
+    /// Fingerprint of the reference.
+    #[serde(rename = "ref")]
+    pub reference: String,
+    /// A hash of the encoded pairs in their order.
+    pub pairs: String,
+    /// Number format of the products.
+    pub dtype: String,
+    /// All settings.
+    pub settings: Settings,
+}
+
+impl Run {
+    /// Fails where a resumed run would differ from the one that began, naming what differs.
+    pub fn check_same(&self, begun: &Self, place: &Path) -> Result<()> {
+        let (ours, theirs) = (serde_json::to_value(self)?, serde_json::to_value(begun)?);
+        let mut different = vec![];
+        compare("", &theirs, &ours, &mut different);
+        ensure!(
+            different.is_empty(),
+            "{}: the interrupted run was another one ({}): run the same command, or remove the folder",
+            place.display(),
+            different.join(", ")
+        );
+        Ok(())
+    }
+}
+
+/// Collects the leaves in which two JSON values differ, as `name: begun, now ours`.
+fn compare(name: &str, begun: &serde_json::Value, now: &serde_json::Value, out: &mut Vec<String>) {
+    match (begun.as_object(), now.as_object()) {
+        (Some(a), Some(b)) => {
+            for (key, value) in a {
+                let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+                compare(&name, value, b.get(key).unwrap_or(&serde_json::Value::Null), out);
+            }
+        }
+        _ if begun != now => out.push(format!("{name}: {begun}, now {now}")),
+        _ => {}
+    }
+}
+
+/// `trainer_state.json`; the names are transformers'.
+#[derive(Serialize, Deserialize)]
+struct State {
+    #[serde(flatten)]
+    run: Run,
+    global_step: u64,
+    log_history: Vec<StepMetrics>,
+}
+
+const STATE: &str = "trainer_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// What a checkpoint is written with besides the trainer's numbers.
+pub struct Writer<'a> {
+    /// The result's folder.
+    pub output: &'a Path,
+    /// What the run is.
+    pub run: &'a Run,
+    /// The starting policy's weights.
+    pub start: &'a Weights,
+    /// Its tokenizer.
+    pub chat: &'a Chat,
+    /// What an adapter's config names as its base: MODEL as given.
+    pub base: &'a str,
+}
+
+impl Writer<'_> {
+    /// Writes `DIR.part/checkpoint-N` and removes the checkpoint before it.
+    pub fn save(&self, trainer: &Trainer, log: &[StepMetrics]) -> Result<()> {
+        let folder = part_path(self.output);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let path = folder.join(format!("checkpoint-{}", trainer.steps()));
+        if !path.is_dir() {
+            let adapters = trainer.settings().lora.is_some();
+            write_aside(&path, |part| self.write(part, trainer, log, adapters))?;
+        }
+        for (step, older) in checkpoints(&folder) {
+            if step < trainer.steps() {
+                fs::remove_dir_all(&older).with_context(|| format!("cannot remove {}", older.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes DIR of the trainer's last state, with adapters folded into the weights if `merge`.
+    pub fn finish(&self, trainer: &Trainer, log: &[StepMetrics], merge: bool) -> Result<()> {
+        let folder = part_path(self.output);
+        let last = folder.join("last");
+        if last.is_dir() {
+            fs::remove_dir_all(&last).with_context(|| format!("cannot remove {}", last.display()))?;
+        }
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let adapters = trainer.settings().lora.is_some() && !merge;
+        self.write(&last, trainer, log, adapters)?;
+        publish(&last, self.output)?;
+        fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
+    }
+
+    fn write(&self, dir: &Path, trainer: &Trainer, log: &[StepMetrics], adapters: bool) -> Result<()> {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        if adapters {
+            trainer.save_adapter(dir, self.base)?;
+        } else {
+            trainer.save_model(dir, self.start)?;
+        }
+        self.chat.save(dir)?;
+        // All weights trained: they are in the model's file already.
+        let skipped = usize::from(trainer.settings().lora.is_none());
+        let state = trainer.state();
+        let views = state[skipped..].iter().map(|(name, values)| Ok((*name, view(values)?)));
+        let file = dir.join(OPTIMIZER);
+        safetensors::serialize_to_file(views.collect::<Result<Vec<_>>>()?, None, &file)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        let state = State { run: self.run.clone(), global_step: trainer.steps(), log_history: log.to_vec() };
+        let file = dir.join(STATE);
+        fs::write(&file, serde_json::to_vec_pretty(&state)?).with_context(|| format!("cannot write {}", file.display()))
+    }
+}
+
+/// Brings the trainer to the newest checkpoint of an interrupted run to `output`, if there is one; gives its log.
+///
+/// # Errors
+/// The run was another one, or the checkpoint cannot be read.
+pub fn resume(output: &Path, run: &Run, trainer: &mut Trainer) -> Result<Vec<StepMetrics>> {
+    let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else { return Ok(vec![]) };
+    let file = path.join(STATE);
+    let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let state: State = serde_json::from_slice(&text).with_context(|| format!("{} is not a state", file.display()))?;
+    run.check_same(&state.run, &path)?;
+    let numbers = numbers(&path, trainer)?;
+    let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
+    trainer.restore(numbers, state.global_step, tokens)?;
+    Ok(state.log_history)
+}
+
+fn numbers(path: &Path, trainer: &Trainer) -> Result<[Vec<f32>; 3]> {
+    let file = path.join(OPTIMIZER);
+    let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("cannot read {}", file.display()))?;
+    let read = |name: &str| -> Result<Vec<f32>> {
+        let tensor = tensors.tensor(name).with_context(|| format!("cannot read {}", file.display()))?;
+        ensure!(tensor.dtype() == Dtype::F32, "{}: {name} is not float32", file.display());
+        Ok(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    };
+    let trained = match trainer.settings().lora {
+        Some(_) => read("trained")?,
+        None => {
+            let weights = Weights::open(path.to_str().context("the path is not UTF-8")?)?;
+            Params::new(&weights.config).read(&weights)?
+        }
+    };
+    Ok([trained, read("exp_avg")?, read("exp_avg_sq")?])
+}
+
+/// The whole checkpoints in a folder, with their steps.
+fn checkpoints(folder: &Path) -> Vec<(u64, PathBuf)> {
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok();
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((step(&entry.path())?, entry.path()))).collect()
+}
+
+/// Floats as a one-dimensional tensor.
+fn view(values: &[f32]) -> Result<TensorView<'_>> {
+    // SAFETY: any f32 is four valid bytes; safetensors are little-endian, as are the machines this runs on.
+    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+    Ok(TensorView::new(Dtype::F32, vec![values.len()], bytes)?)
+}

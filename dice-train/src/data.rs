@@ -1,0 +1,107 @@
+//! From preference rows to pairs ready to train on: token ids, lengths, and the reference's log-probs.
+
+use crate::Args;
+use anyhow::{Context, Result, ensure};
+use common::dpo::Pair;
+use common::jsonl::Row;
+use common::logprob::{Group, score_all};
+use common::model::Decoder;
+use common::policy::{CHOSEN, Checkpoint, REJECTED, TOKENS_AT_ONCE};
+use common::program::Progress;
+
+/// The pairs of the input, and where the reference's log-probs are still missing.
+pub struct Pairs {
+    pub pairs: Vec<Pair>,
+    /// Indices of the pairs whose rows did not bring them.
+    missing: Vec<usize>,
+}
+
+impl Pairs {
+    /// Reads and encodes all rows. `reference` is the fingerprint that log-probs in the rows must come from.
+    pub fn read(args: &Args, model: &Checkpoint, reference: &str, progress: &Progress) -> Result<Self> {
+        let mut found = Self { pairs: vec![], missing: vec![] };
+        let context = model.weights.config.context;
+        for row in common::jsonl::rows(&args.files) {
+            let row = row?;
+            progress.read(1);
+            let mut pair = Pair {
+                prompt: model.prompt_ids(&row, &row.prompt()?)?,
+                chosen: model.response_ids(&row, CHOSEN)?,
+                rejected: model.response_ids(&row, REJECTED)?,
+                reference: (0.0, 0.0),
+            };
+            if pair.chosen == pair.rejected {
+                progress.skip("chosen equals rejected", 1);
+            } else if pair.length() > args.max_length.min(context) {
+                progress.skip("longer than --max-length", 1);
+            } else {
+                match given(&row, reference)? {
+                    Some(logps) => pair.reference = logps,
+                    None => found.missing.push(found.pairs.len()),
+                }
+                found.pairs.push(pair);
+            }
+        }
+        ensure!(!found.pairs.is_empty(), "no pairs to train on: the input has none, or all were left out");
+        Ok(found)
+    }
+
+    /// Whether a reference has to be run.
+    pub fn needs_reference(&self) -> bool {
+        !self.missing.is_empty()
+    }
+
+    /// The pairs whose reference log-probs came with their rows.
+    pub fn given(&self) -> usize {
+        self.pairs.len() - self.missing.len()
+    }
+
+    /// Runs the reference on the pairs that miss its log-probs.
+    pub fn fill(&mut self, decoder: &Decoder) -> Result<()> {
+        // A few at a time, so that a signal is heard.
+        for part in self.missing.chunks(32) {
+            common::program::check()?;
+            let groups: Vec<Group> = part.iter().map(|&i| self.pairs[i].group()).collect();
+            for (&i, logps) in part.iter().zip(score_all(decoder, &groups, TOKENS_AT_ONCE)) {
+                ensure!(logps.iter().all(|l| l.is_finite()), "pair {}: the reference gives no finite log-prob", i + 1);
+                self.pairs[i].reference = (logps[0], logps[1]);
+            }
+        }
+        Ok(())
+    }
+
+    /// A hash of all pairs in their order.
+    pub fn hash(&self) -> String {
+        let mut hash = blake3::Hasher::new();
+        for pair in &self.pairs {
+            for ids in [&pair.prompt, &pair.chosen, &pair.rejected] {
+                hash.update(&(ids.len() as u64).to_le_bytes());
+                ids.iter().for_each(|id| {
+                    hash.update(&id.to_le_bytes());
+                });
+            }
+        }
+        hash.finalize().to_hex()[..16].to_owned()
+    }
+}
+
+/// The reference's log-probs from a row, if they are of this very model: as `ref`, or as the `policy` that scored it.
+fn given(row: &Row, reference: &str) -> Result<Option<(f64, f64)>> {
+    for role in ["ref", "policy"] {
+        if row.opt_string(role)? == Some(reference) {
+            let chosen = row.opt_number(&format!("{role}_chosen_logps"))?;
+            let rejected = row.opt_number(&format!("{role}_rejected_logps"))?;
+            if let (Some(chosen), Some(rejected)) = (chosen, rejected) {
+                return Ok(Some((chosen, rejected)));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Opens `--ref`, which must share the policy's vocabulary.
+pub fn open_reference(name: &str, model: &Checkpoint) -> Result<Checkpoint> {
+    let reference = Checkpoint::open(name).with_context(|| format!("--ref {name}"))?;
+    model.weights.check_same_vocabulary(&reference.weights)?;
+    Ok(reference)
+}
