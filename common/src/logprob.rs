@@ -1,1 +1,483 @@
-//! (to come)
+//! log p(y|x): hidden states in, the log-probability of each target token out, and back.
+//!
+//! Only rows that predict a response token meet the LM head, and they meet it tile by tile: the logits of a few
+//! hundred rows by a few thousand words exist at a time, never those of a whole batch by the whole vocabulary. The
+//! backward pass makes each tile again.
+
+use crate::kernels::attention::Layout;
+use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
+use crate::kernels::{rows, softmax};
+use crate::model::Decoder;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// A prompt and the responses to score after it, as token ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Group {
+    /// At least one token.
+    pub prompt: Vec<u32>,
+    /// Each with the end-of-turn token where it is finished.
+    pub responses: Vec<Vec<u32>>,
+}
+
+impl Group {
+    /// The tokens that a forward pass over the group runs on.
+    pub fn tokens(&self) -> usize {
+        self.prompt.len()
+            + self
+                .responses
+                .iter()
+                .map(|r| r.len().saturating_sub(1))
+                .sum::<usize>()
+    }
+}
+
+/// Groups packed for one forward pass.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// The segments.
+    pub layout: Layout,
+    /// The input tokens.
+    pub tokens: Vec<u32>,
+    /// For each target, the row of the batch whose hidden state predicts it.
+    pub rows: Vec<usize>,
+    /// The tokens to predict, response after response.
+    pub targets: Vec<u32>,
+    /// Each response's place in `targets`, in order.
+    pub responses: Vec<Range<usize>>,
+}
+
+impl Batch {
+    /// Packs groups one after another. The last token of a response predicts nothing and is left out of the input.
+    pub fn new<'a>(groups: impl IntoIterator<Item = &'a Group>) -> Self {
+        let mut batch = Self::default();
+        for group in groups {
+            assert!(!group.prompt.is_empty(), "a prompt has at least one token");
+            let inputs: Vec<usize> = group
+                .responses
+                .iter()
+                .map(|r| r.len().saturating_sub(1))
+                .collect();
+            batch.layout.push(group.prompt.len(), &inputs);
+            batch.tokens.extend(&group.prompt);
+            let last_of_prompt = batch.tokens.len() - 1;
+            for response in &group.responses {
+                let first = batch.tokens.len();
+                batch
+                    .responses
+                    .push(batch.targets.len()..batch.targets.len() + response.len());
+                batch.rows.extend((0..response.len()).map(|i| {
+                    if i == 0 {
+                        last_of_prompt
+                    } else {
+                        first + i - 1
+                    }
+                }));
+                batch.targets.extend(response);
+                batch
+                    .tokens
+                    .extend(&response[..response.len().saturating_sub(1)]);
+            }
+        }
+        batch
+    }
+
+    /// The rows of `hidden` `[T, width]` that predict targets, `[targets, width]`.
+    pub fn gather(&self, hidden: &[f32], width: usize) -> Vec<f32> {
+        self.rows
+            .iter()
+            .flat_map(|&r| &hidden[r * width..][..width])
+            .copied()
+            .collect()
+    }
+
+    /// Adds the gradient of the gathered rows to those of the batch, `[T, width]`.
+    pub fn scatter(&self, gathered: &[f32], width: usize, hidden: &mut [f32]) {
+        for (&r, row) in self.rows.iter().zip(gathered.chunks_exact(width)) {
+            hidden[r * width..][..width]
+                .iter_mut()
+                .zip(row)
+                .for_each(|(h, g)| *h += g);
+        }
+    }
+
+    /// Sums per-target values over each response.
+    pub fn sums(&self, values: &[f32]) -> Vec<f64> {
+        self.responses
+            .iter()
+            .map(|r| values[r.clone()].iter().map(|&v| v as f64).sum())
+            .collect()
+    }
+}
+
+/// Σ log p over the tokens of each response, in nats, groups and responses in order.
+pub fn score(decoder: &Decoder, groups: &[Group]) -> Vec<f64> {
+    let batch = Batch::new(groups);
+    let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, _| {});
+    let mut normed = vec![];
+    decoder.final_norm(&batch.gather(&hidden, decoder.config.hidden), &mut normed);
+    batch.sums(&target_logps(decoder, &normed, &batch.targets).logps)
+}
+
+/// What one pass over the LM head finds for each target.
+pub struct TargetLogps {
+    /// log p(target), nats.
+    pub logps: Vec<f32>,
+    /// log Σ exp(logits).
+    pub lse: Vec<f32>,
+}
+
+/// Rows per tile of logits.
+const ROWS: usize = 512;
+/// Words per tile; a multiple of every panel width.
+const WORDS: usize = 2048;
+
+/// log p of each target, for `normed` `[targets, hidden]`, the hidden states after the last norm.
+pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> TargetLogps {
+    let mut found = TargetLogps {
+        logps: vec![],
+        lse: vec![],
+    };
+    let width = decoder.config.hidden;
+    for (normed, targets) in normed.chunks(ROWS * width).zip(targets.chunks(ROWS)) {
+        let mut stats = vec![
+            Running {
+                max: f32::NEG_INFINITY,
+                sum: 0.0,
+                target: f32::NAN
+            };
+            targets.len()
+        ];
+        let mut logits = vec![];
+        for words in tiles(decoder.config.vocab) {
+            tile(decoder, normed, words.clone(), &mut logits);
+            let n = words.len();
+            stats
+                .par_iter_mut()
+                .zip(targets)
+                .zip(logits.par_chunks_exact(n))
+                .for_each(|((s, &target), row)| {
+                    s.add(row);
+                    if words.contains(&(target as usize)) {
+                        s.target = row[target as usize - words.start];
+                    }
+                });
+        }
+        for s in stats {
+            let lse = s.max as f64 + s.sum.ln();
+            found.logps.push((s.target as f64 - lse) as f32);
+            found.lse.push(lse as f32);
+        }
+    }
+    found
+}
+
+/// Log-sum-exp over tiles that come one after another.
+#[derive(Clone)]
+struct Running {
+    max: f32,
+    sum: f64,
+    target: f32,
+}
+
+impl Running {
+    fn add(&mut self, row: &[f32]) {
+        let max = softmax::max(row).max(self.max);
+        self.sum =
+            self.sum * ((self.max - max) as f64).exp() + softmax::sum_exp(row, max, 1.0) as f64;
+        self.max = max;
+    }
+}
+
+/// Given ∂L/∂(log p) of each target in `d_logps`, sets `d_normed` `[targets, hidden]` and adds the LM head's gradient
+/// to `d_head` `[vocab, hidden]` where it is wanted.
+///
+/// ∂log p(t)/∂logits = onehot(t) − softmax, each tile of it made and used at once.
+pub fn target_logps_backward(
+    decoder: &Decoder,
+    normed: &[f32],
+    targets: &[u32],
+    lse: &[f32],
+    d_logps: &[f32],
+    d_normed: &mut [f32],
+    mut d_head: Option<&mut [f32]>,
+) {
+    let width = decoder.config.hidden;
+    d_normed.fill(0.0);
+    let chunks = normed
+        .chunks(ROWS * width)
+        .zip(d_normed.chunks_mut(ROWS * width))
+        .enumerate();
+    for (i, (normed, d_normed)) in chunks {
+        let at = i * ROWS;
+        let mut logits = vec![];
+        let right = Packed::from_columns(
+            Mat::new(normed, normed.len() / width, width),
+            decoder.precision,
+        );
+        for words in tiles(decoder.config.vocab) {
+            tile(decoder, normed, words.clone(), &mut logits);
+            let n = words.len();
+            rows(&mut logits, n, |first, part| {
+                for (r, row) in part.chunks_exact_mut(n).enumerate() {
+                    let r = at + first + r;
+                    softmax::exp_in_place(row, lse[r]);
+                    row.iter_mut().for_each(|p| *p *= -d_logps[r]);
+                    if words.contains(&(targets[r] as usize)) {
+                        row[targets[r] as usize - words.start] += d_logps[r];
+                    }
+                }
+            });
+            let d_logits = Mat::new(&logits, logits.len() / n, n);
+            let head = decoder.head_transposed(words.clone());
+            matmul(
+                Left::Rows(d_logits),
+                head,
+                d_normed,
+                width,
+                Write::Add,
+                Threads::All,
+            );
+            if let Some(d_head) = &mut d_head {
+                let target = &mut d_head[words.start * width..];
+                matmul(
+                    Left::Columns(d_logits),
+                    right.panels(),
+                    target,
+                    width,
+                    Write::Add,
+                    Threads::All,
+                );
+            }
+        }
+    }
+}
+
+/// Scores many groups with at most `limit` tokens in a forward pass; a group of more is cut between its responses.
+/// Gives Σ log p of each response, group by group.
+pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Vec<Vec<f64>> {
+    let mut parts: Vec<(usize, Group)> = vec![];
+    for (i, group) in groups.iter().enumerate() {
+        let mut part = Group {
+            prompt: group.prompt.clone(),
+            responses: vec![],
+        };
+        for response in &group.responses {
+            if !part.responses.is_empty() && part.tokens() + response.len() > limit {
+                let next = Group {
+                    prompt: group.prompt.clone(),
+                    responses: vec![],
+                };
+                parts.push((i, std::mem::replace(&mut part, next)));
+            }
+            part.responses.push(response.clone());
+        }
+        parts.push((i, part));
+    }
+    let mut scores = vec![vec![]; groups.len()];
+    let mut rest = parts.as_slice();
+    while !rest.is_empty() {
+        let mut tokens = 0;
+        let fits = rest.iter().take_while(|(_, part)| {
+            tokens += part.tokens();
+            tokens <= limit
+        });
+        let (now, later) = rest.split_at(fits.count().max(1));
+        let batch: Vec<Group> = now.iter().map(|(_, part)| part.clone()).collect();
+        let mut found = score(decoder, &batch).into_iter();
+        for (i, part) in now {
+            scores[*i].extend(found.by_ref().take(part.responses.len()));
+        }
+        rest = later;
+    }
+    scores
+}
+
+fn tiles(vocab: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..vocab)
+        .step_by(WORDS)
+        .map(move |start| start..(start + WORDS).min(vocab))
+}
+
+/// The logits of all rows for a range of words, `[rows, words]`.
+fn tile(decoder: &Decoder, normed: &[f32], words: Range<usize>, logits: &mut Vec<f32>) {
+    let width = decoder.config.hidden;
+    let (count, n) = (normed.len() / width, words.len());
+    logits.resize(count * n, 0.0);
+    let panels = decoder.head().panel_range(words.start, n);
+    matmul(
+        Left::Rows(Mat::new(normed, count, width)),
+        panels,
+        logits,
+        n,
+        Write::Set,
+        Threads::All,
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dpo::Forward;
+    use crate::kernels::gemm::Precision;
+    use crate::kernels::testing::noise;
+    use crate::model::{Gradients, Params, Use};
+    use crate::weights::Config;
+    use serde_json::json;
+    use std::path::Path;
+
+    /// A small model of each kind of part: biases, head norms, windows, tied and untied heads.
+    fn configs() -> Vec<Config> {
+        let base = json!({
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+            "intermediate_size": 20, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "rope_theta": 100.0,
+            "tie_word_embeddings": true, "hidden_act": "silu"
+        });
+        let llama = Config::from_json(&base, Path::new("config.json")).unwrap();
+        let biased = Config {
+            qkv_bias: true,
+            o_bias: true,
+            mlp_bias: true,
+            tied: false,
+            ..llama.clone()
+        };
+        let normed = Config {
+            qk_norm: true,
+            windows: vec![Some(3), None],
+            ..llama.clone()
+        };
+        vec![llama, biased, normed]
+    }
+
+    fn weights(params: &Params) -> Vec<f32> {
+        let mut flat: Vec<f32> = noise(params.len, 9).iter().map(|x| x * 0.5).collect();
+        for (name, _, range) in params.tensors() {
+            if name.ends_with("norm.weight") || name.ends_with("layernorm.weight") {
+                flat[range].iter_mut().for_each(|x| *x += 1.0);
+            }
+        }
+        flat
+    }
+
+    fn groups() -> Vec<Group> {
+        let group = |prompt: &[u32], responses: &[&[u32]]| Group {
+            prompt: prompt.to_vec(),
+            responses: responses.iter().map(|r| r.to_vec()).collect(),
+        };
+        vec![
+            group(&[1, 5, 9], &[&[2, 3, 4, 5, 6], &[7], &[]]),
+            group(&[3], &[&[39, 1]]),
+        ]
+    }
+
+    fn decoder(config: &Config, flat: &[f32]) -> Decoder {
+        Decoder::new(config, flat, Precision::F32, Use::Training).unwrap()
+    }
+
+    #[test]
+    fn packing_and_sharing_do_not_change_a_score() {
+        for config in configs() {
+            let params = Params::new(&config);
+            let decoder = decoder(&config, &weights(&params));
+            let together = score(&decoder, &groups());
+            let mut alone = vec![];
+            for group in groups() {
+                for response in group.responses {
+                    alone.extend(score(
+                        &decoder,
+                        &[Group {
+                            prompt: group.prompt.clone(),
+                            responses: vec![response],
+                        }],
+                    ));
+                }
+            }
+            assert_eq!(together, alone);
+            for limit in [1, 6, 9, 1000] {
+                assert_eq!(
+                    score_all(&decoder, &groups(), limit).concat(),
+                    together,
+                    "at most {limit} tokens at once"
+                );
+            }
+            assert_eq!(together[2], 0.0, "an empty response has probability 1");
+            assert!(together[0] < -5.0);
+        }
+    }
+
+    /// The gradient of Σ coefficient · log p over the responses, with layer states kept or made again.
+    fn gradient(
+        config: &Config,
+        params: &Params,
+        flat: &[f32],
+        coefficients: &[f32],
+        keep: bool,
+    ) -> Vec<f32> {
+        let decoder = decoder(config, flat);
+        let pass = Forward::new(
+            &decoder,
+            &Batch::new(&groups()),
+            if keep { usize::MAX } else { 0 },
+        );
+        let mut d_logps = vec![0.0; pass.batch.targets.len()];
+        for (range, c) in pass.batch.responses.iter().zip(coefficients) {
+            d_logps[range.clone()].fill(*c);
+        }
+        let mut sum = vec![0.0; params.len];
+        pass.backward(
+            &decoder,
+            params,
+            &d_logps,
+            &mut Gradients::Full {
+                params,
+                flat: &mut sum,
+            },
+        );
+        sum
+    }
+
+    #[test]
+    fn every_parameter_has_the_gradient_that_differences_give() {
+        let coefficients = [1.0, -0.5, 0.0, 0.7];
+        for config in configs() {
+            let params = Params::new(&config);
+            let flat = weights(&params);
+            let ours = gradient(&config, &params, &flat, &coefficients, true);
+            assert_eq!(
+                ours,
+                gradient(&config, &params, &flat, &coefficients, false),
+                "recompute changes the gradient"
+            );
+            let loss = |flat: &[f32]| -> f64 {
+                let scores = score(&decoder(&config, flat), &groups());
+                scores
+                    .iter()
+                    .zip(coefficients)
+                    .map(|(s, c)| s * c as f64)
+                    .sum()
+            };
+            for (name, _, range) in params.tensors() {
+                let scale = ours[range.clone()]
+                    .iter()
+                    .fold(0.0f32, |m, g| m.max(g.abs()));
+                assert!(scale > 1e-3, "{name} has no gradient");
+                for i in range.clone().step_by(range.len().div_ceil(9)) {
+                    let at = |step: f32| {
+                        let mut moved = flat.clone();
+                        moved[i] += step;
+                        loss(&moved)
+                    };
+                    let estimate = (at(4e-3) - at(-4e-3)) / 8e-3;
+                    let error = (estimate - ours[i] as f64).abs();
+                    assert!(
+                        error < 0.01 * (scale as f64).max(0.1),
+                        "{name}[{}]: {} but {estimate}",
+                        i - range.start,
+                        ours[i]
+                    );
+                }
+            }
+        }
+    }
+}

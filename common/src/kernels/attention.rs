@@ -307,7 +307,7 @@ fn backward_segment(
         }
         add(
             Mat::strided(&d_scores[seen..], rows, own_columns, columns),
-            view.own.k_columns.shorter(own_columns),
+            view.own.k_columns.sum_range(0..own_columns),
             &mut d_q,
         );
         for r in 0..rows {
@@ -566,7 +566,7 @@ impl View<'_> {
             self.own_len(),
             columns,
         ));
-        let own = self.own.v_columns.shorter(self.own_len());
+        let own = self.own.v_columns.sum_range(0..self.own_len());
         matmul(left, own, out, heads.dim, Write::Add, Threads::One);
     }
 }

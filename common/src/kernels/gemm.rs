@@ -235,10 +235,20 @@ impl Packed {
         }
     }
 
-    /// All rows of B with the sums cut to their first `k` elements (float32 only).
-    pub fn shorter(&self, k: usize) -> Panels<'_> {
-        assert!(k <= self.k && self.precision == Precision::F32);
-        Panels { k, ..self.panels() }
+    /// All rows of B with their sums taken over a part of `k` alone; it must begin at an even place.
+    pub fn sum_range(&self, part: std::ops::Range<usize>) -> Panels<'_> {
+        assert!(part.start % 2 == 0 && part.end <= self.k);
+        assert!(
+            part.end == self.k || part.end % 2 == 0 || !paired(self.precision),
+            "a pair would be cut"
+        );
+        let all = self.panels();
+        let skipped = words(part.start, self.precision) * all.row_stride;
+        Panels {
+            data: &all.data[skipped.min(all.data.len())..],
+            k: part.len(),
+            ..all
+        }
     }
 
     /// Copies row `r` of B (rounded, if the precision rounds) into `out`, `[k]`.

@@ -1,0 +1,13 @@
+//! DPO (arXiv 2305.18290): the losses as pure functions, the optimiser, and the trainer that ties them to the decoder.
+
+mod loss;
+mod optimizer;
+mod step;
+mod trainer;
+
+pub use loss::{LossType, Objective, PairLogps, PairLoss};
+pub use optimizer::{AdamW, Scheduler};
+#[cfg(test)]
+pub(crate) use step::Forward;
+pub use step::{Limits, Pair, Sums};
+pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};

@@ -1,0 +1,225 @@
+//! One batch of pairs: forward over the packed pairs, the loss, and back through LM head and layers.
+
+use super::loss::{Objective, PairLogps};
+use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
+use crate::model::{Decoder, Gradients, LayerState, Params, backward};
+
+/// A pair ready to train on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair {
+    /// The rendered prompt.
+    pub prompt: Vec<u32>,
+    /// The better response, with its end-of-turn token.
+    pub chosen: Vec<u32>,
+    /// The worse one.
+    pub rejected: Vec<u32>,
+    /// log π_ref of both, nats.
+    pub reference: (f64, f64),
+}
+
+impl Pair {
+    /// Prompt and both responses as a group to score.
+    pub fn group(&self) -> Group {
+        Group {
+            prompt: self.prompt.clone(),
+            responses: vec![self.chosen.clone(), self.rejected.clone()],
+        }
+    }
+
+    /// Tokens of the longer of the two sequences.
+    pub fn length(&self) -> usize {
+        self.prompt.len() + self.chosen.len().max(self.rejected.len())
+    }
+}
+
+/// Sums over the pairs of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sums {
+    /// The preference loss and the RPO term's share.
+    pub loss: f64,
+    /// β·(log π − log π_ref).
+    pub reward_chosen: f64,
+    /// The same of the rejected responses.
+    pub reward_rejected: f64,
+    /// Pairs whose chosen response has the higher reward.
+    pub correct: f64,
+    /// log π(chosen).
+    pub logp_chosen: f64,
+    /// log π(rejected).
+    pub logp_rejected: f64,
+    /// Tokens of the forward passes.
+    pub tokens: u64,
+}
+
+/// How much a batch may hold at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of one forward pass; a single longer pair is run all the same.
+    pub tokens: usize,
+    /// Bytes of layer states to keep; beyond them each layer is run again in the backward pass.
+    pub state_bytes: usize,
+}
+
+/// Adds the gradient of the mean loss over `pairs` to `gradients` and returns the sums of its metrics.
+pub fn accumulate(
+    decoder: &Decoder,
+    params: &Params,
+    objective: &Objective,
+    pairs: &[&Pair],
+    limits: Limits,
+    gradients: &mut Gradients,
+) -> Sums {
+    let total = BatchTotals {
+        pairs: pairs.len(),
+        chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
+    };
+    let mut sums = Sums::default();
+    for part in parts(pairs, limits.tokens) {
+        accumulate_part(
+            decoder, params, objective, part, total, limits, gradients, &mut sums,
+        );
+    }
+    sums
+}
+
+/// What the mean over a batch divides by.
+#[derive(Clone, Copy)]
+struct BatchTotals {
+    pairs: usize,
+    chosen_tokens: usize,
+}
+
+/// Cuts a batch into runs of pairs of at most so many tokens.
+fn parts<'a, 'b>(pairs: &'a [&'b Pair], limit: usize) -> Vec<&'a [&'b Pair]> {
+    let mut out = vec![];
+    let (mut start, mut tokens) = (0, 0);
+    for (i, pair) in pairs.iter().enumerate() {
+        let more = pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
+        if i > start && tokens + more > limit {
+            out.push(&pairs[start..i]);
+            (start, tokens) = (i, 0);
+        }
+        tokens += more;
+    }
+    out.push(&pairs[start..]);
+    out
+}
+
+#[allow(clippy::too_many_arguments)]
+fn accumulate_part(
+    decoder: &Decoder,
+    params: &Params,
+    objective: &Objective,
+    pairs: &[&Pair],
+    total: BatchTotals,
+    limits: Limits,
+    gradients: &mut Gradients,
+    sums: &mut Sums,
+) {
+    let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
+    let pass = Forward::new(decoder, &Batch::new(&groups), limits.state_bytes);
+    let logps = pass.batch.sums(&pass.found.logps);
+    let mut d_logps = vec![0.0; pass.batch.targets.len()];
+    let rpo = objective.rpo_alpha / total.chosen_tokens as f64;
+    for (i, pair) in pairs.iter().enumerate() {
+        let (chosen, rejected) = (logps[2 * i], logps[2 * i + 1]);
+        let found = objective.pair(&PairLogps {
+            policy_chosen: chosen,
+            policy_rejected: rejected,
+            ref_chosen: pair.reference.0,
+            ref_rejected: pair.reference.1,
+            chosen_tokens: pair.chosen.len(),
+            rejected_tokens: pair.rejected.len(),
+        });
+        let n = total.pairs as f64;
+        d_logps[pass.batch.responses[2 * i].clone()].fill((found.d_chosen / n - rpo) as f32);
+        d_logps[pass.batch.responses[2 * i + 1].clone()].fill((found.d_rejected / n) as f32);
+        sums.loss += found.loss - rpo * n * chosen;
+        sums.reward_chosen += found.reward_chosen;
+        sums.reward_rejected += found.reward_rejected;
+        sums.correct += f64::from(found.reward_chosen > found.reward_rejected);
+        sums.logp_chosen += chosen;
+        sums.logp_rejected += rejected;
+    }
+    sums.tokens += pass.batch.tokens.len() as u64;
+    pass.backward(decoder, params, &d_logps, gradients);
+}
+
+/// A forward pass with what its backward pass needs.
+pub(crate) struct Forward {
+    pub batch: Batch,
+    states: Vec<LayerState>,
+    /// The residual stream of the rows that predict, `[targets, hidden]`.
+    gathered: Vec<f32>,
+    /// The same after the last norm.
+    normed: Vec<f32>,
+    pub found: TargetLogps,
+}
+
+impl Forward {
+    /// Runs the batch. Layer states are kept whole if they fit in `state_bytes`, else only the layers' inputs are.
+    pub fn new(decoder: &Decoder, batch: &Batch, state_bytes: usize) -> Self {
+        let keep = decoder.state_bytes(batch.tokens.len()) <= state_bytes;
+        let mut states = vec![];
+        let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, state| {
+            states.push(if keep {
+                std::mem::take(state).without_scratch()
+            } else {
+                LayerState {
+                    x: std::mem::take(&mut state.x),
+                    ..LayerState::default()
+                }
+            });
+        });
+        let gathered = batch.gather(&hidden, decoder.config.hidden);
+        let mut normed = vec![];
+        decoder.final_norm(&gathered, &mut normed);
+        let found = target_logps(decoder, &normed, &batch.targets);
+        Self {
+            batch: batch.clone(),
+            states,
+            gathered,
+            normed,
+            found,
+        }
+    }
+
+    /// Adds the gradients, given ∂L/∂(log p) of every target.
+    pub fn backward(
+        self,
+        decoder: &Decoder,
+        params: &Params,
+        d_logps: &[f32],
+        gradients: &mut Gradients,
+    ) {
+        let width = decoder.config.hidden;
+        let mut d_normed = vec![0.0; self.normed.len()];
+        target_logps_backward(
+            decoder,
+            &self.normed,
+            &self.batch.targets,
+            &self.found.lse,
+            d_logps,
+            &mut d_normed,
+            gradients.head(),
+        );
+        let mut d_gathered = vec![0.0; self.normed.len()];
+        decoder.final_norm_backward(
+            &self.gathered,
+            &d_normed,
+            &mut d_gathered,
+            gradients.vector(&params.norm),
+        );
+        let mut dx = vec![0.0; self.batch.tokens.len() * width];
+        self.batch.scatter(&d_gathered, width, &mut dx);
+        backward(
+            decoder,
+            params,
+            &self.batch.layout,
+            &self.batch.tokens,
+            self.states,
+            dx,
+            gradients,
+        );
+    }
+}

@@ -1,0 +1,92 @@
+//! Keys and values of a run of tokens, kept as the matrix kernel wants them: growing them is a write, never a copy.
+
+use crate::kernels::attention::Heads;
+use crate::kernels::gemm::{Aligned, Panels, panel_width};
+
+/// One layer's keys and values of one run of tokens, all key heads.
+pub struct LayerCache {
+    heads: Vec<HeadCache>,
+}
+
+struct HeadCache {
+    /// Panels of [`panel_width`] tokens, `[panel][dim][token]`: for q·Kᵀ.
+    keys: Aligned,
+    /// `[token][dim, rounded up to whole panels]`: for P·V.
+    values: Aligned,
+    tokens: usize,
+    dim: usize,
+}
+
+impl LayerCache {
+    /// Nothing yet, for a layer with these heads.
+    pub fn new(heads: Heads) -> Self {
+        let head = || HeadCache {
+            keys: Aligned::default(),
+            values: Aligned::default(),
+            tokens: 0,
+            dim: heads.dim,
+        };
+        Self {
+            heads: (0..heads.kv).map(|_| head()).collect(),
+        }
+    }
+
+    /// Appends a token: its row of the fused projection, after rotation.
+    pub fn push(&mut self, heads: Heads, qkv: &[f32]) {
+        let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
+        let parts = keys
+            .chunks_exact(heads.dim)
+            .zip(values.chunks_exact(heads.dim));
+        for (head, (key, value)) in self.heads.iter_mut().zip(parts) {
+            head.push(key, value);
+        }
+    }
+
+    /// The number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.heads.first().map_or(0, |h| h.tokens)
+    }
+
+    /// The keys of a head as an operand: queries times this are scores.
+    pub fn keys(&self, kv_head: usize) -> Panels<'_> {
+        let head = &self.heads[kv_head];
+        Panels::strided(
+            head.keys.as_slice(),
+            head.tokens,
+            head.dim,
+            head.dim * panel_width(),
+            panel_width(),
+        )
+    }
+
+    /// The values of a head as an operand: weights times this are results.
+    pub fn values(&self, kv_head: usize) -> Panels<'_> {
+        let head = &self.heads[kv_head];
+        Panels::strided(
+            head.values.as_slice(),
+            head.dim,
+            head.tokens,
+            panel_width(),
+            head.value_stride(),
+        )
+    }
+}
+
+impl HeadCache {
+    fn value_stride(&self) -> usize {
+        self.dim.next_multiple_of(panel_width())
+    }
+
+    fn push(&mut self, key: &[f32], value: &[f32]) {
+        let (width, at, stride) = (panel_width(), self.tokens, self.value_stride());
+        let capacity = (at + 1).next_power_of_two().max(width);
+        self.keys.grow(capacity * self.dim);
+        self.values.grow(capacity * stride);
+        let panel = &mut self.keys.as_mut_slice()[at / width * width * self.dim..];
+        for (d, &k) in key.iter().enumerate() {
+            panel[d * width + at % width] = k;
+        }
+        self.values.as_mut_slice()[at * stride..][..self.dim].copy_from_slice(value);
+        self.tokens += 1;
+    }
+}

@@ -1,0 +1,613 @@
+//! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
+
+use super::cache::LayerCache;
+use super::sampler::{Drawn, Sampling, draw, stream};
+use crate::kernels::attention::{Heads, Layout};
+use crate::kernels::gemm::{Left, Mat, Threads, Write, matmul};
+use crate::kernels::rope::Rotary;
+use crate::kernels::softmax;
+use crate::model::{Decoder, LayerState};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use std::collections::VecDeque;
+
+/// A prompt to answer.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What its random numbers are derived from, with the seed and the sample's number: the prompt's id.
+    pub key: String,
+    /// The rendered prompt.
+    pub prompt: Vec<u32>,
+    /// How many responses.
+    pub k: usize,
+}
+
+/// Why a response ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// An end token, or the caller's stop rule.
+    Stop,
+    /// The limit on tokens, or the end of the context.
+    Length,
+}
+
+/// A response.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Its tokens, the end token included.
+    pub token_ids: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Σ log p over its tokens under the model itself, nats.
+    pub logp: f64,
+}
+
+/// Generates for many prompts at once.
+pub struct Generator<'a> {
+    decoder: &'a Decoder,
+    how: Sampling,
+    end_ids: Vec<u32>,
+    slots: usize,
+    rotary: Rotary,
+    /// Prompts whose samples are not all out, oldest first.
+    groups: VecDeque<Group>,
+    /// How many groups left `groups` at its front.
+    retired: usize,
+    running: Vec<Sequence>,
+    tokens: u64,
+}
+
+/// A prompt at work.
+struct Group {
+    request: Request,
+    /// Keys and values of the prompt, layer by layer.
+    prefix: Vec<LayerCache>,
+    /// The logits after the prompt.
+    first: Vec<f32>,
+    started: usize,
+    done: Vec<Option<Sample>>,
+}
+
+/// A response at work.
+struct Sequence {
+    /// Its group's number since the beginning.
+    group: usize,
+    number: usize,
+    rng: ChaCha8Rng,
+    token_ids: Vec<u32>,
+    logp: f64,
+    cache: Vec<LayerCache>,
+}
+
+impl<'a> Generator<'a> {
+    /// At most `slots` sequences run at a time.
+    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], slots: usize) -> Self {
+        let rotary = decoder.rotary(0);
+        let end_ids = end_ids.to_vec();
+        Self {
+            decoder,
+            how,
+            end_ids,
+            slots: slots.max(1),
+            rotary,
+            groups: VecDeque::new(),
+            retired: 0,
+            running: vec![],
+            tokens: 0,
+        }
+    }
+
+    /// Whether another prompt would find work to do now.
+    pub fn wants_prompt(&self) -> bool {
+        let waiting: usize = self.groups.iter().map(|g| g.request.k - g.started).sum();
+        self.running.len() + waiting < self.slots
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// Tokens generated so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Takes a prompt, of at least one token and shorter than the context, and runs it.
+    pub fn push(&mut self, request: Request) {
+        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
+        let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
+        if needed > self.rotary.positions() {
+            self.rotary = self.decoder.rotary(needed);
+        }
+        let (prefix, first) = self.prefill(&request.prompt);
+        let done = vec![None; request.k];
+        self.groups.push_back(Group {
+            request,
+            prefix,
+            first,
+            started: 0,
+            done,
+        });
+    }
+
+    /// Runs a prompt; gives its keys and values and the logits after its last token.
+    fn prefill(&self, prompt: &[u32]) -> (Vec<LayerCache>, Vec<f32>) {
+        let mut layout = Layout::default();
+        layout.push(prompt.len(), &[]);
+        let mut prefix = vec![];
+        let hidden = self.decoder.forward(&layout, prompt, |i, state| {
+            let heads = self.decoder.heads(i);
+            let mut cache = LayerCache::new(heads);
+            state
+                .qkv
+                .chunks_exact(heads.qkv_width())
+                .for_each(|row| cache.push(heads, row));
+            prefix.push(cache);
+        });
+        let last = &hidden[hidden.len() - self.decoder.config.hidden..];
+        (prefix, self.logits(last))
+    }
+
+    /// The logits of rows of the residual stream, `[rows, vocab]`.
+    fn logits(&self, x: &[f32]) -> Vec<f32> {
+        let (width, vocab) = (self.decoder.config.hidden, self.decoder.config.vocab);
+        let mut normed = vec![];
+        self.decoder.final_norm(x, &mut normed);
+        let mut logits = vec![0.0; x.len() / width * vocab];
+        let rows = Left::Rows(Mat::new(&normed, x.len() / width, width));
+        matmul(
+            rows,
+            self.decoder.head().panels(),
+            &mut logits,
+            vocab,
+            Write::Set,
+            Threads::All,
+        );
+        logits
+    }
+
+    /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
+    /// own; it sees the response's tokens after each draw.
+    pub fn step(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
+        self.fill(stopped);
+        if self.running.is_empty() {
+            return;
+        }
+        let mut logits = self.advance();
+        let vocab = self.decoder.config.vocab;
+        let (groups, retired, how) = (&self.groups, self.retired, &self.how);
+        self.running
+            .par_iter_mut()
+            .zip(logits.par_chunks_exact_mut(vocab))
+            .for_each(|(sequence, logits)| {
+                sequence.draw(
+                    logits,
+                    &groups[sequence.group - retired].request.prompt,
+                    how,
+                );
+            });
+        self.tokens += self.running.len() as u64;
+        for i in (0..self.running.len()).rev() {
+            if let Some(finish) = self.ended(&self.running[i], stopped) {
+                let sequence = self.running.swap_remove(i);
+                self.retire(sequence, finish);
+            }
+        }
+    }
+
+    /// The finished groups at the head of the line, each with its samples in order.
+    pub fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
+        let mut out = vec![];
+        while self
+            .groups
+            .front()
+            .is_some_and(|g| g.done.iter().all(Option::is_some))
+        {
+            let group = self.groups.pop_front().expect("there is a front");
+            self.retired += 1;
+            out.push((group.request, group.done.into_iter().flatten().collect()));
+        }
+        out
+    }
+
+    /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
+    fn fill(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
+        for at in 0..self.groups.len() {
+            while self.running.len() < self.slots
+                && self.groups[at].started < self.groups[at].request.k
+            {
+                let group = &mut self.groups[at];
+                let number = group.started;
+                group.started += 1;
+                let layers = self.decoder.config.layers;
+                let mut sequence = Sequence {
+                    group: self.retired + at,
+                    number,
+                    rng: stream(self.how.seed, &group.request.key, number),
+                    token_ids: vec![],
+                    logp: 0.0,
+                    cache: (0..layers)
+                        .map(|i| LayerCache::new(self.decoder.heads(i)))
+                        .collect(),
+                };
+                sequence.draw(&mut group.first.clone(), &group.request.prompt, &self.how);
+                self.tokens += 1;
+                match self.ended(&sequence, stopped) {
+                    Some(finish) => self.retire(sequence, finish),
+                    None => self.running.push(sequence),
+                }
+            }
+        }
+    }
+
+    fn ended(
+        &self,
+        sequence: &Sequence,
+        stopped: &(impl Fn(&[u32]) -> bool + Sync),
+    ) -> Option<Finish> {
+        let last = sequence.token_ids.last().expect("a token was drawn");
+        let length = self.groups[sequence.group - self.retired]
+            .request
+            .prompt
+            .len()
+            + sequence.token_ids.len();
+        if self.end_ids.contains(last) || stopped(&sequence.token_ids) {
+            Some(Finish::Stop)
+        } else if sequence.token_ids.len() >= self.how.max_tokens
+            || length >= self.decoder.config.context
+        {
+            Some(Finish::Length)
+        } else {
+            None
+        }
+    }
+
+    fn retire(&mut self, sequence: Sequence, finish: Finish) {
+        let sample = Sample {
+            token_ids: sequence.token_ids,
+            finish,
+            logp: sequence.logp,
+        };
+        self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
+    }
+
+    /// Runs the last token of every sequence; gives the logits of the next, `[running, vocab]`.
+    fn advance(&mut self) -> Vec<f32> {
+        let decoder = self.decoder;
+        let prompt_len = |s: &Sequence| self.groups[s.group - self.retired].request.prompt.len();
+        let positions: Vec<usize> = self
+            .running
+            .iter()
+            .map(|s| prompt_len(s) + s.token_ids.len() - 1)
+            .collect();
+        let last: Vec<u32> = self
+            .running
+            .iter()
+            .map(|s| *s.token_ids.last().expect("a token was drawn"))
+            .collect();
+        let (mut state, mut next) = (LayerState::default(), vec![]);
+        decoder.embed(&last, &mut state.x);
+        for i in 0..decoder.config.layers {
+            let heads = decoder.heads(i);
+            decoder.project(i, &positions, &self.rotary, &mut state);
+            let rows = state.qkv.par_chunks_exact(heads.qkv_width());
+            self.running
+                .par_iter_mut()
+                .zip(rows)
+                .for_each(|(s, row)| s.cache[i].push(heads, row));
+            state.attention.resize(last.len() * heads.q_width(), 0.0);
+            self.attend(i, heads, &state.qkv, &mut state.attention);
+            decoder.finish(i, &mut state, &mut next);
+            std::mem::swap(&mut state.x, &mut next);
+        }
+        self.logits(&state.x)
+    }
+
+    /// Attention of each sequence's last token over its prompt and its own past: `qkv` `[running, qkv_width]`, `out`
+    /// `[running, q_width]`.
+    fn attend(&self, layer: usize, heads: Heads, qkv: &[f32], out: &mut [f32]) {
+        /// Sequences per task: enough to share the reading of the prompt's keys, few enough to share the work.
+        const TOGETHER: usize = 8;
+        let mut by_group: Vec<Vec<usize>> = vec![vec![]; self.groups.len()];
+        for (i, sequence) in self.running.iter().enumerate() {
+            by_group[sequence.group - self.retired].push(i);
+        }
+        let chunks = by_group.iter().flat_map(|members| members.chunks(TOGETHER));
+        let tasks: Vec<_> = chunks
+            .flat_map(|members| (0..heads.kv).map(move |h| (members, h)))
+            .collect();
+        let results: Vec<Vec<f32>> = tasks
+            .par_iter()
+            .map(|(members, kv_head)| self.attend_together(layer, heads, *kv_head, members, qkv))
+            .collect();
+        let width = heads.group() * heads.dim; // the query heads of a key head lie side by side
+        for ((members, kv_head), result) in tasks.iter().zip(results) {
+            for (&member, result) in members.iter().zip(result.chunks_exact(width)) {
+                out[member * heads.q_width() + kv_head * width..][..width].copy_from_slice(result);
+            }
+        }
+    }
+
+    /// One key head's attention of sequences of one group, `[members, group, dim]`.
+    fn attend_together(
+        &self,
+        layer: usize,
+        heads: Heads,
+        kv_head: usize,
+        members: &[usize],
+        qkv: &[f32],
+    ) -> Vec<f32> {
+        let (dim, group) = (heads.dim, heads.group());
+        let prefix = &self.groups[self.running[members[0]].group - self.retired].prefix[layer];
+        let own = |m: usize| &self.running[members[m]].cache[layer];
+        let seen = prefix.tokens();
+        let stride = seen
+            + (0..members.len())
+                .map(|m| own(m).tokens())
+                .max()
+                .unwrap_or(0);
+        let mut queries = Vec::with_capacity(members.len() * group * dim);
+        for &member in members {
+            let row = &qkv[member * heads.qkv_width() + kv_head * group * dim..][..group * dim];
+            queries.extend(row.iter().map(|q| q * heads.scale()));
+        }
+        let rows = members.len() * group;
+        let mut scores = vec![0.0; rows * stride];
+        let all = Left::Rows(Mat::new(&queries, rows, dim));
+        matmul(
+            all,
+            prefix.keys(kv_head),
+            &mut scores,
+            stride,
+            Write::Set,
+            Threads::One,
+        );
+        for (m, scores) in scores.chunks_exact_mut(group * stride).enumerate() {
+            let queries = Left::Rows(Mat::new(&queries[m * group * dim..], group, dim));
+            matmul(
+                queries,
+                own(m).keys(kv_head),
+                &mut scores[seen..],
+                stride,
+                Write::Set,
+                Threads::One,
+            );
+            let end = seen + own(m).tokens();
+            let start = end.saturating_sub(heads.window.unwrap_or(usize::MAX));
+            for row in scores.chunks_exact_mut(stride) {
+                row[..start].fill(0.0);
+                let visible = &mut row[start..end];
+                let max = softmax::max(visible);
+                let sum = softmax::exp_in_place(visible, max);
+                visible.iter_mut().for_each(|p| *p /= sum);
+            }
+        }
+        let mut out = vec![0.0; rows * dim];
+        let weights = Left::Rows(Mat::strided(&scores, rows, seen, stride));
+        matmul(
+            weights,
+            prefix.values(kv_head),
+            &mut out,
+            dim,
+            Write::Set,
+            Threads::One,
+        );
+        for (m, out) in out.chunks_exact_mut(group * dim).enumerate() {
+            let weights = Mat::strided(
+                &scores[m * group * stride + seen..],
+                group,
+                own(m).tokens(),
+                stride,
+            );
+            matmul(
+                Left::Rows(weights),
+                own(m).values(kv_head),
+                out,
+                dim,
+                Write::Add,
+                Threads::One,
+            );
+        }
+        out
+    }
+}
+
+impl Sequence {
+    fn draw(&mut self, logits: &mut [f32], prompt: &[u32], how: &Sampling) {
+        let Drawn { token, logp } = draw(
+            logits,
+            prompt.iter().chain(&self.token_ids),
+            how,
+            &mut self.rng,
+        );
+        self.token_ids.push(token);
+        self.logp += logp;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::gemm::Precision;
+    use crate::kernels::testing::noise;
+    use crate::logprob::{self, score};
+    use crate::model::{Params, Use};
+    use crate::weights::Config;
+    use serde_json::json;
+    use std::path::Path;
+
+    fn decoder(window: Option<usize>, precision: Precision) -> Decoder {
+        let config = json!({
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+            "intermediate_size": 20, "rms_norm_eps": 1e-5, "max_position_embeddings": 60, "rope_theta": 100.0,
+            "tie_word_embeddings": true, "hidden_act": "silu"
+        });
+        let mut config = Config::from_json(&config, Path::new("config.json")).unwrap();
+        config.windows = vec![window, None];
+        let flat: Vec<f32> = noise(Params::new(&config).len, 3)
+            .iter()
+            .map(|x| x * 0.8)
+            .collect();
+        Decoder::new(&config, flat.as_slice(), precision, Use::Inference).unwrap()
+    }
+
+    fn how() -> Sampling {
+        Sampling {
+            temperature: 0.9,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_tokens: 45,
+            seed: 7,
+        }
+    }
+
+    fn requests() -> Vec<Request> {
+        let request = |key: &str, prompt: &[u32], k| Request {
+            key: key.into(),
+            prompt: prompt.to_vec(),
+            k,
+        };
+        vec![
+            request("a", &[1, 2, 3], 5),
+            request("b", &[9], 3),
+            request("c", &[4; 41], 11),
+        ]
+    }
+
+    fn run(
+        decoder: &Decoder,
+        how: Sampling,
+        requests: Vec<Request>,
+        slots: usize,
+    ) -> Vec<(String, Vec<Sample>)> {
+        let mut generator = Generator::new(decoder, how, &[0, 7], slots);
+        let mut waiting = requests.into_iter();
+        let mut out = vec![];
+        loop {
+            while generator.wants_prompt() {
+                let Some(request) = waiting.next() else { break };
+                generator.push(request);
+            }
+            if generator.is_idle() {
+                return out;
+            }
+            generator.step(&|_| false);
+            out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
+        }
+    }
+
+    #[test]
+    fn samples_do_not_depend_on_slots_or_company() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let decoder = decoder(Some(8), precision);
+            let all = run(&decoder, how(), requests(), 64);
+            assert_eq!(
+                all.iter()
+                    .map(|(k, s)| (k.as_str(), s.len()))
+                    .collect::<Vec<_>>(),
+                [("a", 5), ("b", 3), ("c", 11)]
+            );
+            for slots in [1, 2, 7] {
+                assert_eq!(
+                    run(&decoder, how(), requests(), slots),
+                    all,
+                    "{slots} slots"
+                );
+            }
+            let alone = run(&decoder, how(), requests().split_off(2), 3);
+            assert_eq!(alone[0], all[2]);
+            let other_seed = run(&decoder, Sampling { seed: 8, ..how() }, requests(), 64);
+            assert_ne!(other_seed, all);
+        }
+    }
+
+    #[test]
+    fn the_log_prob_of_a_sample_is_what_scoring_finds() {
+        for window in [None, Some(8)] {
+            let decoder = decoder(window, Precision::F32);
+            for ((_, samples), request) in run(&decoder, how(), requests(), 6)
+                .into_iter()
+                .zip(requests())
+            {
+                let responses = samples.iter().map(|s| s.token_ids.clone()).collect();
+                let scores = score(
+                    &decoder,
+                    &[logprob::Group {
+                        prompt: request.prompt,
+                        responses,
+                    }],
+                );
+                for (sample, score) in samples.iter().zip(scores) {
+                    assert!(
+                        (sample.logp - score).abs() < 1e-3,
+                        "{} sampled, {score} scored",
+                        sample.logp
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn responses_end_where_they_should() {
+        let decoder = decoder(None, Precision::F32);
+        for (_, samples) in run(&decoder, how(), requests(), 64) {
+            for sample in samples {
+                let ends: Vec<_> = sample
+                    .token_ids
+                    .iter()
+                    .map(|t| [0, 7].contains(t))
+                    .collect();
+                let (last, before) = ends.split_last().unwrap();
+                assert!(!before.contains(&true), "an end token inside a response");
+                assert_eq!(*last, sample.finish == Finish::Stop);
+                assert!(sample.token_ids.len() <= 45);
+            }
+        }
+        let long = run(
+            &decoder,
+            Sampling {
+                max_tokens: 1000,
+                ..how()
+            },
+            requests(),
+            64,
+        );
+        let lengths = long[2].1.iter().map(|s| s.token_ids.len());
+        assert_eq!(
+            lengths.max(),
+            Some(60 - 41),
+            "the context bounds prompt and response together"
+        );
+    }
+
+    #[test]
+    fn greedy_is_the_argmax_at_every_step() {
+        let decoder = decoder(None, Precision::F32);
+        let greedy = Sampling {
+            temperature: 0.0,
+            max_tokens: 6,
+            ..how()
+        };
+        let (_, samples) = run(&decoder, greedy, requests(), 64).remove(0);
+        assert!(samples.windows(2).all(|s| s[0] == s[1]));
+        let mut so_far = vec![];
+        for &token in &samples[0].token_ids {
+            let candidates = |t: u32| [so_far.as_slice(), &[t]].concat();
+            let group = logprob::Group {
+                prompt: vec![1, 2, 3],
+                responses: (0..50).map(candidates).collect(),
+            };
+            let scores = score(&decoder, &[group]);
+            let best = (0..50)
+                .max_by(|&a, &b| scores[a].total_cmp(&scores[b]))
+                .unwrap();
+            assert_eq!(best as u32, token);
+            so_far.push(token);
+        }
+    }
+}

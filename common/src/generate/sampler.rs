@@ -1,0 +1,334 @@
+//! From logits to a token: penalties, temperature, truncation, and one draw that does not sort the vocabulary.
+
+use crate::kernels::softmax;
+use anyhow::{Result, ensure};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+/// How tokens are drawn; the names and meanings are transformers' and vLLM's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the most probable tokens whose probabilities first reach this sum; 1 keeps all.
+    pub top_p: f32,
+    /// Keep so many most probable tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Drop tokens less probable than this fraction of the most probable one; 0 drops none.
+    pub min_p: f32,
+    /// Divide positive and multiply negative logits of tokens that occurred already (prompt included); 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// A response ends after so many tokens.
+    pub max_tokens: usize,
+    /// The seed of all draws.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// Refuses values without a meaning.
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.temperature >= 0.0 && self.temperature.is_finite(),
+            "--temperature must be 0 or more"
+        );
+        ensure!(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "--top-p must be above 0 and at most 1"
+        );
+        ensure!(
+            (0.0..=1.0).contains(&self.min_p),
+            "--min-p must be between 0 and 1"
+        );
+        ensure!(
+            self.repetition_penalty > 0.0,
+            "--repetition-penalty must be above 0"
+        );
+        ensure!(self.max_tokens > 0, "--max-tokens must be at least 1");
+        Ok(())
+    }
+}
+
+/// The random numbers of one sample: one draw per token, from a stream that no other sample shares.
+pub(super) fn stream(seed: u64, key: &str, sample: usize) -> ChaCha8Rng {
+    let mut hash = blake3::Hasher::new();
+    hash.update(&seed.to_le_bytes())
+        .update(&(sample as u64).to_le_bytes())
+        .update(key.as_bytes());
+    ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
+}
+
+/// Uniform in [0, 1), of 53 bits.
+fn uniform(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// A drawn token and its log-probability under the model itself (temperature 1, nothing cut off).
+pub(super) struct Drawn {
+    pub token: u32,
+    pub logp: f64,
+}
+
+/// Draws one token. `seen` are the prompt's tokens and the response's so far; `logits` is used up.
+pub(super) fn draw<'a>(
+    logits: &mut [f32],
+    seen: impl Iterator<Item = &'a u32>,
+    how: &Sampling,
+    rng: &mut ChaCha8Rng,
+) -> Drawn {
+    let max = softmax::max(logits);
+    let lse = max as f64 + (softmax::sum_exp(logits, max, 1.0) as f64).ln();
+    let raw = logits.to_vec();
+    penalise(logits, &raw, seen, how.repetition_penalty);
+    let token = if how.temperature == 0.0 {
+        greedy(logits)
+    } else {
+        let max = softmax::max(logits);
+        let scale = 1.0 / how.temperature;
+        logits.iter_mut().for_each(|l| *l = (*l - max) * scale);
+        if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 {
+            truncate(logits, how)
+        }
+        pick(logits, uniform(rng))
+    };
+    Drawn {
+        token: token as u32,
+        logp: raw[token] as f64 - lse,
+    }
+}
+
+fn penalise<'a>(
+    logits: &mut [f32],
+    raw: &[f32],
+    seen: impl Iterator<Item = &'a u32>,
+    penalty: f32,
+) {
+    if penalty == 1.0 {
+        return;
+    }
+    for &token in seen {
+        let l = raw[token as usize]; // from the raw logits: a token is penalised once, however often it occurred
+        logits[token as usize] = if l > 0.0 { l / penalty } else { l * penalty };
+    }
+}
+
+/// The first of the largest logits.
+fn greedy(logits: &[f32]) -> usize {
+    let max = softmax::max(logits);
+    logits.iter().position(|&l| l == max).unwrap_or(0)
+}
+
+/// Sets to −∞ what top-k, top-p and min-p drop. Logits are scaled and at most 0 here.
+fn truncate(logits: &mut [f32], how: &Sampling) {
+    // A token below every threshold that one of the three could set is no candidate: only the rest is sorted.
+    let mut kept: Vec<usize> = (0..logits.len())
+        .filter(|&i| logits[i] >= how.min_p.ln())
+        .collect();
+    let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+    if how.top_k > 0 && how.top_k < kept.len() {
+        kept.select_nth_unstable_by(how.top_k - 1, by_logit);
+        kept.truncate(how.top_k);
+    }
+    if how.top_p < 1.0 {
+        keep_top_p(logits, &mut kept, how.top_p as f64);
+    }
+    let mut cut = vec![f32::NEG_INFINITY; logits.len()];
+    kept.iter().for_each(|&i| cut[i] = logits[i]);
+    logits.copy_from_slice(&cut);
+}
+
+/// Keeps the most probable candidates until their mass reaches `top_p`. Only those above a floor that holds enough
+/// mass are sorted; the floor falls until it does.
+fn keep_top_p(logits: &[f32], kept: &mut Vec<usize>, top_p: f64) {
+    let mass = |i: &usize| softmax::exp(logits[*i]) as f64;
+    let wanted = top_p * kept.iter().map(mass).sum::<f64>();
+    for floor in [-7.0, -12.0, f32::NEG_INFINITY] {
+        let mut head: Vec<usize> = kept
+            .iter()
+            .copied()
+            .filter(|&i| logits[i] >= floor)
+            .collect();
+        if head.iter().map(mass).sum::<f64>() < wanted && floor > f32::NEG_INFINITY {
+            continue;
+        }
+        head.sort_unstable_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        let mut sum = 0.0;
+        let enough = head.iter().position(|i| {
+            sum += mass(i);
+            sum >= wanted
+        });
+        head.truncate(enough.map_or(head.len(), |at| at + 1));
+        *kept = head;
+        return;
+    }
+}
+
+/// The token at which the cumulative weight passes `u` of the total. `logits` become weights.
+fn pick(logits: &mut [f32], u: f64) -> usize {
+    const CHUNK: usize = 512;
+    let sums: Vec<f64> = logits
+        .chunks_mut(CHUNK)
+        .map(|c| softmax::exp_in_place(c, 0.0) as f64)
+        .collect();
+    let mut rest = u * sums.iter().sum::<f64>();
+    let mut last = 0;
+    for (chunk, sum) in sums.iter().enumerate() {
+        if rest >= *sum {
+            rest -= sum;
+            continue;
+        }
+        for (i, &w) in logits[chunk * CHUNK..].iter().take(CHUNK).enumerate() {
+            if w > 0.0 {
+                last = chunk * CHUNK + i;
+            }
+            if rest < w as f64 {
+                return last;
+            }
+            rest -= w as f64;
+        }
+        // Rounding can leave a little beyond the chunk's last token: it is the one.
+        return last;
+    }
+    logits.iter().rposition(|&w| w > 0.0).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub fn plain() -> Sampling {
+        Sampling {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_tokens: 1,
+            seed: 0,
+        }
+    }
+
+    fn counts(logits: &[f32], seen: &[u32], how: &Sampling, draws: usize) -> Vec<f64> {
+        let mut rng = stream(1, "p", 0);
+        let mut counts = vec![0.0; logits.len()];
+        for _ in 0..draws {
+            let drawn = draw(&mut logits.to_vec(), seen.iter(), how, &mut rng);
+            counts[drawn.token as usize] += 1.0 / draws as f64;
+        }
+        counts
+    }
+
+    /// Tokens of at least 1% one by one, the rest together: five standard errors of 20,000 draws each.
+    fn assert_frequencies(found: &[f64], weights: &[f64]) {
+        let total: f64 = weights.iter().sum();
+        let mut rest = (0.0, 0.0);
+        for (i, (&f, w)) in found.iter().zip(weights).enumerate() {
+            let p = w / total;
+            if p > 0.01 {
+                assert!(
+                    (f - p).abs() <= 5.0 * (p * (1.0 - p) / 20_000.0).sqrt(),
+                    "token {i}: {f} for {p}"
+                );
+            } else {
+                rest = (rest.0 + f, rest.1 + p);
+            }
+        }
+        assert!(
+            (rest.0 - rest.1).abs() <= 5.0 * (rest.1 / 20_000.0).sqrt(),
+            "the rest: {rest:?}"
+        );
+    }
+
+    #[test]
+    fn frequencies_are_the_softmax() {
+        let logits: Vec<f32> = (0..1030)
+            .map(|i| {
+                if i % 200 == 3 {
+                    (i as f32 / 500.0) + 4.0
+                } else {
+                    -6.0
+                }
+            })
+            .collect();
+        let weights: Vec<f64> = logits.iter().map(|&l| (l as f64).exp()).collect();
+        assert_frequencies(&counts(&logits, &[], &plain(), 20_000), &weights);
+        let hot = Sampling {
+            temperature: 2.0,
+            ..plain()
+        };
+        let weights: Vec<f64> = logits.iter().map(|&l| (l as f64 / 2.0).exp()).collect();
+        assert_frequencies(&counts(&logits, &[], &hot, 20_000), &weights);
+    }
+
+    #[test]
+    fn truncations_keep_what_they_should() {
+        let p = [0.1, 0.4, 0.05, 0.3, 0.15f64];
+        let logits = p.map(|p| p.ln() as f32);
+        let check = |how: Sampling, kept: [f64; 5]| {
+            assert_frequencies(&counts(&logits, &[], &how, 20_000), &kept)
+        };
+        check(
+            Sampling {
+                top_k: 2,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
+        check(
+            Sampling {
+                top_p: 0.65,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
+        check(
+            Sampling {
+                top_p: 0.75,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.15],
+        );
+        check(
+            Sampling {
+                min_p: 0.3,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.15],
+        );
+        check(
+            Sampling {
+                top_k: 3,
+                top_p: 0.5,
+                ..plain()
+            },
+            [0.0, 0.4, 0.0, 0.3, 0.0],
+        );
+    }
+
+    #[test]
+    fn greedy_takes_the_first_best_and_penalty_moves_it() {
+        let logits = [1.0, 3.0, 3.0, -1.0f32];
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..plain()
+        };
+        assert_eq!(counts(&logits, &[], &greedy, 1)[1], 1.0);
+        let penalised = Sampling {
+            repetition_penalty: 2.0,
+            ..greedy
+        };
+        assert_eq!(counts(&logits, &[1, 1, 1], &penalised, 1)[2], 1.0);
+    }
+
+    #[test]
+    fn logp_is_the_models_own() {
+        let mut rng = stream(0, "p", 0);
+        let how = Sampling {
+            temperature: 0.3,
+            top_k: 1,
+            ..plain()
+        };
+        let drawn = draw(&mut [0.0, 1.0, 2.0], [].iter(), &how, &mut rng);
+        let exact = 2.0 - (1.0 + 1f64.exp() + 2f64.exp()).ln();
+        assert!(drawn.token == 2 && (drawn.logp - exact).abs() < 1e-6);
+    }
+}

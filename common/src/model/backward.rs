@@ -1,0 +1,193 @@
+//! The backward pass, layer by layer from the last, with each layer's state kept or made again from its input.
+
+use super::decoder::{Decoder, LayerState};
+use super::gradients::Gradients;
+use super::params::Params;
+use crate::kernels::attention::{self, Layout};
+use crate::kernels::rope::Rotary;
+use crate::kernels::{activation, norm};
+
+/// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
+/// every parameter's gradient on the way.
+///
+/// `states` holds one state per layer of the forward pass over the same batch. A state whose `qkv` is empty is made
+/// again from its `x` (activation recompute: the same operations, so the same numbers).
+pub fn backward(
+    decoder: &Decoder,
+    params: &Params,
+    layout: &Layout,
+    tokens: &[u32],
+    mut states: Vec<LayerState>,
+    mut dx: Vec<f32>,
+    gradients: &mut Gradients,
+) {
+    assert_eq!(states.len(), decoder.layers.len());
+    let rotary = decoder.rotary(layout.longest());
+    let mut buffers = Buffers::default();
+    let mut again = LayerState::default();
+    for i in (0..states.len()).rev() {
+        let kept = states.pop().expect("one state per layer");
+        let state = if kept.qkv.is_empty() {
+            again.x = kept.x;
+            decoder.run_layer(i, layout, &rotary, &mut again, &mut buffers.inner);
+            &again
+        } else {
+            &kept
+        };
+        let pass = Pass {
+            decoder,
+            params,
+            layout,
+            rotary: &rotary,
+            layer: i,
+        };
+        pass.mlp(state, &mut dx, &mut buffers, gradients);
+        pass.attention(state, &mut dx, &mut buffers, gradients);
+    }
+    gradients.embedding(tokens, &dx);
+}
+
+/// Storage that every layer uses again.
+#[derive(Default)]
+struct Buffers {
+    inner: Vec<f32>,
+    d_inner: Vec<f32>,
+    d_wide: Vec<f32>,
+    unused: Vec<f32>,
+}
+
+struct Pass<'a> {
+    decoder: &'a Decoder,
+    params: &'a Params,
+    layout: &'a Layout,
+    rotary: &'a Rotary,
+    layer: usize,
+}
+
+impl Pass<'_> {
+    /// next = middle + down(swiglu(gate_up(norm(middle)))): turns the gradient of `next` into that of `middle`.
+    fn mlp(&self, state: &LayerState, dx: &mut [f32], b: &mut Buffers, gradients: &mut Gradients) {
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
+        let precision = self.decoder.precision;
+        self.decoder.mlp_inner(&state.gate_up, &mut b.inner);
+        gradients.linear(&p.down, &b.inner, dx, precision);
+        layer.down.backward(dx, &mut b.d_inner);
+        b.d_wide.clone_from(&state.gate_up);
+        activation::swiglu_backward(&mut b.d_wide, self.decoder.config.ffn, &b.d_inner);
+        self.decoder
+            .mlp_input(self.layer, &state.middle, &mut b.inner);
+        gradients.linear(&p.gate_up, &b.inner, &b.d_wide, precision);
+        layer.gate_up.backward(&b.d_wide, &mut b.d_inner);
+        let eps = self.decoder.config.norm_eps;
+        let d_weight = gradients
+            .vector(&p.mlp_norm)
+            .unwrap_or_else(|| spare(&mut b.unused, layer.mlp_norm.len()));
+        norm::backward(
+            &state.middle,
+            &layer.mlp_norm,
+            eps,
+            &b.d_inner,
+            dx,
+            d_weight,
+        );
+    }
+
+    /// middle = x + output(attention(rotate(qkv(norm(x))))): turns the gradient of `middle` into that of `x`.
+    fn attention(
+        &self,
+        state: &LayerState,
+        dx: &mut [f32],
+        b: &mut Buffers,
+        gradients: &mut Gradients,
+    ) {
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
+        let (precision, eps) = (self.decoder.precision, self.decoder.config.norm_eps);
+        gradients.linear(&p.output, &state.attention, dx, precision);
+        layer.output.backward(dx, &mut b.d_inner);
+        b.d_wide.clear();
+        b.d_wide.resize(state.qkv.len(), 0.0);
+        attention::backward(
+            self.layout,
+            layer.heads,
+            &state.qkv,
+            &state.attention,
+            &state.lse,
+            &b.d_inner,
+            &mut b.d_wide,
+        );
+        self.rotate_back(&mut b.d_wide);
+        self.head_norms(state, b, gradients);
+        b.inner.resize(state.x.len(), 0.0);
+        norm::forward(&state.x, &layer.input_norm, eps, &mut b.inner);
+        gradients.linear(&p.qkv, &b.inner, &b.d_wide, precision);
+        layer.qkv.backward(&b.d_wide, &mut b.d_inner);
+        let d_weight = gradients
+            .vector(&p.input_norm)
+            .unwrap_or_else(|| spare(&mut b.unused, layer.input_norm.len()));
+        norm::backward(&state.x, &layer.input_norm, eps, &b.d_inner, dx, d_weight);
+    }
+
+    fn rotate_back(&self, d_qkv: &mut [f32]) {
+        let heads = self.decoder.layers[self.layer].heads;
+        let positions: Vec<usize> = self.layout.positions().collect();
+        crate::kernels::rows(d_qkv, heads.qkv_width(), |first, part| {
+            for (row, &position) in part
+                .chunks_exact_mut(heads.qkv_width())
+                .zip(&positions[first..])
+            {
+                for head in row[..heads.q_width() + heads.kv_width()].chunks_exact_mut(heads.dim) {
+                    self.rotary.rotate_back(head, position);
+                }
+            }
+        });
+    }
+
+    /// Carries the gradient through the norms of query and key heads, where the family has them.
+    fn head_norms(&self, state: &LayerState, b: &mut Buffers, gradients: &mut Gradients) {
+        let (layer, p) = (
+            &self.decoder.layers[self.layer],
+            &self.params.layers[self.layer],
+        );
+        let (Some((q, k)), Some((q_span, k_span))) = (&layer.head_norms, &p.head_norms) else {
+            return;
+        };
+        let (heads, eps) = (layer.heads, self.decoder.config.norm_eps);
+        let width = heads.qkv_width();
+        for (weight, span, columns) in [
+            (q, q_span, 0..heads.q_width()),
+            (
+                k,
+                k_span,
+                heads.q_width()..heads.q_width() + heads.kv_width(),
+            ),
+        ] {
+            let d_weight = gradients
+                .vector(span)
+                .unwrap_or_else(|| spare(&mut b.unused, weight.len()));
+            for (raw, d_row) in state
+                .qkv_raw
+                .chunks_exact(width)
+                .zip(b.d_wide.chunks_exact_mut(width))
+            {
+                let raw = raw[columns.clone()].chunks_exact(heads.dim);
+                for (raw, d) in raw.zip(d_row[columns.clone()].chunks_exact_mut(heads.dim)) {
+                    let dy = d.to_vec();
+                    d.fill(0.0);
+                    norm::backward_row(raw, weight, eps, &dy, d, d_weight);
+                }
+            }
+        }
+    }
+}
+
+/// A place for gradients that nobody wants.
+fn spare(unused: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    unused.resize(len, 0.0);
+    unused
+}

@@ -1,0 +1,439 @@
+//! The forward pass: RMSNorm, attention with rotary positions, gated MLP, as Llama, Mistral and Qwen share it.
+
+use super::params::{LayerParams, Matrix, Params, Source, Span};
+use crate::kernels::attention::{self, Heads, Layout};
+use crate::kernels::gemm::{Left, Mat, Packed, Panels, Precision, Threads, Write, matmul};
+use crate::kernels::rope::Rotary;
+use crate::kernels::{activation, norm, rows};
+use crate::weights::Config;
+use anyhow::Result;
+use std::ops::Range;
+
+/// What a decoder is built for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Forward only.
+    Inference,
+    /// Forward and backward: the weights are packed a second time, transposed.
+    Training,
+}
+
+/// A model ready to run: its weights packed for the matrix products.
+pub struct Decoder {
+    /// Its shape.
+    pub config: Config,
+    /// The number format of the products' operands.
+    pub precision: Precision,
+    embedding: Packed,
+    head: Option<Packed>,
+    /// The LM head's transpose, for training.
+    head_transposed: Option<Packed>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Vec<f32>,
+    inv_freq: Vec<f32>,
+}
+
+pub(super) struct Layer {
+    pub heads: Heads,
+    pub input_norm: Vec<f32>,
+    pub qkv: Linear,
+    pub head_norms: Option<(Vec<f32>, Vec<f32>)>,
+    pub output: Linear,
+    pub mlp_norm: Vec<f32>,
+    pub gate_up: Linear,
+    pub down: Linear,
+}
+
+/// y = x·Wᵀ + b.
+pub(super) struct Linear {
+    weight: Packed,
+    /// Wᵀ, for the gradient of x.
+    transposed: Option<Packed>,
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    fn new(
+        source: &(impl Source + ?Sized),
+        matrix: &Matrix,
+        precision: Precision,
+        purpose: Use,
+    ) -> Result<Self> {
+        let weight = source.get(&matrix.weight)?;
+        let weight = Mat::new(&weight, matrix.rows, matrix.cols);
+        Ok(Self {
+            transposed: (purpose == Use::Training).then(|| Packed::from_columns(weight, precision)),
+            weight: Packed::from_rows(weight, precision),
+            bias: matrix
+                .bias
+                .as_ref()
+                .map(|b| source.get(b).map(|b| b.into_owned()))
+                .transpose()?,
+        })
+    }
+
+    /// Packs changed weights into the storage that is there.
+    fn update(&mut self, flat: &[f32], matrix: &Matrix) {
+        let weight = Mat::new(&flat[matrix.weight.range.clone()], matrix.rows, matrix.cols);
+        self.weight.set_rows(weight);
+        if let Some(transposed) = &mut self.transposed {
+            transposed.set_columns(weight);
+        }
+        if let (Some(bias), Some(span)) = (&mut self.bias, &matrix.bias) {
+            bias.copy_from_slice(&flat[span.range.clone()]);
+        }
+    }
+
+    /// `y` `[T, out]` is set to, or gains, x·Wᵀ + b, for `x` `[T, in]`.
+    fn forward(&self, x: &[f32], y: &mut [f32], write: Write) {
+        let (n, k) = (self.weight.n(), self.weight.k());
+        matmul(
+            Left::Rows(Mat::new(x, x.len() / k, k)),
+            self.weight.panels(),
+            y,
+            n,
+            write,
+            Threads::All,
+        );
+        if let Some(bias) = &self.bias {
+            rows(y, n, |_, y| {
+                for row in y.chunks_exact_mut(n) {
+                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                }
+            });
+        }
+    }
+
+    /// `dx` `[T, in]` is set to dy·W, for `dy` `[T, out]`.
+    pub fn backward(&self, dy: &[f32], dx: &mut Vec<f32>) {
+        let (n, k) = (self.weight.k(), self.weight.n());
+        let transposed = self
+            .transposed
+            .as_ref()
+            .expect("the decoder was built for training");
+        dx.resize(dy.len() / k * n, 0.0);
+        matmul(
+            Left::Rows(Mat::new(dy, dy.len() / k, k)),
+            transposed.panels(),
+            dx,
+            n,
+            Write::Set,
+            Threads::All,
+        );
+    }
+}
+
+/// What a layer computes on its way, as far as its backward pass wants it. All are `[T, …]`.
+#[derive(Default)]
+pub struct LayerState {
+    /// The layer's input, the residual stream.
+    pub x: Vec<f32>,
+    /// The fused projection before head norms and rotation, kept only where there are head norms.
+    pub qkv_raw: Vec<f32>,
+    /// `[q | k | v]` after head norms and rotation.
+    pub qkv: Vec<f32>,
+    /// Attention's result, before its output projection.
+    pub attention: Vec<f32>,
+    /// Log-sum-exp of the scores, `[T, heads]`.
+    pub lse: Vec<f32>,
+    /// The residual stream after attention.
+    pub middle: Vec<f32>,
+    /// `[gate | up]`.
+    pub gate_up: Vec<f32>,
+    /// A norm's output, then the MLP's inner activation: recomputed in the backward pass.
+    pub scratch: Vec<f32>,
+}
+
+impl LayerState {
+    /// The state without what no backward pass reads.
+    pub fn without_scratch(mut self) -> Self {
+        self.scratch = vec![];
+        self
+    }
+}
+
+impl Decoder {
+    /// Packs a model's weights, from a checkpoint or from the flat buffer.
+    ///
+    /// # Errors
+    /// A tensor that is missing or of another shape.
+    pub fn new(
+        config: &Config,
+        source: &(impl Source + ?Sized),
+        precision: Precision,
+        purpose: Use,
+    ) -> Result<Self> {
+        let params = Params::new(config);
+        let table = |span: &Span| -> Result<Packed> {
+            let values = source.get(span)?;
+            Ok(Packed::from_rows(
+                Mat::new(&values, config.vocab, config.hidden),
+                precision,
+            ))
+        };
+        let transposed = |span: &Span| -> Result<Packed> {
+            let values = source.get(span)?;
+            Ok(Packed::from_columns(
+                Mat::new(&values, config.vocab, config.hidden),
+                precision,
+            ))
+        };
+        let vector = |span: &Span| source.get(span).map(|v| v.into_owned());
+        let head_span = params.head.as_ref().unwrap_or(&params.embedding);
+        let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
+            let linear = |matrix: &Matrix| Linear::new(source, matrix, precision, purpose);
+            Ok(Layer {
+                heads: Heads {
+                    query: config.heads,
+                    kv: config.kv_heads,
+                    dim: config.head_dim,
+                    window: config.windows[i],
+                },
+                input_norm: vector(&p.input_norm)?,
+                qkv: linear(&p.qkv)?,
+                head_norms: p
+                    .head_norms
+                    .as_ref()
+                    .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
+                    .transpose()?,
+                output: linear(&p.output)?,
+                mlp_norm: vector(&p.mlp_norm)?,
+                gate_up: linear(&p.gate_up)?,
+                down: linear(&p.down)?,
+            })
+        };
+        Ok(Self {
+            config: config.clone(),
+            precision,
+            embedding: table(&params.embedding)?,
+            head: params.head.as_ref().map(table).transpose()?,
+            head_transposed: (purpose == Use::Training)
+                .then(|| transposed(head_span))
+                .transpose()?,
+            layers: params
+                .layers
+                .iter()
+                .enumerate()
+                .map(layer)
+                .collect::<Result<_>>()?,
+            norm: vector(&params.norm)?,
+            inv_freq: config.rope.inv_freq(config.head_dim),
+        })
+    }
+
+    /// Takes over changed parameters from the flat buffer.
+    pub fn update(&mut self, flat: &[f32], params: &Params) {
+        let table = |packed: &mut Packed, span: &Span, config: &Config| {
+            packed.set_rows(Mat::new(
+                &flat[span.range.clone()],
+                config.vocab,
+                config.hidden,
+            ));
+        };
+        let vector =
+            |target: &mut Vec<f32>, span: &Span| target.copy_from_slice(&flat[span.range.clone()]);
+        table(&mut self.embedding, &params.embedding, &self.config);
+        if let (Some(head), Some(span)) = (&mut self.head, &params.head) {
+            table(head, span, &self.config);
+        }
+        if let Some(transposed) = &mut self.head_transposed {
+            let span = params.head.as_ref().unwrap_or(&params.embedding);
+            transposed.set_columns(Mat::new(
+                &flat[span.range.clone()],
+                self.config.vocab,
+                self.config.hidden,
+            ));
+        }
+        for (layer, p) in self.layers.iter_mut().zip(&params.layers) {
+            vector(&mut layer.input_norm, &p.input_norm);
+            vector(&mut layer.mlp_norm, &p.mlp_norm);
+            if let (Some((q, k)), Some((q_span, k_span))) = (&mut layer.head_norms, &p.head_norms) {
+                vector(q, q_span);
+                vector(k, k_span);
+            }
+            let linears = [
+                &mut layer.qkv,
+                &mut layer.output,
+                &mut layer.gate_up,
+                &mut layer.down,
+            ];
+            for (linear, matrix) in linears.into_iter().zip(p.matrices()) {
+                linear.update(flat, matrix);
+            }
+        }
+        vector(&mut self.norm, &params.norm);
+    }
+
+    /// The bytes that the states of all layers take for so many tokens.
+    pub fn state_bytes(&self, tokens: usize) -> usize {
+        let c = &self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let qkv = (q + 2 * kv) * if c.qk_norm { 2 } else { 1 };
+        let row = 2 * c.hidden + qkv + q + c.heads + 2 * c.ffn;
+        tokens * row * c.layers * size_of::<f32>()
+    }
+
+    /// The LM head, `[vocab, hidden]`.
+    pub fn head(&self) -> &Packed {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The LM head's rows of some words as the columns of an operand: `[rows, words]` × this = `[rows, hidden]`.
+    pub fn head_transposed(&self, words: Range<usize>) -> Panels<'_> {
+        self.head_transposed
+            .as_ref()
+            .expect("the decoder was built for training")
+            .sum_range(words)
+    }
+
+    /// How the heads of layer `i` are laid out.
+    pub fn heads(&self, i: usize) -> Heads {
+        self.layers[i].heads
+    }
+
+    /// The rotation table for so many positions.
+    pub fn rotary(&self, positions: usize) -> Rotary {
+        Rotary::new(&self.inv_freq, positions)
+    }
+
+    /// The rows of the embedding of `tokens`, `[T, hidden]`.
+    pub fn embed(&self, tokens: &[u32], out: &mut Vec<f32>) {
+        let width = self.config.hidden;
+        out.resize(tokens.len() * width, 0.0);
+        for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
+            self.embedding.read_row(token as usize, row);
+        }
+    }
+
+    /// The last norm, row by row.
+    pub fn final_norm(&self, x: &[f32], out: &mut Vec<f32>) {
+        out.resize(x.len(), 0.0);
+        norm::forward(x, &self.norm, self.config.norm_eps, out);
+    }
+
+    /// The gradient of the last norm: adds to `dx`, and to the norm's own where it is wanted.
+    pub fn final_norm_backward(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        d_weight: Option<&mut [f32]>,
+    ) {
+        let mut unused = vec![];
+        let d_weight = d_weight.unwrap_or_else(|| {
+            unused.resize(self.norm.len(), 0.0);
+            &mut unused
+        });
+        norm::backward(x, &self.norm, self.config.norm_eps, dy, dx, d_weight);
+    }
+
+    /// The residual stream after the last layer, `[T, hidden]`, before the last norm. `seen` is shown each layer's
+    /// state right after it ran, and may take it.
+    pub fn forward(
+        &self,
+        layout: &Layout,
+        tokens: &[u32],
+        mut seen: impl FnMut(usize, &mut LayerState),
+    ) -> Vec<f32> {
+        assert_eq!(layout.tokens(), tokens.len());
+        let rotary = self.rotary(layout.longest());
+        let mut state = LayerState::default();
+        self.embed(tokens, &mut state.x);
+        for i in 0..self.layers.len() {
+            let mut next = Vec::new();
+            self.run_layer(i, layout, &rotary, &mut state, &mut next);
+            seen(i, &mut state);
+            state.x = next;
+        }
+        state.x
+    }
+
+    /// Runs layer `i` on `state.x`, filling the rest of the state; `next` receives its output.
+    pub fn run_layer(
+        &self,
+        i: usize,
+        layout: &Layout,
+        rotary: &Rotary,
+        state: &mut LayerState,
+        next: &mut Vec<f32>,
+    ) {
+        let heads = self.layers[i].heads;
+        let tokens = layout.tokens();
+        let positions: Vec<usize> = layout.positions().collect();
+        self.project(i, &positions, rotary, state);
+        state.attention.resize(tokens * heads.q_width(), 0.0);
+        state.lse.resize(tokens * heads.query, 0.0);
+        attention::forward(
+            layout,
+            heads,
+            &state.qkv,
+            &mut state.attention,
+            &mut state.lse,
+        );
+        self.finish(i, state, next);
+    }
+
+    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position.
+    pub fn project(&self, i: usize, positions: &[usize], rotary: &Rotary, state: &mut LayerState) {
+        let layer = &self.layers[i];
+        let (heads, eps) = (layer.heads, self.config.norm_eps);
+        let width = heads.qkv_width();
+        state.scratch.resize(state.x.len(), 0.0);
+        norm::forward(&state.x, &layer.input_norm, eps, &mut state.scratch);
+        state.qkv.resize(positions.len() * width, 0.0);
+        layer
+            .qkv
+            .forward(&state.scratch, &mut state.qkv, Write::Set);
+        if layer.head_norms.is_some() {
+            state.qkv_raw.clone_from(&state.qkv);
+        }
+        rows(&mut state.qkv, width, |first, qkv| {
+            for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
+                let (q, k) =
+                    row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
+                for (part, head_norm) in [
+                    (q, layer.head_norms.as_ref().map(|n| &n.0)),
+                    (k, layer.head_norms.as_ref().map(|n| &n.1)),
+                ] {
+                    for head in part.chunks_exact_mut(heads.dim) {
+                        if let Some(weight) = head_norm {
+                            let raw = head.to_vec();
+                            norm::row(&raw, weight, eps, head);
+                        }
+                        rotary.rotate(head, position);
+                    }
+                }
+            }
+        });
+    }
+
+    /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
+    pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
+        let layer = &self.layers[i];
+        state.middle.clone_from(&state.x);
+        layer
+            .output
+            .forward(&state.attention, &mut state.middle, Write::Add);
+        self.mlp_input(i, &state.middle, &mut state.scratch);
+        let tokens = state.x.len() / self.config.hidden;
+        state.gate_up.resize(tokens * 2 * self.config.ffn, 0.0);
+        layer
+            .gate_up
+            .forward(&state.scratch, &mut state.gate_up, Write::Set);
+        self.mlp_inner(&state.gate_up, &mut state.scratch);
+        next.clone_from(&state.middle);
+        layer.down.forward(&state.scratch, next, Write::Add);
+    }
+
+    /// The norm before the MLP.
+    pub(super) fn mlp_input(&self, i: usize, middle: &[f32], out: &mut Vec<f32>) {
+        out.resize(middle.len(), 0.0);
+        norm::forward(middle, &self.layers[i].mlp_norm, self.config.norm_eps, out);
+    }
+
+    /// The MLP's inner activation.
+    pub(super) fn mlp_inner(&self, gate_up: &[f32], out: &mut Vec<f32>) {
+        out.resize(gate_up.len() / 2, 0.0);
+        activation::swiglu(gate_up, self.config.ffn, out);
+    }
+}

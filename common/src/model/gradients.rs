@@ -1,0 +1,93 @@
+//! Where gradients are collected: the whole model's, flat like its parameters, or those of low-rank adapters.
+
+use super::lora::Lora;
+use super::params::{Matrix, Params, Span};
+use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+
+/// The sum of gradients over a batch.
+pub enum Gradients<'a> {
+    /// Of every parameter.
+    Full {
+        /// Where they lie.
+        params: &'a Params,
+        /// The flat buffer, as long as the parameters'.
+        flat: &'a mut [f32],
+    },
+    /// Of the adapters alone.
+    Lora {
+        /// Where they lie.
+        lora: &'a Lora,
+        /// Their values.
+        values: &'a [f32],
+        /// The flat buffer, as long as the adapters'.
+        flat: &'a mut [f32],
+    },
+}
+
+impl Gradients<'_> {
+    /// For y = x·Wᵀ + b: adds dyᵀ·x to the weight's gradient and Σ dy to the bias's. `x` is `[T, in]`, `dy` `[T, out]`.
+    pub fn linear(&mut self, matrix: &Matrix, x: &[f32], dy: &[f32], precision: Precision) {
+        match self {
+            Self::Full { flat, .. } => {
+                let tokens = x.len() / matrix.cols;
+                let x = Packed::from_columns(Mat::new(x, tokens, matrix.cols), precision);
+                let dy_columns = Left::Columns(Mat::new(dy, tokens, matrix.rows));
+                let target = &mut flat[matrix.weight.range.clone()];
+                matmul(
+                    dy_columns,
+                    x.panels(),
+                    target,
+                    matrix.cols,
+                    Write::Add,
+                    Threads::All,
+                );
+                if let Some(bias) = &matrix.bias {
+                    let target = &mut flat[bias.range.clone()];
+                    for row in dy.chunks_exact(matrix.rows) {
+                        target.iter_mut().zip(row).for_each(|(t, d)| *t += d);
+                    }
+                }
+            }
+            Self::Lora { lora, values, flat } => {
+                lora.add_gradient(values, flat, matrix, x, dy, precision)
+            }
+        }
+    }
+
+    /// A vector's gradient to add to, or none where it is not trained.
+    pub fn vector(&mut self, span: &Span) -> Option<&mut [f32]> {
+        match self {
+            Self::Full { flat, .. } => Some(&mut flat[span.range.clone()]),
+            Self::Lora { .. } => None,
+        }
+    }
+
+    /// The LM head's gradient `[vocab, hidden]`, or none where it is not trained.
+    pub fn head(&mut self) -> Option<&mut [f32]> {
+        match self {
+            Self::Full { params, flat } => Some(
+                &mut flat[params
+                    .head
+                    .as_ref()
+                    .unwrap_or(&params.embedding)
+                    .range
+                    .clone()],
+            ),
+            Self::Lora { .. } => None,
+        }
+    }
+
+    /// Adds the rows of `dx` `[T, hidden]` to the embeddings of their tokens.
+    pub fn embedding(&mut self, tokens: &[u32], dx: &[f32]) {
+        if let Self::Full { params, flat } = self {
+            let table = &mut flat[params.embedding.range.clone()];
+            let width = dx.len() / tokens.len();
+            for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
+                table[token as usize * width..][..width]
+                    .iter_mut()
+                    .zip(dx)
+                    .for_each(|(t, d)| *t += d);
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Low-rank adapters (LoRA, arXiv 2106.09685): W' = W + (α/r)·B·A on chosen projections, the rest frozen.
+//!
+//! The forward pass runs on the merged weights W', made again after every step; only the gradients differ:
+//! dB = (α/r)·dyᵀ·(x·Aᵀ), dA = (α/r)·(dy·B)ᵀ·x, both through `[T, r]`, never through a full dW.
+
+use super::params::{Matrix, Params};
+use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// The projections that are adapted: all linear maps of the layers.
+pub const PROJECTIONS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// The adapter of one projection. A is `[rank, cols]`, B `[rows, rank]`.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// The projection's name without `.weight`.
+    pub module: String,
+    /// The projection's weight in the model's flat buffer.
+    pub weight: Range<usize>,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// A in the adapters' flat buffer.
+    pub a: Range<usize>,
+    /// B in the adapters' flat buffer.
+    pub b: Range<usize>,
+    /// The projection's first column in the fused output.
+    column: usize,
+}
+
+/// All adapters of a model, in one flat buffer of their own.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    /// r.
+    pub rank: usize,
+    /// α.
+    pub alpha: f32,
+    /// In the order of the layers and of [`PROJECTIONS`].
+    pub adapters: Vec<Adapter>,
+    /// The length of the flat buffer.
+    pub len: usize,
+    /// The adapters of a fused matrix, by the start of its weight.
+    by_matrix: HashMap<usize, Range<usize>>,
+}
+
+impl Lora {
+    /// Lays out adapters for every projection.
+    pub fn new(params: &Params, rank: usize, alpha: f32) -> Self {
+        let mut lora = Self {
+            rank,
+            alpha,
+            adapters: vec![],
+            len: 0,
+            by_matrix: HashMap::new(),
+        };
+        for matrix in params.layers.iter().flat_map(|layer| layer.matrices()) {
+            let first = lora.adapters.len();
+            let (mut at, mut column) = (matrix.weight.range.start, 0);
+            for (name, shape) in &matrix.weight.tensors {
+                let (rows, cols) = (shape[0], shape[1]);
+                let a = lora.len..lora.len + rank * cols;
+                let b = a.end..a.end + rows * rank;
+                lora.len = b.end;
+                let module = name.trim_end_matches(".weight").to_owned();
+                lora.adapters.push(Adapter {
+                    module,
+                    weight: at..at + rows * cols,
+                    rows,
+                    cols,
+                    a,
+                    b,
+                    column,
+                });
+                at += rows * cols;
+                column += rows;
+            }
+            lora.by_matrix
+                .insert(matrix.weight.range.start, first..lora.adapters.len());
+        }
+        lora
+    }
+
+    /// α/r.
+    pub fn scale(&self) -> f32 {
+        self.alpha / self.rank as f32
+    }
+
+    /// PEFT's start: A uniform in ±1/√cols (Kaiming with a = √5), B zero. `uniform` gives numbers in [0, 1).
+    pub fn initial(&self, mut uniform: impl FnMut() -> f32) -> Vec<f32> {
+        let mut flat = vec![0.0; self.len];
+        for adapter in &self.adapters {
+            let bound = 1.0 / (adapter.cols as f32).sqrt();
+            flat[adapter.a.clone()]
+                .iter_mut()
+                .for_each(|x| *x = (2.0 * uniform() - 1.0) * bound);
+        }
+        flat
+    }
+
+    /// Writes base + (α/r)·B·A into `merged`, both flat like the model's parameters.
+    pub fn merge(&self, adapters: &[f32], base: &[f32], merged: &mut [f32]) {
+        let mut scaled = vec![];
+        for adapter in &self.adapters {
+            scaled.clear();
+            scaled.extend(adapters[adapter.b.clone()].iter().map(|b| b * self.scale()));
+            let a = Packed::from_columns(
+                Mat::new(&adapters[adapter.a.clone()], self.rank, adapter.cols),
+                Precision::F32,
+            );
+            let target = &mut merged[adapter.weight.clone()];
+            target.copy_from_slice(&base[adapter.weight.clone()]);
+            let b = Left::Rows(Mat::new(&scaled, adapter.rows, self.rank));
+            matmul(
+                b,
+                a.panels(),
+                target,
+                adapter.cols,
+                Write::Add,
+                Threads::All,
+            );
+        }
+    }
+
+    /// Adds the gradients of the adapters of one fused matrix, for its input `x` `[T, in]` and the gradient of its
+    /// output, `dy` `[T, out]`. `values` are the adapters, `flat` their gradients.
+    pub(super) fn add_gradient(
+        &self,
+        values: &[f32],
+        flat: &mut [f32],
+        matrix: &Matrix,
+        x: &[f32],
+        dy: &[f32],
+        precision: Precision,
+    ) {
+        let adapters = &self.adapters[self.by_matrix[&matrix.weight.range.start].clone()];
+        let (tokens, rank) = (x.len() / matrix.cols, self.rank);
+        let x_columns = Packed::from_columns(Mat::new(x, tokens, matrix.cols), precision);
+        for adapter in adapters {
+            let dy = Mat::strided(&dy[adapter.column..], tokens, adapter.rows, matrix.rows);
+            let product = |left: Mat, right: Packed| {
+                let mut out = vec![0.0; tokens * rank];
+                matmul(
+                    Left::Rows(left),
+                    right.panels(),
+                    &mut out,
+                    rank,
+                    Write::Set,
+                    Threads::All,
+                );
+                out.iter_mut().for_each(|v| *v *= self.scale());
+                out
+            };
+            let a = Packed::from_rows(
+                Mat::new(&values[adapter.a.clone()], rank, adapter.cols),
+                precision,
+            );
+            let b = Packed::from_columns(
+                Mat::new(&values[adapter.b.clone()], adapter.rows, rank),
+                precision,
+            );
+            let x_a = product(Mat::new(x, tokens, matrix.cols), a); // [T, r]
+            let dy_b = product(dy, b); // [T, r]
+            let x_a = Packed::from_columns(Mat::new(&x_a, tokens, rank), precision);
+            matmul(
+                Left::Columns(dy),
+                x_a.panels(),
+                &mut flat[adapter.b.clone()],
+                rank,
+                Write::Add,
+                Threads::All,
+            );
+            let dy_b = Left::Columns(Mat::new(&dy_b, tokens, rank));
+            matmul(
+                dy_b,
+                x_columns.panels(),
+                &mut flat[adapter.a.clone()],
+                adapter.cols,
+                Write::Add,
+                Threads::All,
+            );
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The one decoder: where its parameters lie, its forward pass over packed, prefix-shared batches, and its backward pass.
+
+mod backward;
+mod decoder;
+mod gradients;
+mod lora;
+mod params;
+
+pub use backward::backward;
+pub use decoder::{Decoder, LayerState, Use};
+pub use gradients::Gradients;
+pub use lora::{Adapter, Lora, PROJECTIONS};
+pub use params::{LayerParams, Matrix, Params, Source, Span};

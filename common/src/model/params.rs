@@ -1,0 +1,222 @@
+//! Where every parameter lies: one flat buffer of float32, with the matrices that are multiplied together side by side.
+
+use crate::weights::{Config, Weights};
+use anyhow::Result;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Parameters that are used as one, contiguous in the flat buffer: one tensor, or several stacked along their rows.
+#[derive(Clone, Debug)]
+pub struct Span {
+    /// Its place in the flat buffer.
+    pub range: Range<usize>,
+    /// The tensors in it by their Hugging Face names, with their shapes.
+    pub tensors: Vec<(String, Vec<usize>)>,
+}
+
+/// A linear map `[rows, cols]` (out × in), perhaps of several projections stacked, and its bias `[rows]`.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// The weight.
+    pub weight: Span,
+    /// The bias; projections stacked here have one all or none.
+    pub bias: Option<Span>,
+    /// Output features of all projections together.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+/// The parameters of a layer.
+#[derive(Clone, Debug)]
+pub struct LayerParams {
+    /// Norm before attention.
+    pub input_norm: Span,
+    /// `[q | k | v]`.
+    pub qkv: Matrix,
+    /// Norm of each query head and of each key head, where the family has them.
+    pub head_norms: Option<(Span, Span)>,
+    /// The attention's output projection.
+    pub output: Matrix,
+    /// Norm before the MLP.
+    pub mlp_norm: Span,
+    /// `[gate | up]`.
+    pub gate_up: Matrix,
+    /// The MLP's output projection.
+    pub down: Matrix,
+}
+
+impl LayerParams {
+    /// The four linear maps, in the order of the forward pass.
+    pub fn matrices(&self) -> [&Matrix; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+}
+
+/// The parameters of a model.
+#[derive(Clone, Debug)]
+pub struct Params {
+    /// `[vocab, hidden]`.
+    pub embedding: Span,
+    /// In order.
+    pub layers: Vec<LayerParams>,
+    /// The last norm.
+    pub norm: Span,
+    /// `[vocab, hidden]`; none where the embedding serves.
+    pub head: Option<Span>,
+    /// The length of the flat buffer.
+    pub len: usize,
+}
+
+impl Params {
+    /// Lays out the parameters of a model.
+    pub fn new(config: &Config) -> Self {
+        let mut cursor = Cursor {
+            config,
+            shapes: config.parameters().into_iter().collect(),
+            at: 0,
+        };
+        let embedding = cursor.span("model.", &["embed_tokens.weight"]);
+        let layers = (0..config.layers).map(|i| cursor.layer(i)).collect();
+        let norm = cursor.span("model.", &["norm.weight"]);
+        let head = (!config.tied).then(|| cursor.span("", &["lm_head.weight"]));
+        Self {
+            embedding,
+            layers,
+            norm,
+            head,
+            len: cursor.at,
+        }
+    }
+
+    /// All spans, in the order of the flat buffer.
+    pub fn spans(&self) -> Vec<&Span> {
+        let mut all = vec![&self.embedding];
+        for layer in &self.layers {
+            all.push(&layer.input_norm);
+            for matrix in layer.matrices() {
+                all.push(&matrix.weight);
+                all.extend(&matrix.bias);
+            }
+            all.push(&layer.mlp_norm);
+            all.extend(layer.head_norms.iter().flat_map(|(q, k)| [q, k]));
+        }
+        all.push(&self.norm);
+        all.extend(&self.head);
+        all.sort_by_key(|span| span.range.start);
+        all
+    }
+
+    /// Every tensor with its shape and its place in the flat buffer.
+    pub fn tensors(&self) -> Vec<(&str, &[usize], Range<usize>)> {
+        let mut all = vec![];
+        for span in self.spans() {
+            let mut at = span.range.start;
+            for (name, shape) in &span.tensors {
+                let len: usize = shape.iter().product();
+                all.push((name.as_str(), shape.as_slice(), at..at + len));
+                at += len;
+            }
+        }
+        all
+    }
+
+    /// Reads all weights into one flat buffer.
+    pub fn read(&self, weights: &Weights) -> Result<Vec<f32>> {
+        let mut flat = vec![0.0; self.len];
+        for (name, shape, range) in self.tensors() {
+            flat[range].copy_from_slice(&weights.tensor(name, shape)?);
+        }
+        Ok(flat)
+    }
+}
+
+/// Something that holds parameters: the flat buffer, or a checkpoint that is read span by span.
+pub trait Source {
+    /// The values of a span.
+    fn get(&self, span: &Span) -> Result<Cow<'_, [f32]>>;
+}
+
+impl Source for [f32] {
+    fn get(&self, span: &Span) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Borrowed(&self[span.range.clone()]))
+    }
+}
+
+impl Source for Weights {
+    fn get(&self, span: &Span) -> Result<Cow<'_, [f32]>> {
+        let mut values = Vec::with_capacity(span.range.len());
+        for (name, shape) in &span.tensors {
+            values.append(&mut self.tensor(name, shape)?);
+        }
+        Ok(Cow::Owned(values))
+    }
+}
+
+/// Hands out places in order.
+struct Cursor<'a> {
+    config: &'a Config,
+    shapes: HashMap<String, Vec<usize>>,
+    at: usize,
+}
+
+impl Cursor<'_> {
+    fn layer(&mut self, i: usize) -> LayerParams {
+        let c = self.config;
+        let prefix = format!("model.layers.{i}.");
+        let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+        LayerParams {
+            input_norm: self.span(&prefix, &["input_layernorm.weight"]),
+            qkv: self.matrix(&prefix, &attention, c.qkv_bias),
+            head_norms: c.qk_norm.then(|| {
+                let mut norm =
+                    |which: &str| self.span(&prefix, &[&format!("self_attn.{which}_norm.weight")]);
+                (norm("q"), norm("k"))
+            }),
+            output: self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias),
+            mlp_norm: self.span(&prefix, &["post_attention_layernorm.weight"]),
+            gate_up: self.matrix(&prefix, &["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias),
+            down: self.matrix(&prefix, &["mlp.down_proj"], c.mlp_bias),
+        }
+    }
+
+    fn matrix(&mut self, prefix: &str, modules: &[&str], bias: bool) -> Matrix {
+        let named = |kind: &str| {
+            modules
+                .iter()
+                .map(|m| format!("{m}.{kind}"))
+                .collect::<Vec<_>>()
+        };
+        let weight = self.span(prefix, &named("weight"));
+        let bias = bias.then(|| self.span(prefix, &named("bias")));
+        let rows = weight.tensors.iter().map(|(_, shape)| shape[0]).sum();
+        let cols = weight.tensors[0].1[1];
+        Matrix {
+            weight,
+            bias,
+            rows,
+            cols,
+        }
+    }
+
+    fn span<S: AsRef<str>>(&mut self, prefix: &str, names: &[S]) -> Span {
+        let tensor = |name: String| {
+            let shape = self.shapes[&name].clone();
+            (name, shape)
+        };
+        let tensors: Vec<_> = names
+            .iter()
+            .map(|name| tensor(format!("{prefix}{}", name.as_ref())))
+            .collect();
+        let len: usize = tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
+        self.at += len;
+        Span {
+            range: self.at - len..self.at,
+            tensors,
+        }
+    }
+}

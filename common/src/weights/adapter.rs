@@ -1,0 +1,484 @@
+//! LoRA adapters in PEFT's layout: merged into their base while it is read, and written.
+
+use super::config::{Fields, shortest};
+use super::safetensors::Shards;
+use super::save::{write_json, write_safetensors};
+use anyhow::{Context, Result, bail, ensure};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+/// What tells an adapter's folder from a model's.
+pub(super) const CONFIG: &str = "adapter_config.json";
+pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// PEFT puts two wrappers around the model that it adapts.
+const PREFIX: &str = "base_model.model.";
+
+/// Options that do not change what the stored tensors mean, or that are read here. Any other option
+/// must be off (null, false, 0, empty): PEFT grows by options that change the forward pass.
+const UNDERSTOOD: [&str; 26] = [
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "inference_mode",
+    "lora_dropout",
+    "peft_version",
+    "parent_library",
+    "auto_mapping",
+    "megatron_core",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
+];
+
+/// An opened adapter: for each adapted weight, its two factors and their scale.
+pub(super) struct Adapter {
+    shards: Shards,
+    /// By the Hugging Face name of the weight that they change.
+    factors: HashMap<String, Factors>,
+}
+
+/// W + scale · B·A, with A `[rank, in]` and B `[out, rank]`.
+struct Factors {
+    a: String,
+    b: String,
+    rank: usize,
+    scale: f32,
+}
+
+/// What an adapter's config says about its base, as a MODEL argument.
+pub(super) fn base_of(config: &Value, path: &Path) -> Result<String> {
+    let at = || path.display().to_string();
+    let fields = Fields(config.as_object().with_context(at)?);
+    let base = fields
+        .text("base_model_name_or_path")
+        .with_context(at)?
+        .with_context(|| format!("{}: \"base_model_name_or_path\" is missing", path.display()))?;
+    let revision = fields.text("revision").with_context(at)?;
+    Ok(match revision {
+        Some(revision) if !Path::new(base).exists() => format!("{base}@{revision}"),
+        _ => base.to_owned(),
+    })
+}
+
+impl Adapter {
+    /// Opens the adapter in `folder` against the weights that its base has, `parameters`.
+    pub(super) fn open(
+        folder: &Path,
+        config: &Value,
+        parameters: &[(String, Vec<usize>)],
+    ) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let (rank, scaling) = read_config(config).with_context(|| path.display().to_string())?;
+        let file = folder.join(WEIGHTS);
+        ensure!(
+            file.is_file(),
+            "{}: missing; an adapter in pickled form (.bin) is never opened, save it again with a newer peft",
+            file.display()
+        );
+        let shards = Shards::open_file(&file)?;
+        let shapes: HashMap<_, _> = parameters.iter().map(|(n, s)| (n.as_str(), s)).collect();
+        let mut factors = HashMap::new();
+        for a in shards.names() {
+            let Some(module) = a.strip_suffix(".lora_A.weight") else {
+                let paired = a
+                    .strip_suffix(".lora_B.weight")
+                    .is_some_and(|m| shards.shape(&format!("{m}.lora_A.weight")).is_some());
+                ensure!(
+                    paired,
+                    "{}: the tensor {a:?} is not one of a pair lora_A.weight, lora_B.weight: only plain LoRA on projections is supported",
+                    file.display()
+                );
+                continue;
+            };
+            let weight = format!("{}.weight", module.strip_prefix(PREFIX).unwrap_or(module));
+            let shape = shapes
+                .get(weight.as_str())
+                .filter(|shape| shape.len() == 2)
+                .with_context(|| {
+                    format!(
+                        "{}: {a:?} adapts {weight:?}, which the base does not have as a projection",
+                        file.display()
+                    )
+                })?;
+            let b = format!("{module}.lora_B.weight");
+            shards.check(&a, &[rank, shape[1]])?;
+            shards.check(&b, &[shape[0], rank])?;
+            factors.insert(
+                weight,
+                Factors {
+                    a,
+                    b,
+                    rank,
+                    scale: scaling,
+                },
+            );
+        }
+        Ok(Self { shards, factors })
+    }
+
+    /// Adds the adapter's part to a weight of the base, `[out, in]`.
+    pub(super) fn merge(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
+        let (Some(factors), &[out, input]) = (self.factors.get(name), shape) else {
+            return Ok(());
+        };
+        let a = self.shards.read(&factors.a, &[factors.rank, input])?;
+        let b = self.shards.read(&factors.b, &[out, factors.rank])?;
+        values
+            .par_chunks_mut(input)
+            .zip(b.par_chunks(factors.rank))
+            .for_each_init(
+                || vec![0.0f32; input],
+                |delta, (row, b)| {
+                    delta.fill(0.0);
+                    for (b, a) in b.iter().zip(a.chunks(input)) {
+                        for (delta, a) in delta.iter_mut().zip(a) {
+                            *delta += b * a;
+                        }
+                    }
+                    for (value, delta) in row.iter_mut().zip(delta) {
+                        *value += factors.scale * *delta;
+                    }
+                },
+            );
+        Ok(())
+    }
+}
+
+/// Rank and scale: α/r, or α/√r with `use_rslora`.
+fn read_config(config: &Value) -> Result<(usize, f32)> {
+    let fields = Fields(config.as_object().context("must be a JSON object")?);
+    for (key, wanted) in [
+        ("peft_type", "LORA"),
+        ("task_type", "CAUSAL_LM"),
+        ("bias", "none"),
+    ] {
+        if let Some(found) = fields.text(key)? {
+            ensure!(
+                found == wanted,
+                "{key}: {found:?} is not supported, only {wanted:?}"
+            );
+        }
+    }
+    if let Some(Value::String(init)) = fields.present("init_lora_weights") {
+        // The others (pissa, olora, corda, …) change the base's weights before training.
+        ensure!(
+            ["gaussian", "orthogonal", "eva"].contains(&init.as_str()),
+            "init_lora_weights: {init:?} adapts a changed base; convert the adapter to plain LoRA with peft first"
+        );
+    }
+    for (key, value) in fields.0 {
+        let off = match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Number(number) => number.as_f64() == Some(0.0),
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            Value::Bool(true) => false,
+        };
+        ensure!(
+            off || UNDERSTOOD.contains(&key.as_str()),
+            "{key}: this PEFT option is not supported; merge the adapter with peft's merge_and_unload first"
+        );
+    }
+    let rank = fields.size("r")?;
+    let alpha = fields
+        .number("lora_alpha")?
+        .context("\"lora_alpha\" is missing")?;
+    let divisor = match fields.flag("use_rslora")?.unwrap_or(false) {
+        true => (rank as f64).sqrt(),
+        false => rank as f64,
+    };
+    Ok((rank, (alpha / divisor) as f32))
+}
+
+/// A trained LoRA pair.
+pub struct LoraModule<'a> {
+    /// The module that it adapts, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Columns and rows of the adapted weight.
+    pub input: usize,
+    pub output: usize,
+    /// `[rank, input]`
+    pub a: Cow<'a, [f32]>,
+    /// `[output, rank]`
+    pub b: Cow<'a, [f32]>,
+}
+
+/// Writes an adapter in PEFT's layout into the folder `dir`, which exists: `adapter_config.json` and
+/// `adapter_model.safetensors`, float32. The adapted weight is W + (alpha/rank)·B·A; `base` is
+/// what another program will open to find W (a folder or a hub id).
+///
+/// # Errors
+/// No modules, a pair whose sizes do not fit, the disk's own.
+pub fn save_adapter(
+    dir: &Path,
+    base: &str,
+    rank: usize,
+    alpha: f32,
+    modules: &[LoraModule],
+) -> Result<()> {
+    if modules.is_empty() {
+        bail!("an adapter without modules cannot be saved")
+    }
+    // PEFT matches these against the ends of the modules' names.
+    let targets: BTreeSet<_> = modules
+        .iter()
+        .map(|m| m.name.rsplit('.').next().unwrap_or(&m.name))
+        .collect();
+    let alpha = match alpha.fract() == 0.0 {
+        true => json!(alpha as i64),
+        false => shortest(alpha),
+    };
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "modules_to_save": null,
+        "use_rslora": false,
+        "inference_mode": true,
+    });
+    write_json(&dir.join(CONFIG), &config)?;
+    let tensors = modules.iter().flat_map(|module| {
+        let name = |which: &str| format!("{PREFIX}{}.lora_{which}.weight", module.name);
+        [
+            (
+                name("A"),
+                vec![rank, module.input],
+                Cow::Borrowed(&*module.a),
+            ),
+            (
+                name("B"),
+                vec![module.output, rank],
+                Cow::Borrowed(&*module.b),
+            ),
+        ]
+    });
+    let layout: Vec<_> = tensors
+        .clone()
+        .map(|(name, shape, _)| (name, shape))
+        .collect();
+    write_safetensors(&dir.join(WEIGHTS), &layout, &mut tensors.into_iter())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::*;
+    use super::super::read_json;
+    use super::*;
+    use std::fs;
+
+    const NAME: &str = "model.layers.1.self_attn.q_proj";
+
+    /// A base, and an adapter of rank 2 for one 32×32 projection.
+    fn adapted() -> (tempfile::TempDir, Tensors, tempfile::TempDir) {
+        let (base, _, tensors) = checkpoint("llama");
+        let adapter = tempfile::tempdir().unwrap();
+        let module = LoraModule {
+            name: NAME.to_owned(),
+            input: 32,
+            output: 32,
+            a: (0..64).map(|i| i as f32 / 8.0).collect::<Vec<_>>().into(),
+            b: (0..64)
+                .map(|i| 4.0 - i as f32 / 8.0)
+                .collect::<Vec<_>>()
+                .into(),
+        };
+        let path = base.path().to_str().unwrap();
+        save_adapter(adapter.path(), path, 2, 3.0, &[module]).unwrap();
+        (base, tensors, adapter)
+    }
+
+    fn edit(adapter: &Path, key: &str, value: Value) {
+        let path = adapter.join(CONFIG);
+        let mut json = read_json(&path).unwrap();
+        json[key] = value;
+        fs::write(path, json.to_string()).unwrap();
+    }
+
+    fn assert_merged(adapter: &Path, tensors: &Tensors, scale: f32) {
+        let weights = open(adapter).unwrap();
+        for (name, shape, base) in tensors {
+            let found = weights.tensor(name, shape).unwrap();
+            if *name != format!("{NAME}.weight") {
+                assert_eq!(&found, base, "{name}");
+                continue;
+            }
+            for (at, (found, base)) in found.iter().zip(base).enumerate() {
+                let (row, column) = (at / 32, at % 32);
+                let delta: f32 = (0..2)
+                    .map(|k| (4.0 - (2 * row + k) as f32 / 8.0) * ((32 * k + column) as f32 / 8.0))
+                    .sum();
+                let expected = base + scale * delta;
+                assert!((found - expected).abs() < 1e-4, "{at}: {found} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_adapter_opens_as_its_merged_model() {
+        let (base, tensors, adapter) = adapted();
+        assert_merged(adapter.path(), &tensors, 1.5);
+        let merged = open(adapter.path()).unwrap();
+        assert_eq!(merged.path(), base.path(), "the tokenizer is the base's");
+        let plain = open(base.path()).unwrap();
+        assert_ne!(merged.fingerprint().unwrap(), plain.fingerprint().unwrap());
+        edit(adapter.path(), "use_rslora", json!(true));
+        assert_merged(adapter.path(), &tensors, 3.0 / 2f32.sqrt());
+    }
+
+    /// Every field that PEFT 0.21 writes for plain LoRA, most of them off.
+    #[test]
+    fn pefts_own_config_is_understood() {
+        let config = json!({
+            "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+            "base_model_name_or_path": "x", "bias": "none", "corda_config": null, "ensure_weight_tying": false,
+            "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
+            "init_lora_weights": true, "kasa_config": null, "layer_replication": null, "layers_pattern": null,
+            "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 3, "lora_bias": false, "lora_dropout": 0.1,
+            "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null,
+            "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 2,
+            "rank_pattern": {}, "revision": null, "target_modules": ["up_proj", "q_proj"], "target_parameters": null,
+            "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
+            "use_qalora": false, "use_rslora": false, "velora_config": null,
+        });
+        assert_eq!(read_config(&config).unwrap(), (2, 1.5));
+        assert_eq!(base_of(&config, Path::new("c")).unwrap(), "x");
+        let pinned = json!({"base_model_name_or_path": "org/name", "revision": "v1"});
+        assert_eq!(base_of(&pinned, Path::new("c")).unwrap(), "org/name@v1");
+    }
+
+    #[test]
+    fn what_is_written_is_pefts_layout() {
+        let (base, _, adapter) = adapted();
+        let json = read_json(&adapter.path().join(CONFIG)).unwrap();
+        for (key, value) in [
+            ("peft_type", json!("LORA")),
+            ("task_type", json!("CAUSAL_LM")),
+            ("r", json!(2)),
+            ("lora_alpha", json!(3)),
+            ("target_modules", json!(["q_proj"])),
+            ("bias", json!("none")),
+            ("base_model_name_or_path", json!(base.path())),
+        ] {
+            assert_eq!(json[key], value, "{key}");
+        }
+        let shards = Shards::open_file(&adapter.path().join(WEIGHTS)).unwrap();
+        let a = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight";
+        assert_eq!(shards.shape(a).unwrap(), [2, 32]);
+        assert_eq!(
+            shards.shape(&a.replace("lora_A", "lora_B")).unwrap(),
+            [32, 2]
+        );
+        assert!(save_adapter(adapter.path(), "x", 2, 3.0, &[]).is_err());
+    }
+
+    #[test]
+    fn options_that_mean_something_else_are_refused_by_name() {
+        for (key, value) in [
+            ("peft_type", json!("IA3")),
+            ("task_type", json!("SEQ_CLS")),
+            ("bias", json!("all")),
+            ("use_dora", json!(true)),
+            ("fan_in_fan_out", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+            ("rank_pattern", json!({"q_proj": 4})),
+            ("alpha_pattern", json!({"q_proj": 4})),
+            ("init_lora_weights", json!("pissa")),
+            ("some_option_of_tomorrow", json!(true)),
+            ("lora_alpha", json!(null)),
+            ("r", json!(3)),
+            ("base_model_name_or_path", json!(null)),
+            ("base_model_name_or_path", json!("/nowhere/at/all")),
+        ] {
+            let (_base, _, adapter) = adapted();
+            edit(adapter.path(), key, value.clone());
+            let line = error(adapter.path());
+            let named = if key == "r" {
+                "has shape [2, 32], but"
+            } else {
+                key
+            };
+            assert!(
+                line.contains(named) && line.contains("adapter_"),
+                "{key}: {line}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_itself_or_without_its_weights_is_refused() {
+        let (_base, _, adapter) = adapted();
+        edit(
+            adapter.path(),
+            "base_model_name_or_path",
+            json!(adapter.path()),
+        );
+        assert!(error(adapter.path()).contains("is an adapter itself"));
+        let (_base, _, adapter) = adapted();
+        fs::remove_file(adapter.path().join(WEIGHTS)).unwrap();
+        assert!(error(adapter.path()).contains("adapter_model.safetensors: missing"));
+    }
+
+    #[test]
+    fn tensors_that_are_no_pair_on_a_projection_are_refused() {
+        for (name, shape, wanted) in [
+            (
+                "base_model.model.lm_head.lora_embedding_A",
+                vec![2, 4],
+                "is not one of a pair",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+                vec![32, 2],
+                "is not one of a pair",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight",
+                vec![2, 32],
+                "does not have as a projection",
+            ),
+            (
+                "base_model.model.model.norm.lora_A.weight",
+                vec![2, 32],
+                "does not have as a projection",
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                vec![2, 32],
+                "lora_B.weight\" is missing",
+            ),
+        ] {
+            let (_base, _, adapter) = adapted();
+            let values = vec![0.0; shape.iter().product()];
+            let mut tensors = [(name.to_owned(), shape.clone(), Cow::Owned(values))].into_iter();
+            let layout = [(name.to_owned(), shape)];
+            write_safetensors(&adapter.path().join(WEIGHTS), &layout, &mut tensors).unwrap();
+            let line = error(adapter.path());
+            assert!(line.contains(wanted), "{name}: {line}");
+        }
+    }
+}

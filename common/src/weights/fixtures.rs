@@ -1,0 +1,175 @@
+//! Tiny random models that the tests write themselves.
+
+use super::{Config, Weights, save};
+use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use candle_core::{Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+pub(super) type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+/// The fields that every family's `config.json` has: 2 layers, 4 heads of 8 over 2 key/value heads.
+pub(super) fn config_json(model_type: &str) -> Value {
+    json!({
+        "architectures": [format!("{}{}ForCausalLM", model_type[..1].to_uppercase(), &model_type[1..])],
+        "model_type": model_type, "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2,
+    })
+}
+
+pub(super) fn config(model_type: &str) -> Config {
+    Config::from_json(&config_json(model_type), Path::new("config.json")).unwrap()
+}
+
+/// Values that bfloat16 and float16 both hold exactly: quarters in −8 to 8.
+pub(super) fn random_tensors(config: &Config, seed: u64) -> Tensors {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut value = move || (rng.next_u32() % 65) as f32 / 4.0 - 8.0;
+    let fill = |(name, shape): (String, Vec<usize>)| {
+        let values = (0..shape.iter().product()).map(|_| value()).collect();
+        (name, shape, values)
+    };
+    config.parameters().into_iter().map(fill).collect()
+}
+
+pub(super) fn borrowed(
+    tensors: &Tensors,
+) -> impl Iterator<Item = (String, Vec<usize>, Cow<'_, [f32]>)> {
+    tensors
+        .iter()
+        .map(|(name, shape, values)| (name.clone(), shape.clone(), Cow::Borrowed(&values[..])))
+}
+
+/// A saved checkpoint in a fresh folder, with its tensors.
+pub(super) fn checkpoint(model_type: &str) -> (tempfile::TempDir, Config, Tensors) {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(model_type);
+    let tensors = random_tensors(&config, 7);
+    save(folder.path(), &config, None, borrowed(&tensors)).unwrap();
+    (folder, config, tensors)
+}
+
+pub(super) fn open(path: &Path) -> anyhow::Result<Weights> {
+    Weights::open(path.to_str().unwrap())
+}
+
+/// The whole chain of an error in one line, as the programs print it.
+pub(super) fn error(path: &Path) -> String {
+    match open(path) {
+        Ok(_) => panic!("{} opened, but should not", path.display()),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+pub(super) fn assert_holds(weights: &Weights, tensors: &Tensors) {
+    for (name, shape, values) in tensors {
+        assert_eq!(&weights.tensor(name, shape).unwrap(), values, "{name}");
+    }
+}
+
+/// llama.cpp's permutation of query and key rows, from `LlamaModel.permute` of its converter.
+pub(super) fn permute(values: &[f32], heads: usize, row: usize) -> Vec<f32> {
+    let half = values.len() / row / heads / 2;
+    let mut out = Vec::new();
+    for head in 0..heads {
+        for i in 0..half {
+            for j in 0..2 {
+                let from = (head * 2 * half + j * half + i) * row;
+                out.extend_from_slice(&values[from..from + row]);
+            }
+        }
+    }
+    out
+}
+
+/// Metadata of a GGUF with the shape of `config`.
+pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_file::Value)> {
+    use gguf_file::Value::{Array, F32, String, U32};
+    let key = |name: &str| format!("{arch}.{name}");
+    let number = |n: usize| U32(n as u32);
+    vec![
+        ("general.architecture".into(), String(arch.into())),
+        (key("block_count"), number(config.layers)),
+        (key("context_length"), number(config.context)),
+        (key("embedding_length"), number(config.hidden)),
+        (key("feed_forward_length"), number(config.ffn)),
+        (key("attention.head_count"), number(config.heads)),
+        (key("attention.head_count_kv"), number(config.kv_heads)),
+        (key("attention.key_length"), number(config.head_dim)),
+        (
+            key("attention.layer_norm_rms_epsilon"),
+            F32(config.norm_eps),
+        ),
+        (key("rope.freq_base"), F32(config.rope.theta)),
+        ("tokenizer.ggml.eos_token_id".into(), U32(2)),
+        (
+            "tokenizer.ggml.tokens".into(),
+            Array(vec![String("a".into()), String("b".into())]),
+        ),
+    ]
+}
+
+/// Writes `tensors` (Hugging Face names and order) as a GGUF of the given block type.
+pub(super) fn write_gguf(
+    path: &Path,
+    metadata: &[(String, gguf_file::Value)],
+    tensors: &[(String, Vec<usize>, Vec<f32>)],
+    dtype: GgmlDType,
+) {
+    let quantised: Vec<_> = tensors
+        .iter()
+        .map(|(name, shape, values)| {
+            let dtype = if shape.len() == 1 {
+                GgmlDType::F32
+            } else {
+                dtype
+            };
+            let tensor = Tensor::from_slice(values, shape.clone(), &Device::Cpu).unwrap();
+            (name.clone(), QTensor::quantize(&tensor, dtype).unwrap())
+        })
+        .collect();
+    let metadata: Vec<_> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let tensors: Vec<_> = quantised.iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let mut file = std::fs::File::create(path).unwrap();
+    gguf_file::write(&mut file, &metadata, &tensors).unwrap();
+}
+
+/// Tensors under their GGUF names, query and key rows permuted for the architecture `llama`.
+pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors {
+    tensors
+        .iter()
+        .map(|(name, shape, values)| {
+            let heads = match name {
+                name if name.contains("q_proj") => config.heads,
+                name if name.contains("k_proj") => config.kv_heads,
+                _ => 0,
+            };
+            let values = match arch == "llama" && heads > 0 {
+                true => permute(values, heads, shape[1..].iter().product()),
+                false => values.clone(),
+            };
+            let name = super::gguf::gguf_name(name).unwrap();
+            (name, shape.clone(), values)
+        })
+        .collect()
+}
+
+/// A GGUF of a tiny random model; the config and tensors are what it should open as.
+pub(super) fn gguf(
+    folder: &Path,
+    model_type: &str,
+    dtype: GgmlDType,
+) -> (PathBuf, Config, Tensors) {
+    let config = config(model_type);
+    let tensors = random_tensors(&config, 11);
+    let path = folder.join("tiny.gguf");
+    let stored = as_gguf(&config, model_type, &tensors);
+    write_gguf(&path, &gguf_metadata(&config, model_type), &stored, dtype);
+    (path, config, tensors)
+}

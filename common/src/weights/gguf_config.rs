@@ -1,0 +1,237 @@
+//! The config that a GGUF file's metadata and tensor table imply.
+
+use super::config::{Activation, Config, bounded_layers};
+use super::gguf::{Gguf, Scalar};
+use super::rope::{Rope, RopeScaling};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+
+/// llama.cpp's names of the families (Mistral is `llama` there).
+const ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "qwen3"];
+
+impl Config {
+    /// Reads the metadata of a GGUF file; sizes that it leaves out (vocabulary, tied head, biases) come from its tensors.
+    pub(super) fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        read(gguf).with_context(|| gguf.path().display().to_string())
+    }
+}
+
+/// The token ids that a Hugging Face `config.json` would hold beside the shape.
+pub(super) fn token_ids(gguf: &Gguf) -> Value {
+    let ids = ["bos", "eos", "padding"].into_iter().filter_map(|which| {
+        let Some(Scalar::Whole(id)) = gguf
+            .metadata
+            .get(&format!("tokenizer.ggml.{which}_token_id"))
+        else {
+            return None;
+        };
+        let field = if which == "padding" { "pad" } else { which };
+        Some((format!("{field}_token_id"), json!(u64::try_from(*id).ok()?)))
+    });
+    Value::Object(Map::from_iter(ids))
+}
+
+fn read(gguf: &Gguf) -> Result<Config> {
+    let architecture = match gguf.metadata.get("general.architecture") {
+        Some(Scalar::Text(architecture)) => architecture.as_str(),
+        _ => bail!("general.architecture is missing: which architecture is this?"),
+    };
+    ensure!(
+        ARCHITECTURES.contains(&architecture),
+        "general.architecture: {architecture:?} is not supported; known: {}",
+        ARCHITECTURES.join(", ")
+    );
+    let fields = Metadata { gguf, architecture };
+    let split = fields.whole_of("split.count")?.unwrap_or(1);
+    ensure!(
+        split <= 1,
+        "split.count: the model is split over {split} files; merge them with llama-gguf-split --merge"
+    );
+    let experts = fields.whole("expert_count")?.unwrap_or(0);
+    ensure!(
+        experts == 0,
+        "expert_count: mixtures of experts are not supported"
+    );
+    let embedding = gguf
+        .shape("token_embd.weight")
+        .context("the tensor \"token_embd.weight\" is missing")?;
+    let (hidden, heads) = (
+        fields.size("embedding_length")?,
+        fields.size("attention.head_count")?,
+    );
+    let head_dim = head_dim(&fields, hidden, heads)?;
+    let layers = bounded_layers(fields.size("block_count")?)?;
+    let context = fields.size("context_length")?;
+    let window = fields.whole("attention.sliding_window")?;
+    let has = |name: &str| gguf.shape(name).is_some();
+    Config {
+        model_type: match window {
+            Some(_) if architecture == "llama" => "mistral".to_owned(),
+            _ => architecture.to_owned(),
+        },
+        vocab: embedding[0],
+        hidden,
+        layers,
+        heads,
+        kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
+        head_dim,
+        ffn: fields.size("feed_forward_length")?,
+        norm_eps: fields
+            .real("attention.layer_norm_rms_epsilon")?
+            .context("attention.layer_norm_rms_epsilon is missing")? as f32,
+        context,
+        tied: !has("output.weight"),
+        qkv_bias: has("blk.0.attn_q.bias"),
+        o_bias: has("blk.0.attn_output.bias"),
+        mlp_bias: has("blk.0.ffn_up.bias"),
+        qk_norm: has("blk.0.attn_q_norm.weight"),
+        activation: Activation::Silu,
+        windows: vec![window; layers],
+        rope: Rope {
+            theta: fields.real("rope.freq_base")?.unwrap_or(10_000.0) as f32,
+            scaling: scaling(&fields, head_dim)?,
+        },
+    }
+    .checked()
+}
+
+fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
+    let head_dim = match fields.whole("attention.key_length")? {
+        Some(head_dim) => head_dim,
+        None => {
+            ensure!(
+                hidden.is_multiple_of(heads),
+                "embedding_length {hidden} is not a multiple of attention.head_count {heads}"
+            );
+            hidden / heads
+        }
+    };
+    for (key, what) in [
+        ("attention.value_length", "values"),
+        ("rope.dimension_count", "rotation"),
+    ] {
+        let other = fields.whole(key)?.unwrap_or(head_dim);
+        ensure!(
+            other == head_dim,
+            "{key}: {what} over {other} of {head_dim} dimensions of a head are not supported"
+        );
+    }
+    Ok(head_dim)
+}
+
+/// Linear scaling is in the metadata; Llama 3's comes as a tensor of divisors, `rope_freqs.weight`.
+fn scaling(fields: &Metadata, head_dim: usize) -> Result<RopeScaling> {
+    if fields.gguf.shape("rope_freqs.weight").is_some() {
+        let divisors = fields.gguf.read("rope_freqs.weight", &[head_dim / 2])?;
+        let theta = fields.real("rope.freq_base")?.unwrap_or(10_000.0) as f32;
+        return llama3_from_divisors(&divisors, theta, head_dim);
+    }
+    let kind = match fields.text("rope.scaling.type")? {
+        Some(kind) => kind,
+        None if fields.real("rope.scale_linear")?.is_some() => "linear",
+        None => "none",
+    };
+    match kind {
+        "none" => Ok(RopeScaling::Default),
+        "linear" => {
+            let factor = match fields.real("rope.scaling.factor")? {
+                Some(factor) => factor,
+                None => fields.real("rope.scale_linear")?.unwrap_or(1.0),
+            };
+            ensure!(
+                factor.is_finite() && factor > 0.0,
+                "rope.scaling.factor: must be a positive number, not {factor}"
+            );
+            Ok(RopeScaling::Linear {
+                factor: factor as f32,
+            })
+        }
+        _ => bail!(
+            "rope.scaling.type: {kind:?} is not supported; known: none, linear, and Llama 3's rope_freqs.weight"
+        ),
+    }
+}
+
+/// Recognises Llama 3.1's scaling in its divisors: the converter drops the parameters, of which all
+/// published models share low_freq_factor 1, high_freq_factor 4 and an original context of 8192.
+fn llama3_from_divisors(divisors: &[f32], theta: f32, head_dim: usize) -> Result<RopeScaling> {
+    let scaling = RopeScaling::Llama3 {
+        factor: divisors.iter().copied().fold(1.0, f32::max),
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_context: 8192.0,
+    };
+    let plain = Rope {
+        theta,
+        scaling: RopeScaling::Default,
+    };
+    let scaled = Rope { theta, scaling };
+    let recognised = plain
+        .inv_freq(head_dim)
+        .iter()
+        .zip(scaled.inv_freq(head_dim))
+        .zip(divisors)
+        .all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-4);
+    ensure!(
+        recognised,
+        "rope_freqs.weight: its rope scaling is not Llama 3.1's (low 1, high 4, original context 8192); use the Hugging Face folder of this model"
+    );
+    Ok(scaling)
+}
+
+/// Typed reading of `{architecture}.KEY`.
+struct Metadata<'a> {
+    gguf: &'a Gguf,
+    architecture: &'a str,
+}
+
+impl Metadata<'_> {
+    fn get(&self, key: &str) -> Option<&Scalar> {
+        self.gguf
+            .metadata
+            .get(&format!("{}.{key}", self.architecture))
+    }
+
+    fn whole_of(&self, key: &str) -> Result<Option<usize>> {
+        whole(key, self.gguf.metadata.get(key))
+    }
+
+    fn whole(&self, key: &str) -> Result<Option<usize>> {
+        whole(key, self.get(key))
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let size = self
+            .whole(key)?
+            .with_context(|| format!("{}.{key} is missing", self.architecture))?;
+        ensure!(size > 0, "{key}: must be above 0");
+        Ok(size)
+    }
+
+    fn real(&self, key: &str) -> Result<Option<f64>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Scalar::Real(value)) => Ok(Some(*value)),
+            Some(Scalar::Whole(value)) => Ok(Some(*value as f64)),
+            Some(other) => bail!("{key}: must be a number, not {other:?}"),
+        }
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&str>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Scalar::Text(text)) => Ok(Some(text)),
+            Some(other) => bail!("{key}: must be a string, not {other:?}"),
+        }
+    }
+}
+
+fn whole(key: &str, value: Option<&Scalar>) -> Result<Option<usize>> {
+    match value {
+        None => Ok(None),
+        Some(Scalar::Whole(value)) => usize::try_from(*value)
+            .map(Some)
+            .with_context(|| format!("{key}: {value} is out of range")),
+        Some(other) => bail!("{key}: must be a whole number, not {other:?}"),
+    }
+}

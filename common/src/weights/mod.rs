@@ -1,0 +1,269 @@
+//! From a MODEL argument to a config and float32 tensors by their Hugging Face names, and back to a folder.
+
+mod adapter;
+mod config;
+mod gguf;
+mod gguf_config;
+mod hub;
+mod mapped;
+mod rope;
+mod safetensors;
+mod save;
+
+pub use adapter::{LoraModule, save_adapter};
+pub use config::{Activation, Config, FAMILIES};
+pub use rope::{Rope, RopeScaling};
+pub use save::save;
+
+use adapter::Adapter;
+use anyhow::{Context, Result, bail, ensure};
+use gguf::Gguf;
+use hub::{Hub, HubId};
+use safetensors::Shards;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// A model's config and its tensors, mapped from disk and read one by one.
+pub struct Weights {
+    pub config: Config,
+    path: PathBuf,
+    /// `config.json` as it was (of the base, for an adapter), or the token ids of a GGUF.
+    original: Value,
+    source: Source,
+    fingerprint: OnceLock<String>,
+}
+
+enum Source {
+    Safetensors(Shards),
+    Gguf(Gguf),
+    Adapted {
+        base: Box<Weights>,
+        adapter: Adapter,
+    },
+}
+
+impl Weights {
+    /// Opens MODEL: a Hugging Face folder, a PEFT adapter's folder (merged into its base as it is read), a
+    /// `.gguf` file, or a hub id `org/name[@revision]`. The header of every file, and the presence, shape
+    /// and dtype of every tensor of the config, are checked here; no tensor is read yet.
+    pub fn open(model: &str) -> Result<Self> {
+        let path = locate(model)?;
+        match is_adapter(&path) {
+            true => Self::open_adapter(&path),
+            false => Self::open_plain(&path),
+        }
+    }
+
+    fn open_plain(path: &Path) -> Result<Self> {
+        match path.is_file() {
+            true => Self::open_gguf(path),
+            false => Self::open_folder(path),
+        }
+    }
+
+    fn open_adapter(folder: &Path) -> Result<Self> {
+        let path = folder.join(adapter::CONFIG);
+        let settings = read_json(&path)?;
+        let at = || format!("{}: base_model_name_or_path", path.display());
+        let base = locate(&adapter::base_of(&settings, &path)?).with_context(at)?;
+        ensure!(
+            !is_adapter(&base),
+            "{}: {} is an adapter itself, not a model",
+            at(),
+            base.display()
+        );
+        let base = Self::open_plain(&base).with_context(at)?;
+        let adapter = Adapter::open(folder, &settings, &base.config.parameters())?;
+        let has_tokenizer = folder.join("tokenizer.json").is_file();
+        Ok(Self {
+            config: base.config.clone(),
+            path: if has_tokenizer {
+                folder.to_owned()
+            } else {
+                base.path.clone()
+            },
+            original: base.original.clone(),
+            fingerprint: OnceLock::new(),
+            source: Source::Adapted {
+                base: Box::new(base),
+                adapter,
+            },
+        })
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let original = read_json(&path)?;
+        let config = Config::from_json(&original, &path)?;
+        let source = Source::Safetensors(Shards::open_folder(folder)?);
+        Self::checked(config, folder, original, source)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::open(path)?;
+        let config = Config::from_gguf(&gguf)?;
+        let original = gguf_config::token_ids(&gguf);
+        Self::refuse_unknown_tensors(&config, &gguf)?;
+        Self::checked(config, path, original, Source::Gguf(gguf))
+    }
+
+    /// A GGUF's config is partly read off its tensors, so one that has no place would be computed wrongly.
+    fn refuse_unknown_tensors(config: &Config, gguf: &Gguf) -> Result<()> {
+        let known: std::collections::HashSet<_> = config
+            .parameters()
+            .iter()
+            .filter_map(|(name, _)| gguf::gguf_name(name))
+            .collect();
+        let unknown = gguf
+            .names()
+            .filter(|name| *name != "rope_freqs.weight" && !known.contains(*name))
+            .min();
+        if let Some(name) = unknown {
+            bail!(
+                "{}: the tensor {name:?} has no place in the architecture {:?}",
+                gguf.path().display(),
+                config.model_type
+            )
+        }
+        Ok(())
+    }
+
+    fn checked(config: Config, path: &Path, original: Value, source: Source) -> Result<Self> {
+        for (name, shape) in config.parameters() {
+            match &source {
+                Source::Safetensors(shards) => shards.check(&name, &shape)?,
+                Source::Gguf(gguf) => gguf.check(&stored_name(&name)?, &shape)?,
+                Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
+            }
+        }
+        Ok(Self {
+            config,
+            path: path.to_owned(),
+            original,
+            source,
+            fingerprint: OnceLock::new(),
+        })
+    }
+
+    /// Reads a tensor by its Hugging Face name, widened or dequantised to float32, row-major.
+    ///
+    /// # Errors
+    /// No such tensor, or another shape than `shape`.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match &self.source {
+            Source::Safetensors(shards) => shards.read(name, shape),
+            Source::Adapted { base, adapter } => {
+                let mut values = base.tensor(name, shape)?;
+                adapter.merge(name, shape, &mut values)?;
+                Ok(values)
+            }
+            Source::Gguf(gguf) => {
+                let values = gguf.read(&stored_name(name)?, shape)?;
+                Ok(match self.is_permuted(name) {
+                    true => {
+                        gguf::unpermute(&values, self.config.head_dim, shape[1..].iter().product())
+                    }
+                    false => values,
+                })
+            }
+        }
+    }
+
+    /// Only llama.cpp's `llama` architecture (Mistral too) rotates neighbouring rows.
+    fn is_permuted(&self, name: &str) -> bool {
+        !self.config.model_type.starts_with("qwen")
+            && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))
+    }
+
+    /// The folder or `.gguf` file where the tokenizer is: that of the weights, or the base's for an adapter without one.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// 16 hex digits that stand for the model's function: BLAKE3 over the float32 values of every
+    /// tensor in order and the parts of the config that the arithmetic uses. Paths, sharding, dates and
+    /// the storage dtype do not count, so a GGUF, its conversion to a folder and that folder saved again in
+    /// float32 share it. Reads every tensor on the first call; remembered after.
+    pub fn fingerprint(&self) -> Result<&str> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known);
+        }
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.config.arithmetic().as_bytes());
+        for (name, shape) in self.config.parameters() {
+            hash.update(format!("{name} {shape:?}\n").as_bytes());
+            if let Source::Safetensors(shards) = &self.source
+                && let Some(bytes) = shards.float_bytes(&name, &shape)?
+            {
+                hash.update_rayon(bytes);
+                continue;
+            }
+            let values = self.tensor(&name, &shape)?;
+            // Hashed through a bounded buffer of little-endian bytes: the same digest on every machine.
+            for values in values.chunks(1 << 20) {
+                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                hash.update_rayon(&bytes);
+            }
+        }
+        let digits = hash.finalize().to_hex()[..16].to_owned();
+        Ok(self.fingerprint.get_or_init(|| digits))
+    }
+
+    /// Fails unless both models have as many tokens: a policy and its reference must share their vocabulary.
+    pub fn check_same_vocabulary(&self, other: &Self) -> Result<()> {
+        ensure!(
+            self.config.vocab == other.config.vocab,
+            "{} has a vocabulary of {} tokens, {} one of {}: they must be the same for their log-probs to be comparable",
+            self.path.display(),
+            self.config.vocab,
+            other.path.display(),
+            other.config.vocab
+        );
+        Ok(())
+    }
+
+    /// Fails if the tokenizer has ids that the embedding has no row for. (Fewer are usual: embeddings are padded.)
+    pub fn check_tokenizer(&self, tokens: usize) -> Result<()> {
+        ensure!(
+            tokens <= self.config.vocab,
+            "{}: the tokenizer has {tokens} tokens, the weights only {}: they do not belong together",
+            self.path.display(),
+            self.config.vocab
+        );
+        Ok(())
+    }
+}
+
+/// A MODEL argument as a local path.
+fn locate(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.exists() {
+        return Ok(path.to_owned());
+    }
+    let id = HubId::parse(model).with_context(|| {
+        format!(
+            "{model}: no such folder or file (nor a hub id, which would be org/name or org/name@revision)"
+        )
+    })?;
+    Hub::from_env().locate(&id)
+}
+
+/// Whether a folder is a PEFT adapter's rather than a model's.
+fn is_adapter(path: &Path) -> bool {
+    path.join(adapter::CONFIG).is_file() && !path.join("config.json").is_file()
+}
+
+fn stored_name(name: &str) -> Result<String> {
+    gguf::gguf_name(name).with_context(|| format!("GGUF has no name for the tensor {name:?}"))
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", path.display()))
+}
+
+#[cfg(test)]
+mod fixtures;
+#[cfg(test)]
+mod tests;

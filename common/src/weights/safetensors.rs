@@ -1,0 +1,232 @@
+//! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
+
+use super::mapped::Mapped;
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
+
+/// The file a folder's weights are in when they fit one.
+pub(super) const SINGLE: &str = "model.safetensors";
+/// The file that says which shard holds which tensor when they do not.
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// Elements widened by one task.
+const CHUNK: usize = 1 << 16;
+
+/// The safetensors files of one checkpoint, mapped.
+pub(super) struct Shards {
+    files: Vec<File>,
+    /// Tensor name to the file that the index names; empty for a single file.
+    index: HashMap<String, usize>,
+}
+
+/// One mapped safetensors file with its checked header.
+struct File {
+    mapped: Mapped,
+    metadata: Metadata,
+    /// Where the tensors' bytes begin.
+    data: usize,
+}
+
+impl Shards {
+    /// Opens `model.safetensors`, else the shards of `model.safetensors.index.json`.
+    pub(super) fn open_folder(folder: &Path) -> Result<Self> {
+        let single = folder.join(SINGLE);
+        if single.is_file() {
+            return Self::open_file(&single);
+        }
+        let index = folder.join(INDEX);
+        if index.is_file() {
+            return Self::open_index(folder, &index);
+        }
+        let pickled = std::fs::read_dir(folder)
+            .with_context(|| folder.display().to_string())?
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .find(|name| {
+                [".bin", ".pt", ".pth"]
+                    .iter()
+                    .any(|end| name.ends_with(end))
+            });
+        match pickled {
+            Some(name) => bail!(
+                "{}: only pickled weights ({name}), which are never opened because they can run code; convert them with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+                folder.display()
+            ),
+            None => bail!(
+                "{}: neither {SINGLE} nor {INDEX} is there",
+                folder.display()
+            ),
+        }
+    }
+
+    /// Opens one file, checking that its header fits its length.
+    pub(super) fn open_file(path: &Path) -> Result<Self> {
+        Ok(Self {
+            files: vec![File::open(path)?],
+            index: HashMap::new(),
+        })
+    }
+
+    fn open_index(folder: &Path, path: &Path) -> Result<Self> {
+        let (mut files, mut index) = (Vec::new(), HashMap::new());
+        let mut opened: HashMap<String, usize> = HashMap::new();
+        for (tensor, shard) in read_index(path)? {
+            let file = match opened.get(&shard) {
+                Some(&file) => file,
+                None => {
+                    files.push(File::open(&folder.join(&shard))?);
+                    opened.insert(shard, files.len() - 1);
+                    files.len() - 1
+                }
+            };
+            index.insert(tensor, file);
+        }
+        Ok(Self { files, index })
+    }
+
+    fn file_of(&self, name: &str) -> Option<&File> {
+        let file = match self.index.is_empty() {
+            true => 0,
+            false => *self.index.get(name)?,
+        };
+        Some(&self.files[file])
+    }
+
+    /// Every tensor's name, in no particular order.
+    pub(super) fn names(&self) -> Vec<String> {
+        match self.index.is_empty() {
+            true => self.files[0].metadata.offset_keys(),
+            false => self.index.keys().cloned().collect(),
+        }
+    }
+
+    /// The shape of a tensor; None if there is none of that name.
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.file_of(name)?.metadata.info(name)?.shape)
+    }
+
+    /// Fails unless the tensor is there with this shape and a float dtype that can be widened.
+    pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
+        self.find(name, shape).map(|_| ())
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+        let file = self.file_of(name).with_context(|| {
+            format!(
+                "{}: the index names no file for the tensor {name:?}",
+                self.files[0].mapped.path.display()
+            )
+        })?;
+        let path = file.mapped.path.display();
+        let info = file
+            .metadata
+            .info(name)
+            .with_context(|| format!("{path}: the tensor {name:?} is missing"))?;
+        ensure!(
+            info.shape == shape,
+            "{path}: the tensor {name:?} has shape {:?}, but the config asks for {shape:?}",
+            info.shape
+        );
+        ensure!(
+            matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
+            "{path}: the tensor {name:?} has dtype {:?}; known: F32, F16, BF16",
+            info.dtype
+        );
+        let (from, to) = info.data_offsets;
+        Ok((
+            info.dtype,
+            &file.mapped.bytes[file.data + from..file.data + to],
+        ))
+    }
+
+    /// Reads a tensor, widened to float32.
+    pub(super) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.find(name, shape)?;
+        let mut values = vec![0.0; shape.iter().product()];
+        widen(dtype, bytes, &mut values);
+        Ok(values)
+    }
+
+    /// The little-endian bytes of a tensor that is stored as float32; None if it is narrower.
+    pub(super) fn float_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
+        let (dtype, bytes) = self.find(name, shape)?;
+        Ok((dtype == Dtype::F32).then_some(bytes))
+    }
+}
+
+impl File {
+    fn open(path: &Path) -> Result<Self> {
+        let mapped = Mapped::open(path)?;
+        // The crate bounds the header and checks that every offset fits the file's length.
+        let (header, metadata) = SafeTensors::read_metadata(&mapped.bytes).map_err(|error| {
+            anyhow::anyhow!(
+                "{}: not a whole safetensors file ({error}); fetch or write it again",
+                path.display()
+            )
+        })?;
+        Ok(Self {
+            mapped,
+            metadata,
+            data: 8 + header,
+        })
+    }
+}
+
+/// Pairs of tensor and shard file name; the names must stay in the index's own folder.
+pub(super) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let value: Value = serde_json::from_str(&text)
+        .with_context(|| format!("{}: not valid JSON", path.display()))?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .filter(|map| !map.is_empty())
+        .with_context(|| format!("{}: weight_map: missing or empty", path.display()))?;
+    map.iter()
+        .map(|(tensor, shard)| {
+            let shard = shard.as_str().filter(|shard| is_plain_file_name(shard));
+            let shard = shard.with_context(|| {
+                format!(
+                    "{}: weight_map: the file of {tensor:?} must be a plain .safetensors file name in the same folder",
+                    path.display()
+                )
+            })?;
+            Ok((tensor.clone(), shard.to_owned()))
+        })
+        .collect()
+}
+
+fn is_plain_file_name(name: &str) -> bool {
+    let mut components = PathBuf::from(name)
+        .components()
+        .map(|c| matches!(c, Component::Normal(_)))
+        .collect::<Vec<_>>();
+    components.pop() == Some(true)
+        && components.is_empty()
+        && !name.contains(['/', '\\'])
+        && name.ends_with(".safetensors")
+}
+
+/// Widens little-endian floats; `bytes` holds exactly `out.len()` of them, at any alignment.
+fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    fn each<const N: usize>(bytes: &[u8], out: &mut [f32], read: impl Fn([u8; N]) -> f32 + Sync) {
+        let (values, _) = bytes.as_chunks::<N>();
+        out.par_chunks_mut(CHUNK)
+            .zip(values.par_chunks(CHUNK))
+            .for_each(|(out, values)| {
+                for (out, value) in out.iter_mut().zip(values) {
+                    *out = read(*value);
+                }
+            });
+    }
+    match dtype {
+        Dtype::F16 => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        _ => each(bytes, out, f32::from_le_bytes),
+    }
+}

@@ -1,0 +1,168 @@
+//! Checkpoints in the layout that transformers and vLLM load: `config.json` and float32 safetensors.
+
+use super::safetensors::{INDEX, SINGLE};
+use super::{Config, Weights};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+/// Bytes of tensors in one file, transformers' `max_shard_size` of 5 GB.
+const SHARD: usize = 5_000_000_000;
+
+/// A tensor's Hugging Face name and its shape.
+type Named = (String, Vec<usize>);
+
+/// Writes `config.json`, `generation_config.json` (where `original` has one) and the weights into the folder `dir`, which exists.
+/// `tensors` must come in the order of [`Config::parameters`] and is drained one by one, so memory
+/// holds one tensor at a time. Each file is synced; making the folder appear whole is the caller's business.
+///
+/// # Errors
+/// A tensor out of order, of another shape, missing or too many; the disk's own.
+pub fn save<'a>(
+    dir: &Path,
+    config: &Config,
+    original: Option<&Weights>,
+    tensors: impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+) -> Result<()> {
+    save_sharded(dir, config, original, tensors, SHARD)
+}
+
+pub(super) fn save_sharded<'a>(
+    dir: &Path,
+    config: &Config,
+    original: Option<&Weights>,
+    mut tensors: impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+    limit: usize,
+) -> Result<()> {
+    let json = config.to_json(original.map(|weights| &weights.original));
+    write_json(&dir.join("config.json"), &json)?;
+    if let Some(original) = original {
+        save_generation_config(dir, original)?;
+    }
+    let shards = shards(config.parameters(), limit);
+    let mut map = Map::new();
+    for (number, shard) in shards.iter().enumerate() {
+        let file = match shards.len() {
+            1 => SINGLE.to_owned(),
+            count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+        };
+        for (name, _) in shard {
+            map.insert(name.clone(), json!(file));
+        }
+        write_safetensors(&dir.join(file), shard, &mut tensors)?;
+    }
+    ensure!(
+        tensors.next().is_none(),
+        "more tensors were given than the config has"
+    );
+    if shards.len() > 1 {
+        let total: usize = shards.iter().flatten().map(|(_, shape)| bytes(shape)).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+        write_json(&dir.join(INDEX), &index)?;
+    }
+    Ok(())
+}
+
+/// The origin's `generation_config.json`, or for a GGUF its special tokens: what ends a turn must not be lost.
+fn save_generation_config(dir: &Path, original: &Weights) -> Result<()> {
+    let path = dir.join("generation_config.json");
+    if let Ok(text) = std::fs::read(original.path.join("generation_config.json")) {
+        return write_synced(&path, &text);
+    }
+    let ids: Map<_, _> = ["bos_token_id", "eos_token_id", "pad_token_id"]
+        .into_iter()
+        .filter_map(|key| Some((key.to_owned(), original.original.get(key)?.clone())))
+        .collect();
+    match ids.contains_key("eos_token_id") {
+        true => write_json(&path, &Value::Object(ids)),
+        false => Ok(()),
+    }
+}
+
+fn bytes(shape: &[usize]) -> usize {
+    4 * shape.iter().product::<usize>()
+}
+
+/// Fills each file up to `limit` bytes before the next begins.
+fn shards(parameters: Vec<Named>, limit: usize) -> Vec<Vec<Named>> {
+    let mut shards = vec![Vec::new()];
+    let mut filled = 0;
+    for (name, shape) in parameters {
+        let size = bytes(&shape);
+        if filled > 0 && filled + size > limit {
+            shards.push(Vec::new());
+            filled = 0;
+        }
+        filled += size;
+        shards
+            .last_mut()
+            .expect("there is always one")
+            .push((name, shape));
+    }
+    shards
+}
+
+/// Writes one safetensors file: the header first, as every size is known, then the tensors as they come.
+pub(super) fn write_safetensors<'a>(
+    path: &Path,
+    layout: &[Named],
+    tensors: &mut impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+) -> Result<()> {
+    let at = || path.display().to_string();
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path).with_context(at)?);
+    file.write_all(&header(layout)).with_context(at)?;
+    for (name, shape) in layout {
+        let (given, given_shape, values) = tensors
+            .next()
+            .with_context(|| format!("the tensor {name:?} was not given"))?;
+        ensure!(
+            given == *name
+                && given_shape == *shape
+                && values.len() == shape.iter().product::<usize>(),
+            "the tensor {given:?} {given_shape:?} was given where {name:?} {shape:?} belongs"
+        );
+        for values in values.chunks(1 << 16) {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            file.write_all(&bytes).with_context(at)?;
+        }
+    }
+    let file = file
+        .into_inner()
+        .map_err(|error| error.into_error())
+        .with_context(at)?;
+    file.sync_all().with_context(at)
+}
+
+/// Length, JSON, and spaces up to a multiple of 8, so that the tensors are aligned.
+fn header(layout: &[Named]) -> Vec<u8> {
+    let mut fields = Map::new();
+    fields.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut offset = 0;
+    for (name, shape) in layout {
+        let end = offset + bytes(shape);
+        let entry = json!({"dtype": "F32", "shape": shape, "data_offsets": [offset, end]});
+        fields.insert(name.clone(), entry);
+        offset = end;
+    }
+    let mut json = Value::Object(fields).to_string().into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.extend(json);
+    header
+}
+
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    write_synced(path, format!("{value:#}\n").as_bytes())
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().with_context(|| path.display().to_string())
+}

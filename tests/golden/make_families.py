@@ -1,0 +1,321 @@
+"""Makes tests/golden/families/<name>/: a tiny random checkpoint of each model family, saved by transformers,
+and figures.json with exact log-probs, a DPO loss and its gradient for every parameter.
+
+Weights are stored in float32 (or bfloat16), arithmetic is float64 (see exact.py), attention is eager.
+
+    python make_families.py --output families [--only NAME ...]
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from exact import dump, exact, response_logps, versions
+
+LENGTHS = [(7, 3), (23, 9), (40, 13)]  # (ids in all, ids of the prompt)
+BETA = 0.1
+SAMPLED_ENTRIES = 8
+
+TINY = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+    tie_word_embeddings=False,
+)
+
+
+def rope(theta, rope_type="default", **rest):
+    return {"rope_type": rope_type, "rope_theta": theta, **rest}
+
+
+# name -> (config class, fields that differ from TINY, how it is saved)
+FAMILIES = {
+    "llama": (LlamaConfig, dict(rope_parameters=rope(10000.0)), {}),
+    # Wavelengths 6.3, 18, 53, ... positions: kept (< 32/4), blended, slowed down (> 32/1). All branches are met.
+    "llama3": (
+        LlamaConfig,
+        dict(
+            head_dim=16,
+            rope_parameters=rope(
+                5000.0,
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        {"legacy_beside": True},
+    ),
+    "llama-linear": (
+        LlamaConfig,
+        dict(rope_parameters=rope(10000.0, "linear", factor=4.0)),
+        {"legacy": True},
+    ),
+    "llama-bias": (LlamaConfig, dict(attention_bias=True, mlp_bias=True, head_dim=16), {}),
+    "smollm": (
+        LlamaConfig,
+        dict(
+            tie_word_embeddings=True,
+            hidden_size=48,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            rope_parameters=rope(100000.0),
+        ),
+        {},
+    ),
+    "mistral": (MistralConfig, dict(sliding_window=8, head_dim=16, rope_parameters=rope(10000.0)), {}),
+    "qwen2": (
+        Qwen2Config,
+        dict(tie_word_embeddings=True, rope_parameters=rope(1000000.0)),
+        {"legacy": True},
+    ),
+    "qwen2-sliding": (
+        Qwen2Config,
+        dict(
+            num_hidden_layers=3,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    "qwen3": (Qwen3Config, dict(head_dim=16, rope_parameters=rope(1000000.0)), {}),
+    "llama-bf16-sharded": (
+        LlamaConfig,
+        dict(rope_parameters=rope(10000.0)),
+        {"dtype": torch.bfloat16, "max_shard_size": "22KB"},
+    ),
+    "gemma2": (
+        Gemma2Config,
+        dict(
+            tie_word_embeddings=True,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        dict(
+            tie_word_embeddings=True,
+            num_hidden_layers=3,
+            head_dim=12,
+            intermediate_size=40,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "sliding_attention": rope(10000.0),
+                "full_attention": rope(1000000.0, "linear", factor=8.0),
+            },
+        ),
+        {},
+    ),
+}
+
+
+def fill(model, seed):
+    """Random weights of a size at which attention and logits are far from flat; no parameter is left at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    gemma = "gemma" in model.config.model_type  # its norms multiply by 1 + weight
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name:
+                p.copy_(0.2 * noise + (0.0 if gemma else 1.0))
+            elif name.endswith("bias"):
+                p.copy_(0.3 * noise)
+            elif "embed_tokens" in name:
+                p.copy_(0.4 * noise)
+            else:
+                p.copy_(0.22 * noise)
+
+
+def legacy_config(config):
+    """The same config as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype."""
+    config = dict(config)
+    rope_parameters = config.pop("rope_parameters")
+    config["rope_theta"] = rope_parameters.pop("rope_theta")
+    rope_type = rope_parameters.pop("rope_type")
+    if rope_type == "linear":  # the oldest spelling of the key
+        config["rope_scaling"] = {"type": "linear", **rope_parameters}
+    elif rope_type != "default":
+        config["rope_scaling"] = {"rope_type": rope_type, **rope_parameters}
+    else:
+        config["rope_scaling"] = None
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+    config["transformers_version"] = "4.44.0"
+    return config
+
+
+def save(folder, model, how):
+    """Saves as transformers does, then drops what the tests do not read and writes older configs where asked."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    rest = {k: how[k] for k in ("max_shard_size",) if k in how}
+    model.save_pretrained(folder, **rest)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    if how.get("legacy"):
+        dump(folder / "config.json", legacy_config(config), indent=2)
+    if how.get("legacy_beside"):
+        dump(folder / "config.legacy.json", legacy_config(config), indent=2)
+
+
+def load(folder):
+    """The checkpoint as a stranger would load it, widened to float64."""
+    # float32 first: the rotary frequencies are then the float32 ones that every user of the model has.
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.double().eval()
+
+
+def random_ids(generator, n, vocab):
+    return torch.randint(3, vocab, (n,), generator=generator).tolist()
+
+
+def sequences(model, generator):
+    rows = []
+    for total, prompt_len in LENGTHS:
+        ids = random_ids(generator, total, model.config.vocab_size)
+        with torch.no_grad(), exact():
+            logps = response_logps(model, ids[:prompt_len], ids[prompt_len:])
+        rows.append({"ids": ids, "prompt_len": prompt_len, "logps": logps.tolist(), "sum": logps.sum().item()})
+    return rows
+
+
+def gradient_summary(generator, p):
+    """L2 norm and some entries (flat row-major index, value) of one gradient, biggest first."""
+    g = p.grad.flatten()
+    some = torch.randperm(g.numel(), generator=generator)[: SAMPLED_ENTRIES - 1].tolist()
+    some = [int(g.abs().argmax())] + some
+    return {
+        "shape": list(p.shape),
+        "norm": g.norm().item(),
+        "entries": [[i, g[i].item()] for i in some],
+    }
+
+
+def dpo(model, generator):
+    """Sigmoid DPO of one pair, and d loss / d parameter for every parameter."""
+    vocab = model.config.vocab_size
+    prompt, chosen, rejected = (random_ids(generator, n, vocab) for n in (11, 14, 9))
+    model.zero_grad()
+    with exact():
+        chosen_logps = response_logps(model, prompt, chosen).sum()
+        rejected_logps = response_logps(model, prompt, rejected).sum()
+    # A reference that is not the policy: a margin of 7 nats the wrong way, so that the gradient is not small.
+    ref_chosen = round(chosen_logps.item(), 2) + 4.25
+    ref_rejected = round(rejected_logps.item(), 2) - 2.75
+    rewards_chosen = BETA * (chosen_logps - ref_chosen)
+    rewards_rejected = BETA * (rejected_logps - ref_rejected)
+    loss = -F.logsigmoid(rewards_chosen - rewards_rejected)
+    loss.backward()
+    grads = {name: gradient_summary(generator, p) for name, p in model.named_parameters()}
+    return {
+        "beta": BETA,
+        "loss_type": "sigmoid",
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+        "policy_chosen_logps": chosen_logps.item(),
+        "policy_rejected_logps": rejected_logps.item(),
+        "rewards_chosen": rewards_chosen.item(),
+        "rewards_rejected": rewards_rejected.item(),
+        "loss": loss.item(),
+        "grad_norm": sum(g["norm"] ** 2 for g in grads.values()) ** 0.5,
+        "grads": grads,
+    }
+
+
+def make(folder, name, seed):
+    config_class, fields, how = FAMILIES[name]
+    config = config_class(**{**TINY, **fields})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    fill(model, seed)
+    save(folder, model.to(how.get("dtype", torch.float32)), how)
+
+    model = load(folder)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    figures = {
+        "family": name,
+        "made_with": versions(),
+        "arithmetic": "float64 on the stored weights, attention eager",
+        "sequences": sequences(model, generator),
+        "dpo": dpo(model, generator),
+    }
+    dump(folder / "figures.json", figures)
+    return figures
+
+
+def check_legacy(folder, figures):
+    """config.legacy.json means the same model."""
+    text = (folder / "config.json").read_text()
+    try:
+        (folder / "config.json").write_text((folder / "config.legacy.json").read_text())
+        model = load(folder)
+    finally:
+        (folder / "config.json").write_text(text)
+    for row in figures["sequences"]:
+        with torch.no_grad(), exact():
+            total = response_logps(model, row["ids"][: row["prompt_len"]], row["ids"][row["prompt_len"] :]).sum()
+        assert abs(total.item() - row["sum"]) < 1e-12, (total, row["sum"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=sorted(FAMILIES))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed, name in enumerate(FAMILIES):
+        if args.only and name not in args.only:
+            continue
+        folder = args.output / name
+        figures = make(folder, name, seed)
+        if FAMILIES[name][2].get("legacy_beside"):
+            check_legacy(folder, figures)
+        size = sum(p.stat().st_size for p in folder.iterdir())
+        worst = min(min(s["logps"]) for s in figures["sequences"])
+        print(
+            f"{name}: {size} bytes in {sorted(p.name for p in folder.iterdir())}, "
+            f"sums {[round(s['sum'], 3) for s in figures['sequences']]}, lowest {worst:.2f}, "
+            f"loss {figures['dpo']['loss']:.4f}, |grad| {figures['dpo']['grad_norm']:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
