@@ -1,35 +1,97 @@
-//! The substance of DICE, in flow order: each module uses only those above it.
+//! The substance of DICE, in flow order: each module uses only those above it (a test below holds that).
+//! (Blank lines keep rustfmt from sorting the list.)
 
 // Floor 1: rows.
-pub mod program; // how every tool starts, reports and ends
 
-pub mod files; // files and folders that appear whole or not at all
+// how every tool starts, reports and ends
+pub mod program;
 
-pub mod records; // prompts and their ids
+// files and folders that appear whole or not at all
+pub mod files;
 
-pub mod jsonl; // rows in and out: line-numbered errors, whole-or-.part outputs, resume
+// prompts and their ids
+pub mod records;
 
-// Floor 2: text and weights.
+// rows in and out: line-numbered errors, whole-or-.part outputs, resume
+pub mod jsonl;
+
+// Floor 2: arithmetic, text and weights.
+
+// GEMM, norms, rotary, attention on the CPU
 #[cfg(feature = "model")]
-pub mod chat; // chat templates, tokenisation of prompt and response
-#[cfg(feature = "model")]
-pub mod weights; // config and tensors from a folder, the hub or GGUF; writing checkpoints
+pub mod kernels;
 
-// Floor 3: arithmetic.
+// chat templates, tokenisation of prompt and response
+#[cfg(feature = "model")]
+pub mod chat;
+
+// config and tensors from a folder, the hub or GGUF; writing checkpoints
+#[cfg(feature = "model")]
+pub mod weights;
+
+// Floor 3: the language model.
+
+// the one decoder: forward and backward over packed, prefix-shared batches
+#[cfg(feature = "model")]
+pub mod model;
+
+// log p(y|x)
+#[cfg(feature = "model")]
+pub mod logprob;
+
+// sampling K responses of a prompt
 #[cfg(feature = "model")]
 pub mod generate;
+
+// weights, chat and decoder together; rows to token ids
 #[cfg(feature = "model")]
-pub mod kernels; // GEMM, norms, rotary, attention on the CPU
-#[cfg(feature = "model")]
-pub mod logprob; // log p(y|x)
-#[cfg(feature = "model")]
-pub mod model; // the one decoder: forward and backward over packed, prefix-shared batches // sampling K responses of a prompt
+pub mod policy;
 
 // Floor 4: the method.
+
+// implicit reward, length shaping, α*
+pub mod reward;
+
+// best against worst, replay
+pub mod pairs;
+
+// loss, optimiser, trainer
 #[cfg(feature = "model")]
-pub mod dpo; // loss, optimiser, trainer, checkpoints
-pub mod reward; // implicit reward, length shaping, α*
+pub mod dpo;
 
-pub mod pairs; // best against worst, replay
+// accuracy, lengths, distinctness
+pub mod metrics;
 
-pub mod metrics; // accuracy, lengths, distinctness
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    fn sources(path: &Path) -> Vec<PathBuf> {
+        if path.is_file() {
+            return vec![path.to_owned()];
+        }
+        fs::read_dir(path).into_iter().flatten().flat_map(|entry| sources(&entry.unwrap().path())).collect()
+    }
+
+    #[test]
+    fn modules_use_only_those_above_them() {
+        let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let lib = fs::read_to_string(src.join("lib.rs")).unwrap();
+        let order: Vec<&str> =
+            lib.lines().filter_map(|l| l.strip_prefix("pub mod ")).map(|l| l.trim_end_matches(';')).collect();
+        for (at, module) in order.iter().enumerate() {
+            let files = [sources(&src.join(format!("{module}.rs"))), sources(&src.join(module))].concat();
+            assert!(!files.is_empty(), "{module} has no source");
+            for file in files {
+                // Tests may look down: they hold a module to what is built on it.
+                let text = fs::read_to_string(&file).unwrap();
+                let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+                for below in &order[at + 1..] {
+                    let used = code.contains(&format!("crate::{below}::"));
+                    assert!(!used, "{} uses {below}, which is below {module}", file.display());
+                }
+            }
+        }
+    }
+}

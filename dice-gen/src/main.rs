@@ -1,1 +1,256 @@
-fn main() {}
+//! dice-gen: sample K responses for every prompt (step 1 of a DICE round).
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+use common::generate::{Finish, Generator, Request, Sample, Sampling};
+use common::jsonl::{Files, Opened, Output, Row};
+use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
+use common::program::{self, Progress};
+use common::records::Prompt;
+use serde_json::{Map, Value, json};
+use std::process::ExitCode;
+
+/// Sample K responses for every prompt
+///
+/// Reads rows with a "prompt" (a string, or a list of {"role", "content"} messages) and writes K rows for each: the
+/// prompt's fields, and sample, response, finish_reason, token_ids, logp (nats, at temperature 1), model. The rows of a
+/// prompt leave together, in the order of the prompts, as soon as they are done.
+///
+/// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
+/// and resuming do not change it. Memory: the model, and keys and values of --batch-size responses.
+///
+/// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Args {
+    /// The policy: a Hugging Face folder, a .gguf file, or a hub id org/name[@revision]
+    #[arg(long)]
+    model: String,
+    /// Responses per prompt (the paper takes 16)
+    #[arg(long, default_value_t = 16)]
+    k: usize,
+    /// Softmax temperature; 0 is greedy
+    #[arg(long, default_value_t = 0.9)]
+    temperature: f32,
+    /// Keep the most probable tokens whose probabilities reach this sum
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Keep so many most probable tokens; 0 keeps all
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Drop tokens less probable than this fraction of the most probable one
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    /// Divide the logits of tokens that occurred already; 1 changes nothing
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Longest response, tokens
+    #[arg(long, default_value_t = 2048)]
+    max_tokens: usize,
+    /// End a response where this text appears (the text itself is left out); may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// A system turn for prompts that have none; it becomes part of the rows' prompt
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Seed of all random numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Responses that run at the same time
+    #[arg(long, default_value_t = 64)]
+    batch_size: usize,
+    #[command(flatten)]
+    compute: Compute,
+    #[command(flatten)]
+    files: Files,
+}
+
+fn main() -> ExitCode {
+    program::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    ensure!(args.k > 0, "--k must be at least 1");
+    let how = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        max_tokens: args.max_tokens,
+        seed: args.seed,
+    };
+    how.check()?;
+    ensure!(args.stop.iter().all(|s| !s.is_empty()), "--stop must not be empty");
+    let Opened::Ready(output) = args.files.open()? else { return Ok(()) };
+    let precision = args.compute.precision(Prefers::Speed)?;
+    let model = Checkpoint::open(&args.model)?;
+    let decoder = model.decoder(precision)?;
+    program::say(format_args!("{}: computing in {}", args.model, dtype_name(precision)));
+    let mut job = Job {
+        fingerprint: model.weights.fingerprint()?.to_owned(),
+        generator: Generator::new(&decoder, how, model.chat.end_ids(), args.batch_size),
+        model: &model,
+        args: &args,
+        output,
+        waiting: Default::default(),
+        progress: Progress::new("dice-gen", "rows", None),
+    };
+    let done = job.take_up()?;
+    job.run(args.files.rows().skip(done))?;
+    job.progress.finish();
+    job.output.finish()
+}
+
+/// A run over all prompts.
+struct Job<'a> {
+    args: &'a Args,
+    model: &'a Checkpoint,
+    fingerprint: String,
+    generator: Generator<'a>,
+    output: Output,
+    /// The rows of the prompts at work, in order.
+    waiting: std::collections::VecDeque<Map<String, Value>>,
+    progress: Progress,
+}
+
+impl Job<'_> {
+    /// The number of prompts that an interrupted run finished; its last, incomplete one is cut away.
+    fn take_up(&mut self) -> Result<usize> {
+        let prompts = self.output.kept_rows() / self.args.k as u64;
+        self.output.truncate_to(prompts * self.args.k as u64)?;
+        let mut inputs = self.args.files.rows();
+        let mut kept = self.output.kept();
+        for _ in 0..prompts {
+            let prompt = inputs.next().transpose()?;
+            let expected = prompt.as_ref().map(Row::id).transpose()?;
+            for number in 0..self.args.k {
+                let Some(row) = kept.next().transpose()? else { break };
+                let same = Some(row.id()?) == expected
+                    && row.number("sample")? == number as f64
+                    && row.opt_string("model")? == Some(&self.fingerprint);
+                ensure!(same, "{}: not what this command would have written here; remove the file to start over", row.place);
+            }
+        }
+        self.progress.kept(self.output.kept_rows());
+        Ok(prompts as usize)
+    }
+
+    /// Feeds prompts and writes responses. A bad row ends the input: what came before it is finished first.
+    fn run(&mut self, mut rows: impl Iterator<Item = Result<Row>>) -> Result<()> {
+        let mut failed = None;
+        let mut more = true;
+        loop {
+            while more && self.generator.wants_prompt() {
+                let row = rows.next();
+                more = row.is_some();
+                if let Some(Err(err)) = row.map(|row| row.and_then(|row| self.push(row))) {
+                    (failed, more) = (Some(err), false);
+                }
+            }
+            if self.generator.is_idle() {
+                return failed.map_or(Ok(()), Err);
+            }
+            let before = self.generator.tokens();
+            let (model, args) = (self.model, self.args);
+            self.generator.step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some());
+            self.progress.add(0, self.generator.tokens() - before);
+            self.write_finished()?;
+            program::check()?;
+        }
+    }
+
+    fn push(&mut self, mut row: Row) -> Result<()> {
+        let id = row.id()?;
+        let prompt = with_system(row.prompt()?, self.args.system.as_deref());
+        let ids = self.model.prompt_ids(&row, &prompt)?;
+        if self.args.system.is_some() {
+            row.fields.insert("prompt".into(), json!(prompt.messages()));
+        }
+        row.fields.entry("id").or_insert_with(|| json!(id));
+        self.waiting.push_back(row.fields);
+        self.progress.read(1);
+        self.generator.push(Request { key: id, prompt: ids, k: self.args.k });
+        Ok(())
+    }
+
+    fn write_finished(&mut self) -> Result<()> {
+        for (_, samples) in self.generator.finished() {
+            let fields = self.waiting.pop_front().expect("every request has its row");
+            for (number, sample) in samples.into_iter().enumerate() {
+                let mut row = fields.clone();
+                self.describe(number, sample, &mut row)?;
+                self.output.write(&row)?;
+                self.progress.add(1, 0);
+            }
+            self.output.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Adds a sample's fields to its prompt's.
+    fn describe(&self, number: usize, sample: Sample, row: &mut Map<String, Value>) -> Result<()> {
+        let chat = &self.model.chat;
+        row.insert("sample".into(), json!(number));
+        let text = chat.decode(&sample.token_ids)?;
+        let finish = if sample.finish == Finish::Stop { "stop" } else { "length" };
+        match stop_at(self.model, &self.args.stop, &sample.token_ids) {
+            // The text is shorter than the tokens are: those of the text go into the row, whose log-prob is unknown.
+            Some(at) => {
+                row.insert("response".into(), json!(text[..at]));
+                row.insert("finish_reason".into(), json!("stop"));
+                row.insert("token_ids".into(), json!(chat.response_ids(&text[..at], false)?));
+            }
+            None => {
+                row.insert("response".into(), json!(text));
+                row.insert("finish_reason".into(), json!(finish));
+                row.insert("token_ids".into(), json!(sample.token_ids));
+                row.insert("logp".into(), json!(sample.logp));
+            }
+        }
+        row.insert("model".into(), json!(self.fingerprint));
+        Ok(())
+    }
+}
+
+/// Where the first of the stop texts begins in a response, bytes.
+fn stop_at(model: &Checkpoint, stops: &[String], ids: &[u32]) -> Option<usize> {
+    if stops.is_empty() {
+        return None;
+    }
+    let text = model.chat.decode(ids).ok()?;
+    stops.iter().filter_map(|stop| text.find(stop.as_str())).min()
+}
+
+/// The prompt with a system turn before it, unless it has one.
+fn with_system(prompt: Prompt, system: Option<&str>) -> Prompt {
+    let Some(system) = system else { return prompt };
+    let mut messages = prompt.messages();
+    if messages[0].get("role") != Some(&json!("system")) {
+        let turn = [("role".to_owned(), json!("system")), ("content".to_owned(), json!(system))];
+        messages.insert(0, Map::from_iter(turn));
+    }
+    Prompt::Messages(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_flag_has_help() {
+        let mut command = Args::command().help_expected(true);
+        command.build();
+        command.debug_assert();
+    }
+
+    #[test]
+    fn a_system_turn_is_added_once() {
+        let text = Prompt::Text("hi".into());
+        let added = with_system(text.clone(), Some("be brief"));
+        assert_eq!(added.messages()[0]["content"], "be brief");
+        assert_eq!(with_system(added.clone(), Some("other")), added);
+        assert_eq!(with_system(text.clone(), None), text);
+    }
+}

@@ -1,0 +1,230 @@
+//! A language model as the tools use it: weights, tokenizer and decoder together, and rows turned into token ids.
+
+use crate::chat::Chat;
+use crate::jsonl::{FinishReason, Row};
+use crate::kernels::gemm::Precision;
+use crate::kernels::isa::Isa;
+use crate::model::{Decoder, Use};
+use crate::program;
+use crate::records::Prompt;
+use crate::weights::Weights;
+use anyhow::{Context, Result, bail, ensure};
+
+/// Where and in which number format a tool computes; `#[command(flatten)]` it.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Compute {
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_parser = device)]
+    pub device: String,
+
+    /// Number format of the matrix products (sums, losses and saved weights are float32 always)
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+}
+
+/// A choice of number format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dtype {
+    /// What suits the stage on this machine; said on stderr
+    Auto,
+    /// Float32
+    F32,
+    /// Bfloat16 operands, float32 sums
+    Bf16,
+    /// Float16: on a GPU only
+    F16,
+}
+
+/// What a stage wants of `--dtype auto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefers {
+    /// Exact log-probs: a reward is a small difference of two of them.
+    Exactness,
+    /// Speed: sampling, where bfloat16 changes a draw now and then but not the distribution to speak of.
+    Speed,
+}
+
+fn device(text: &str) -> Result<String, String> {
+    let number = text.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
+    if number || ["auto", "cpu", "cuda"].contains(&text) {
+        Ok(text.to_owned())
+    } else {
+        Err("expected auto, cpu, cuda or cuda:N".to_owned())
+    }
+}
+
+impl Compute {
+    /// The number format to compute in.
+    ///
+    /// # Errors
+    /// A device or a format that this build does not have.
+    pub fn precision(&self, prefers: Prefers) -> Result<Precision> {
+        if self.device.starts_with("cuda") {
+            bail!("--device {}: this build computes on the CPU alone; use --device cpu", self.device);
+        }
+        let fast_bf16 = Isa::current() == Isa::Avx512 { bf16: true };
+        Ok(match (self.dtype, prefers) {
+            (Dtype::F16, _) => bail!("--dtype f16 is for a GPU: on a CPU use f32 or bf16"),
+            (Dtype::F32, _) | (Dtype::Auto, Prefers::Exactness) => Precision::F32,
+            (Dtype::Bf16, _) => Precision::Bf16,
+            (Dtype::Auto, Prefers::Speed) if fast_bf16 => Precision::Bf16,
+            (Dtype::Auto, Prefers::Speed) => Precision::F32,
+        })
+    }
+}
+
+/// The name of a number format, as `--dtype` takes it.
+pub fn dtype_name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+    }
+}
+
+/// The weights and the tokenizer of a MODEL, which fit each other.
+pub struct Checkpoint {
+    /// Config and tensors.
+    pub weights: Weights,
+    /// Tokenizer and template.
+    pub chat: Chat,
+}
+
+impl Checkpoint {
+    /// Opens a folder, a `.gguf` file or a hub id.
+    ///
+    /// # Errors
+    /// Files that are missing, broken, of an unknown architecture, or a tokenizer with more tokens than the model.
+    pub fn open(model: &str) -> Result<Self> {
+        let weights = Weights::open(model)?;
+        let chat = Chat::open(weights.path())?;
+        weights.check_tokenizer(chat.vocab_size())?;
+        Ok(Self { weights, chat })
+    }
+
+    /// Packs the weights for forward passes.
+    pub fn decoder(&self, precision: Precision) -> Result<Decoder> {
+        Decoder::new(&self.weights.config, &self.weights, precision, Use::Inference)
+    }
+
+    /// The rendered prompt of a row.
+    ///
+    /// # Errors
+    /// A prompt that is missing, that the template refuses, or that leaves no room for a response.
+    pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
+        let ids = self.chat.prompt_ids(prompt, None).map_err(|err| row.error("prompt", format!("{err:#}")))?;
+        let context = self.weights.config.context;
+        if ids.len() >= context {
+            let message = format!("has {} tokens, but the model's context is {context}: shorten or drop it", ids.len());
+            return Err(row.error("prompt", message));
+        }
+        Ok(ids)
+    }
+
+    /// The tokens of a response: the row's ids where it has them, else its text's; ended by the end-of-turn token
+    /// where it is finished. The names are those of the row's fields.
+    ///
+    /// # Errors
+    /// A field of the wrong type, or an id that the model does not have.
+    pub fn response_ids(&self, row: &Row, names: Response) -> Result<Vec<u32>> {
+        let text = row.string(names.text)?;
+        let finished = row.finish_reason(names.finish_reason)? == FinishReason::Stop;
+        let Some(mut ids) = row.opt_ids(names.token_ids)? else {
+            return self.chat.response_ids(text, finished).map_err(|err| row.error(names.text, format!("{err:#}")));
+        };
+        let vocab = self.weights.config.vocab;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            let message = format!("holds {id}, but the model has {vocab} tokens: was it sampled by another model?");
+            return Err(row.error(names.token_ids, message));
+        }
+        if finished && !ids.last().is_some_and(|last| self.chat.end_ids().contains(last)) {
+            ids.push(self.chat.end_of_turn());
+        }
+        Ok(ids)
+    }
+}
+
+/// The fields of a row that hold a response.
+#[derive(Clone, Copy, Debug)]
+pub struct Response {
+    /// Its text.
+    pub text: &'static str,
+    /// Its tokens, optional.
+    pub token_ids: &'static str,
+    /// Why it ended, optional.
+    pub finish_reason: &'static str,
+}
+
+/// The response of a sample row.
+pub const RESPONSE: Response =
+    Response { text: "response", token_ids: "token_ids", finish_reason: "finish_reason" };
+/// The better response of a pair row.
+pub const CHOSEN: Response =
+    Response { text: "chosen", token_ids: "chosen_token_ids", finish_reason: "chosen_finish_reason" };
+/// The worse response of a pair row.
+pub const REJECTED: Response =
+    Response { text: "rejected", token_ids: "rejected_token_ids", finish_reason: "rejected_finish_reason" };
+
+/// Two checkpoints and their decoders, for implicit rewards: the policy and its reference.
+pub struct RewardModel {
+    /// π and its tokenizer, which renders the rows for both.
+    pub policy: Checkpoint,
+    policy_decoder: Decoder,
+    reference: Checkpoint,
+    reference_decoder: Decoder,
+    /// Tokens of one forward pass.
+    limit: usize,
+}
+
+/// log π and log π_ref of a response, nats.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Logps {
+    /// log π(y|x).
+    pub policy: f64,
+    /// log π_ref(y|x).
+    pub reference: f64,
+}
+
+impl RewardModel {
+    /// Opens both models.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`]; or two models with different vocabularies.
+    pub fn open(policy: &str, reference: &str, precision: Precision) -> Result<Self> {
+        let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
+        let reference = Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
+        policy.weights.check_same_vocabulary(&reference.weights)?;
+        let (policy_decoder, reference_decoder) = (policy.decoder(precision)?, reference.decoder(precision)?);
+        if policy.weights.fingerprint()? == reference.weights.fingerprint()? {
+            program::say("the policy and the reference are the same model: every implicit reward will be 0");
+        }
+        Ok(Self { policy, policy_decoder, reference, reference_decoder, limit: TOKENS_AT_ONCE })
+    }
+
+    /// The fingerprints of policy and reference.
+    pub fn fingerprints(&self) -> Result<(String, String)> {
+        Ok((self.policy.weights.fingerprint()?.to_owned(), self.reference.weights.fingerprint()?.to_owned()))
+    }
+
+    /// Log-probs of every response of every group.
+    pub fn score(&self, groups: &[crate::logprob::Group]) -> Vec<Vec<Logps>> {
+        let policy = crate::logprob::score_all(&self.policy_decoder, groups, self.limit);
+        let reference = crate::logprob::score_all(&self.reference_decoder, groups, self.limit);
+        let both = |(p, r): (Vec<f64>, Vec<f64>)| {
+            p.into_iter().zip(r).map(|(policy, reference)| Logps { policy, reference }).collect()
+        };
+        policy.into_iter().zip(reference).map(both).collect()
+    }
+
+    /// Whether a prompt and a response fit both models' contexts.
+    pub fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
+        let context = self.policy.weights.config.context.min(self.reference.weights.config.context);
+        ensure!(
+            prompt + response <= context,
+            row.error(field, format!("and its prompt have {} tokens, but the context is {context}", prompt + response))
+        );
+        Ok(())
+    }
+}
+
+/// Tokens of one forward pass when scoring: enough to fill the matrix kernels, few enough for the caches.
+pub const TOKENS_AT_ONCE: usize = 2048;
