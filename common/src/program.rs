@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 static NAME: OnceLock<String> = OnceLock::new();
@@ -158,14 +158,19 @@ impl Progress {
         };
         let template = match total {
             Some(_) => format!(
-                "{{prefix}} {{wide_bar}} {{pos}}/{{len}} {unit} {{msg}} {{per_sec}} ETA {{eta}}"
+                "{{prefix}} {{wide_bar}} {{pos}}/{{len}} {unit} {{msg}} {{rate}} ETA {{eta}}"
             ),
             None => {
-                format!("{{prefix}} {{spinner}} {{pos}} {unit} {{msg}} {{per_sec}} {{elapsed}}")
+                format!("{{prefix}} {{spinner}} {{pos}} {unit} {{msg}} {{rate}} {{elapsed}}")
             }
         };
         let style = ProgressStyle::with_template(&template);
-        bar.set_style(style.expect("the templates above are valid: a test draws them"));
+        let style = style.expect("the templates above are valid: a test draws them");
+        bar.set_style(
+            style.with_key("rate", |state: &ProgressState, to: &mut dyn fmt::Write| {
+                let _ = write!(to, "{:.1}/s", state.per_sec());
+            }),
+        );
         bar.set_prefix(name.to_owned());
         Self {
             name: name.to_owned(),
@@ -178,7 +183,9 @@ impl Progress {
 
     /// Counts input rows, where they differ from what `add` counts.
     pub fn read(&self, rows: u64) {
-        *self.counts().read.get_or_insert(0) += rows;
+        let mut counts = self.counts();
+        *counts.read.get_or_insert(0) += rows;
+        self.show(&counts);
     }
 
     /// Counts rows (or whatever `unit` is) done, and the tokens that they took.
@@ -186,10 +193,7 @@ impl Progress {
         let mut counts = self.counts();
         counts.done += rows;
         counts.tokens += tokens;
-        if counts.tokens > 0 {
-            self.bar
-                .set_message(format!("{} tokens/s", self.per_second(counts.tokens)));
-        }
+        self.show(&counts);
         self.bar.inc(rows);
     }
 
@@ -258,8 +262,20 @@ impl Progress {
         format!("{} in {:.1} s", parts.join("; "), elapsed.as_secs_f64())
     }
 
-    fn per_second(&self, tokens: u64) -> u64 {
-        (tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)) as u64
+    /// Brings the bar's text up to date.
+    fn show(&self, counts: &Counts) {
+        if self.bar.is_hidden() {
+            return;
+        }
+        let mut parts = Vec::new();
+        if let Some(read) = counts.read {
+            parts.push(format!("of {read} rows read"));
+        }
+        if counts.tokens > 0 {
+            let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+            parts.push(format!("{:.0} tokens/s", counts.tokens as f64 / seconds));
+        }
+        self.bar.set_message(parts.join(" "));
     }
 
     fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
