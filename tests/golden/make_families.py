@@ -40,6 +40,7 @@ TINY = dict(
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=None,
+    rms_norm_eps=1e-3,  # large, so that a wrong epsilon shows
     tie_word_embeddings=False,
 )
 

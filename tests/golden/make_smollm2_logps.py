@@ -1,6 +1,6 @@
 """Makes smollm2_logps.jsonl: prompt/response rows of SmolLM2-135M-Instruct with transformers' log p(y|x).
 
-    python make_smollm2_logps.py MODEL_DIR OUTPUT.jsonl
+    python make_smollm2_logps.py MODEL_DIR OUTPUT.jsonl [--rows OLD.jsonl]
 
 MODEL_DIR comes from make_smollm2_folder.py. Responses are the model's own samples (temperature 0.9, 4 a prompt)
 and some written by hand for this project. `logp` is float32, eager, one row alone; `logp64` is the same in float64 (exact.py),
@@ -121,11 +121,20 @@ def retokenizes(tokenizer, row):
     return tokenizer.encode(row["response"], add_special_tokens=False) + end == row["token_ids"]
 
 
+def make_rows(model, tokenizer):
+    rows = []
+    for seed, (prompt, max_tokens) in enumerate(SAMPLED):
+        rows += sample(model, tokenizer, prompt, max_tokens, seed)
+        print(f"{seed}: {[len(r['token_ids']) for r in rows[-SAMPLES:]]}", flush=True)
+    return rows + [written(tokenizer, *row) for row in WRITTEN]
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("output")
+    parser.add_argument("--rows", help="take the responses from here; only compute their log-probs anew")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -134,11 +143,10 @@ def main():
         args.model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     model = load()
-    rows = []
-    for seed, (prompt, max_tokens) in enumerate(SAMPLED):
-        rows += sample(model, tokenizer, prompt, max_tokens, seed)
-        print(f"{seed}: {[len(r['token_ids']) for r in rows[-SAMPLES:]]}", flush=True)
-    rows += [written(tokenizer, *row) for row in WRITTEN]
+    if args.rows:
+        rows = [json.loads(line) for line in open(args.rows, encoding="utf-8")]
+    else:
+        rows = make_rows(model, tokenizer)
     model64 = load().double()
     for i, row in enumerate(rows):
         row["retokenizes"] = retokenizes(tokenizer, row)
