@@ -1,0 +1,433 @@
+//! Builds a tokenizer from a GGUF file's `tokenizer.ggml.*` entries.
+//!
+//! A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`) instead of describing it; [`pre_tokenizer`] is
+//! our table of what those names mean in the models' own tokenizer.json. An unknown name is an error: with a
+//! wrong pre-tokenizer every number downstream would be quietly off.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use anyhow::{Context, Result, anyhow, bail};
+use candle_core::quantized::gguf_file::Value;
+use serde_json::{Map, Value as Json, json};
+use tokenizers::Tokenizer;
+
+use super::Parts;
+
+/// The split of Llama 3; Qwen 2 differs in the digits alone.
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The split of Mistral's Tekken.
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+// Values of `tokenizer.ggml.token_type`.
+const UNKNOWN: i64 = 2;
+const CONTROL: i64 = 3;
+const USER_DEFINED: i64 = 4;
+const BYTE: i64 = 6;
+
+/// Reads what a GGUF file says about text.
+pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
+    let entries = Entries(metadata);
+    let vocabulary = Vocabulary::read(&entries)?;
+    let model = entries
+        .text("tokenizer.ggml.model")?
+        .context("no tokenizer.ggml.model: the file has no tokenizer")?;
+    let plan = match model {
+        "gpt2" => byte_level(&entries, &vocabulary)?,
+        "llama" => sentence_piece(&entries, &vocabulary)?,
+        other => bail!(
+            "tokenizer.ggml.model {other:?} is not supported (gpt2 and llama are): use the model's HF folder"
+        ),
+    };
+    let mut specials = BTreeMap::new();
+    for (name, key) in [
+        ("bos_token", "bos"),
+        ("eos_token", "eos"),
+        ("unk_token", "unknown"),
+        ("pad_token", "padding"),
+    ] {
+        if let Some(id) = entries.id(&format!("tokenizer.ggml.{key}_token_id"))? {
+            specials.insert(name.to_owned(), vocabulary.token(id, key)?.to_owned());
+        }
+    }
+    let mut end_ids = Vec::new();
+    for key in ["eos", "eot", "eom"] {
+        if let Some(id) = entries.id(&format!("tokenizer.ggml.{key}_token_id"))? {
+            vocabulary.token(id, key)?;
+            end_ids.push(id);
+        }
+    }
+    let add_bos = entries
+        .flag("tokenizer.ggml.add_bos_token")?
+        .unwrap_or(plan.add_bos);
+    let bos = specials.get("bos_token").filter(|_| add_bos);
+    let file = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": vocabulary.added(&specials),
+        "normalizer": plan.normalizer,
+        "pre_tokenizer": plan.pre_tokenizer,
+        "post_processor": bos.map(|bos| begin_with(bos, &vocabulary)),
+        "decoder": plan.decoder,
+        "model": plan.model,
+    });
+    let tokenizer = Tokenizer::from_bytes(serde_json::to_vec(&file)?)
+        .map_err(|error| anyhow!("tokenizer.ggml: {error}"))?;
+    Ok(Parts {
+        tokenizer,
+        template: entries.text("tokenizer.chat_template")?.map(str::to_owned),
+        add_bos: bos.is_some(),
+        specials,
+        end_ids,
+        files: BTreeMap::new(),
+    })
+}
+
+/// The parts of a tokenizer.json that depend on the kind of tokenizer.
+struct Plan {
+    normalizer: Json,
+    pre_tokenizer: Json,
+    decoder: Json,
+    model: Json,
+    /// llama.cpp's default where the file does not say.
+    add_bos: bool,
+}
+
+/// GPT-2's byte-level BPE with the pre-tokenizer of the given name.
+fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
+    let name = entries.text("tokenizer.ggml.pre")?.unwrap_or("default");
+    let (normalizer, pre_tokenizer, whole_words, add_bos) = pre_tokenizer(name)?;
+    let merges = entries
+        .array("tokenizer.ggml.merges")?
+        .context("no tokenizer.ggml.merges")?
+        .iter()
+        .enumerate()
+        .map(|(rank, merge)| {
+            let merge = merge
+                .to_string()
+                .with_context(|| format!("tokenizer.ggml.merges[{rank}]"))?;
+            // The first character may itself be a space.
+            let seam = merge
+                .char_indices()
+                .skip(1)
+                .find(|(_, c)| *c == ' ')
+                .with_context(|| {
+                    format!("tokenizer.ggml.merges[{rank}]: {merge:?} is not two tokens")
+                })?
+                .0;
+            Ok(json!([merge[..seam], merge[seam + 1..]]))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Plan {
+        normalizer,
+        pre_tokenizer,
+        decoder: bytes_step(false),
+        model: json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": whole_words,
+            "vocab": vocabulary.map(),
+            "merges": merges,
+        }),
+        add_bos,
+    })
+}
+
+/// Normaliser, pre-tokenizer, whether whole words in the vocabulary skip the merges, whether BOS is added
+/// by default.
+fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
+    let split = |pattern: &str| {
+        json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
+            bytes_step(false),
+        ]})
+    };
+    Ok(match name {
+        "default" | "gpt-2" | "gpt2" | "phi-2" => (Json::Null, bytes_step(true), false, false),
+        "smollm" | "starcoder" | "refact" => {
+            let steps = json!([{"type": "Digits", "individual_digits": true}, bytes_step(true)]);
+            (
+                Json::Null,
+                json!({"type": "Sequence", "pretokenizers": steps}),
+                false,
+                false,
+            )
+        }
+        "llama-bpe" | "llama3" | "llama-v3" => (Json::Null, split(LLAMA3), true, true),
+        "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
+        "tekken" => (Json::Null, split(TEKKEN), true, true),
+        other => bail!(
+            "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
+             refact, llama-bpe, qwen2, tekken): use the model's HF folder"
+        ),
+    })
+}
+
+/// The byte-level step, with or without GPT-2's own splitting.
+fn bytes_step(split: bool) -> Json {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split})
+}
+
+/// SentencePiece's BPE (Llama 2, Mistral v0.1–0.3, Gemma): the merges follow from the scores.
+fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
+    let scores = entries
+        .array("tokenizer.ggml.scores")?
+        .context("no tokenizer.ggml.scores")?
+        .iter()
+        .map(|score| score.to_f32().context("tokenizer.ggml.scores"))
+        .collect::<Result<Vec<f32>>>()?;
+    if scores.len() != vocabulary.tokens.len() {
+        bail!(
+            "tokenizer.ggml.scores has {} entries for {} tokens",
+            scores.len(),
+            vocabulary.tokens.len()
+        );
+    }
+    let unknown = vocabulary
+        .types
+        .iter()
+        .position(|kind| *kind == UNKNOWN)
+        .map(|id| &vocabulary.tokens[id]);
+    let prefix = entries
+        .flag("tokenizer.ggml.add_space_prefix")?
+        .unwrap_or(true);
+    let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    let mut normalizers = vec![spaces];
+    if prefix {
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    Ok(Plan {
+        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+        pre_tokenizer: Json::Null,
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model: json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": unknown,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": true,
+            "byte_fallback": true,
+            "ignore_merges": false,
+            "vocab": vocabulary.map(),
+            "merges": merges_from_scores(vocabulary, &scores),
+        }),
+        add_bos: true,
+    })
+}
+
+/// Every way to join two tokens into a third, best score first: what SentencePiece does by looking scores up,
+/// and the order in which transformers writes such a tokenizer.json.
+fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<(String, String)> {
+    let ids: HashMap<&str, usize> = vocabulary
+        .tokens
+        .iter()
+        .enumerate()
+        .filter(|(id, _)| {
+            !matches!(
+                vocabulary.types[*id],
+                CONTROL | UNKNOWN | BYTE | USER_DEFINED
+            )
+        })
+        .map(|(id, token)| (token.as_str(), id))
+        .collect();
+    let mut merges = Vec::new();
+    for (id, token) in vocabulary.tokens.iter().enumerate() {
+        if ids.get(token.as_str()) != Some(&id) {
+            continue;
+        }
+        let mut local: Vec<(usize, usize)> = token
+            .char_indices()
+            .skip(1)
+            .filter_map(|(seam, _)| Some((*ids.get(&token[..seam])?, *ids.get(&token[seam..])?)))
+            .collect();
+        local.sort_unstable();
+        merges.extend(
+            local
+                .into_iter()
+                .map(|(left, right)| (scores[id], left, right)),
+        );
+    }
+    let length = |id: usize| vocabulary.tokens[id].chars().count();
+    // Python's reversed sort keeps equal elements in order, and so does this one.
+    merges.sort_by(|a, b| {
+        b.0.total_cmp(&a.0)
+            .then_with(|| length(b.1).cmp(&length(a.1)))
+            .then_with(|| length(b.2).cmp(&length(a.2)))
+    });
+    merges
+        .into_iter()
+        .map(|(_, left, right)| {
+            (
+                vocabulary.tokens[left].clone(),
+                vocabulary.tokens[right].clone(),
+            )
+        })
+        .collect()
+}
+
+/// A post-processor that begins every document with BOS.
+fn begin_with(bos: &str, vocabulary: &Vocabulary) -> Json {
+    let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
+    let sequence = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
+    let id = vocabulary.tokens.iter().position(|token| token == bos);
+    json!({
+        "type": "TemplateProcessing",
+        "single": [special, sequence("A", 0)],
+        "pair": [special, sequence("A", 0), sequence("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    })
+}
+
+/// Tokens and their types, in id order.
+struct Vocabulary {
+    tokens: Vec<String>,
+    types: Vec<i64>,
+}
+
+impl Vocabulary {
+    fn read(entries: &Entries) -> Result<Self> {
+        let tokens = entries
+            .array("tokenizer.ggml.tokens")?
+            .context("no tokenizer.ggml.tokens: the file has no tokenizer")?
+            .iter()
+            .enumerate()
+            .map(|(id, token)| {
+                let token = token
+                    .to_string()
+                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]"))?;
+                Ok(token.clone())
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let types = match entries.array("tokenizer.ggml.token_type")? {
+            Some(types) => types
+                .iter()
+                .map(|kind| integer(kind).context("tokenizer.ggml.token_type: not an integer"))
+                .collect::<Result<Vec<_>>>()?,
+            None => vec![1; tokens.len()],
+        };
+        if types.len() != tokens.len() {
+            bail!(
+                "tokenizer.ggml.token_type has {} entries for {} tokens",
+                types.len(),
+                tokens.len()
+            );
+        }
+        let mut seen = HashSet::new();
+        if let Some(token) = tokens.iter().find(|token| !seen.insert(token.as_str())) {
+            bail!("tokenizer.ggml.tokens: {token:?} stands there twice");
+        }
+        Ok(Self { tokens, types })
+    }
+
+    fn token(&self, id: u32, key: &str) -> Result<&str> {
+        self.tokens
+            .get(id as usize)
+            .map(String::as_str)
+            .with_context(|| {
+                format!(
+                    "tokenizer.ggml.{key}_token_id: {id} is outside the vocabulary of {}",
+                    self.tokens.len()
+                )
+            })
+    }
+
+    fn map(&self) -> Map<String, Json> {
+        self.tokens
+            .iter()
+            .enumerate()
+            .map(|(id, token)| (token.clone(), id.into()))
+            .collect()
+    }
+
+    /// Control tokens are special; user-defined ones are found in any text, as the models' own files have it.
+    fn added(&self, specials: &BTreeMap<String, String>) -> Vec<Json> {
+        let named: HashSet<&String> = specials.values().collect();
+        (0..self.tokens.len())
+            .filter(|id| {
+                matches!(self.types[*id], CONTROL | UNKNOWN | USER_DEFINED)
+                    || named.contains(&self.tokens[*id])
+            })
+            .filter(|id| !self.tokens[*id].is_empty())
+            .map(|id| {
+                json!({
+                    "id": id,
+                    "content": self.tokens[id],
+                    "single_word": false,
+                    "lstrip": false,
+                    "rstrip": false,
+                    "normalized": false,
+                    "special": self.types[id] != USER_DEFINED,
+                })
+            })
+            .collect()
+    }
+}
+
+/// Typed look-ups; an entry of another type is an error that names it.
+struct Entries<'a>(&'a HashMap<String, Value>);
+
+impl<'a> Entries<'a> {
+    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.0
+            .get(key)
+            .map(|value| {
+                value
+                    .to_string()
+                    .map(String::as_str)
+                    .with_context(|| key.to_owned())
+            })
+            .transpose()
+    }
+
+    fn array(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
+        self.0
+            .get(key)
+            .map(|value| value.to_vec().with_context(|| key.to_owned()))
+            .transpose()
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.0
+            .get(key)
+            .map(|value| value.to_bool().with_context(|| key.to_owned()))
+            .transpose()
+    }
+
+    fn id(&self, key: &str) -> Result<Option<u32>> {
+        self.0
+            .get(key)
+            .map(|value| {
+                integer(value)
+                    .and_then(|id| u32::try_from(id).ok())
+                    .with_context(|| format!("{key}: not a token id"))
+            })
+            .transpose()
+    }
+}
+
+fn integer(value: &Value) -> Option<i64> {
+    match value {
+        Value::U8(v) => Some(i64::from(*v)),
+        Value::I8(v) => Some(i64::from(*v)),
+        Value::U16(v) => Some(i64::from(*v)),
+        Value::I16(v) => Some(i64::from(*v)),
+        Value::U32(v) => Some(i64::from(*v)),
+        Value::I32(v) => Some(i64::from(*v)),
+        Value::U64(v) => i64::try_from(*v).ok(),
+        Value::I64(v) => Some(*v),
+        _ => None,
+    }
+}

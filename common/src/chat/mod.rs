@@ -1,0 +1,254 @@
+//! Between a row's text and token ids: chat templates, and the tokens of prompt and response.
+//!
+//! The prompt is rendered once by the template, generation prompt included; a response is tokenised apart
+//! from it and never re-tokenised across the seam; what a row's text says is never taken for a control token.
+
+mod encoder;
+mod folder;
+mod gguf_tokenizer;
+mod save;
+mod strftime;
+mod template;
+#[cfg(test)]
+pub mod testing;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use candle_core::quantized::gguf_file;
+use serde_json::{Map, Value as Json};
+use tokenizers::Tokenizer;
+
+use crate::records::Prompt;
+use encoder::Encoder;
+use template::Template;
+
+/// The tokenizer, the template and the special tokens of one model.
+pub struct Chat {
+    encoder: Encoder,
+    template: Option<Template>,
+    specials: BTreeMap<String, String>,
+    end_of_turn: u32,
+    end_ids: Vec<u32>,
+    /// Original files by name, empty for a GGUF.
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+/// What a folder or a GGUF file says about text, before it is put to work.
+struct Parts {
+    tokenizer: Tokenizer,
+    template: Option<String>,
+    /// `bos_token`, `eos_token`, `unk_token`, `pad_token` → text.
+    specials: BTreeMap<String, String>,
+    /// Ids that end a turn by the model's configuration.
+    end_ids: Vec<u32>,
+    /// Whether every sequence has to begin with BOS even if the template does not write it (GGUF).
+    add_bos: bool,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+impl Chat {
+    /// Opens a folder in Hugging Face layout or a `.gguf` file.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.is_dir() {
+            return Self::from_folder(path);
+        }
+        let place = || path.display().to_string();
+        let file = File::open(path).with_context(place)?;
+        let content = gguf_file::Content::read(&mut BufReader::new(file)).with_context(place)?;
+        Self::from_gguf(&content.metadata).with_context(place)
+    }
+
+    /// Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json,
+    /// chat_template.jinja, generation_config.json and config.json of a folder.
+    pub fn from_folder(dir: &Path) -> Result<Self> {
+        let parts = folder::read(dir)?;
+        Self::assemble(parts).with_context(|| dir.display().to_string())
+    }
+
+    /// Builds the tokenizer and template from the `tokenizer.*` entries of a GGUF file.
+    pub fn from_gguf(metadata: &HashMap<String, gguf_file::Value>) -> Result<Self> {
+        Self::assemble(gguf_tokenizer::read(metadata)?)
+    }
+
+    fn assemble(parts: Parts) -> Result<Self> {
+        let Parts {
+            mut tokenizer,
+            template,
+            specials,
+            mut end_ids,
+            add_bos,
+            files,
+        } = parts;
+        // A tokenizer.json may carry the cut-off and padding of its training: a prompt is never cut silently.
+        tokenizer
+            .with_truncation(None)
+            .map_err(encoder::tokenizer_error)?;
+        tokenizer.with_padding(None);
+        let template = match template {
+            Some(source) => Some(compile(&source, &specials, add_bos)?),
+            None => None,
+        };
+        let eos = specials
+            .get("eos_token")
+            .and_then(|text| tokenizer.token_to_id(text));
+        let found = template
+            .as_ref()
+            .and_then(|template| turn_end(template, &tokenizer));
+        let Some(end_of_turn) = found.or(eos).or(end_ids.first().copied()) else {
+            bail!("no end-of-turn token: neither the template nor eos_token names one");
+        };
+        end_ids.extend(eos);
+        end_ids.push(end_of_turn);
+        end_ids.sort_unstable();
+        end_ids.dedup();
+        let mut turn_marks = end_ids.clone();
+        if let Some(template) = &template {
+            turn_marks.extend(turn_tokens(template, &tokenizer));
+        }
+        let encoder = Encoder::new(tokenizer, &turn_marks)?;
+        if let Some(id) = end_ids
+            .iter()
+            .find(|id| **id as usize >= encoder.vocab_size())
+        {
+            bail!(
+                "eos_token_id {id} is outside the tokenizer's vocabulary of {}",
+                encoder.vocab_size()
+            );
+        }
+        Ok(Self {
+            encoder,
+            template,
+            specials,
+            end_of_turn,
+            end_ids,
+            files,
+        })
+    }
+
+    /// Ids of a prompt, ready for the response to follow: rendered once by the template with the generation
+    /// prompt, or, without a template, the text as the tokenizer begins a document (BOS if it adds one).
+    ///
+    /// `system` becomes the first turn unless the prompt brings a system (or developer) turn of its own,
+    /// which then stays.
+    pub fn prompt_ids(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
+        let Some(template) = &self.template else {
+            return self.bare_prompt(prompt, system);
+        };
+        let mut messages = prompt.messages();
+        let has_system = messages.iter().any(|message| {
+            message
+                .get("role")
+                .is_some_and(|role| role == "system" || role == "developer")
+        });
+        if let Some(text) = system
+            && !has_system
+        {
+            messages.insert(0, turn("system", text));
+        }
+        match self.encoder.guard(&messages)? {
+            None => self.encoder.rendered(&template.render(&messages, true)?),
+            Some(guarded) => self
+                .encoder
+                .guarded(&template.render(&guarded.messages, true)?, &guarded),
+        }
+    }
+
+    fn bare_prompt(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
+        match (prompt, system) {
+            (Prompt::Text(text), None) => self.encoder.document(text),
+            (Prompt::Text(_), Some(_)) => {
+                bail!("the model has no chat template, so it takes no system turn")
+            }
+            (Prompt::Messages(_), _) => {
+                bail!("the model has no chat template: its prompts must be strings, not messages")
+            }
+        }
+    }
+
+    /// Ids of a response, tokenised by itself; a finished one ends with [`Self::end_of_turn`].
+    pub fn response_ids(&self, response: &str, finished: bool) -> Result<Vec<u32>> {
+        let mut ids = self.encoder.text(response)?;
+        if finished {
+            ids.push(self.end_of_turn);
+        }
+        Ok(ids)
+    }
+
+    /// Every token that ends a turn by generation config, config, tokenizer or template: where sampling
+    /// stops. Ascending.
+    pub fn end_ids(&self) -> &[u32] {
+        &self.end_ids
+    }
+
+    /// The token with which the template ends an assistant's turn; without a template, EOS.
+    pub fn end_of_turn(&self) -> u32 {
+        self.end_of_turn
+    }
+
+    /// Text of ids without special and end-of-turn tokens; no clean-up of spaces. Bytes that are not UTF-8
+    /// (a character cut in two) become U+FFFD; ids that the tokenizer does not know are left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.encoder.decode(ids, &self.end_ids)
+    }
+
+    /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.
+    pub fn vocab_size(&self) -> usize {
+        self.encoder.vocab_size()
+    }
+}
+
+/// Compiles a template; where every sequence must begin with BOS and the template does not write it, it will.
+fn compile(source: &str, specials: &BTreeMap<String, String>, add_bos: bool) -> Result<Template> {
+    let template = Template::new(source, specials)?;
+    let Some(bos) = specials.get("bos_token").filter(|_| add_bos) else {
+        return Ok(template);
+    };
+    match template.render(&[turn("user", "Hello")], true) {
+        Ok(text) if !text.starts_with(bos) => {
+            Template::new(&format!("{{{{ bos_token }}}}{source}"), specials)
+        }
+        _ => Ok(template),
+    }
+}
+
+/// A word that no template rewrites.
+const SENTINEL: &str = "Sentinel5791";
+
+/// The token that follows the content of an assistant's turn, found by rendering one.
+fn turn_end(template: &Template, tokenizer: &Tokenizer) -> Option<u32> {
+    let rendered = template
+        .render(&[turn("user", "Hello"), turn("assistant", SENTINEL)], false)
+        .ok()?;
+    let after = rendered.rfind(SENTINEL)? + SENTINEL.len();
+    encoder::pieces(tokenizer, &rendered[after..])
+        .into_iter()
+        .find(|(text, _)| !text.trim().is_empty())
+        .and_then(|(_, id)| id)
+}
+
+/// Added tokens that a template writes around the turns of a past exchange: its turn marks. (In a past turn,
+/// templates of reasoning models leave out the thinking tokens, which a response may well contain.)
+fn turn_tokens(template: &Template, tokenizer: &Tokenizer) -> Vec<u32> {
+    let messages = [
+        turn("user", "Hello"),
+        turn("assistant", SENTINEL),
+        turn("user", "Hello"),
+    ];
+    let rendered = template.render(&messages, false).unwrap_or_default();
+    encoder::pieces(tokenizer, &rendered)
+        .into_iter()
+        .filter(|(text, _)| !text.trim().is_empty())
+        .filter_map(|(_, id)| id)
+        .collect()
+}
+
+fn turn(role: &str, content: &str) -> Map<String, Json> {
+    Map::from_iter([
+        ("role".to_owned(), Json::from(role)),
+        ("content".to_owned(), Json::from(content)),
+    ])
+}
