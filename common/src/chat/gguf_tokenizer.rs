@@ -106,7 +106,8 @@ fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
         .map(|(rank, merge)| {
             let merge = merge
                 .to_string()
-                .with_context(|| format!("tokenizer.ggml.merges[{rank}]"))?;
+                .ok()
+                .with_context(|| format!("tokenizer.ggml.merges[{rank}]: not a string"))?;
             // The first character may itself be a space.
             let seam = merge
                 .char_indices()
@@ -180,7 +181,12 @@ fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
         .array("tokenizer.ggml.scores")?
         .context("no tokenizer.ggml.scores")?
         .iter()
-        .map(|score| score.to_f32().context("tokenizer.ggml.scores"))
+        .map(|score| {
+            score
+                .to_f32()
+                .ok()
+                .context("tokenizer.ggml.scores: not float32")
+        })
         .collect::<Result<Vec<f32>>>()?;
     if scores.len() != vocabulary.tokens.len() {
         bail!(
@@ -307,7 +313,8 @@ impl Vocabulary {
             .map(|(id, token)| {
                 let token = token
                     .to_string()
-                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]"))?;
+                    .ok()
+                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]: not a string"))?;
                 Ok(token.clone())
             })
             .collect::<Result<Vec<_>>>()?;
@@ -376,7 +383,8 @@ impl Vocabulary {
     }
 }
 
-/// Typed look-ups; an entry of another type is an error that names it.
+/// Typed look-ups; an entry of another type is an error that names it. (candle's own errors may carry a
+/// backtrace of many lines, so they go no further.)
 struct Entries<'a>(&'a HashMap<String, Value>);
 
 impl<'a> Entries<'a> {
@@ -386,8 +394,9 @@ impl<'a> Entries<'a> {
             .map(|value| {
                 value
                     .to_string()
+                    .ok()
                     .map(String::as_str)
-                    .with_context(|| key.to_owned())
+                    .with_context(|| format!("{key}: not a string"))
             })
             .transpose()
     }
@@ -395,14 +404,24 @@ impl<'a> Entries<'a> {
     fn array(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
         self.0
             .get(key)
-            .map(|value| value.to_vec().with_context(|| key.to_owned()))
+            .map(|value| {
+                value
+                    .to_vec()
+                    .ok()
+                    .with_context(|| format!("{key}: not an array"))
+            })
             .transpose()
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.0
             .get(key)
-            .map(|value| value.to_bool().with_context(|| key.to_owned()))
+            .map(|value| {
+                value
+                    .to_bool()
+                    .ok()
+                    .with_context(|| format!("{key}: not a boolean"))
+            })
             .transpose()
     }
 
