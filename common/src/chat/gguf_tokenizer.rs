@@ -106,7 +106,8 @@ fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
         .map(|(rank, merge)| {
             let merge = merge
                 .to_string()
-                .with_context(|| format!("tokenizer.ggml.merges[{rank}]"))?;
+                .ok()
+                .with_context(|| format!("tokenizer.ggml.merges[{rank}]: not a string"))?;
             // The first character may itself be a space.
             let seam = merge
                 .char_indices()
@@ -180,7 +181,12 @@ fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
         .array("tokenizer.ggml.scores")?
         .context("no tokenizer.ggml.scores")?
         .iter()
-        .map(|score| score.to_f32().context("tokenizer.ggml.scores"))
+        .map(|score| {
+            score
+                .to_f32()
+                .ok()
+                .context("tokenizer.ggml.scores: not float32")
+        })
         .collect::<Result<Vec<f32>>>()?;
     if scores.len() != vocabulary.tokens.len() {
         bail!(
@@ -307,7 +313,8 @@ impl Vocabulary {
             .map(|(id, token)| {
                 let token = token
                     .to_string()
-                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]"))?;
+                    .ok()
+                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]: not a string"))?;
                 Ok(token.clone())
             })
             .collect::<Result<Vec<_>>>()?;
@@ -376,7 +383,8 @@ impl Vocabulary {
     }
 }
 
-/// Typed look-ups; an entry of another type is an error that names it.
+/// Typed look-ups; an entry of another type is an error that names it. (candle's own errors may carry a
+/// backtrace of many lines, so they go no further.)
 struct Entries<'a>(&'a HashMap<String, Value>);
 
 impl<'a> Entries<'a> {
@@ -386,8 +394,9 @@ impl<'a> Entries<'a> {
             .map(|value| {
                 value
                     .to_string()
+                    .ok()
                     .map(String::as_str)
-                    .with_context(|| key.to_owned())
+                    .with_context(|| format!("{key}: not a string"))
             })
             .transpose()
     }
@@ -395,14 +404,24 @@ impl<'a> Entries<'a> {
     fn array(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
         self.0
             .get(key)
-            .map(|value| value.to_vec().with_context(|| key.to_owned()))
+            .map(|value| {
+                value
+                    .to_vec()
+                    .ok()
+                    .with_context(|| format!("{key}: not an array"))
+            })
             .transpose()
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.0
             .get(key)
-            .map(|value| value.to_bool().with_context(|| key.to_owned()))
+            .map(|value| {
+                value
+                    .to_bool()
+                    .ok()
+                    .with_context(|| format!("{key}: not a boolean"))
+            })
             .transpose()
     }
 
@@ -429,5 +448,188 @@ fn integer(value: &Value) -> Option<i64> {
         Value::U64(v) => i64::try_from(*v).ok(),
         Value::I64(v) => Some(*v),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::chat::Chat;
+
+    fn strings(items: &[&str]) -> Value {
+        Value::Array(
+            items
+                .iter()
+                .map(|item| Value::String((*item).to_owned()))
+                .collect(),
+        )
+    }
+
+    /// The metadata of a GGUF from the golden file of make_gguf_tokenizers.py.
+    fn metadata(entries: &Map<String, Json>) -> HashMap<String, Value> {
+        let value = |key: &str, item: &Json| match item {
+            Json::String(text) => Value::String(text.clone()),
+            Json::Bool(flag) => Value::Bool(*flag),
+            Json::Array(items) => Value::Array(
+                items
+                    .iter()
+                    .map(|item| match item {
+                        Json::String(text) => Value::String(text.clone()),
+                        _ if key.ends_with("scores") => Value::F32(item.as_f64().unwrap() as f32),
+                        _ => Value::I32(item.as_i64().unwrap() as i32),
+                    })
+                    .collect(),
+            ),
+            other => Value::U32(other.as_u64().unwrap() as u32),
+        };
+        entries
+            .iter()
+            .map(|(key, item)| (key.clone(), value(key, item)))
+            .collect()
+    }
+
+    #[test]
+    fn every_kind_of_tokenizer_agrees_with_its_reference() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/golden/gguf_tokenizers.json"
+        );
+        let golden: Json = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        for case in golden.as_array().unwrap() {
+            let chat = Chat::from_gguf(&metadata(case["metadata"].as_object().unwrap())).unwrap();
+            for row in case["texts"].as_array().unwrap() {
+                let text = row["text"].as_str().unwrap();
+                let ids: Vec<u32> = serde_json::from_value(row["ids"].clone()).unwrap();
+                assert_eq!(
+                    chat.response_ids(text, false).unwrap(),
+                    ids,
+                    "{} {text:?}",
+                    case["name"]
+                );
+                assert_eq!(chat.decode(&ids).unwrap(), row["decoded"].as_str().unwrap());
+            }
+            let begin = chat
+                .prompt_ids(&crate::records::Prompt::Text("x".into()), None)
+                .unwrap()[0];
+            assert_eq!(
+                begin == 1,
+                case["bos"].as_bool().unwrap(),
+                "{}",
+                case["name"]
+            );
+        }
+    }
+
+    #[test]
+    fn a_template_without_bos_gets_one_when_the_file_asks_for_it() {
+        let mut entries = small();
+        entries.insert("tokenizer.ggml.add_bos_token".into(), Value::Bool(true));
+        for template in [
+            "{{ messages[0].content }}",
+            "{{ bos_token }}{{ messages[0].content }}",
+        ] {
+            entries.insert(
+                "tokenizer.chat_template".into(),
+                Value::String(template.into()),
+            );
+            let chat = Chat::from_gguf(&entries).unwrap();
+            assert_eq!(
+                chat.prompt_ids(&crate::records::Prompt::Text("ab".into()), None)
+                    .unwrap(),
+                [0, 4]
+            );
+        }
+    }
+
+    fn small() -> HashMap<String, Value> {
+        HashMap::from([
+            (
+                "tokenizer.ggml.model".to_owned(),
+                Value::String("gpt2".into()),
+            ),
+            (
+                "tokenizer.ggml.pre".to_owned(),
+                Value::String("gpt-2".into()),
+            ),
+            (
+                "tokenizer.ggml.tokens".to_owned(),
+                strings(&["<s>", "</s>", "a", "b", "ab"]),
+            ),
+            (
+                "tokenizer.ggml.token_type".to_owned(),
+                Value::Array([3, 3, 1, 1, 1].map(Value::I32).to_vec()),
+            ),
+            ("tokenizer.ggml.merges".to_owned(), strings(&["a b"])),
+            ("tokenizer.ggml.bos_token_id".to_owned(), Value::U32(0)),
+            ("tokenizer.ggml.eos_token_id".to_owned(), Value::U32(1)),
+        ])
+    }
+
+    #[test]
+    fn damaged_entries_are_one_clear_line() {
+        let cases = [
+            (
+                "tokenizer.ggml.pre",
+                Value::String("martian".into()),
+                "\"martian\" is not a known pre-tokenizer",
+            ),
+            (
+                "tokenizer.ggml.model",
+                Value::String("t5".into()),
+                "\"t5\" is not supported",
+            ),
+            (
+                "tokenizer.ggml.model",
+                Value::U32(1),
+                "tokenizer.ggml.model",
+            ),
+            (
+                "tokenizer.ggml.tokens",
+                strings(&["a", "a"]),
+                "token_type has 5 entries for 2 tokens",
+            ),
+            (
+                "tokenizer.ggml.tokens",
+                strings(&["a", "b", "c", "d", "a"]),
+                "\"a\" stands there twice",
+            ),
+            (
+                "tokenizer.ggml.tokens",
+                Value::U32(3),
+                "tokenizer.ggml.tokens",
+            ),
+            ("tokenizer.ggml.merges", strings(&["ab"]), "merges[0]"),
+            (
+                "tokenizer.ggml.merges",
+                strings(&["a zz"]),
+                "tokenizer.ggml",
+            ),
+            (
+                "tokenizer.ggml.eos_token_id",
+                Value::U32(5),
+                "eos_token_id: 5 is outside",
+            ),
+            (
+                "tokenizer.ggml.eos_token_id",
+                Value::I32(-1),
+                "not a token id",
+            ),
+            (
+                "tokenizer.ggml.eot_token_id",
+                Value::U32(9),
+                "eot_token_id: 9 is outside",
+            ),
+        ];
+        assert!(Chat::from_gguf(&small()).is_ok());
+        for (key, value, expected) in cases {
+            let mut entries = small();
+            entries.insert(key.to_owned(), value);
+            let message = format!("{:#}", Chat::from_gguf(&entries).err().expect(key));
+            assert!(message.contains(expected), "{key}: {message}");
+            assert_eq!(message.lines().count(), 1);
+        }
+        assert!(Chat::from_gguf(&HashMap::new()).is_err());
     }
 }

@@ -11,13 +11,15 @@ mod strftime;
 mod template;
 #[cfg(test)]
 pub mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use candle_core::quantized::gguf_file;
 use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
@@ -58,7 +60,12 @@ impl Chat {
         }
         let place = || path.display().to_string();
         let file = File::open(path).with_context(place)?;
-        let content = gguf_file::Content::read(&mut BufReader::new(file)).with_context(place)?;
+        let content = gguf_file::Content::read(&mut BufReader::new(file)).map_err(|error| {
+            // candle's errors may carry a backtrace: the first line says what is wrong.
+            let text = error.to_string();
+            let reason = text.lines().next().unwrap_or_default();
+            anyhow!("{}: not a readable GGUF file: {reason}", path.display())
+        })?;
         Self::from_gguf(&content.metadata).with_context(place)
     }
 

@@ -14,24 +14,19 @@ impl Chat {
     /// a folder. Files that came with the model are written byte for byte; the others are made.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let mut files = self.files.clone();
-        let tokenizer_json = "tokenizer.json".to_owned();
-        if !files.contains_key(&tokenizer_json) {
-            let text = self
-                .encoder
-                .tokenizer()
-                .to_string(false)
-                .map_err(tokenizer_error)?;
-            files.insert(tokenizer_json, text.into_bytes());
+        let mut made = vec![
+            ("tokenizer_config.json", pretty(&self.tokenizer_config())?),
+            ("special_tokens_map.json", pretty(&json!(self.specials))?),
+            ("generation_config.json", pretty(&self.generation_config())?),
+        ];
+        if !files.contains_key("tokenizer.json") {
+            let text = self.encoder.tokenizer().to_string(false);
+            made.push(("tokenizer.json", text.map_err(tokenizer_error)?));
         }
-        for (name, value) in [
-            ("tokenizer_config.json", self.tokenizer_config()),
-            ("special_tokens_map.json", json!(self.specials)),
-            ("generation_config.json", self.generation_config()),
-        ] {
-            if !files.contains_key(name) {
-                let text = serde_json::to_string_pretty(&value)? + "\n";
-                files.insert(name.to_owned(), text.into_bytes());
-            }
+        for (name, text) in made {
+            files
+                .entry(name.to_owned())
+                .or_insert_with(|| text.into_bytes());
         }
         for (name, bytes) in &files {
             let path = dir.join(name);
@@ -72,4 +67,8 @@ impl Chat {
         }
         config.into()
     }
+}
+
+fn pretty(value: &Json) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
 }

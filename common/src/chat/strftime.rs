@@ -108,7 +108,9 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
 
 /// Year, month (1–12), day (1–31) and day of the year (1–366) of a day counted from 1970-01-01.
 fn calendar(mut days: u64) -> (u64, u64, u64, u64) {
-    let leap = |year: u64| (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    let leap = |year: u64| {
+        (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400)
+    };
     // Whole 400-year cycles first, so that a far moment costs no more than a near one.
     let mut year = 1970 + days / 146_097 * 400;
     days %= 146_097;

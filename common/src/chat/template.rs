@@ -251,6 +251,9 @@ fn python_method(
     method: &str,
     args: &[Value],
 ) -> std::result::Result<Value, Error> {
+    if let (Some(text), "title", []) = (value.as_str(), method, args) {
+        return Ok(title(text).into());
+    }
     if let (Some(text), [argument]) = (value.as_str(), args)
         && let Some(part) = argument.as_str()
     {
@@ -261,6 +264,21 @@ fn python_method(
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// Python's `str.title`: a letter after anything but a letter is upper case, every other is lower case.
+fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for c in text.chars() {
+        if inside {
+            out.extend(c.to_lowercase());
+        } else {
+            out.extend(c.to_uppercase());
+        }
+        inside = c.is_alphabetic();
+    }
+    out
 }
 
 /// HF's `tojson` is Python's `json.dumps` with `ensure_ascii=False`: no HTML escapes, a space after separators.
