@@ -71,17 +71,28 @@ mod tests {
         if path.is_file() {
             return vec![path.to_owned()];
         }
-        fs::read_dir(path).into_iter().flatten().flat_map(|entry| sources(&entry.unwrap().path())).collect()
+        fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .flat_map(|entry| sources(&entry.unwrap().path()))
+            .collect()
     }
 
     #[test]
     fn modules_use_only_those_above_them() {
         let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let lib = fs::read_to_string(src.join("lib.rs")).unwrap();
-        let order: Vec<&str> =
-            lib.lines().filter_map(|l| l.strip_prefix("pub mod ")).map(|l| l.trim_end_matches(';')).collect();
+        let order: Vec<&str> = lib
+            .lines()
+            .filter_map(|l| l.strip_prefix("pub mod "))
+            .map(|l| l.trim_end_matches(';'))
+            .collect();
         for (at, module) in order.iter().enumerate() {
-            let files = [sources(&src.join(format!("{module}.rs"))), sources(&src.join(module))].concat();
+            let files = [
+                sources(&src.join(format!("{module}.rs"))),
+                sources(&src.join(module)),
+            ]
+            .concat();
             assert!(!files.is_empty(), "{module} has no source");
             for file in files {
                 // Tests may look down: they hold a module to what is built on it.
@@ -89,7 +100,11 @@ mod tests {
                 let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
                 for below in &order[at + 1..] {
                     let used = code.contains(&format!("crate::{below}::"));
-                    assert!(!used, "{} uses {below}, which is below {module}", file.display());
+                    assert!(
+                        !used,
+                        "{} uses {below}, which is below {module}",
+                        file.display()
+                    );
                 }
             }
         }

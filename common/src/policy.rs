@@ -45,7 +45,9 @@ pub enum Prefers {
 }
 
 fn device(text: &str) -> Result<String, String> {
-    let number = text.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
+    let number = text
+        .strip_prefix("cuda:")
+        .is_some_and(|n| n.parse::<usize>().is_ok());
     if number || ["auto", "cpu", "cuda"].contains(&text) {
         Ok(text.to_owned())
     } else {
@@ -60,7 +62,10 @@ impl Compute {
     /// A device or a format that this build does not have.
     pub fn precision(&self, prefers: Prefers) -> Result<Precision> {
         if self.device.starts_with("cuda") {
-            bail!("--device {}: this build computes on the CPU alone; use --device cpu", self.device);
+            bail!(
+                "--device {}: this build computes on the CPU alone; use --device cpu",
+                self.device
+            );
         }
         let fast_bf16 = Isa::current() == Isa::Avx512 { bf16: true };
         Ok(match (self.dtype, prefers) {
@@ -103,7 +108,12 @@ impl Checkpoint {
 
     /// Packs the weights for forward passes.
     pub fn decoder(&self, precision: Precision) -> Result<Decoder> {
-        Decoder::new(&self.weights.config, &self.weights, precision, Use::Inference)
+        Decoder::new(
+            &self.weights.config,
+            &self.weights,
+            precision,
+            Use::Inference,
+        )
     }
 
     /// The rendered prompt of a row.
@@ -111,10 +121,16 @@ impl Checkpoint {
     /// # Errors
     /// A prompt that is missing, that the template refuses, or that leaves no room for a response.
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
-        let ids = self.chat.prompt_ids(prompt, None).map_err(|err| row.error("prompt", format!("{err:#}")))?;
+        let ids = self
+            .chat
+            .prompt_ids(prompt, None)
+            .map_err(|err| row.error("prompt", format!("{err:#}")))?;
         let context = self.weights.config.context;
         if ids.len() >= context {
-            let message = format!("has {} tokens, but the model's context is {context}: shorten or drop it", ids.len());
+            let message = format!(
+                "has {} tokens, but the model's context is {context}: shorten or drop it",
+                ids.len()
+            );
             return Err(row.error("prompt", message));
         }
         Ok(ids)
@@ -129,14 +145,23 @@ impl Checkpoint {
         let text = row.string(names.text)?;
         let finished = row.finish_reason(names.finish_reason)? == FinishReason::Stop;
         let Some(mut ids) = row.opt_ids(names.token_ids)? else {
-            return self.chat.response_ids(text, finished).map_err(|err| row.error(names.text, format!("{err:#}")));
+            return self
+                .chat
+                .response_ids(text, finished)
+                .map_err(|err| row.error(names.text, format!("{err:#}")));
         };
         let vocab = self.weights.config.vocab;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            let message = format!("holds {id}, but the model has {vocab} tokens: was it sampled by another model?");
+            let message = format!(
+                "holds {id}, but the model has {vocab} tokens: was it sampled by another model?"
+            );
             return Err(row.error(names.token_ids, message));
         }
-        if finished && !ids.last().is_some_and(|last| self.chat.end_ids().contains(last)) {
+        if finished
+            && !ids
+                .last()
+                .is_some_and(|last| self.chat.end_ids().contains(last))
+        {
             ids.push(self.chat.end_of_turn());
         }
         Ok(ids)
@@ -155,14 +180,23 @@ pub struct Response {
 }
 
 /// The response of a sample row.
-pub const RESPONSE: Response =
-    Response { text: "response", token_ids: "token_ids", finish_reason: "finish_reason" };
+pub const RESPONSE: Response = Response {
+    text: "response",
+    token_ids: "token_ids",
+    finish_reason: "finish_reason",
+};
 /// The better response of a pair row.
-pub const CHOSEN: Response =
-    Response { text: "chosen", token_ids: "chosen_token_ids", finish_reason: "chosen_finish_reason" };
+pub const CHOSEN: Response = Response {
+    text: "chosen",
+    token_ids: "chosen_token_ids",
+    finish_reason: "chosen_finish_reason",
+};
 /// The worse response of a pair row.
-pub const REJECTED: Response =
-    Response { text: "rejected", token_ids: "rejected_token_ids", finish_reason: "rejected_finish_reason" };
+pub const REJECTED: Response = Response {
+    text: "rejected",
+    token_ids: "rejected_token_ids",
+    finish_reason: "rejected_finish_reason",
+};
 
 /// Two checkpoints and their decoders, for implicit rewards: the policy and its reference.
 pub struct RewardModel {
@@ -191,18 +225,31 @@ impl RewardModel {
     /// As [`Checkpoint::open`]; or two models with different vocabularies.
     pub fn open(policy: &str, reference: &str, precision: Precision) -> Result<Self> {
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
-        let reference = Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
+        let reference =
+            Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
         policy.weights.check_same_vocabulary(&reference.weights)?;
-        let (policy_decoder, reference_decoder) = (policy.decoder(precision)?, reference.decoder(precision)?);
+        let (policy_decoder, reference_decoder) =
+            (policy.decoder(precision)?, reference.decoder(precision)?);
         if policy.weights.fingerprint()? == reference.weights.fingerprint()? {
-            program::say("the policy and the reference are the same model: every implicit reward will be 0");
+            program::say(
+                "the policy and the reference are the same model: every implicit reward will be 0",
+            );
         }
-        Ok(Self { policy, policy_decoder, reference, reference_decoder, limit: TOKENS_AT_ONCE })
+        Ok(Self {
+            policy,
+            policy_decoder,
+            reference,
+            reference_decoder,
+            limit: TOKENS_AT_ONCE,
+        })
     }
 
     /// The fingerprints of policy and reference.
     pub fn fingerprints(&self) -> Result<(String, String)> {
-        Ok((self.policy.weights.fingerprint()?.to_owned(), self.reference.weights.fingerprint()?.to_owned()))
+        Ok((
+            self.policy.weights.fingerprint()?.to_owned(),
+            self.reference.weights.fingerprint()?.to_owned(),
+        ))
     }
 
     /// Log-probs of every response of every group.
@@ -210,17 +257,37 @@ impl RewardModel {
         let policy = crate::logprob::score_all(&self.policy_decoder, groups, self.limit);
         let reference = crate::logprob::score_all(&self.reference_decoder, groups, self.limit);
         let both = |(p, r): (Vec<f64>, Vec<f64>)| {
-            p.into_iter().zip(r).map(|(policy, reference)| Logps { policy, reference }).collect()
+            p.into_iter()
+                .zip(r)
+                .map(|(policy, reference)| Logps { policy, reference })
+                .collect()
         };
         policy.into_iter().zip(reference).map(both).collect()
     }
 
     /// Whether a prompt and a response fit both models' contexts.
-    pub fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
-        let context = self.policy.weights.config.context.min(self.reference.weights.config.context);
+    pub fn check_length(
+        &self,
+        row: &Row,
+        field: &str,
+        prompt: usize,
+        response: usize,
+    ) -> Result<()> {
+        let context = self
+            .policy
+            .weights
+            .config
+            .context
+            .min(self.reference.weights.config.context);
         ensure!(
             prompt + response <= context,
-            row.error(field, format!("and its prompt have {} tokens, but the context is {context}", prompt + response))
+            row.error(
+                field,
+                format!(
+                    "and its prompt have {} tokens, but the context is {context}",
+                    prompt + response
+                )
+            )
         );
         Ok(())
     }

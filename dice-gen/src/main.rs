@@ -81,12 +81,21 @@ fn run(args: Args) -> Result<()> {
         seed: args.seed,
     };
     how.check()?;
-    ensure!(args.stop.iter().all(|s| !s.is_empty()), "--stop must not be empty");
-    let Opened::Ready(output) = args.files.open()? else { return Ok(()) };
+    ensure!(
+        args.stop.iter().all(|s| !s.is_empty()),
+        "--stop must not be empty"
+    );
+    let Opened::Ready(output) = args.files.open()? else {
+        return Ok(());
+    };
     let precision = args.compute.precision(Prefers::Speed)?;
     let model = Checkpoint::open(&args.model)?;
     let decoder = model.decoder(precision)?;
-    program::say(format_args!("{}: computing in {}", args.model, dtype_name(precision)));
+    program::say(format_args!(
+        "{}: computing in {}",
+        args.model,
+        dtype_name(precision)
+    ));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
         generator: Generator::new(&decoder, how, model.chat.end_ids(), args.batch_size),
@@ -125,11 +134,17 @@ impl Job<'_> {
             let prompt = inputs.next().transpose()?;
             let expected = prompt.as_ref().map(Row::id).transpose()?;
             for number in 0..self.args.k {
-                let Some(row) = kept.next().transpose()? else { break };
+                let Some(row) = kept.next().transpose()? else {
+                    break;
+                };
                 let same = Some(row.id()?) == expected
                     && row.number("sample")? == number as f64
                     && row.opt_string("model")? == Some(&self.fingerprint);
-                ensure!(same, "{}: not what this command would have written here; remove the file to start over", row.place);
+                ensure!(
+                    same,
+                    "{}: not what this command would have written here; remove the file to start over",
+                    row.place
+                );
             }
         }
         self.progress.kept(self.output.kept_rows());
@@ -153,7 +168,8 @@ impl Job<'_> {
             }
             let before = self.generator.tokens();
             let (model, args) = (self.model, self.args);
-            self.generator.step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some());
+            self.generator
+                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some());
             self.progress.add(0, self.generator.tokens() - before);
             self.write_finished()?;
             program::check()?;
@@ -170,7 +186,11 @@ impl Job<'_> {
         row.fields.entry("id").or_insert_with(|| json!(id));
         self.waiting.push_back(row.fields);
         self.progress.read(1);
-        self.generator.push(Request { key: id, prompt: ids, k: self.args.k });
+        self.generator.push(Request {
+            key: id,
+            prompt: ids,
+            k: self.args.k,
+        });
         Ok(())
     }
 
@@ -193,13 +213,20 @@ impl Job<'_> {
         let chat = &self.model.chat;
         row.insert("sample".into(), json!(number));
         let text = chat.decode(&sample.token_ids)?;
-        let finish = if sample.finish == Finish::Stop { "stop" } else { "length" };
+        let finish = if sample.finish == Finish::Stop {
+            "stop"
+        } else {
+            "length"
+        };
         match stop_at(self.model, &self.args.stop, &sample.token_ids) {
             // The text is shorter than the tokens are: those of the text go into the row, whose log-prob is unknown.
             Some(at) => {
                 row.insert("response".into(), json!(text[..at]));
                 row.insert("finish_reason".into(), json!("stop"));
-                row.insert("token_ids".into(), json!(chat.response_ids(&text[..at], false)?));
+                row.insert(
+                    "token_ids".into(),
+                    json!(chat.response_ids(&text[..at], false)?),
+                );
             }
             None => {
                 row.insert("response".into(), json!(text));
@@ -219,7 +246,10 @@ fn stop_at(model: &Checkpoint, stops: &[String], ids: &[u32]) -> Option<usize> {
         return None;
     }
     let text = model.chat.decode(ids).ok()?;
-    stops.iter().filter_map(|stop| text.find(stop.as_str())).min()
+    stops
+        .iter()
+        .filter_map(|stop| text.find(stop.as_str()))
+        .min()
 }
 
 /// The prompt with a system turn before it, unless it has one.
@@ -227,7 +257,10 @@ fn with_system(prompt: Prompt, system: Option<&str>) -> Prompt {
     let Some(system) = system else { return prompt };
     let mut messages = prompt.messages();
     if messages[0].get("role") != Some(&json!("system")) {
-        let turn = [("role".to_owned(), json!("system")), ("content".to_owned(), json!(system))];
+        let turn = [
+            ("role".to_owned(), json!("system")),
+            ("content".to_owned(), json!(system)),
+        ];
         messages.insert(0, Map::from_iter(turn));
     }
     Prompt::Messages(messages)

@@ -5,7 +5,8 @@ use clap::Parser;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
 use common::policy::{
-    CHOSEN, Compute, Logps, Prefers, REJECTED, RESPONSE, Response, RewardModel, TOKENS_AT_ONCE, dtype_name,
+    CHOSEN, Compute, Logps, Prefers, REJECTED, RESPONSE, Response, RewardModel, TOKENS_AT_ONCE,
+    dtype_name,
 };
 use common::program::{self, Progress};
 use common::reward::implicit_reward;
@@ -48,13 +49,24 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    let Opened::Ready(output) = args.files.open()? else { return Ok(()) };
+    let Opened::Ready(output) = args.files.open()? else {
+        return Ok(());
+    };
     let precision = args.compute.precision(Prefers::Exactness)?;
     let models = RewardModel::open(&args.policy, &args.reference, precision)?;
     program::say(format_args!("computing in {}", dtype_name(precision)));
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("dice-score", "rows", None);
-    let mut job = Job { models, policy, reference, beta: args.beta, output, progress, batch: vec![], tokens: 0 };
+    let mut job = Job {
+        models,
+        policy,
+        reference,
+        beta: args.beta,
+        output,
+        progress,
+        batch: vec![],
+        tokens: 0,
+    };
     let kept = job.check_kept(args.files.rows())?;
     // A prompt's rows may be many: so many at a time bound what is held.
     const TOGETHER: usize = 64;
@@ -102,10 +114,17 @@ impl Job {
             let row = row?;
             let input = inputs.next().transpose()?;
             let same = input.as_ref().is_some_and(|input| {
-                ["prompt", "response", "chosen", "rejected"].iter().all(|f| input.fields.get(*f) == row.fields.get(*f))
+                ["prompt", "response", "chosen", "rejected"]
+                    .iter()
+                    .all(|f| input.fields.get(*f) == row.fields.get(*f))
             });
-            let models = row.opt_string("policy")? == Some(&self.policy) && row.opt_string("ref")? == Some(&self.reference);
-            ensure!(same && models, "{}: not what this command would have written here; remove the file to start over", row.place);
+            let models = row.opt_string("policy")? == Some(&self.policy)
+                && row.opt_string("ref")? == Some(&self.reference);
+            ensure!(
+                same && models,
+                "{}: not what this command would have written here; remove the file to start over",
+                row.place
+            );
         }
         self.progress.kept(kept);
         Ok(kept as usize)
@@ -114,11 +133,15 @@ impl Job {
     fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {
         let model = &self.models.policy;
         let prompt = model.prompt_ids(&rows[0], &rows[0].prompt()?)?;
-        let mut group = Group { prompt, responses: vec![] };
+        let mut group = Group {
+            prompt,
+            responses: vec![],
+        };
         for row in &rows {
             for names in responses(row) {
                 let ids = model.response_ids(row, *names)?;
-                self.models.check_length(row, names.text, group.prompt.len(), ids.len())?;
+                self.models
+                    .check_length(row, names.text, group.prompt.len(), ids.len())?;
                 group.responses.push(ids);
             }
         }
@@ -160,15 +183,25 @@ impl Job {
     fn describe(&self, row: &mut Row, names: Response, logps: Logps) -> Result<()> {
         ensure!(
             logps.policy.is_finite() && logps.reference.is_finite(),
-            row.error(names.text, "has a log-prob that is not a number: are the models sound?")
+            row.error(
+                names.text,
+                "has a log-prob that is not a number: are the models sound?"
+            )
         );
         let fields = match names.text {
             "chosen" => ["policy_chosen_logps", "ref_chosen_logps", "reward_chosen"],
-            "rejected" => ["policy_rejected_logps", "ref_rejected_logps", "reward_rejected"],
+            "rejected" => [
+                "policy_rejected_logps",
+                "ref_rejected_logps",
+                "reward_rejected",
+            ],
             _ => ["policy_logps", "ref_logps", "reward"],
         };
         let reward = implicit_reward(self.beta, logps.policy, logps.reference);
-        for (field, value) in fields.into_iter().zip([logps.policy, logps.reference, reward]) {
+        for (field, value) in fields
+            .into_iter()
+            .zip([logps.policy, logps.reference, reward])
+        {
             row.fields.insert(field.into(), json!(value));
         }
         Ok(())
@@ -178,7 +211,11 @@ impl Job {
 /// Which responses a row holds: a pair's two, or a sample's one.
 fn responses(row: &Row) -> &'static [Response] {
     let pair = row.fields.contains_key("chosen") && row.fields.contains_key("rejected");
-    if pair { &[CHOSEN, REJECTED] } else { &[RESPONSE] }
+    if pair {
+        &[CHOSEN, REJECTED]
+    } else {
+        &[RESPONSE]
+    }
 }
 
 #[cfg(test)]

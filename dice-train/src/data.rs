@@ -18,8 +18,16 @@ pub struct Pairs {
 
 impl Pairs {
     /// Reads and encodes all rows. `reference` is the fingerprint that log-probs in the rows must come from.
-    pub fn read(args: &Args, model: &Checkpoint, reference: &str, progress: &Progress) -> Result<Self> {
-        let mut found = Self { pairs: vec![], missing: vec![] };
+    pub fn read(
+        args: &Args,
+        model: &Checkpoint,
+        reference: &str,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let mut found = Self {
+            pairs: vec![],
+            missing: vec![],
+        };
         let context = model.weights.config.context;
         for row in common::jsonl::rows(&args.files) {
             let row = row?;
@@ -42,7 +50,10 @@ impl Pairs {
                 found.pairs.push(pair);
             }
         }
-        ensure!(!found.pairs.is_empty(), "no pairs to train on: the input has none, or all were left out");
+        ensure!(
+            !found.pairs.is_empty(),
+            "no pairs to train on: the input has none, or all were left out"
+        );
         Ok(found)
     }
 
@@ -63,7 +74,11 @@ impl Pairs {
             common::program::check()?;
             let groups: Vec<Group> = part.iter().map(|&i| self.pairs[i].group()).collect();
             for (&i, logps) in part.iter().zip(score_all(decoder, &groups, TOKENS_AT_ONCE)) {
-                ensure!(logps.iter().all(|l| l.is_finite()), "pair {}: the reference gives no finite log-prob", i + 1);
+                ensure!(
+                    logps.iter().all(|l| l.is_finite()),
+                    "pair {}: the reference gives no finite log-prob",
+                    i + 1
+                );
                 self.pairs[i].reference = (logps[0], logps[1]);
             }
         }

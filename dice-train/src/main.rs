@@ -5,7 +5,9 @@ mod data;
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
 use common::dpo::checkpoint::{Run, Writer, resume};
-use common::dpo::{Limits, LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order};
+use common::dpo::{
+    Limits, LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
+};
 use common::files::part_path;
 use common::jsonl::Output;
 use common::policy::{Checkpoint, Compute, Prefers, TOKENS_AT_ONCE, dtype_name};
@@ -125,17 +127,31 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     check(&args)?;
     if args.output.exists() {
-        ensure!(args.resume, "{} is already there: remove it, or name another --output", args.output.display());
-        program::say(format_args!("{} is already there, nothing to do", args.output.display()));
+        ensure!(
+            args.resume,
+            "{} is already there: remove it, or name another --output",
+            args.output.display()
+        );
+        program::say(format_args!(
+            "{} is already there, nothing to do",
+            args.output.display()
+        ));
         return Ok(());
     }
     let part = part_path(&args.output);
     if part.exists() && !args.resume {
-        bail!("{} is there from an interrupted run: pass --resume to go on with it, or remove it", part.display());
+        bail!(
+            "{} is there from an interrupted run: pass --resume to go on with it, or remove it",
+            part.display()
+        );
     }
     let precision = args.compute.precision(Prefers::Exactness)?;
     let model = Checkpoint::open(&args.model)?;
-    let reference = args.reference.as_deref().map(|name| open_reference(name, &model)).transpose()?;
+    let reference = args
+        .reference
+        .as_deref()
+        .map(|name| open_reference(name, &model))
+        .transpose()?;
     let fingerprint = |model: &Checkpoint| model.weights.fingerprint().map(str::to_owned);
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
@@ -152,9 +168,16 @@ fn run(args: Args) -> Result<()> {
         dtype: dtype_name(precision).to_owned(),
         settings: settings.clone(),
     };
-    let limits = Limits { tokens: TOKENS_AT_ONCE, state_bytes: STATE_BYTES };
+    let limits = Limits {
+        tokens: TOKENS_AT_ONCE,
+        state_bytes: STATE_BYTES,
+    };
     let mut trainer = Trainer::new(&model.weights, settings, precision, limits)?;
-    program::say(format_args!("{}: computing in {}", args.model, dtype_name(precision)));
+    program::say(format_args!(
+        "{}: computing in {}",
+        args.model,
+        dtype_name(precision)
+    ));
     if pairs.needs_reference() {
         match &reference {
             Some(reference) => pairs.fill(&reference.decoder(precision)?)?,
@@ -162,9 +185,18 @@ fn run(args: Args) -> Result<()> {
         }
     }
     drop(reference);
-    let log = if args.resume { resume(&args.output, &run, &mut trainer)? } else { vec![] };
-    let writer =
-        Writer { output: &args.output, run: &run, start: &model.weights, chat: &model.chat, base: &args.model };
+    let log = if args.resume {
+        resume(&args.output, &run, &mut trainer)?
+    } else {
+        vec![]
+    };
+    let writer = Writer {
+        output: &args.output,
+        run: &run,
+        start: &model.weights,
+        chat: &model.chat,
+        base: &args.model,
+    };
     train(&args, &mut trainer, &pairs, &writer, log)
 }
 
@@ -174,9 +206,15 @@ const STATE_BYTES: usize = 1 << 30;
 fn check(args: &Args) -> Result<()> {
     ensure!(args.batch_size > 0, "--batch-size must be at least 1");
     ensure!(args.beta > 0.0, "--beta must be above 0");
-    ensure!((0.0..0.5).contains(&args.label_smoothing), "--label-smoothing must be in 0 … 0.5, 0.5 excluded");
+    ensure!(
+        (0.0..0.5).contains(&args.label_smoothing),
+        "--label-smoothing must be in 0 … 0.5, 0.5 excluded"
+    );
     ensure!(args.lora_rank != Some(0), "--lora-rank must be at least 1");
-    ensure!(args.learning_rate >= 0.0, "--learning-rate must not be negative");
+    ensure!(
+        args.learning_rate >= 0.0,
+        "--learning-rate must not be negative"
+    );
     Ok(())
 }
 
@@ -199,12 +237,21 @@ fn settings(args: &Args, pairs: usize) -> Settings {
         weight_decay: args.weight_decay,
         seed: args.seed,
         shuffle: !args.no_shuffle,
-        lora: args.lora_rank.map(|rank| LoraSettings { rank, alpha: args.lora_alpha }),
+        lora: args.lora_rank.map(|rank| LoraSettings {
+            rank,
+            alpha: args.lora_alpha,
+        }),
     }
 }
 
 /// Steps until the end, from wherever the trainer is. stdout receives the whole log, that of an earlier part included.
-fn train(args: &Args, trainer: &mut Trainer, pairs: &Pairs, writer: &Writer, mut log: Vec<StepMetrics>) -> Result<()> {
+fn train(
+    args: &Args,
+    trainer: &mut Trainer,
+    pairs: &Pairs,
+    writer: &Writer,
+    mut log: Vec<StepMetrics>,
+) -> Result<()> {
     let total = trainer.settings().total_steps;
     let mut stdout = Output::stdout();
     for row in &log {
@@ -231,7 +278,9 @@ fn train(args: &Args, trainer: &mut Trainer, pairs: &Pairs, writer: &Writer, mut
         stdout.write(&metrics)?;
         stdout.flush()?;
         log.push(metrics);
-        let due = args.save_steps > 0 && trainer.steps() % args.save_steps == 0 && trainer.steps() < total;
+        let due = args.save_steps > 0
+            && trainer.steps().is_multiple_of(args.save_steps)
+            && trainer.steps() < total;
         if due || program::interrupted() {
             writer.save(trainer, &log)?;
         }
@@ -239,7 +288,10 @@ fn train(args: &Args, trainer: &mut Trainer, pairs: &Pairs, writer: &Writer, mut
     }
     writer.finish(trainer, &log, args.merge)?;
     if let (Some(first), Some(last)) = (log.first(), log.last()) {
-        progress.note(format!("loss {:.4} at step 1, {:.4} at the last", first.loss, last.loss));
+        progress.note(format!(
+            "loss {:.4} at step 1, {:.4} at the last",
+            first.loss, last.loss
+        ));
     }
     progress.finish();
     stdout.finish()

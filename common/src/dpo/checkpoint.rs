@@ -53,8 +53,17 @@ fn compare(name: &str, begun: &serde_json::Value, now: &serde_json::Value, out: 
     match (begun.as_object(), now.as_object()) {
         (Some(a), Some(b)) => {
             for (key, value) in a {
-                let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
-                compare(&name, value, b.get(key).unwrap_or(&serde_json::Value::Null), out);
+                let name = if name.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{name}.{key}")
+                };
+                compare(
+                    &name,
+                    value,
+                    b.get(key).unwrap_or(&serde_json::Value::Null),
+                    out,
+                );
             }
         }
         _ if begun != now => out.push(format!("{name}: {begun}, now {now}")),
@@ -100,7 +109,8 @@ impl Writer<'_> {
         }
         for (step, older) in checkpoints(&folder) {
             if step < trainer.steps() {
-                fs::remove_dir_all(&older).with_context(|| format!("cannot remove {}", older.display()))?;
+                fs::remove_dir_all(&older)
+                    .with_context(|| format!("cannot remove {}", older.display()))?;
             }
         }
         Ok(())
@@ -111,7 +121,8 @@ impl Writer<'_> {
         let folder = part_path(self.output);
         let last = folder.join("last");
         if last.is_dir() {
-            fs::remove_dir_all(&last).with_context(|| format!("cannot remove {}", last.display()))?;
+            fs::remove_dir_all(&last)
+                .with_context(|| format!("cannot remove {}", last.display()))?;
         }
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let adapters = trainer.settings().lora.is_some() && !merge;
@@ -120,7 +131,13 @@ impl Writer<'_> {
         fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))
     }
 
-    fn write(&self, dir: &Path, trainer: &Trainer, log: &[StepMetrics], adapters: bool) -> Result<()> {
+    fn write(
+        &self,
+        dir: &Path,
+        trainer: &Trainer,
+        log: &[StepMetrics],
+        adapters: bool,
+    ) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         if adapters {
             trainer.save_adapter(dir, self.base)?;
@@ -131,13 +148,20 @@ impl Writer<'_> {
         // All weights trained: they are in the model's file already.
         let skipped = usize::from(trainer.settings().lora.is_none());
         let state = trainer.state();
-        let views = state[skipped..].iter().map(|(name, values)| Ok((*name, view(values)?)));
+        let views = state[skipped..]
+            .iter()
+            .map(|(name, values)| Ok((*name, view(values)?)));
         let file = dir.join(OPTIMIZER);
         safetensors::serialize_to_file(views.collect::<Result<Vec<_>>>()?, None, &file)
             .with_context(|| format!("cannot write {}", file.display()))?;
-        let state = State { run: self.run.clone(), global_step: trainer.steps(), log_history: log.to_vec() };
+        let state = State {
+            run: self.run.clone(),
+            global_step: trainer.steps(),
+            log_history: log.to_vec(),
+        };
         let file = dir.join(STATE);
-        fs::write(&file, serde_json::to_vec_pretty(&state)?).with_context(|| format!("cannot write {}", file.display()))
+        fs::write(&file, serde_json::to_vec_pretty(&state)?)
+            .with_context(|| format!("cannot write {}", file.display()))
     }
 }
 
@@ -146,10 +170,13 @@ impl Writer<'_> {
 /// # Errors
 /// The run was another one, or the checkpoint cannot be read.
 pub fn resume(output: &Path, run: &Run, trainer: &mut Trainer) -> Result<Vec<StepMetrics>> {
-    let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else { return Ok(vec![]) };
+    let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else {
+        return Ok(vec![]);
+    };
     let file = path.join(STATE);
     let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let state: State = serde_json::from_slice(&text).with_context(|| format!("{} is not a state", file.display()))?;
+    let state: State = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not a state", file.display()))?;
     run.check_same(&state.run, &path)?;
     let numbers = numbers(&path, trainer)?;
     let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
@@ -160,11 +187,22 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut Trainer) -> Result<Vec<Ste
 fn numbers(path: &Path, trainer: &Trainer) -> Result<[Vec<f32>; 3]> {
     let file = path.join(OPTIMIZER);
     let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("cannot read {}", file.display()))?;
+    let tensors = SafeTensors::deserialize(&bytes)
+        .with_context(|| format!("cannot read {}", file.display()))?;
     let read = |name: &str| -> Result<Vec<f32>> {
-        let tensor = tensors.tensor(name).with_context(|| format!("cannot read {}", file.display()))?;
-        ensure!(tensor.dtype() == Dtype::F32, "{}: {name} is not float32", file.display());
-        Ok(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        let tensor = tensors
+            .tensor(name)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+        ensure!(
+            tensor.dtype() == Dtype::F32,
+            "{}: {name} is not float32",
+            file.display()
+        );
+        Ok(tensor
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect())
     };
     let trained = match trainer.settings().lora {
         Some(_) => read("trained")?,
@@ -178,14 +216,23 @@ fn numbers(path: &Path, trainer: &Trainer) -> Result<[Vec<f32>; 3]> {
 
 /// The whole checkpoints in a folder, with their steps.
 fn checkpoints(folder: &Path) -> Vec<(u64, PathBuf)> {
-    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok();
+    let step = |path: &Path| {
+        path.file_name()?
+            .to_str()?
+            .strip_prefix("checkpoint-")?
+            .parse()
+            .ok()
+    };
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((step(&entry.path())?, entry.path()))).collect()
+    entries
+        .filter_map(|entry| Some((step(&entry.path())?, entry.path())))
+        .collect()
 }
 
 /// Floats as a one-dimensional tensor.
 fn view(values: &[f32]) -> Result<TensorView<'_>> {
     // SAFETY: any f32 is four valid bytes; safetensors are little-endian, as are the machines this runs on.
-    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+    let bytes =
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
     Ok(TensorView::new(Dtype::F32, vec![values.len()], bytes)?)
 }

@@ -151,7 +151,11 @@ mod tests {
         for run in golden["runs"].as_array().unwrap() {
             let mut parameters = floats(&golden["start"]);
             let decay = run["weight_decay"].as_f64().unwrap() as f32;
-            let mut optimizer = AdamW::new(parameters.len(), vec![0..parameters.len()], decay);
+            let mut optimizer = AdamW::new(
+                parameters.len(),
+                std::iter::once(0..parameters.len()).collect(),
+                decay,
+            );
             let steps = run["steps"].as_array().unwrap();
             for (step, gradient) in steps.iter().zip(golden["gradients"].as_array().unwrap()) {
                 let gradient = floats(gradient);

@@ -223,7 +223,7 @@ impl Packed {
     /// The rows `start .. start + n` of B; `start` must be a multiple of [`panel_width`].
     pub fn panel_range(&self, start: usize, n: usize) -> Panels<'_> {
         let width = panel_width();
-        assert!(start % width == 0 && start + n <= self.n);
+        assert!(start.is_multiple_of(width) && start + n <= self.n);
         let panel = words(self.k, self.precision) * width;
         Panels {
             data: &self.storage.as_slice()[start / width * panel..],
@@ -237,9 +237,9 @@ impl Packed {
 
     /// All rows of B with their sums taken over a part of `k` alone; it must begin at an even place.
     pub fn sum_range(&self, part: std::ops::Range<usize>) -> Panels<'_> {
-        assert!(part.start % 2 == 0 && part.end <= self.k);
+        assert!(part.start.is_multiple_of(2) && part.end <= self.k);
         assert!(
-            part.end == self.k || part.end % 2 == 0 || !paired(self.precision),
+            part.end == self.k || part.end.is_multiple_of(2) || !paired(self.precision),
             "a pair would be cut"
         );
         let all = self.panels();
