@@ -132,18 +132,22 @@ fn catch_signals() -> Result<()> {
 /// The exit code of a result, and the line to say.
 fn ending(result: &Result<()>) -> (u8, Option<String>) {
     let Err(err) = result else { return (0, None) };
-    let closed_pipe = |cause: &(dyn std::error::Error + 'static)| {
-        cause
-            .downcast_ref::<io::Error>()
-            .is_some_and(|io| io.kind() == ErrorKind::BrokenPipe)
-    };
     if let Some(stop) = err.chain().find_map(|c| c.downcast_ref::<Interrupted>()) {
         (128 + stop.signal as u8, Some(one_line(err)))
-    } else if err.chain().any(closed_pipe) {
+    } else if is_closed_pipe(err) {
         (0, None)
     } else {
         (1, Some(one_line(err)))
     }
+}
+
+/// Whether an error is that nobody reads stdout any more.
+pub fn is_closed_pipe(err: &anyhow::Error) -> bool {
+    err.chain().any(|cause| {
+        cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|io| io.kind() == ErrorKind::BrokenPipe)
+    })
 }
 
 /// The chain of causes on one line, whatever line breaks the causes hold.

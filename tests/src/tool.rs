@@ -2,6 +2,7 @@
 
 use crate::{Fields, parse_rows, workspace};
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -26,6 +27,7 @@ pub struct Tool {
     name: String,
     command: Command,
     stdin: Vec<u8>,
+    stdout: Option<PathBuf>,
 }
 
 impl Tool {
@@ -47,6 +49,7 @@ impl Tool {
             name: name.to_owned(),
             command,
             stdin: vec![],
+            stdout: None,
         }
     }
 
@@ -62,12 +65,22 @@ impl Tool {
         self
     }
 
+    /// The file that its stdout goes to.
+    pub fn stdout_to(mut self, file: PathBuf) -> Self {
+        self.stdout = Some(file);
+        self
+    }
+
     /// Starts it. Input is written by a thread, since a program may write before it has read all.
     pub fn start(mut self) -> Child {
+        let stdout = match &self.stdout {
+            Some(file) => File::create(file).expect("its folder is there").into(),
+            None => Stdio::piped(),
+        };
         let mut child = self
             .command
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|err| panic!("cannot start {}: {err}", self.name));

@@ -380,6 +380,26 @@ fn a_closed_pipe_ends_quietly() {
     }
 }
 
+/// Its result is a folder: who reads only the first steps still gets it.
+#[test]
+fn training_outlives_its_reader() {
+    let world = World::new();
+    let train = |output: &str| {
+        format!(
+            "dice-train --model pi --output {output} --batch-size 1 --learning-rate 1e-3 offline.jsonl"
+        )
+    };
+    let whole = world.pipe(&train("a")).run().ok();
+    assert_eq!(whole.rows().len(), offline().len());
+    let cut = world.pipe(&(train("b") + " | head -n 1")).run().ok();
+    assert_eq!(
+        cut.stdout,
+        whole.stdout.lines().next().unwrap().to_owned() + "\n"
+    );
+    let weights = |folder: &str| fs::read(world.path(folder).join("model.safetensors")).unwrap();
+    assert_eq!(weights("a"), weights("b"));
+}
+
 #[test]
 fn help_and_wrong_usage() {
     for tool in ["dice-gen", "dice-score", "dice-pairs", "dice-train"] {
