@@ -7,7 +7,7 @@
 use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::{rows, softmax};
-use crate::model::Decoder;
+use crate::model::{Decoder, Model};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -194,7 +194,7 @@ impl Running {
 ///
 /// ∂log p(t)/∂logits = onehot(t) − softmax, each tile of it made and used at once.
 pub fn target_logps_backward(
-    decoder: &Decoder,
+    model: Model,
     normed: &[f32],
     targets: &[u32],
     lse: &[f32],
@@ -202,7 +202,9 @@ pub fn target_logps_backward(
     d_normed: &mut [f32],
     mut d_head: Option<&mut [f32]>,
 ) {
+    let decoder = model.decoder;
     let width = decoder.config.hidden;
+    let mut head = Packed::empty(decoder.precision);
     d_normed.fill(0.0);
     let chunks = normed
         .chunks(ROWS * width)
@@ -229,10 +231,10 @@ pub fn target_logps_backward(
                 }
             });
             let d_logits = Mat::new(&logits, logits.len() / n, n);
-            let head = decoder.head_transposed(words.clone());
+            model.head_columns(words.clone(), &mut head);
             matmul(
                 Left::Rows(d_logits),
-                head,
+                head.panels(),
                 d_normed,
                 width,
                 Write::Add,
@@ -321,7 +323,7 @@ mod tests {
     use crate::dpo::Forward;
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
-    use crate::model::{Gradients, Params, Use};
+    use crate::model::{Gradients, Params};
     use crate::weights::Config;
     use serde_json::json;
     use std::path::Path;
@@ -372,7 +374,7 @@ mod tests {
     }
 
     fn decoder(config: &Config, flat: &[f32]) -> Decoder {
-        Decoder::new(config, flat, Precision::F32, Use::Training).unwrap()
+        Decoder::new(config, flat, Precision::F32).unwrap()
     }
 
     #[test]
@@ -425,9 +427,13 @@ mod tests {
             d_logps[range.clone()].fill(*c);
         }
         let mut sum = vec![0.0; params.len];
-        pass.backward(
-            &decoder,
+        let model = Model {
+            decoder: &decoder,
             params,
+            flat,
+        };
+        pass.backward(
+            model,
             &d_logps,
             &mut Gradients::Full {
                 params,

@@ -5,7 +5,7 @@ use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
 use crate::logprob::{Group, score_all};
-use crate::model::{Decoder, Use};
+use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
@@ -109,12 +109,7 @@ impl Checkpoint {
 
     /// Packs the weights for forward passes.
     pub fn decoder(&self, precision: Precision) -> Result<Decoder> {
-        Decoder::new(
-            &self.weights.config,
-            &self.weights,
-            precision,
-            Use::Inference,
-        )
+        Decoder::new(&self.weights.config, &self.weights, precision)
     }
 
     /// The rendered prompt of a row.

@@ -6,7 +6,7 @@ use candle_nn::{VarBuilder, ops::log_softmax};
 use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
-use common::model::{Decoder, Use};
+use common::model::Decoder;
 use common::weights::Weights;
 use std::path::Path;
 
@@ -42,8 +42,7 @@ fn log_probs_are_candle_transformers() {
             .join("../tests/golden/families")
             .join(family);
         let weights = Weights::open(folder.to_str().unwrap()).unwrap();
-        let decoder =
-            Decoder::new(&weights.config, &weights, Precision::F32, Use::Inference).unwrap();
+        let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
         let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 96).collect();
         let targets: Vec<u32> = (0..96).collect();
         for n in [1, 2, 7, 40] {

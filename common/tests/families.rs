@@ -1,10 +1,10 @@
 //! Every family of models against transformers: log-probs and DPO gradients of tiny checkpoints, in float64 there
 //! (tests/golden/make_families.py).
 
-use common::dpo::{Limits, LossType, Objective, Pair, Scheduler, Settings, Trainer};
+use common::dpo::{LossType, Objective, Pair, Scheduler, Settings, Trainer};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
-use common::model::{Decoder, Use};
+use common::model::Decoder;
 use common::weights::Weights;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -75,17 +75,13 @@ fn settings(objective: Objective, learning_rate: f64) -> Settings {
     }
 }
 
-const LIMITS: Limits = Limits {
-    tokens: 4096,
-    state_bytes: 1 << 30,
-};
+const STATE_BYTES: usize = 1 << 30;
 
 #[test]
 fn log_probs_are_transformers() {
     for family in FAMILIES {
         let (weights, figures) = open(family);
-        let decoder =
-            Decoder::new(&weights.config, &weights, Precision::F32, Use::Inference).unwrap();
+        let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
         for sequence in figures["sequences"].as_array().unwrap() {
             let ids = ids(&sequence["ids"]);
             let (prompt, response) =
@@ -127,8 +123,13 @@ fn dpo_gradients_are_pytorchs() {
             label_smoothing: 0.0,
             rpo_alpha: 0.0,
         };
-        let trainer =
-            Trainer::new(&weights, settings(objective, 1e-3), Precision::F32, LIMITS).unwrap();
+        let trainer = Trainer::new(
+            &weights,
+            settings(objective, 1e-3),
+            Precision::F32,
+            STATE_BYTES,
+        )
+        .unwrap();
         let (sums, gradient) = trainer.gradient(&[&pair]);
         assert!(
             (sums.loss - number("loss")).abs() < 1e-5,
@@ -173,7 +174,7 @@ fn dpo_gradients_are_pytorchs() {
 fn every_loss_trains_as_in_pytorch() {
     let golden = json(&golden("tiny_dpo.json"));
     let (weights, _) = open("llama");
-    let decoder = Decoder::new(&weights.config, &weights, Precision::F32, Use::Inference).unwrap();
+    let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
     let mut pairs: Vec<Pair> = golden["pairs"]
         .as_array()
         .unwrap()
@@ -201,7 +202,7 @@ fn every_loss_trains_as_in_pytorch() {
             weight_decay: number("weight_decay"),
             ..settings(objective, number("learning_rate"))
         };
-        let mut trainer = Trainer::new(&weights, settings, Precision::F32, LIMITS).unwrap();
+        let mut trainer = Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap();
         let batch_size = number("batch_size") as usize;
         for (batch, step) in pairs
             .chunks(batch_size)

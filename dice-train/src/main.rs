@@ -6,11 +6,11 @@ use anyhow::{Result, bail, ensure};
 use clap::Parser;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    Limits, LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
+    LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
 };
 use common::files::part_path;
 use common::jsonl::Output;
-use common::policy::{Checkpoint, Compute, Prefers, TOKENS_AT_ONCE, dtype_name};
+use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Split;
 use data::{Pairs, open_reference};
@@ -27,8 +27,8 @@ use std::process::ExitCode;
 /// were made by that very model (ref_chosen_logps with its fingerprint in "ref", or policy_chosen_logps with it in
 /// "policy"), else computed once before training.
 ///
-/// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter),
-/// the packed working copies, and the activations of a few thousand tokens. A killed run goes on with --resume, to the
+/// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
+/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. A killed run goes on with --resume, to the
 /// same weights as without the kill.
 ///
 /// Example: dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl
@@ -172,11 +172,7 @@ fn run(args: Args) -> Result<()> {
         dtype: dtype_name(precision).to_owned(),
         settings: settings.clone(),
     };
-    let limits = Limits {
-        tokens: TOKENS_AT_ONCE,
-        state_bytes: STATE_BYTES,
-    };
-    let mut trainer = Trainer::new(&model.weights, settings, precision, limits)?;
+    let mut trainer = Trainer::new(&model.weights, settings, precision, STATE_BYTES)?;
     program::say(format_args!(
         "{}: computing in {}",
         args.model,
@@ -204,8 +200,8 @@ fn run(args: Args) -> Result<()> {
     train(&args, &mut trainer, &pairs, &writer, log)
 }
 
-/// Layer states up to so many bytes are kept for the backward pass instead of being made again.
-const STATE_BYTES: usize = 1 << 30;
+/// What layer states may take: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
+const STATE_BYTES: usize = 400 << 20;
 
 fn check(args: &Args) -> Result<()> {
     ensure!(args.batch_size > 0, "--batch-size must be at least 1");

@@ -10,5 +10,5 @@ pub use loss::{LossType, Objective, PairLogps, PairLoss};
 pub use optimizer::{AdamW, Scheduler};
 #[cfg(test)]
 pub(crate) use step::Forward;
-pub use step::{Limits, Pair, Sums};
+pub use step::{Pair, Sums};
 pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};

@@ -2,7 +2,7 @@
 
 use super::loss::{Objective, PairLogps};
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
-use crate::model::{Decoder, Gradients, LayerState, Params, backward};
+use crate::model::{Decoder, Gradients, LayerState, Model, backward};
 
 /// A pair ready to train on.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,19 +51,29 @@ pub struct Sums {
     pub tokens: u64,
 }
 
-/// How much a batch may hold at once.
+/// How much of a batch runs at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Tokens of one forward pass; a single longer pair is run all the same.
     pub tokens: usize,
     /// Bytes of layer states to keep; beyond them each layer is run again in the backward pass.
     pub state_bytes: usize,
 }
 
+impl Limits {
+    /// Parts whose layer states fit into so many bytes. Not fewer than 256 tokens, below which packing the weights costs
+    /// more than making the states again; nor more than 2048, above which nothing is gained.
+    pub fn new(decoder: &Decoder, state_bytes: usize) -> Self {
+        Self {
+            tokens: (state_bytes / decoder.state_bytes(1)).clamp(256, 2048),
+            state_bytes,
+        }
+    }
+}
+
 /// Adds the gradient of the mean loss over `pairs` to `gradients` and returns the sums of its metrics.
 pub fn accumulate(
-    decoder: &Decoder,
-    params: &Params,
+    model: Model,
     objective: &Objective,
     pairs: &[&Pair],
     limits: Limits,
@@ -75,9 +85,7 @@ pub fn accumulate(
     };
     let mut sums = Sums::default();
     for part in parts(pairs, limits.tokens) {
-        accumulate_part(
-            decoder, params, objective, part, total, limits, gradients, &mut sums,
-        );
+        accumulate_part(model, objective, part, total, limits, gradients, &mut sums);
     }
     sums
 }
@@ -105,10 +113,8 @@ fn parts<'a, 'b>(pairs: &'a [&'b Pair], limit: usize) -> Vec<&'a [&'b Pair]> {
     out
 }
 
-#[allow(clippy::too_many_arguments)]
 fn accumulate_part(
-    decoder: &Decoder,
-    params: &Params,
+    model: Model,
     objective: &Objective,
     pairs: &[&Pair],
     total: BatchTotals,
@@ -117,7 +123,7 @@ fn accumulate_part(
     sums: &mut Sums,
 ) {
     let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
-    let pass = Forward::new(decoder, &Batch::new(&groups), limits.state_bytes);
+    let pass = Forward::new(model.decoder, &Batch::new(&groups), limits.state_bytes);
     let logps = pass.batch.sums(&pass.found.logps);
     let mut d_logps = vec![0.0; pass.batch.targets.len()];
     let rpo = objective.rpo_alpha / total.chosen_tokens as f64;
@@ -142,7 +148,7 @@ fn accumulate_part(
         sums.logp_rejected += rejected;
     }
     sums.tokens += pass.batch.tokens.len() as u64;
-    pass.backward(decoder, params, &d_logps, gradients);
+    pass.backward(model, &d_logps, gradients);
 }
 
 /// A forward pass with what its backward pass needs.
@@ -185,17 +191,12 @@ impl Forward {
     }
 
     /// Adds the gradients, given ∂L/∂(log p) of every target.
-    pub fn backward(
-        self,
-        decoder: &Decoder,
-        params: &Params,
-        d_logps: &[f32],
-        gradients: &mut Gradients,
-    ) {
+    pub fn backward(self, model: Model, d_logps: &[f32], gradients: &mut Gradients) {
+        let decoder = model.decoder;
         let width = decoder.config.hidden;
         let mut d_normed = vec![0.0; self.normed.len()];
         target_logps_backward(
-            decoder,
+            model,
             &self.normed,
             &self.batch.targets,
             &self.found.lse,
@@ -208,13 +209,12 @@ impl Forward {
             &self.gathered,
             &d_normed,
             &mut d_gathered,
-            gradients.vector(&params.norm),
+            gradients.vector(&model.params.norm),
         );
         let mut dx = vec![0.0; self.batch.tokens.len() * width];
         self.batch.scatter(&d_gathered, width, &mut dx);
         backward(
-            decoder,
-            params,
+            model,
             &self.batch.layout,
             &self.batch.tokens,
             self.states,

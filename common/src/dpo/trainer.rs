@@ -4,7 +4,7 @@ use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Limits, Pair, Sums, accumulate};
 use crate::kernels::gemm::Precision;
-use crate::model::{Decoder, Gradients, Lora, Params, Use};
+use crate::model::{Decoder, Gradients, Lora, Model, Params};
 use crate::weights::{self, Weights};
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
@@ -108,7 +108,7 @@ struct Adapters {
 }
 
 impl Trainer {
-    /// Starts from a checkpoint.
+    /// Starts from a checkpoint. Layer states may take `state_bytes` (see [`Limits`]).
     ///
     /// # Errors
     /// A tensor that cannot be read.
@@ -116,7 +116,7 @@ impl Trainer {
         start: &Weights,
         settings: Settings,
         precision: Precision,
-        limits: Limits,
+        state_bytes: usize,
     ) -> Result<Self> {
         let params = Params::new(&start.config);
         let model = params.read(start)?;
@@ -137,12 +137,12 @@ impl Trainer {
             ),
             None => (params.len, matrices(&params)),
         };
-        let decoder = Decoder::new(&start.config, model.as_slice(), precision, Use::Training)?;
+        let decoder = Decoder::new(&start.config, model.as_slice(), precision)?;
         Ok(Self {
             optimizer: AdamW::new(len, decayed, settings.weight_decay as f32),
             gradient: vec![0.0; len],
             settings,
-            limits,
+            limits: Limits::new(&decoder, state_bytes),
             params,
             model,
             adapters,
@@ -221,14 +221,12 @@ impl Trainer {
             },
         };
         let objective = &self.settings.objective;
-        accumulate(
-            &self.decoder,
-            &self.params,
-            objective,
-            pairs,
-            self.limits,
-            &mut gradients,
-        )
+        let model = Model {
+            decoder: &self.decoder,
+            params: &self.params,
+            flat: &self.model,
+        };
+        accumulate(model, objective, pairs, self.limits, &mut gradients)
     }
 
     /// Where the model's parameters lie.

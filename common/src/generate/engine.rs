@@ -432,7 +432,7 @@ mod tests {
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::logprob::{self, score};
-    use crate::model::{Params, Use};
+    use crate::model::Params;
     use crate::weights::Config;
     use serde_json::json;
     use std::path::Path;
@@ -450,7 +450,7 @@ mod tests {
             .iter()
             .map(|x| x * 0.8)
             .collect();
-        Decoder::new(&config, flat.as_slice(), precision, Use::Inference).unwrap()
+        Decoder::new(&config, flat.as_slice(), precision).unwrap()
     }
 
     fn how() -> Sampling {

@@ -147,26 +147,26 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Packs the rows of `b`, `[n, k]`: the product is A·bᵀ.
-    pub fn from_rows(b: Mat, precision: Precision) -> Self {
-        let mut packed = Self {
+    /// Storage for operands to come.
+    pub fn empty(precision: Precision) -> Self {
+        Self {
             storage: Aligned::default(),
             n: 0,
             k: 0,
             precision,
-        };
+        }
+    }
+
+    /// Packs the rows of `b`, `[n, k]`: the product is A·bᵀ.
+    pub fn from_rows(b: Mat, precision: Precision) -> Self {
+        let mut packed = Self::empty(precision);
         packed.set_rows(b);
         packed
     }
 
     /// Packs the columns of `b`, `[k, n]`: the product is A·b.
     pub fn from_columns(b: Mat, precision: Precision) -> Self {
-        let mut packed = Self {
-            storage: Aligned::default(),
-            n: 0,
-            k: 0,
-            precision,
-        };
+        let mut packed = Self::empty(precision);
         packed.set_columns(b);
         packed
     }
@@ -203,6 +203,11 @@ impl Packed {
                     .for_each(|(i, out)| pack(b, i * width, width, precision, out));
             }
         }
+    }
+
+    /// The format of the elements.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// The number of rows of B (columns of the product).

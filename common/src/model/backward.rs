@@ -2,10 +2,49 @@
 
 use super::decoder::{Decoder, LayerState};
 use super::gradients::Gradients;
-use super::params::Params;
+use super::params::{Matrix, Params};
 use crate::kernels::attention::{self, Layout};
+use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, norm};
+use std::ops::Range;
+
+/// A model as its backward pass reads it. The transposed products pack their weights from the flat buffer each time: that
+/// costs a few percent of a pass over some hundred tokens, and saves a second copy of the model.
+#[derive(Clone, Copy)]
+pub struct Model<'a> {
+    /// The forward pass.
+    pub decoder: &'a Decoder,
+    /// Where the parameters lie.
+    pub params: &'a Params,
+    /// The parameters that the decoder has packed, flat.
+    pub flat: &'a [f32],
+}
+
+impl Model<'_> {
+    /// For y = x·Wᵀ + b: sets `dx` `[T, in]` to dy·W. `right` is storage to pack W in.
+    fn linear(&self, matrix: &Matrix, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
+        right.set_columns(matrix.of(self.flat));
+        let tokens = dy.len() / matrix.rows;
+        dx.resize(tokens * matrix.cols, 0.0);
+        matmul(
+            Left::Rows(Mat::new(dy, tokens, matrix.rows)),
+            right.panels(),
+            dx,
+            matrix.cols,
+            Write::Set,
+            Threads::All,
+        );
+    }
+
+    /// Packs the LM head's rows of some words as the columns of an operand: `[rows, words]` × this = `[rows, hidden]`.
+    pub fn head_columns(&self, words: Range<usize>, right: &mut Packed) {
+        let head = self.params.head.as_ref().unwrap_or(&self.params.embedding);
+        let width = self.decoder.config.hidden;
+        let head = &self.flat[head.range.clone()][words.start * width..words.end * width];
+        right.set_columns(Mat::new(head, words.len(), width));
+    }
+}
 
 /// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
 /// every parameter's gradient on the way.
@@ -13,17 +52,17 @@ use crate::kernels::{activation, norm};
 /// `states` holds one state per layer of the forward pass over the same batch. A state whose `qkv` is empty is made
 /// again from its `x` (activation recompute: the same operations, so the same numbers).
 pub fn backward(
-    decoder: &Decoder,
-    params: &Params,
+    model: Model,
     layout: &Layout,
     tokens: &[u32],
     mut states: Vec<LayerState>,
     mut dx: Vec<f32>,
     gradients: &mut Gradients,
 ) {
+    let decoder = model.decoder;
     assert_eq!(states.len(), decoder.layers.len());
     let rotary = decoder.rotary(layout.longest());
-    let mut buffers = Buffers::default();
+    let mut buffers = Buffers::new(decoder);
     let mut again = LayerState::default();
     for i in (0..states.len()).rev() {
         let kept = states.pop().expect("one state per layer");
@@ -35,8 +74,7 @@ pub fn backward(
             &kept
         };
         let pass = Pass {
-            decoder,
-            params,
+            model,
             layout,
             rotary: &rotary,
             layer: i,
@@ -48,17 +86,29 @@ pub fn backward(
 }
 
 /// Storage that every layer uses again.
-#[derive(Default)]
 struct Buffers {
     inner: Vec<f32>,
     d_inner: Vec<f32>,
     d_wide: Vec<f32>,
     unused: Vec<f32>,
+    /// The right operand of every product.
+    right: Packed,
+}
+
+impl Buffers {
+    fn new(decoder: &Decoder) -> Self {
+        Self {
+            inner: vec![],
+            d_inner: vec![],
+            d_wide: vec![],
+            unused: vec![],
+            right: Packed::empty(decoder.precision),
+        }
+    }
 }
 
 struct Pass<'a> {
-    decoder: &'a Decoder,
-    params: &'a Params,
+    model: Model<'a>,
     layout: &'a Layout,
     rotary: &'a Rotary,
     layer: usize,
@@ -68,20 +118,21 @@ impl Pass<'_> {
     /// next = middle + down(swiglu(gate_up(norm(middle)))): turns the gradient of `next` into that of `middle`.
     fn mlp(&self, state: &LayerState, dx: &mut [f32], b: &mut Buffers, gradients: &mut Gradients) {
         let (layer, p) = (
-            &self.decoder.layers[self.layer],
-            &self.params.layers[self.layer],
+            &self.model.decoder.layers[self.layer],
+            &self.model.params.layers[self.layer],
         );
-        let precision = self.decoder.precision;
-        self.decoder.mlp_inner(&state.gate_up, &mut b.inner);
-        gradients.linear(&p.down, &b.inner, dx, precision);
-        layer.down.backward(dx, &mut b.d_inner);
+        self.model.decoder.mlp_inner(&state.gate_up, &mut b.inner);
+        gradients.linear(&p.down, &b.inner, dx, &mut b.right);
+        self.model.linear(&p.down, dx, &mut b.d_inner, &mut b.right);
         b.d_wide.clone_from(&state.gate_up);
-        activation::swiglu_backward(&mut b.d_wide, self.decoder.config.ffn, &b.d_inner);
-        self.decoder
+        activation::swiglu_backward(&mut b.d_wide, self.model.decoder.config.ffn, &b.d_inner);
+        self.model
+            .decoder
             .mlp_input(self.layer, &state.middle, &mut b.inner);
-        gradients.linear(&p.gate_up, &b.inner, &b.d_wide, precision);
-        layer.gate_up.backward(&b.d_wide, &mut b.d_inner);
-        let eps = self.decoder.config.norm_eps;
+        gradients.linear(&p.gate_up, &b.inner, &b.d_wide, &mut b.right);
+        self.model
+            .linear(&p.gate_up, &b.d_wide, &mut b.d_inner, &mut b.right);
+        let eps = self.model.decoder.config.norm_eps;
         let d_weight = gradients
             .vector(&p.mlp_norm)
             .unwrap_or_else(|| spare(&mut b.unused, layer.mlp_norm.len()));
@@ -104,12 +155,13 @@ impl Pass<'_> {
         gradients: &mut Gradients,
     ) {
         let (layer, p) = (
-            &self.decoder.layers[self.layer],
-            &self.params.layers[self.layer],
+            &self.model.decoder.layers[self.layer],
+            &self.model.params.layers[self.layer],
         );
-        let (precision, eps) = (self.decoder.precision, self.decoder.config.norm_eps);
-        gradients.linear(&p.output, &state.attention, dx, precision);
-        layer.output.backward(dx, &mut b.d_inner);
+        let eps = self.model.decoder.config.norm_eps;
+        gradients.linear(&p.output, &state.attention, dx, &mut b.right);
+        self.model
+            .linear(&p.output, dx, &mut b.d_inner, &mut b.right);
         b.d_wide.clear();
         b.d_wide.resize(state.qkv.len(), 0.0);
         attention::backward(
@@ -125,8 +177,9 @@ impl Pass<'_> {
         self.head_norms(state, b, gradients);
         b.inner.resize(state.x.len(), 0.0);
         norm::forward(&state.x, &layer.input_norm, eps, &mut b.inner);
-        gradients.linear(&p.qkv, &b.inner, &b.d_wide, precision);
-        layer.qkv.backward(&b.d_wide, &mut b.d_inner);
+        gradients.linear(&p.qkv, &b.inner, &b.d_wide, &mut b.right);
+        self.model
+            .linear(&p.qkv, &b.d_wide, &mut b.d_inner, &mut b.right);
         let d_weight = gradients
             .vector(&p.input_norm)
             .unwrap_or_else(|| spare(&mut b.unused, layer.input_norm.len()));
@@ -134,7 +187,7 @@ impl Pass<'_> {
     }
 
     fn rotate_back(&self, d_qkv: &mut [f32]) {
-        let heads = self.decoder.layers[self.layer].heads;
+        let heads = self.model.decoder.layers[self.layer].heads;
         let positions: Vec<usize> = self.layout.positions().collect();
         crate::kernels::rows(d_qkv, heads.qkv_width(), |first, part| {
             for (row, &position) in part
@@ -151,13 +204,13 @@ impl Pass<'_> {
     /// Carries the gradient through the norms of query and key heads, where the family has them.
     fn head_norms(&self, state: &LayerState, b: &mut Buffers, gradients: &mut Gradients) {
         let (layer, p) = (
-            &self.decoder.layers[self.layer],
-            &self.params.layers[self.layer],
+            &self.model.decoder.layers[self.layer],
+            &self.model.params.layers[self.layer],
         );
         let (Some((q, k)), Some((q_span, k_span))) = (&layer.head_norms, &p.head_norms) else {
             return;
         };
-        let (heads, eps) = (layer.heads, self.decoder.config.norm_eps);
+        let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
         let width = heads.qkv_width();
         for (weight, span, columns) in [
             (q, q_span, 0..heads.q_width()),

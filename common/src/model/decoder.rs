@@ -2,21 +2,11 @@
 
 use super::params::{LayerParams, Matrix, Params, Source, Span};
 use crate::kernels::attention::{self, Heads, Layout};
-use crate::kernels::gemm::{Left, Mat, Packed, Panels, Precision, Threads, Write, matmul};
+use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, norm, rows};
 use crate::weights::Config;
 use anyhow::Result;
-use std::ops::Range;
-
-/// What a decoder is built for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
-    /// Forward only.
-    Inference,
-    /// Forward and backward: the weights are packed a second time, transposed.
-    Training,
-}
 
 /// A model ready to run: its weights packed for the matrix products.
 pub struct Decoder {
@@ -26,8 +16,6 @@ pub struct Decoder {
     pub precision: Precision,
     embedding: Packed,
     head: Option<Packed>,
-    /// The LM head's transpose, for training.
-    head_transposed: Option<Packed>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Vec<f32>,
     inv_freq: Vec<f32>,
@@ -47,23 +35,14 @@ pub(super) struct Layer {
 /// y = x·Wᵀ + b.
 pub(super) struct Linear {
     weight: Packed,
-    /// Wᵀ, for the gradient of x.
-    transposed: Option<Packed>,
     bias: Option<Vec<f32>>,
 }
 
 impl Linear {
-    fn new(
-        source: &(impl Source + ?Sized),
-        matrix: &Matrix,
-        precision: Precision,
-        purpose: Use,
-    ) -> Result<Self> {
+    fn new(source: &(impl Source + ?Sized), matrix: &Matrix, precision: Precision) -> Result<Self> {
         let weight = source.get(&matrix.weight)?;
-        let weight = Mat::new(&weight, matrix.rows, matrix.cols);
         Ok(Self {
-            transposed: (purpose == Use::Training).then(|| Packed::from_columns(weight, precision)),
-            weight: Packed::from_rows(weight, precision),
+            weight: Packed::from_rows(Mat::new(&weight, matrix.rows, matrix.cols), precision),
             bias: matrix
                 .bias
                 .as_ref()
@@ -74,11 +53,7 @@ impl Linear {
 
     /// Packs changed weights into the storage that is there.
     fn update(&mut self, flat: &[f32], matrix: &Matrix) {
-        let weight = Mat::new(&flat[matrix.weight.range.clone()], matrix.rows, matrix.cols);
-        self.weight.set_rows(weight);
-        if let Some(transposed) = &mut self.transposed {
-            transposed.set_columns(weight);
-        }
+        self.weight.set_rows(matrix.of(flat));
         if let (Some(bias), Some(span)) = (&mut self.bias, &matrix.bias) {
             bias.copy_from_slice(&flat[span.range.clone()]);
         }
@@ -102,24 +77,6 @@ impl Linear {
                 }
             });
         }
-    }
-
-    /// `dx` `[T, in]` is set to dy·W, for `dy` `[T, out]`.
-    pub fn backward(&self, dy: &[f32], dx: &mut Vec<f32>) {
-        let (n, k) = (self.weight.k(), self.weight.n());
-        let transposed = self
-            .transposed
-            .as_ref()
-            .expect("the decoder was built for training");
-        dx.resize(dy.len() / k * n, 0.0);
-        matmul(
-            Left::Rows(Mat::new(dy, dy.len() / k, k)),
-            transposed.panels(),
-            dx,
-            n,
-            Write::Set,
-            Threads::All,
-        );
     }
 }
 
@@ -161,7 +118,6 @@ impl Decoder {
         config: &Config,
         source: &(impl Source + ?Sized),
         precision: Precision,
-        purpose: Use,
     ) -> Result<Self> {
         let params = Params::new(config);
         let table = |span: &Span| -> Result<Packed> {
@@ -171,17 +127,9 @@ impl Decoder {
                 precision,
             ))
         };
-        let transposed = |span: &Span| -> Result<Packed> {
-            let values = source.get(span)?;
-            Ok(Packed::from_columns(
-                Mat::new(&values, config.vocab, config.hidden),
-                precision,
-            ))
-        };
         let vector = |span: &Span| source.get(span).map(|v| v.into_owned());
-        let head_span = params.head.as_ref().unwrap_or(&params.embedding);
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
-            let linear = |matrix: &Matrix| Linear::new(source, matrix, precision, purpose);
+            let linear = |matrix: &Matrix| Linear::new(source, matrix, precision);
             Ok(Layer {
                 heads: Heads {
                     query: config.heads,
@@ -207,9 +155,6 @@ impl Decoder {
             precision,
             embedding: table(&params.embedding)?,
             head: params.head.as_ref().map(table).transpose()?,
-            head_transposed: (purpose == Use::Training)
-                .then(|| transposed(head_span))
-                .transpose()?,
             layers: params
                 .layers
                 .iter()
@@ -235,14 +180,6 @@ impl Decoder {
         table(&mut self.embedding, &params.embedding, &self.config);
         if let (Some(head), Some(span)) = (&mut self.head, &params.head) {
             table(head, span, &self.config);
-        }
-        if let Some(transposed) = &mut self.head_transposed {
-            let span = params.head.as_ref().unwrap_or(&params.embedding);
-            transposed.set_columns(Mat::new(
-                &flat[span.range.clone()],
-                self.config.vocab,
-                self.config.hidden,
-            ));
         }
         for (layer, p) in self.layers.iter_mut().zip(&params.layers) {
             vector(&mut layer.input_norm, &p.input_norm);
@@ -276,14 +213,6 @@ impl Decoder {
     /// The LM head, `[vocab, hidden]`.
     pub fn head(&self) -> &Packed {
         self.head.as_ref().unwrap_or(&self.embedding)
-    }
-
-    /// The LM head's rows of some words as the columns of an operand: `[rows, words]` × this = `[rows, hidden]`.
-    pub fn head_transposed(&self, words: Range<usize>) -> Panels<'_> {
-        self.head_transposed
-            .as_ref()
-            .expect("the decoder was built for training")
-            .sum_range(words)
     }
 
     /// How the heads of layer `i` are laid out.

@@ -2,7 +2,7 @@
 
 use super::lora::Lora;
 use super::params::{Matrix, Params, Span};
-use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 
 /// The sum of gradients over a batch.
 pub enum Gradients<'a> {
@@ -26,16 +26,17 @@ pub enum Gradients<'a> {
 
 impl Gradients<'_> {
     /// For y = x·Wᵀ + b: adds dyᵀ·x to the weight's gradient and Σ dy to the bias's. `x` is `[T, in]`, `dy` `[T, out]`.
-    pub fn linear(&mut self, matrix: &Matrix, x: &[f32], dy: &[f32], precision: Precision) {
+    /// `right` is storage to pack `x` in.
+    pub fn linear(&mut self, matrix: &Matrix, x: &[f32], dy: &[f32], right: &mut Packed) {
+        let tokens = x.len() / matrix.cols;
+        right.set_columns(Mat::new(x, tokens, matrix.cols));
         match self {
             Self::Full { flat, .. } => {
-                let tokens = x.len() / matrix.cols;
-                let x = Packed::from_columns(Mat::new(x, tokens, matrix.cols), precision);
                 let dy_columns = Left::Columns(Mat::new(dy, tokens, matrix.rows));
                 let target = &mut flat[matrix.weight.range.clone()];
                 matmul(
                     dy_columns,
-                    x.panels(),
+                    right.panels(),
                     target,
                     matrix.cols,
                     Write::Add,
@@ -49,7 +50,7 @@ impl Gradients<'_> {
                 }
             }
             Self::Lora { lora, values, flat } => {
-                lora.add_gradient(values, flat, matrix, x, dy, precision)
+                lora.add_gradient(values, flat, matrix, (x, right), dy)
             }
         }
     }

@@ -131,20 +131,19 @@ impl Lora {
         }
     }
 
-    /// Adds the gradients of the adapters of one fused matrix, for its input `x` `[T, in]` and the gradient of its
-    /// output, `dy` `[T, out]`. `values` are the adapters, `flat` their gradients.
+    /// Adds the gradients of the adapters of one fused matrix, for its input `x` `[T, in]` (its columns packed, too) and
+    /// the gradient of its output, `dy` `[T, out]`. `values` are the adapters, `flat` their gradients.
     pub(super) fn add_gradient(
         &self,
         values: &[f32],
         flat: &mut [f32],
         matrix: &Matrix,
-        x: &[f32],
+        (x, x_columns): (&[f32], &Packed),
         dy: &[f32],
-        precision: Precision,
     ) {
+        let precision = x_columns.precision();
         let adapters = &self.adapters[self.by_matrix[&matrix.weight.range.start].clone()];
         let (tokens, rank) = (x.len() / matrix.cols, self.rank);
-        let x_columns = Packed::from_columns(Mat::new(x, tokens, matrix.cols), precision);
         for adapter in adapters {
             let dy = Mat::strided(&dy[adapter.column..], tokens, adapter.rows, matrix.rows);
             let product = |left: Mat, right: Packed| {

@@ -6,8 +6,8 @@ mod gradients;
 mod lora;
 mod params;
 
-pub use backward::backward;
-pub use decoder::{Decoder, LayerState, Use};
+pub use backward::{Model, backward};
+pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
 pub use params::{LayerParams, Matrix, Params, Source, Span};

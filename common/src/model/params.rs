@@ -1,5 +1,6 @@
 //! Where every parameter lies: one flat buffer of float32, with the matrices that are multiplied together side by side.
 
+use crate::kernels::gemm::Mat;
 use crate::weights::{Config, Weights};
 use anyhow::Result;
 use std::borrow::Cow;
@@ -26,6 +27,13 @@ pub struct Matrix {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
+}
+
+impl Matrix {
+    /// The weight in the flat buffer.
+    pub fn of<'a>(&self, flat: &'a [f32]) -> Mat<'a> {
+        Mat::new(&flat[self.weight.range.clone()], self.rows, self.cols)
+    }
 }
 
 /// The parameters of a layer.
