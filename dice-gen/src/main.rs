@@ -3,12 +3,13 @@
 use anyhow::{Result, ensure};
 use clap::Parser;
 use common::generate::{Finish, Generator, Request, Sample, Sampling};
-use common::jsonl::{Files, Opened, Output, Row};
+use common::jsonl::{self, Files, Opened, Output, Row};
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Prompt;
 use serde_json::{Map, Value, json};
 use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, TryRecvError};
 
 /// Sample K responses for every prompt
 ///
@@ -113,7 +114,7 @@ fn run(args: Args) -> Result<()> {
     }))?;
     let mut rows = args.files.rows();
     job.take_up(&mut rows)?;
-    job.run(rows)?;
+    job.run(&jsonl::ahead(rows))?;
     job.progress.finish();
     job.output.finish()
 }
@@ -161,12 +162,20 @@ impl Job<'_> {
     }
 
     /// Feeds prompts and writes responses. A bad row ends the input: what came before it is finished first.
-    fn run(&mut self, mut rows: impl Iterator<Item = Result<Row>>) -> Result<()> {
+    /// Prompts that are late do not hold up the responses at work.
+    fn run(&mut self, rows: &Receiver<Result<Row>>) -> Result<()> {
         let mut failed = None;
         let mut more = true;
         loop {
             while more && self.generator.wants_prompt() {
-                let row = rows.next();
+                let row = match self.generator.is_idle() {
+                    true => rows.recv().ok(),
+                    false => match rows.try_recv() {
+                        Ok(row) => Some(row),
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => None,
+                    },
+                };
                 more = row.is_some();
                 if let Some(Err(err)) = row.map(|row| row.and_then(|row| self.push(row))) {
                     (failed, more) = (Some(err), false);

@@ -1,10 +1,14 @@
 //! The tools in pipes, as the README shows them, on tiny checkpoints.
 
-use dice_tests::{Fields, Tiny, Tool, lines, names, number, parse_rows, pipe, read_rows, text};
+use dice_tests::{
+    Fields, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe, read_rows, text,
+};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// A folder with two policies of one tokenizer, prompts and offline pairs.
 struct World {
@@ -378,6 +382,34 @@ fn a_closed_pipe_ends_quietly() {
             run.stderr
         );
     }
+}
+
+/// A prompt is answered while the program before it in the pipe still thinks about the next one.
+#[test]
+fn responses_do_not_wait_for_later_prompts() {
+    let world = World::new();
+    let mut child = Command::new(bin_folder().join("dice-gen"))
+        .args(["--model", &world.arg("pi"), "--k", "2", "--max-tokens", "8"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut answers = BufReader::new(child.stdout.take().unwrap()).lines();
+    for prompt in prompts() {
+        writeln!(stdin, "{prompt}").unwrap();
+        for sample in 0..2 {
+            let row = parse_rows(&answers.next().unwrap().unwrap());
+            assert_eq!(
+                (&row[0]["prompt"], &row[0]["sample"]),
+                (&prompt["prompt"], &json!(sample))
+            );
+        }
+    }
+    drop(stdin);
+    assert!(answers.next().is_none());
+    assert!(child.wait().unwrap().success());
 }
 
 /// Its result is a folder: who reads only the first steps still gets it.
