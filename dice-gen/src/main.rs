@@ -8,6 +8,7 @@ use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Prompt;
 use serde_json::{Map, Value, json};
+use std::collections::VecDeque;
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
@@ -127,7 +128,7 @@ struct Job<'a> {
     generator: Generator<'a>,
     output: Output,
     /// The rows of the prompts at work, in order.
-    waiting: std::collections::VecDeque<Map<String, Value>>,
+    waiting: VecDeque<Row>,
     progress: Progress,
 }
 
@@ -202,7 +203,7 @@ impl Job<'_> {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
         row.fields.entry("id").or_insert_with(|| json!(id));
-        self.waiting.push_back(row.fields);
+        self.waiting.push_back(row);
         self.progress.read(1);
         self.generator.push(Request {
             key: id,
@@ -214,9 +215,17 @@ impl Job<'_> {
 
     fn write_finished(&mut self) -> Result<()> {
         for (_, samples) in self.generator.finished() {
-            let fields = self.waiting.pop_front().expect("every request has its row");
+            let prompt = self.waiting.pop_front().expect("every request has its row");
+            // A broken model's tokens are no samples, and JSON has no NaN.
+            ensure!(
+                samples.iter().all(|sample| sample.logp.is_finite()),
+                prompt.error(
+                    "prompt",
+                    "got a response whose log-prob is not a number: is the model sound?"
+                )
+            );
             for (number, sample) in samples.into_iter().enumerate() {
-                let mut row = fields.clone();
+                let mut row = prompt.fields.clone();
                 self.describe(number, sample, &mut row)?;
                 self.output.write(&row)?;
                 self.progress.add(1, 0);

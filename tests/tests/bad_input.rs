@@ -635,4 +635,7 @@ fn numbers_that_are_none() {
     let train = world.tool_with("dice-train", "nan", "rows.jsonl").run();
     check(&train, &["finite"]);
     assert!(!world.path("trained").exists());
+    let sampled = world.tool_with("dice-gen", "nan", "rows.jsonl").run();
+    check(&sampled, &["not a number"]);
+    assert_eq!(sampled.rows_before_failure().len(), 0);
 }
