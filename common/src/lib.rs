@@ -20,6 +20,10 @@ pub mod jsonl;
 
 // Floor 2: arithmetic, text and weights.
 
+// huge pages for big buffers
+#[cfg(feature = "model")]
+pub mod memory;
+
 // GEMM, norms, rotary, attention on the CPU
 #[cfg(feature = "model")]
 pub mod kernels;

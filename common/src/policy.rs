@@ -4,6 +4,7 @@ use crate::chat::Chat;
 use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
+use crate::logprob::{Group, score_all};
 use crate::model::{Decoder, Use};
 use crate::program;
 use crate::records::Prompt;
@@ -198,6 +199,16 @@ pub const REJECTED: Response = Response {
     finish_reason: "rejected_finish_reason",
 };
 
+/// Which responses a row holds: a pair's two, or a sample's one.
+pub fn responses(row: &Row) -> &'static [Response] {
+    let pair = row.fields.contains_key("chosen") && row.fields.contains_key("rejected");
+    if pair {
+        &[CHOSEN, REJECTED]
+    } else {
+        &[RESPONSE]
+    }
+}
+
 /// Two checkpoints and their decoders, for implicit rewards: the policy and its reference.
 pub struct RewardModel {
     /// π and its tokenizer, which renders the rows for both.
@@ -205,6 +216,8 @@ pub struct RewardModel {
     policy_decoder: Decoder,
     reference: Checkpoint,
     reference_decoder: Decoder,
+    /// What both compute in.
+    dtype: &'static str,
     /// Tokens of one forward pass.
     limit: usize,
 }
@@ -240,6 +253,7 @@ impl RewardModel {
             policy_decoder,
             reference,
             reference_decoder,
+            dtype: dtype_name(precision),
             limit: TOKENS_AT_ONCE,
         })
     }
@@ -252,27 +266,66 @@ impl RewardModel {
         ))
     }
 
-    /// Log-probs of every response of every group.
-    pub fn score(&self, groups: &[crate::logprob::Group]) -> Vec<Vec<Logps>> {
-        let policy = crate::logprob::score_all(&self.policy_decoder, groups, self.limit);
-        let reference = crate::logprob::score_all(&self.reference_decoder, groups, self.limit);
-        let both = |(p, r): (Vec<f64>, Vec<f64>)| {
-            p.into_iter()
-                .zip(r)
-                .map(|(policy, reference)| Logps { policy, reference })
-                .collect()
+    /// The token ids of rows of one prompt: one response per sample row, two per pair row.
+    ///
+    /// # Errors
+    /// A row that cannot be encoded, or does not fit both models' contexts.
+    pub fn encode(&self, rows: &[Row]) -> Result<Group> {
+        let mut group = Group {
+            prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
+            responses: vec![],
         };
-        policy.into_iter().zip(reference).map(both).collect()
+        for row in rows {
+            for names in responses(row) {
+                let ids = self.policy.response_ids(row, *names)?;
+                self.check_length(row, names.text, group.prompt.len(), ids.len())?;
+                group.responses.push(ids);
+            }
+        }
+        Ok(group)
     }
 
-    /// Whether a prompt and a response fit both models' contexts.
-    pub fn check_length(
-        &self,
-        row: &Row,
-        field: &str,
-        prompt: usize,
-        response: usize,
-    ) -> Result<()> {
+    /// Log-probs of every response of every group. `known` has the policy's of a group that need not be computed again.
+    pub fn score(&self, groups: &[Group], known: Vec<Option<Vec<f64>>>) -> Vec<Vec<Logps>> {
+        let open: Vec<Group> = groups
+            .iter()
+            .zip(&known)
+            .filter(|(_, known)| known.is_none())
+            .map(|(group, _)| group.clone())
+            .collect();
+        let mut scored = score_all(&self.policy_decoder, &open, self.limit).into_iter();
+        let reference = score_all(&self.reference_decoder, groups, self.limit);
+        known
+            .into_iter()
+            .zip(reference)
+            .map(|(known, reference)| {
+                let policy = known
+                    .or_else(|| scored.next())
+                    .expect("one for every group");
+                policy
+                    .into_iter()
+                    .zip(reference)
+                    .map(|(policy, reference)| Logps { policy, reference })
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// The policy's log-probs that the sampler wrote into the rows of a prompt, if it ran these very weights in this
+    /// number format.
+    pub fn known(&self, rows: &[Row]) -> Result<Option<Vec<f64>>> {
+        let fingerprint = self.policy.weights.fingerprint()?;
+        rows.iter()
+            .map(|row| {
+                let same = row.opt_string("model")? == Some(fingerprint)
+                    && row.opt_string("dtype")? == Some(self.dtype)
+                    && row.fields.contains_key("token_ids");
+                Ok(row.opt_number("logp")?.filter(|_| same))
+            })
+            .collect()
+    }
+
+    fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
         let context = self
             .policy
             .weights

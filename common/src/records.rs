@@ -12,6 +12,27 @@ pub enum Prompt {
     Messages(Vec<Map<String, Value>>),
 }
 
+/// A part of a data set. Every prompt lies in one of the first three for good, by its hash: the same in every tool, file and
+/// order, so that what chose a setting is never what judges it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Split {
+    /// Four prompts of five
+    Train,
+    /// One of ten, to choose settings by
+    Validation,
+    /// One of ten, to report
+    Test,
+    /// All prompts
+    All,
+}
+
+impl Split {
+    /// Whether a prompt is in this part.
+    pub fn holds(self, prompt: &Prompt) -> bool {
+        self == Split::All || self == prompt.split()
+    }
+}
+
 impl Prompt {
     /// Reads the value of a row's `prompt` field. The error says what is wrong, not where: the row knows that.
     pub fn from_value(value: &Value) -> Result<Self> {
@@ -42,6 +63,16 @@ impl Prompt {
     /// What makes two prompts the same one, whichever form they have: the hash of their messages.
     pub fn key(&self) -> blake3::Hash {
         hash_json(&self.messages())
+    }
+
+    /// Which part of a data set the prompt belongs to; never [`Split::All`].
+    pub fn split(&self) -> Split {
+        // The first byte of the key, as 256ths: 80%, 10%, 10%.
+        match self.key().as_bytes()[0] {
+            0..205 => Split::Train,
+            205..230 => Split::Validation,
+            _ => Split::Test,
+        }
     }
 
     /// A stable id: the first 16 hex digits of the BLAKE3 hash of the text, or of the messages' compact JSON.
@@ -75,6 +106,30 @@ fn message(value: &Value) -> Result<Map<String, Value>> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn splits_are_stable_and_of_their_sizes() {
+        let prompt = |text: String| Prompt::Text(text);
+        let mut counts = [0_u32; 3];
+        for i in 0..10_000 {
+            let split = prompt(format!("prompt {i}")).split();
+            counts[split as usize] += 1;
+            assert!(Split::All.holds(&prompt(format!("prompt {i}"))));
+        }
+        assert!(counts[0].abs_diff(8_000) < 200, "{counts:?}");
+        assert!(counts[1].abs_diff(1_000) < 120, "{counts:?}");
+        // Pinned: a change would leak yesterday's training prompts into tomorrow's test.
+        let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        let splits = names.map(|name| prompt(name.into()).split());
+        use Split::{Test, Train};
+        assert_eq!(
+            splits,
+            [Train, Train, Train, Train, Train, Train, Test, Train]
+        );
+        // Both forms of a prompt are the same prompt.
+        let messages = Prompt::Messages(prompt("a".into()).messages());
+        assert_eq!(messages.split(), prompt("a".into()).split());
+    }
 
     #[test]
     fn text_and_messages_are_read_and_bad_prompts_refused() {

@@ -1,1 +1,48 @@
-fn main() {}
+//! dice-eval: did a round help? Figures of preference pairs and of samples (step 5 of a DICE round).
+
+mod format;
+mod pairs;
+mod samples;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use common::program;
+use std::process::ExitCode;
+
+/// Tell whether a round helped: reward accuracy on preference pairs, figures of samples
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Pairs(pairs::Args),
+    Samples(samples::Args),
+}
+
+fn main() -> ExitCode {
+    program::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    match args.command {
+        Command::Pairs(args) => pairs::run(args),
+        Command::Samples(args) => samples::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_flag_has_help() {
+        let mut command = Args::command().help_expected(true);
+        command.build();
+        command.debug_assert();
+    }
+}

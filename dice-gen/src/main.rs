@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 /// Sample K responses for every prompt
 ///
 /// Reads rows with a "prompt" (a string, or a list of {"role", "content"} messages) and writes K rows for each: the
-/// prompt's fields, and sample, response, finish_reason, token_ids, logp (nats, at temperature 1), model. The rows of a
+/// prompt's fields, and sample, response, finish_reason, token_ids, logp (nats, at temperature 1), model, dtype. The rows of a
 /// prompt leave together, in the order of the prompts, as soon as they are done.
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
@@ -100,6 +100,7 @@ fn run(args: Args) -> Result<()> {
     ));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
+        dtype: dtype_name(precision),
         generator: Generator::new(&decoder, how, model.chat.end_ids(), args.batch_size),
         model: &model,
         args: &args,
@@ -125,6 +126,8 @@ struct Job<'a> {
     args: &'a Args,
     model: &'a Checkpoint,
     fingerprint: String,
+    /// What the matrix products ran in: `logp` holds for these weights in this format.
+    dtype: &'static str,
     generator: Generator<'a>,
     output: Output,
     /// The rows of the prompts at work, in order.
@@ -263,6 +266,7 @@ impl Job<'_> {
             }
         }
         row.insert("model".into(), json!(self.fingerprint));
+        row.insert("dtype".into(), json!(self.dtype));
         Ok(())
     }
 }

@@ -5,8 +5,7 @@ use clap::Parser;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
 use common::policy::{
-    CHOSEN, Compute, Logps, Prefers, REJECTED, RESPONSE, Response, RewardModel, TOKENS_AT_ONCE,
-    dtype_name,
+    Compute, Logps, Prefers, Response, RewardModel, TOKENS_AT_ONCE, dtype_name, responses,
 };
 use common::program::{self, Progress};
 use common::reward::implicit_reward;
@@ -17,7 +16,8 @@ use std::process::ExitCode;
 ///
 /// Reads rows with "prompt" and "response" and adds policy_logps, ref_logps (nats, summed over the response's tokens),
 /// reward, and the fingerprints policy and ref. A row's token_ids are scored as they are; without them the text is
-/// tokenised. A row without finish_reason counts as finished: its end-of-turn token is scored too.
+/// tokenised. A row without finish_reason counts as finished: its end-of-turn token is scored too. Where dice-gen ran this
+/// very policy in the same --dtype, its log-probs are taken from the rows.
 ///
 /// Rows with "chosen" and "rejected" instead (preference pairs) get policy_chosen_logps, policy_rejected_logps,
 /// ref_chosen_logps, ref_rejected_logps, reward_chosen and reward_rejected.
@@ -66,6 +66,7 @@ fn run(args: Args) -> Result<()> {
         progress,
         batch: vec![],
         tokens: 0,
+        known: 0,
     };
     job.output.of_run(&json!({
         "version": env!("CARGO_PKG_VERSION"), "policy": job.policy, "ref": job.reference,
@@ -87,6 +88,10 @@ fn run(args: Args) -> Result<()> {
         program::check()?;
     }
     job.score_batch()?;
+    if job.known > 0 {
+        job.progress
+            .note(format!("{} with the sampler's log-probs", job.known));
+    }
     job.progress.finish();
     job.output.finish()
 }
@@ -102,6 +107,8 @@ struct Job {
     /// Prompts that wait until there are tokens enough for a forward pass.
     batch: Vec<Encoded>,
     tokens: usize,
+    /// Responses whose log-probs under the policy came from the sampler.
+    known: u64,
 }
 
 /// The rows of a prompt, and their token ids.
@@ -109,6 +116,8 @@ struct Encoded {
     rows: Vec<Row>,
     /// One response per sample row, two per pair row.
     group: Group,
+    /// The policy's log-probs, where the sampler brought them.
+    known: Option<Vec<f64>>,
 }
 
 impl Job {
@@ -142,21 +151,11 @@ impl Job {
     }
 
     fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {
-        let model = &self.models.policy;
-        let prompt = model.prompt_ids(&rows[0], &rows[0].prompt()?)?;
-        let mut group = Group {
-            prompt,
-            responses: vec![],
-        };
-        for row in &rows {
-            for names in responses(row) {
-                let ids = model.response_ids(row, *names)?;
-                self.models
-                    .check_length(row, names.text, group.prompt.len(), ids.len())?;
-                group.responses.push(ids);
-            }
-        }
-        Ok(Encoded { rows, group })
+        Ok(Encoded {
+            group: self.models.encode(&rows)?,
+            known: self.models.known(&rows)?,
+            rows,
+        })
     }
 
     fn push(&mut self, prompt: Encoded) -> Result<()> {
@@ -171,8 +170,18 @@ impl Job {
 
     fn score_batch(&mut self) -> Result<()> {
         let batch = std::mem::take(&mut self.batch);
-        let (rows, groups): (Vec<_>, Vec<_>) = batch.into_iter().map(|e| (e.rows, e.group)).unzip();
-        let scores = self.models.score(&groups);
+        let (mut rows, mut groups, mut known) = (vec![], vec![], vec![]);
+        for prompt in batch {
+            rows.push(prompt.rows);
+            groups.push(prompt.group);
+            known.push(prompt.known);
+        }
+        self.known += known
+            .iter()
+            .flatten()
+            .map(|logps| logps.len() as u64)
+            .sum::<u64>();
+        let scores = self.models.score(&groups, known);
         for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
             let mut scores = scores.into_iter();
             let count = rows.len() as u64;
@@ -216,16 +225,6 @@ impl Job {
             row.fields.insert(field.into(), json!(value));
         }
         Ok(())
-    }
-}
-
-/// Which responses a row holds: a pair's two, or a sample's one.
-fn responses(row: &Row) -> &'static [Response] {
-    let pair = row.fields.contains_key("chosen") && row.fields.contains_key("rejected");
-    if pair {
-        &[CHOSEN, REJECTED]
-    } else {
-        &[RESPONSE]
     }
 }
 

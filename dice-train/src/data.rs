@@ -32,8 +32,13 @@ impl Pairs {
         for row in common::jsonl::rows(&args.files) {
             let row = row?;
             progress.read(1);
+            let prompt = row.prompt()?;
+            if !args.split.holds(&prompt) {
+                progress.skip("not in --split", 1);
+                continue;
+            }
             let mut pair = Pair {
-                prompt: model.prompt_ids(&row, &row.prompt()?)?,
+                prompt: model.prompt_ids(&row, &prompt)?,
                 chosen: model.response_ids(&row, CHOSEN)?,
                 rejected: model.response_ids(&row, REJECTED)?,
                 reference: (0.0, 0.0),

@@ -12,6 +12,7 @@ use common::files::part_path;
 use common::jsonl::Output;
 use common::policy::{Checkpoint, Compute, Prefers, TOKENS_AT_ONCE, dtype_name};
 use common::program::{self, Progress};
+use common::records::Split;
 use data::{Pairs, open_reference};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,6 +86,9 @@ pub struct Args {
     /// AdamW's weight decay, on matrices only
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f64,
+    /// Take only the pairs whose prompt is in this part (by a stable hash, the same in every tool)
+    #[arg(long, value_enum, default_value_t = Split::All)]
+    split: Split,
     /// Take the pairs in their order
     #[arg(long)]
     no_shuffle: bool,

@@ -1,0 +1,150 @@
+//! Figures as JSON rows or as a Markdown table: one table, whose rows are groups.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use common::files::write_aside;
+use common::metrics::{Estimate, Spread};
+use serde_json::{Map, Value};
+
+/// Where figures go, and in which form.
+#[derive(clap::Args, Clone, Debug)]
+pub struct To {
+    /// The form of the figures
+    #[arg(long, value_enum, default_value_t = Format::Json)]
+    format: Format,
+    /// Write to FILE instead of stdout; an existing FILE is replaced
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// One JSON object per group, a line each
+    Json,
+    /// A table to read
+    Markdown,
+}
+
+/// A group's figures: all of them for programs, the telling ones for readers.
+pub struct Line {
+    pub json: Map<String, Value>,
+    /// (column, what stands in it)
+    pub cells: Vec<(&'static str, String)>,
+}
+
+impl To {
+    /// Writes the figures of all groups.
+    pub fn write(&self, lines: &[Line]) -> Result<()> {
+        let text = match self.format {
+            Format::Json => json(lines)?,
+            Format::Markdown => markdown(lines),
+        };
+        match &self.output {
+            Some(file) => write_aside(file, |part| Ok(fs::write(part, &text)?)),
+            None => std::io::stdout()
+                .write_all(text.as_bytes())
+                .context("cannot write to stdout"),
+        }
+    }
+}
+
+fn json(lines: &[Line]) -> Result<String> {
+    let mut text = String::new();
+    for line in lines {
+        text += &serde_json::to_string(&line.json)?;
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+fn markdown(lines: &[Line]) -> String {
+    let Some(first) = lines.first() else {
+        return String::new();
+    };
+    let row = |cells: Vec<&str>| format!("| {} |\n", cells.join(" | "));
+    let heads: Vec<&str> = first.cells.iter().map(|(head, _)| *head).collect();
+    let rule = format!("|---{}|\n", "|--:".repeat(heads.len() - 1));
+    let body = lines.iter().map(|line| {
+        // A group's name may hold what would end the cell.
+        let cells: Vec<String> = line
+            .cells
+            .iter()
+            .map(|(_, cell)| cell.replace('|', "\\|").replace(['\n', '\r'], " "))
+            .collect();
+        row(cells.iter().map(String::as_str).collect())
+    });
+    row(heads) + &rule + &body.collect::<String>()
+}
+
+/// What stands where there is no figure.
+const NONE: &str = "–";
+
+/// A share with its interval, in percent.
+pub fn percent(share: Option<Estimate>) -> String {
+    share.map_or(NONE.into(), |e| {
+        format!(
+            "{:.1}% ({:.1}–{:.1})",
+            100.0 * e.value,
+            100.0 * e.low,
+            100.0 * e.high
+        )
+    })
+}
+
+/// A value with its interval.
+pub fn estimate(value: Option<Estimate>) -> String {
+    value.map_or(NONE.into(), |e| {
+        format!("{:.3} ({:.3} … {:.3})", e.value, e.low, e.high)
+    })
+}
+
+/// A plain figure.
+pub fn number(value: Option<f64>, decimals: usize) -> String {
+    value.map_or(NONE.into(), |v| format!("{v:.decimals$}"))
+}
+
+/// Mean of a spread.
+pub fn average(spread: Option<Spread>) -> String {
+    number(spread.map(|s| s.mean), 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn tables_survive_names_that_would_break_them() {
+        let line = |name: &str, n: &str| Line {
+            json: Map::from_iter([("group".to_owned(), json!(name))]),
+            cells: vec![("group", name.into()), ("pairs", n.into())],
+        };
+        let lines = [line("all", "3"), line("a|b\nc", "1")];
+        assert_eq!(
+            markdown(&lines),
+            "| group | pairs |\n|---|--:|\n| all | 3 |\n| a\\|b c | 1 |\n"
+        );
+        assert_eq!(
+            json(&lines).unwrap(),
+            "{\"group\":\"all\"}\n{\"group\":\"a|b\\nc\"}\n"
+        );
+    }
+
+    #[test]
+    fn absent_figures_are_a_dash() {
+        let half = Estimate {
+            value: 0.5,
+            low: 0.25,
+            high: 0.75,
+        };
+        assert_eq!(percent(Some(half)), "50.0% (25.0–75.0)");
+        assert_eq!(estimate(Some(half)), "0.500 (0.250 … 0.750)");
+        assert_eq!(
+            [percent(None), estimate(None), number(None, 2)],
+            [NONE; 3].map(String::from)
+        );
+    }
+}
