@@ -307,14 +307,19 @@ impl RewardModel {
     }
 
     /// The policy's log-probs that the sampler wrote into the rows of a prompt, if it ran these very weights in this
-    /// number format.
-    pub fn known(&self, rows: &[Row]) -> Result<Option<Vec<f64>>> {
+    /// number format, on the very tokens of `group`, which [`Self::encode`] made of the rows.
+    pub fn known(&self, rows: &[Row], group: &Group) -> Result<Option<Vec<f64>>> {
         let fingerprint = self.policy.weights.fingerprint()?;
+        if rows.len() != group.responses.len() {
+            return Ok(None); // pairs
+        }
         rows.iter()
-            .map(|row| {
+            .zip(&group.responses)
+            .map(|(row, response)| {
+                // A row that calls a cut response finished is scored with an end that the sampler did not draw.
                 let same = row.opt_string("model")? == Some(fingerprint)
                     && row.opt_string("dtype")? == Some(self.dtype)
-                    && row.fields.contains_key("token_ids");
+                    && row.opt_ids(RESPONSE.token_ids)?.as_ref() == Some(response);
                 Ok(row.opt_number("logp")?.filter(|_| same))
             })
             .collect()

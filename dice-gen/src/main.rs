@@ -3,12 +3,14 @@
 use anyhow::{Result, ensure};
 use clap::Parser;
 use common::generate::{Finish, Generator, Request, Sample, Sampling};
-use common::jsonl::{Files, Opened, Output, Row};
+use common::jsonl::{self, Files, Opened, Output, Row};
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Prompt;
 use serde_json::{Map, Value, json};
+use std::collections::VecDeque;
 use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, TryRecvError};
 
 /// Sample K responses for every prompt
 ///
@@ -114,7 +116,7 @@ fn run(args: Args) -> Result<()> {
     }))?;
     let mut rows = args.files.rows();
     job.take_up(&mut rows)?;
-    job.run(rows)?;
+    job.run(&jsonl::ahead(rows))?;
     job.progress.finish();
     job.output.finish()
 }
@@ -129,7 +131,7 @@ struct Job<'a> {
     generator: Generator<'a>,
     output: Output,
     /// The rows of the prompts at work, in order.
-    waiting: std::collections::VecDeque<Map<String, Value>>,
+    waiting: VecDeque<Row>,
     progress: Progress,
 }
 
@@ -164,12 +166,20 @@ impl Job<'_> {
     }
 
     /// Feeds prompts and writes responses. A bad row ends the input: what came before it is finished first.
-    fn run(&mut self, mut rows: impl Iterator<Item = Result<Row>>) -> Result<()> {
+    /// Prompts that are late do not hold up the responses at work.
+    fn run(&mut self, rows: &Receiver<Result<Row>>) -> Result<()> {
         let mut failed = None;
         let mut more = true;
         loop {
             while more && self.generator.wants_prompt() {
-                let row = rows.next();
+                let row = match self.generator.is_idle() {
+                    true => rows.recv().ok(),
+                    false => match rows.try_recv() {
+                        Ok(row) => Some(row),
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => None,
+                    },
+                };
                 more = row.is_some();
                 if let Some(Err(err)) = row.map(|row| row.and_then(|row| self.push(row))) {
                     (failed, more) = (Some(err), false);
@@ -196,7 +206,7 @@ impl Job<'_> {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
         row.fields.entry("id").or_insert_with(|| json!(id));
-        self.waiting.push_back(row.fields);
+        self.waiting.push_back(row);
         self.progress.read(1);
         self.generator.push(Request {
             key: id,
@@ -208,9 +218,17 @@ impl Job<'_> {
 
     fn write_finished(&mut self) -> Result<()> {
         for (_, samples) in self.generator.finished() {
-            let fields = self.waiting.pop_front().expect("every request has its row");
+            let prompt = self.waiting.pop_front().expect("every request has its row");
+            // A broken model's tokens are no samples, and JSON has no NaN.
+            ensure!(
+                samples.iter().all(|sample| sample.logp.is_finite()),
+                prompt.error(
+                    "prompt",
+                    "got a response whose log-prob is not a number: is the model sound?"
+                )
+            );
             for (number, sample) in samples.into_iter().enumerate() {
-                let mut row = fields.clone();
+                let mut row = prompt.fields.clone();
                 self.describe(number, sample, &mut row)?;
                 self.output.write(&row)?;
                 self.progress.add(1, 0);

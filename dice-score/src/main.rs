@@ -151,9 +151,10 @@ impl Job {
     }
 
     fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {
+        let group = self.models.encode(&rows)?;
         Ok(Encoded {
-            group: self.models.encode(&rows)?,
-            known: self.models.known(&rows)?,
+            known: self.models.known(&rows, &group)?,
+            group,
             rows,
         })
     }

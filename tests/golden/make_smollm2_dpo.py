@@ -58,6 +58,8 @@ def choose_pairs(path):
 def run(folder, pairs, dtype):
     """(reference log-probs, metrics of every step, log-probs of the first 4 pairs afterwards)"""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    # The pad token is <|im_end|>, which ends every turn; transformers would give its embedding no gradient.
+    model.get_input_embeddings().padding_idx = None
     model = model.to(dtype).eval()
     with exact() if dtype == torch.float64 else contextlib.nullcontext():
         return run_loaded(model, pairs, dtype)

@@ -404,6 +404,49 @@ fn models_that_are_none() {
 }
 
 #[test]
+fn a_hub_id_that_is_not_to_be_had() {
+    let world = World::new();
+    for (model, expected) in [
+        (
+            "some-org/some-model",
+            "some-org/some-model@main: no such folder or file, not in the Hugging Face cache",
+        ),
+        ("../some/model", "../some/model: no such folder or file"),
+        ("org/..@main", "org/..@main: no such folder or file"),
+    ] {
+        let run = Tool::new("dice-gen", ["--model", model])
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_HOME", &world.arg("hub"))
+            .run();
+        check(&run, &[expected]);
+    }
+}
+
+#[test]
+fn a_full_disk_is_said() {
+    let world = World::new();
+    for tool in TOOLS {
+        fs::write(
+            world.path("rows.jsonl"),
+            lines(&[good_for(tool, 1), good_for(tool, 2)]),
+        )
+        .unwrap();
+        // Two samples of one prompt, to make a pair of.
+        if tool == "dice-pairs" {
+            let samples = [1, 2]
+                .map(|i| json!({"prompt": "x", "response": format!("It is {i}."), "reward": i}));
+            fs::write(world.path("rows.jsonl"), lines(&samples)).unwrap();
+        }
+        let run = world
+            .tool(tool, "rows.jsonl")
+            .stdout_to("/dev/full".into())
+            .run();
+        check(&run, &["cannot write to stdout", "No space left"]);
+        assert!(!world.path("trained").exists());
+    }
+}
+
+#[test]
 fn truncated_weights() {
     let world = World::new();
     let whole = fs::read(world.path("pi/model.safetensors")).unwrap();
@@ -592,4 +635,7 @@ fn numbers_that_are_none() {
     let train = world.tool_with("dice-train", "nan", "rows.jsonl").run();
     check(&train, &["finite"]);
     assert!(!world.path("trained").exists());
+    let sampled = world.tool_with("dice-gen", "nan", "rows.jsonl").run();
+    check(&sampled, &["not a number"]);
+    assert_eq!(sampled.rows_before_failure().len(), 0);
 }

@@ -1,10 +1,14 @@
 //! The tools in pipes, as the README shows them, on tiny checkpoints.
 
-use dice_tests::{Fields, Tiny, Tool, lines, names, number, parse_rows, pipe, read_rows, text};
+use dice_tests::{
+    Fields, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe, read_rows, text,
+};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// A folder with two policies of one tokenizer, prompts and offline pairs.
 struct World {
@@ -136,6 +140,7 @@ fn check_samples(samples: &[Fields], prompts: &[Value]) {
             "token_ids",
             "logp",
             "model",
+            "dtype",
         ];
         let expected = prompt.len() + usize::from(!prompt.contains_key("id")) + own.len();
         assert_eq!(names(row).len(), expected, "row {i}: {:?}", names(row));
@@ -343,6 +348,60 @@ fn training_takes_the_reference_from_the_rows_of_its_own_model_only() {
     assert!(stderr.contains("; 0 with reference log-probs"), "{stderr}");
 }
 
+/// The sampler's log-probs are the policy's only of the tokens that it drew, of its own weights and number format.
+#[test]
+fn the_samplers_log_probs_are_taken_only_where_they_hold() {
+    let world = World::new();
+    let samples = world.generate(&["--dtype", "f32", &world.arg("prompts.jsonl")]);
+    let samples = samples.run().ok().rows();
+    let cut = |row: &Fields| row["finish_reason"] == "length";
+    assert!(samples.iter().any(cut) && !samples.iter().all(cut));
+    let score = |edit: &dyn Fn(&mut Fields)| {
+        let mut rows = samples.clone();
+        rows.iter_mut().for_each(edit);
+        let rows: Vec<Value> = rows.into_iter().map(Value::from).collect();
+        let args = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")];
+        let run = Tool::new("dice-score", args).stdin(lines(&rows)).run().ok();
+        let logps = run
+            .rows()
+            .iter()
+            .map(|row| number(row, "policy_logps"))
+            .collect::<Vec<_>>();
+        (logps, run.stderr)
+    };
+    let drop_fields = |fields: &'static [&str]| {
+        move |row: &mut Fields| row.retain(|field, _| !fields.contains(&field.as_str()))
+    };
+    let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+
+    let (taken, said) = score(&|_| {});
+    assert!(said.contains("24 with the sampler's log-probs"), "{said}");
+    let (computed, said) = score(&drop_fields(&["logp"]));
+    assert!(!said.contains("sampler"), "{said}");
+    assert!(close(&taken, &computed));
+    // Called finished, a cut response has one more token to score.
+    let (finished, _) = score(&drop_fields(&["finish_reason"]));
+    let (anew, _) = score(&drop_fields(&["finish_reason", "logp"]));
+    assert!(
+        close(&finished, &anew),
+        "log-probs of other tokens were taken"
+    );
+    assert!(!close(&finished, &computed));
+    for (field, value) in [
+        ("dtype", json!("bf16")),
+        ("model", json!("0123456789abcdef")),
+    ] {
+        let (anew, said) = score(&|row: &mut Fields| {
+            row[field] = value.clone();
+            row["logp"] = json!(-1.0);
+        });
+        assert!(
+            close(&anew, &computed) && !said.contains("sampler"),
+            "{field}: {said}"
+        );
+    }
+}
+
 #[test]
 fn a_closed_pipe_ends_quietly() {
     let world = World::new();
@@ -378,6 +437,34 @@ fn a_closed_pipe_ends_quietly() {
             run.stderr
         );
     }
+}
+
+/// A prompt is answered while the program before it in the pipe still thinks about the next one.
+#[test]
+fn responses_do_not_wait_for_later_prompts() {
+    let world = World::new();
+    let mut child = Command::new(bin_folder().join("dice-gen"))
+        .args(["--model", &world.arg("pi"), "--k", "2", "--max-tokens", "8"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut answers = BufReader::new(child.stdout.take().unwrap()).lines();
+    for prompt in prompts() {
+        writeln!(stdin, "{prompt}").unwrap();
+        for sample in 0..2 {
+            let row = parse_rows(&answers.next().unwrap().unwrap());
+            assert_eq!(
+                (&row[0]["prompt"], &row[0]["sample"]),
+                (&prompt["prompt"], &json!(sample))
+            );
+        }
+    }
+    drop(stdin);
+    assert!(answers.next().is_none());
+    assert!(child.wait().unwrap().success());
 }
 
 /// Its result is a folder: who reads only the first steps still gets it.

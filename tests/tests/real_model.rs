@@ -168,9 +168,9 @@ fn eight_steps_of_dpo_are_those_of_pytorch() {
             let close = match field {
                 // Rounding alone decides the first one, where policy and reference are equal.
                 "rewards/accuracies" => step["step"] == 1 || distance < 1e-9,
-                "rewards/margins" => distance < 4e-4,
-                _ if field.starts_with("rewards/") => distance < 2e-4,
-                _ => distance <= 1e-3 * theirs.abs(),
+                // Small differences of large numbers: float32 alone costs PyTorch 1e-5.
+                _ if field.starts_with("rewards/") => distance <= 2e-5 + 1e-3 * theirs.abs(),
+                _ => distance <= 2e-4 * theirs.abs(),
             };
             assert!(
                 close,
@@ -201,7 +201,7 @@ fn eight_steps_of_dpo_are_those_of_pytorch() {
             |field: &str, i: usize| (number(row, field) - expected[i].as_f64().unwrap()).abs();
         assert_close(
             "log-probs of the trained model",
-            5e-3,
+            2e-3,
             [
                 off("policy_chosen_logps", 0),
                 off("policy_rejected_logps", 1),
@@ -376,7 +376,14 @@ fn the_samplers_log_probs_are_the_scorers() {
         .run()
         .ok()
         .rows();
-    let scored = score(&model, &model, &samples, &[]);
+    // Without knowing whose they are, the scorer computes them anew; the reference's it always does.
+    let mut foreign = samples.clone();
+    for row in &mut foreign {
+        row.remove("dtype");
+    }
+    let scored = score(&model, &model, &foreign, &[]);
+    let taken = score(&model, &model, &samples, &[]);
+    assert!(taken.iter().all(|row| row["policy_logps"] == row["logp"]));
     let apart = scored
         .iter()
         .map(|row| (number(row, "policy_logps") - number(row, "logp")).abs());

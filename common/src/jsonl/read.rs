@@ -44,7 +44,7 @@ pub struct Rows {
 }
 
 struct Lines {
-    reader: Box<dyn BufRead>,
+    reader: Box<dyn BufRead + Send>,
     place: Place,
     buffer: Vec<u8>,
 }
@@ -89,7 +89,7 @@ impl Rows {
 impl Lines {
     fn open(path: &Path) -> Result<Self> {
         let stdin = path == Path::new("-");
-        let reader: Box<dyn BufRead> = if stdin {
+        let reader: Box<dyn BufRead + Send> = if stdin {
             Box::new(BufReader::new(Stdin::start()))
         } else {
             let file =
@@ -179,6 +179,22 @@ fn look_at(path: &Path) -> Result<()> {
         bail!("{} is a folder, not a file of rows", path.display());
     }
     Ok(())
+}
+
+/// Reads rows in a thread of its own, for who has other work than to wait for a slow neighbour in the pipe. Dropping
+/// the receiver ends it.
+pub fn ahead(rows: impl Iterator<Item = Result<Row>> + Send + 'static) -> Receiver<Result<Row>> {
+    /// Rows in memory that nobody has asked for yet.
+    const AHEAD: usize = 16;
+    let (sender, receiver) = sync_channel(AHEAD);
+    std::thread::spawn(move || {
+        for row in rows {
+            if sender.send(row).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 /// Neighbouring rows of one prompt (same `id`, same `prompt`), at most `max` at a time: what is scored together.
