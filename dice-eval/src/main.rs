@@ -1,15 +1,22 @@
 //! dice-eval: did a round help? Figures of preference pairs and of samples (step 5 of a DICE round).
 
+mod annotations;
+mod compare;
+mod covariates;
 mod format;
 mod pairs;
 mod samples;
+#[cfg(test)]
+mod testing;
+mod weights;
+mod win_rate;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use common::program;
 use std::process::ExitCode;
 
-/// Tell whether a round helped: reward accuracy on preference pairs, figures of samples
+/// Tell whether a round helped: win rates, reward accuracy on preference pairs, figures of samples
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 struct Args {
@@ -21,6 +28,8 @@ struct Args {
 enum Command {
     Pairs(pairs::Args),
     Samples(samples::Args),
+    WinRate(win_rate::Args),
+    Compare(compare::Args),
 }
 
 fn main() -> ExitCode {
@@ -31,6 +40,8 @@ fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Pairs(args) => pairs::run(args),
         Command::Samples(args) => samples::run(args),
+        Command::WinRate(args) => win_rate::run(args),
+        Command::Compare(args) => compare::run(args),
     }
 }
 
