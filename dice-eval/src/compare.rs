@@ -24,7 +24,6 @@ use crate::win_rate::Fitted;
 ///
 /// Example: dice-eval compare round-1.jsonl round-2.jsonl
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
 pub struct Args {
     #[command(flatten)]
     control: LengthControl,

@@ -30,7 +30,6 @@ use crate::weights;
 ///
 /// Example: dice-eval win-rate --difficulty instruction_difficulty.csv --baselines df_gamed.csv annotations.json
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
 pub struct Args {
     #[command(flatten)]
     control: LengthControl,
