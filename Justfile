@@ -12,7 +12,7 @@ preferences := "examples/preferences.jsonl"
 count := "32"
 # Responses per prompt (the paper: 16), their longest length in tokens, and their temperature
 k := "8"
-max_tokens := "192"
+max_tokens := "256"
 temperature := "0.9"
 # The least usable responses for a prompt to give a pair
 min_samples := "4"
@@ -104,53 +104,52 @@ round: seed
     {{ bin }}/dice-score --policy "$policy" --ref "$reference" --beta {{ beta }} \
         --output "$dir/scored.jsonl" --resume "$dir/samples.jsonl"
     say "pairs: alpha of equal lengths, {{ gamma }} replayed"
-    {{ bin }}/dice-pairs --replay {{ preferences }} --gamma {{ gamma }} --min-samples {{ min_samples }} --seed {{ seed }} \
+    {{ bin }}/dice-pairs --replay {{ preferences }} --replay-split train --gamma {{ gamma }} --min-samples {{ min_samples }} --seed {{ seed }} \
         --stats "$dir/pairs.stats.json" --output "$dir/pairs.jsonl" --resume "$dir/scored.jsonl"
     say "DPO from $policy, which is its own reference"
     {{ bin }}/dice-train --model "$policy" --beta {{ beta }} --learning-rate {{ learning_rate }} \
         --batch-size {{ batch_size }} --save-steps 5 --seed {{ seed }} \
         --output "$next" --resume "$dir/pairs.jsonl" > "$dir/steps.jsonl"
-    just base={{ base }} runs={{ runs }} preferences={{ preferences }} k={{ k }} max_tokens={{ max_tokens }} \
-        temperature={{ temperature }} seed={{ seed }} beta={{ beta }} _summary $t
-
-# Before and after figures of a round, and where everything is
-[private]
-_summary t:
-    #!/usr/bin/env bash
-    set -euo pipefail
-    dir={{ runs }}/round-{{ t }}
-    before={{ runs }}/policy-$(({{ t }} - 1))
-    after={{ runs }}/policy-{{ t }}
-    echo "== round {{ t }}: before and after" >&2
-    # The same few prompts, answered by the new policy.
-    head -n 8 "$dir/prompts.jsonl" > "$dir/check-prompts.jsonl"
-    {{ bin }}/dice-gen --model "$after" --k {{ k }} --max-tokens {{ max_tokens }} --temperature {{ temperature }} \
-        --seed $(({{ seed }} + {{ t }})) --output "$dir/samples-after.jsonl" --resume "$dir/check-prompts.jsonl"
-    rows=$(wc -l < "$dir/samples-after.jsonl")
-    head -n "$rows" "$dir/samples.jsonl" > "$dir/samples-before.jsonl"
+    say "before and after"
+    # Prompts after those of the round, which no training saw (of a file without more, its first ones).
+    check="$dir/check-prompts.jsonl"
+    tail -n +$(({{ count }} + 1)) {{ prompts }} | head -n 8 > "$check"
+    [ -s "$check" ] || head -n 8 {{ prompts }} > "$check"
     for which in before after; do
-        policy=${!which}
-        {{ bin }}/dice-score --policy "$policy" --ref {{ base }} --beta {{ beta }} \
-            --output "$dir/preferences-$which.jsonl" --resume {{ preferences }}
+        of=$policy && [ $which = after ] && of=$next
+        {{ bin }}/dice-gen --model "$of" --k {{ k }} --max-tokens {{ max_tokens }} --temperature {{ temperature }} \
+            --seed $(({{ seed }} + t)) --output "$dir/$which-samples.jsonl" --resume "$check"
+        {{ bin }}/dice-score --policy "$policy" --ref "$reference" --beta {{ beta }} \
+            --output "$dir/$which.jsonl" --resume "$dir/$which-samples.jsonl"
     done
     {
-        echo "# Round {{ t }}"
+        echo "# Round $t: $policy → $next"
         echo
-        echo "## Preference pairs that no training saw: $before, then $after, each against {{ base }}"
+        echo "## Responses to 8 other prompts; reward: $policy against $reference"
         echo
-        for which in before after; do
-            {{ bin }}/dice-eval pairs --split test --format markdown "$dir/preferences-$which.jsonl"
-            echo
-        done
-        echo "## Responses to the same 8 prompts"
+        {{ bin }}/dice-eval samples --format markdown "$dir/before.jsonl" "$dir/after.jsonl"
         echo
-        {{ bin }}/dice-eval samples --format markdown "$dir/samples-before.jsonl" "$dir/samples-after.jsonl"
+        echo "## Preference pairs that no training saw; reward: each policy against {{ base }}"
+        echo
+        for split in validation test; do
+            for of in "$policy" "$next"; do
+                {{ bin }}/dice-eval pairs --policy "$of" --ref {{ base }} --beta {{ beta }} --split $split \
+                    --name "$of, $split" --format markdown {{ preferences }}
+            done
+        done | awk 'NR <= 2 || !/^\| pairs of|^\|---/'
+        echo
+        echo "## Training"
+        echo
+        echo "First and last step of $dir/steps.jsonl:"
+        echo
+        sed -n '1p;$p' "$dir/steps.jsonl" | sed 's/^/    /'
         echo
         echo "## Files"
         echo
-        echo "- new policy: $after"
-        echo "- samples, scores, pairs, training steps: $dir/{samples,scored,pairs,steps}.jsonl"
+        echo "- new policy: $next"
+        echo "- samples, scored samples, pairs, training steps: $dir/{samples,scored,pairs,steps}.jsonl"
         echo "- alpha, lengths, what was dropped: $dir/pairs.stats.json"
+        echo "- this summary: $dir/summary.md"
     } > "$dir/summary.part"
     mv "$dir/summary.part" "$dir/summary.md"
     cat "$dir/summary.md"

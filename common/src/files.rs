@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 
 /// Where the work on `path` happens until it is whole: `path.part`, in the same folder.
 pub fn part_path(path: &Path) -> PathBuf {
-    let mut name = OsString::from(path.as_os_str());
+    // `next/` is the folder `next`; its components leave the slash out.
+    let mut name = OsString::from(path.components().as_path());
     name.push(".part");
     PathBuf::from(name)
 }
@@ -99,6 +100,7 @@ mod tests {
             part_path(Path::new("a/b.jsonl")),
             Path::new("a/b.jsonl.part")
         );
+        assert_eq!(part_path(Path::new("a/next/")), Path::new("a/next.part"));
         assert_eq!(parent(Path::new("b")), Path::new("."));
         assert_eq!(parent(Path::new("a/b")), Path::new("a"));
     }

@@ -9,6 +9,9 @@ pub mod program;
 // files and folders that appear whole or not at all
 pub mod files;
 
+// what a run is: resumed only as what it was
+pub mod run;
+
 // prompts and their ids
 pub mod records;
 

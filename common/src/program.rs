@@ -8,10 +8,17 @@
 //! | 130, 143 | stopped by SIGINT or SIGTERM, after the row in hand; `--resume` goes on from there |
 //!
 //! A second signal ends the program at once, with the same code.
+//!
+//! A program that does not end well ends its output into a pipe with an unfinished line: the next stage, which would
+//! else take the rows so far for all there are, fails too, and no checkpoint is made of half the data.
+//!
 //! stderr may be a closed pipe or `/dev/full`: nothing here fails because a message was not heard.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -33,7 +40,11 @@ pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
         Err(usage) => {
             // Printing fails when nobody reads (`--help | true`): that changes nothing.
             let _ = usage.print();
-            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+            let code = u8::try_from(usage.exit_code()).unwrap_or(2);
+            if code != 0 {
+                tear_pipe();
+            }
+            return ExitCode::from(code);
         }
     };
     let result = catch_signals().and_then(|()| run(args));
@@ -41,7 +52,25 @@ pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     if let Some(line) = line {
         say(line);
     }
+    if code != 0 {
+        tear_pipe();
+    }
     ExitCode::from(code)
+}
+
+/// Writes the unfinished line, if stdout is a pipe. (A file is better off with its whole rows.)
+fn tear_pipe() {
+    let mut stdout = io::stdout().lock();
+    let kind = stdout
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|fd| File::from(fd).metadata());
+    if kind.is_ok_and(|meta| meta.file_type().is_fifo()) {
+        let name = NAME.get().map_or("dice", String::as_str);
+        // Nobody may be reading any more.
+        let _ = write!(stdout, "{{\"{name} failed, rows are missing here")
+            .and_then(|()| stdout.flush());
+    }
 }
 
 /// One line on stderr, after the tool's name. For warnings and notes; never fails.
@@ -103,18 +132,22 @@ fn catch_signals() -> Result<()> {
 /// The exit code of a result, and the line to say.
 fn ending(result: &Result<()>) -> (u8, Option<String>) {
     let Err(err) = result else { return (0, None) };
-    let closed_pipe = |cause: &(dyn std::error::Error + 'static)| {
-        cause
-            .downcast_ref::<io::Error>()
-            .is_some_and(|io| io.kind() == ErrorKind::BrokenPipe)
-    };
     if let Some(stop) = err.chain().find_map(|c| c.downcast_ref::<Interrupted>()) {
         (128 + stop.signal as u8, Some(one_line(err)))
-    } else if err.chain().any(closed_pipe) {
+    } else if is_closed_pipe(err) {
         (0, None)
     } else {
         (1, Some(one_line(err)))
     }
+}
+
+/// Whether an error is that nobody reads stdout any more.
+pub fn is_closed_pipe(err: &anyhow::Error) -> bool {
+    err.chain().any(|cause| {
+        cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|io| io.kind() == ErrorKind::BrokenPipe)
+    })
 }
 
 /// The chain of causes on one line, whatever line breaks the causes hold.

@@ -42,6 +42,9 @@ pub struct Args {
     /// Take only the pairs whose prompt is in this part (by a stable hash, the same in every tool)
     #[arg(long, value_enum, default_value_t = Split::All)]
     split: Split,
+    /// What to call all pairs in the output, where tables of several runs are put together
+    #[arg(long, value_name = "TEXT", default_value = "all")]
+    name: String,
     #[command(flatten)]
     compute: Compute,
     #[command(flatten)]
@@ -82,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     take(scorer.finish())?;
     progress.finish();
-    let mut lines = vec![all.line("all")?];
+    let mut lines = vec![all.line(&args.name)?];
     // One group says nothing that the whole does not.
     if groups.len() > 1 {
         groups.sort_by(|a, b| a.0.cmp(&b.0));

@@ -106,8 +106,15 @@ fn run(args: Args) -> Result<()> {
         waiting: Default::default(),
         progress: Progress::new("dice-gen", "rows", None),
     };
-    let done = job.take_up()?;
-    job.run(args.files.rows().skip(done))?;
+    job.output.of_run(&json!({
+        "version": env!("CARGO_PKG_VERSION"), "model": job.fingerprint, "dtype": dtype_name(precision),
+        "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
+        "stop": args.stop, "system": args.system, "seed": args.seed,
+    }))?;
+    let mut rows = args.files.rows();
+    job.take_up(&mut rows)?;
+    job.run(rows)?;
     job.progress.finish();
     job.output.finish()
 }
@@ -127,11 +134,10 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// The number of prompts that an interrupted run finished; its last, incomplete one is cut away.
-    fn take_up(&mut self) -> Result<usize> {
+    /// Takes the prompts that an interrupted run finished off the input; its last, incomplete one is cut away.
+    fn take_up(&mut self, inputs: &mut impl Iterator<Item = Result<Row>>) -> Result<()> {
         let prompts = self.output.kept_rows() / self.args.k as u64;
         self.output.truncate_to(prompts * self.args.k as u64)?;
-        let mut inputs = self.args.files.rows();
         let mut kept = self.output.kept();
         for _ in 0..prompts {
             let prompt = inputs.next().transpose()?;
@@ -145,13 +151,16 @@ impl Job<'_> {
                     && row.opt_string("model")? == Some(&self.fingerprint);
                 ensure!(
                     same,
-                    "{}: not what this command would have written here; remove the file to start over",
-                    row.place
+                    "{}: not what this command would have written here (sample {number} of prompt {}, model {}): \
+                     give the same input and model, or remove the file to start over",
+                    row.place,
+                    expected.as_deref().unwrap_or("none"),
+                    self.fingerprint
                 );
             }
         }
         self.progress.kept(self.output.kept_rows());
-        Ok(prompts as usize)
+        Ok(())
     }
 
     /// Feeds prompts and writes responses. A bad row ends the input: what came before it is finished first.

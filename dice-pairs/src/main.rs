@@ -10,6 +10,7 @@ use common::files::write_aside;
 use common::jsonl::{Files, Opened, Output, rows};
 use common::pairs::{Length, Mix, Replay, Rules, Samples, mix};
 use common::program::{self, Progress};
+use common::records::Split;
 
 mod stats;
 
@@ -52,6 +53,10 @@ struct Args {
     /// Offline preference pairs to mix in: TRL's `prompt`, `chosen`, `rejected`, as text or messages
     #[arg(long, value_name = "FILE")]
     replay: Option<PathBuf>,
+
+    /// Take only the offline pairs whose prompt is in this part (by a stable hash, the same in every tool)
+    #[arg(long, value_enum, default_value_t = Split::All, requires = "replay")]
+    replay_split: Split,
 
     /// Share of the output, from 0 to 1, that comes from --replay; the output is the largest that keeps this share
     /// and repeats no prompt
@@ -181,7 +186,10 @@ fn read_replay(args: &Args) -> Result<Replay> {
     let mut replay = Replay::default();
     if let Some(file) = &args.replay {
         for row in rows(std::slice::from_ref(file)) {
-            replay.add(&row?).context("--replay")?;
+            let row = row?;
+            if args.replay_split.holds(&row.prompt().context("--replay")?) {
+                replay.add(&row).context("--replay")?;
+            }
         }
     }
     Ok(replay)

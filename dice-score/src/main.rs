@@ -68,10 +68,15 @@ fn run(args: Args) -> Result<()> {
         tokens: 0,
         known: 0,
     };
-    let kept = job.check_kept(args.files.rows())?;
+    job.output.of_run(&json!({
+        "version": env!("CARGO_PKG_VERSION"), "policy": job.policy, "ref": job.reference,
+        "beta": args.beta, "dtype": dtype_name(precision),
+    }))?;
+    let mut rows = args.files.rows();
+    job.check_kept(&mut rows)?;
     // A prompt's rows may be many: so many at a time bound what is held.
     const TOGETHER: usize = 64;
-    for group in jsonl::groups(args.files.rows().skip(kept), TOGETHER) {
+    for group in jsonl::groups(rows, TOGETHER) {
         match group.and_then(|rows| job.encode(rows)) {
             Ok(prompt) => job.push(prompt)?,
             Err(err) => {
@@ -116,8 +121,8 @@ struct Encoded {
 }
 
 impl Job {
-    /// Checks that the rows of an interrupted run are those of this input; gives their number.
-    fn check_kept(&mut self, mut inputs: impl Iterator<Item = Result<Row>>) -> Result<usize> {
+    /// Takes the rows that an interrupted run finished off the input, and checks that they are the same.
+    fn check_kept(&mut self, inputs: &mut impl Iterator<Item = Result<Row>>) -> Result<()> {
         let kept = self.output.kept_rows();
         for row in self.output.kept() {
             let row = row?;
@@ -131,12 +136,18 @@ impl Job {
                 && row.opt_string("ref")? == Some(&self.reference);
             ensure!(
                 same && models,
-                "{}: not what this command would have written here; remove the file to start over",
-                row.place
+                "{}: not what this command would have written here ({}): \
+                 give the same input and models, or remove the file to start over",
+                row.place,
+                if models {
+                    "the input's row is another"
+                } else {
+                    "policy or ref is another model"
+                }
             );
         }
         self.progress.kept(kept);
-        Ok(kept as usize)
+        Ok(())
     }
 
     fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {

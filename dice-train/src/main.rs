@@ -4,7 +4,7 @@ mod data;
 
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
-use common::dpo::checkpoint::{Run, Writer, resume};
+use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
     Limits, LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
 };
@@ -140,7 +140,7 @@ fn run(args: Args) -> Result<()> {
             "{} is already there, nothing to do",
             args.output.display()
         ));
-        return Ok(());
+        return Report(Some(Output::stdout())).write(&finished(&args.output)?);
     }
     let part = part_path(&args.output);
     if part.exists() && !args.resume {
@@ -257,11 +257,8 @@ fn train(
     mut log: Vec<StepMetrics>,
 ) -> Result<()> {
     let total = trainer.settings().total_steps;
-    let mut stdout = Output::stdout();
-    for row in &log {
-        stdout.write(row)?;
-    }
-    stdout.flush()?;
+    let mut report = Report(Some(Output::stdout()));
+    report.write(&log)?;
     let progress = Progress::new("dice-train", "steps", Some(total));
     progress.kept(trainer.steps());
     let n = pairs.pairs.len();
@@ -279,8 +276,7 @@ fn train(
         let before = log.last().map_or(0, |m| m.num_tokens);
         let metrics = trainer.step(&batch, done)?;
         progress.add(1, metrics.num_tokens - before);
-        stdout.write(&metrics)?;
-        stdout.flush()?;
+        report.write(std::slice::from_ref(&metrics))?;
         log.push(metrics);
         let due = args.save_steps > 0
             && trainer.steps().is_multiple_of(args.save_steps)
@@ -298,7 +294,26 @@ fn train(
         ));
     }
     progress.finish();
-    stdout.finish()
+    Ok(())
+}
+
+/// The steps' rows on stdout, as long as somebody reads them: the result is the folder, and `| head` must not cost it.
+struct Report(Option<Output>);
+
+impl Report {
+    fn write(&mut self, steps: &[StepMetrics]) -> Result<()> {
+        let Some(stdout) = &mut self.0 else {
+            return Ok(());
+        };
+        let written = steps.iter().try_for_each(|step| stdout.write(step));
+        match written.and_then(|()| stdout.flush()) {
+            Err(err) if program::is_closed_pipe(&err) => {
+                self.0 = None;
+                Ok(())
+            }
+            result => result,
+        }
+    }
 }
 
 #[cfg(test)]

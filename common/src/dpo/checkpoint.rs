@@ -7,6 +7,7 @@ use super::trainer::{Settings, StepMetrics, Trainer};
 use crate::chat::Chat;
 use crate::files::{part_path, publish, write_aside};
 use crate::model::Params;
+use crate::run::check_same;
 use crate::weights::Weights;
 use anyhow::{Context, Result, ensure};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -30,45 +31,6 @@ pub struct Run {
     pub dtype: String,
     /// All settings.
     pub settings: Settings,
-}
-
-impl Run {
-    /// Fails where a resumed run would differ from the one that began, naming what differs.
-    pub fn check_same(&self, begun: &Self, place: &Path) -> Result<()> {
-        let (ours, theirs) = (serde_json::to_value(self)?, serde_json::to_value(begun)?);
-        let mut different = vec![];
-        compare("", &theirs, &ours, &mut different);
-        ensure!(
-            different.is_empty(),
-            "{}: the interrupted run was another one ({}): run the same command, or remove the folder",
-            place.display(),
-            different.join(", ")
-        );
-        Ok(())
-    }
-}
-
-/// Collects the leaves in which two JSON values differ, as `name: begun, now ours`.
-fn compare(name: &str, begun: &serde_json::Value, now: &serde_json::Value, out: &mut Vec<String>) {
-    match (begun.as_object(), now.as_object()) {
-        (Some(a), Some(b)) => {
-            for (key, value) in a {
-                let name = if name.is_empty() {
-                    key.clone()
-                } else {
-                    format!("{name}.{key}")
-                };
-                compare(
-                    &name,
-                    value,
-                    b.get(key).unwrap_or(&serde_json::Value::Null),
-                    out,
-                );
-            }
-        }
-        _ if begun != now => out.push(format!("{name}: {begun}, now {now}")),
-        _ => {}
-    }
 }
 
 /// `trainer_state.json`; the names are transformers'.
@@ -173,15 +135,38 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut Trainer) -> Result<Vec<Ste
     let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else {
         return Ok(vec![]);
     };
-    let file = path.join(STATE);
-    let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let state: State = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not a state", file.display()))?;
-    run.check_same(&state.run, &path)?;
+    let state = state(&path)?;
+    check_same(
+        &serde_json::to_value(&state.run)?,
+        &serde_json::to_value(run)?,
+        &path,
+    )?;
     let numbers = numbers(&path, trainer)?;
     let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
     trainer.restore(numbers, state.global_step, tokens)?;
     Ok(state.log_history)
+}
+
+/// The log of a finished run to `output`; empty where it has none. Clears away what a kill in the last moment left.
+///
+/// # Errors
+/// The log is there but cannot be read, or the leftover cannot be removed.
+pub fn finished(output: &Path) -> Result<Vec<StepMetrics>> {
+    let part = part_path(output);
+    if part.is_dir() {
+        fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;
+    }
+    match output.join(STATE).is_file() {
+        true => Ok(state(output)?.log_history),
+        false => Ok(vec![]),
+    }
+}
+
+/// What a checkpoint says of its run.
+fn state(checkpoint: &Path) -> Result<State> {
+    let file = checkpoint.join(STATE);
+    let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not a state", file.display()))
 }
 
 fn numbers(path: &Path, trainer: &Trainer) -> Result<[Vec<f32>; 3]> {

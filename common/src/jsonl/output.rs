@@ -1,15 +1,17 @@
 //! Where rows go: stdout, or a file that appears whole or not at all and whose making can be taken up again.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::read::{MAX_LINE_BYTES, Rows, object, rows};
-use crate::files::{parent, part_path, publish};
+use crate::files::{parent, part_path, publish, write_aside};
 use crate::program;
+use crate::run::check_same;
 
 /// What [`Output::open`] found.
 pub enum Opened {
@@ -70,6 +72,8 @@ impl Output {
                     path.display()
                 );
             }
+            // A kill just after the file got its name leaves this.
+            drop(fs::remove_file(run_path(&part)));
             program::say(format_args!(
                 "{} is already there, nothing to do",
                 path.display()
@@ -106,6 +110,29 @@ impl Output {
             path: path.to_owned(),
         };
         Ok(Opened::Ready(Self::new(sink, kept)))
+    }
+
+    /// Says what the run is (settings, fingerprints): kept as `FILE.part.run.json` until the file is whole.
+    ///
+    /// # Errors
+    /// The rows that are kept come from another run; the error names the differences.
+    pub fn of_run(&self, run: &Value) -> Result<()> {
+        let Sink::File { part, .. } = &self.sink else {
+            return Ok(());
+        };
+        let path = run_path(part);
+        // Rows without it are the caller's to check: somebody moved them here.
+        if self.kept > 0 && path.exists() {
+            let begun =
+                fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let begun = serde_json::from_slice(&begun)
+                .with_context(|| format!("{} is not JSON", path.display()))?;
+            return check_same(&begun, run, part);
+        }
+        let text = serde_json::to_vec_pretty(run)?;
+        write_aside(&path, |aside| {
+            fs::write(aside, &text).with_context(|| format!("cannot write {}", aside.display()))
+        })
     }
 
     /// How many whole rows an earlier run left, and this one keeps.
@@ -178,6 +205,7 @@ impl Output {
         self.flush()?;
         if let Sink::File { part, path, .. } = &self.sink {
             publish(part, path)?;
+            drop(fs::remove_file(run_path(part)));
         }
         self.finished = true;
         Ok(())
@@ -202,7 +230,10 @@ impl Drop for Output {
         }
         match self.kept + self.written {
             // Nothing to go on with; left there, it would only be in the way.
-            0 => drop(std::fs::remove_file(part)),
+            0 => {
+                drop(fs::remove_file(part));
+                drop(fs::remove_file(run_path(part)));
+            }
             _ => program::say(format_args!(
                 "{} is kept: --resume goes on after its last whole row",
                 part.display()
@@ -245,6 +276,13 @@ fn whole_rows(file: &File, part: &Path) -> Result<(u64, u64)> {
     }
 }
 
+/// Where the description of the run lies that makes `part`.
+fn run_path(part: &Path) -> PathBuf {
+    let mut name = part.as_os_str().to_owned();
+    name.push(".run.json");
+    name.into()
+}
+
 fn cut(file: &mut File, bytes: u64) -> io::Result<()> {
     file.set_len(bytes)?;
     file.seek(SeekFrom::Start(bytes)).map(|_| ())
@@ -254,7 +292,6 @@ fn cut(file: &mut File, bytes: u64) -> io::Result<()> {
 mod tests {
     use super::*;
     use serde_json::json;
-    use std::fs;
 
     fn open(path: &Path, resume: bool) -> Result<Output> {
         match Output::open(Some(path), resume)? {

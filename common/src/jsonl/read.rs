@@ -134,7 +134,13 @@ impl Lines {
         if self.place.line == 1 {
             line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line);
         }
-        let fields = object(line).map_err(|err| anyhow!("{}: {err:#}", self.place))?;
+        let fields = object(line).map_err(|err| {
+            let hint = match line.last() {
+                Some(b'\n') => "",
+                _ => "; the line has no end: did the program that wrote it fail?",
+            };
+            anyhow!("{}: {err:#}{hint}", self.place)
+        })?;
         Ok(Row {
             fields,
             place: self.place.clone(),
@@ -339,6 +345,10 @@ mod tests {
             ),
             (b"{} {}\n", "f:1: not JSON: trailing characters at column 4"),
             (
+                b"{}\n{\"a\":",
+                "f:2: not JSON: EOF while parsing a value at column 5; the line has no end: did the program that wrote it fail?",
+            ),
+            (
                 b"[1]\n",
                 "f:1: not a JSON object; rows are one object a line",
             ),
@@ -351,7 +361,7 @@ mod tests {
             let file = world.file("f", bytes);
             assert_eq!(world.error(&[file]), message);
         }
-        let deep = world.file("f", "{\"a\":".to_owned() + &"[".repeat(100_000));
+        let deep = world.file("f", "{\"a\":".to_owned() + &"[".repeat(100_000) + "\n");
         assert_eq!(
             world.error(&[deep]),
             "f:1: not JSON: recursion limit exceeded at column 132"

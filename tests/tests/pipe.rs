@@ -1,0 +1,563 @@
+//! The tools in pipes, as the README shows them, on tiny checkpoints.
+
+use dice_tests::{Fields, Tiny, Tool, lines, names, number, parse_rows, pipe, read_rows, text};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A folder with two policies of one tokenizer, prompts and offline pairs.
+struct World {
+    folder: tempfile::TempDir,
+}
+
+const PROMPTS: usize = 12;
+const K: usize = 6;
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let world = Self { folder };
+        Tiny::default().write(&world.path("pi"), 1);
+        Tiny::default().write(&world.path("ref"), 2);
+        fs::write(world.path("prompts.jsonl"), lines(&prompts())).unwrap();
+        fs::write(world.path("offline.jsonl"), lines(&offline())).unwrap();
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn arg(&self, name: &str) -> String {
+        text(&self.path(name))
+    }
+
+    /// A script in the world's folder.
+    fn pipe(&self, script: &str) -> Tool {
+        pipe(&format!("cd '{}'\n{script}", self.arg("")))
+    }
+
+    fn rows(&self, name: &str) -> Vec<Fields> {
+        read_rows(&self.path(name))
+    }
+
+    fn generate(&self, more: &[&str]) -> Tool {
+        let args =
+            ["--model", &self.arg("pi"), "--k", "2", "--max-tokens", "24"].map(str::to_owned);
+        Tool::new("dice-gen", args).args(more)
+    }
+}
+
+/// Prompts of every form: text and messages, with and without id, with fields that nobody knows.
+fn prompts() -> Vec<Value> {
+    let prompt = |i: usize| match i % 3 {
+        0 => json!({"prompt": format!("Say {i}")}),
+        1 => {
+            json!({"id": format!("id-{i}"), "topic": "zoë 🦊", "prompt": format!("Say {i}\nplease"), "nested": {"b": [1, null], "a": 0.1}})
+        }
+        _ => {
+            json!({"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": format!("Say {i}")}], "n": i})
+        }
+    };
+    (0..PROMPTS).map(prompt).collect()
+}
+
+fn offline() -> Vec<Value> {
+    let pair = |i: usize| json!({"prompt": format!("Offline {i}"), "chosen": "yes, gladly", "rejected": "no", "origin": {"line": i}});
+    (0..20).map(pair).collect()
+}
+
+const ROUND: &str = "
+    dice-gen --model pi --k 6 --max-tokens 24 prompts.jsonl | tee samples.jsonl \
+        | dice-score --policy pi --ref ref | tee scored.jsonl \
+        | dice-pairs --replay offline.jsonl --gamma 0.5 --min-samples 2 | tee pairs.jsonl \
+        | dice-train --model pi --output next/ --batch-size 4 --learning-rate 1e-3 > steps.jsonl";
+
+#[test]
+fn a_round_as_a_pipe() {
+    let world = World::new();
+    let round = world.pipe(ROUND).run().ok();
+    assert_eq!(round.stdout, "");
+    for tool in ["dice-gen: ", "dice-score: ", "dice-pairs: ", "dice-train: "] {
+        let summaries = round
+            .stderr
+            .lines()
+            .filter(|line| line.starts_with(tool) && line.contains(" done; "));
+        assert!(summaries.count() >= 1, "{tool}: {}", round.stderr);
+    }
+    let prompts = prompts();
+    check_samples(&world.rows("samples.jsonl"), &prompts);
+    check_scored(&world.rows("scored.jsonl"), &world.rows("samples.jsonl"));
+    let generated = check_pairs(&world.rows("pairs.jsonl"), &world.rows("scored.jsonl"));
+    assert!(
+        generated >= PROMPTS / 2,
+        "{generated} of {PROMPTS} prompts gave a pair"
+    );
+
+    // What dice-score computed is not computed again; offline pairs have nothing to take.
+    let pairs = 2 * generated;
+    let reading = round.note("with reference log-probs");
+    assert!(reading.contains(&format!("{pairs} rows read")), "{reading}");
+    assert!(
+        reading.contains(&format!("; {generated} with reference log-probs")),
+        "{reading}"
+    );
+    check_steps(&world.rows("steps.jsonl"), pairs);
+
+    check_checkpoint(&world.path("next"));
+    assert!(!world.path("next.part").exists());
+
+    // The result is the next round's policy, and its reference the last one.
+    let again = "dice-gen --model next --k 2 --max-tokens 8 prompts.jsonl | dice-score --policy next --ref pi";
+    let scored = world.pipe(again).run().ok().rows();
+    assert_eq!(scored.len(), 2 * PROMPTS);
+    assert!(
+        scored.iter().any(|row| number(row, "reward").abs() > 1e-6),
+        "training changed nothing"
+    );
+}
+
+fn check_samples(samples: &[Fields], prompts: &[Value]) {
+    assert_eq!(samples.len(), PROMPTS * K);
+    for (i, row) in samples.iter().enumerate() {
+        let prompt = prompts[i / K].as_object().unwrap();
+        for (field, value) in prompt {
+            assert_eq!(
+                row.get(field),
+                Some(value),
+                "row {i}: {field} passes through"
+            );
+        }
+        let own = [
+            "sample",
+            "response",
+            "finish_reason",
+            "token_ids",
+            "logp",
+            "model",
+        ];
+        let expected = prompt.len() + usize::from(!prompt.contains_key("id")) + own.len();
+        assert_eq!(names(row).len(), expected, "row {i}: {:?}", names(row));
+        assert_eq!(row["sample"], json!(i % K), "in order");
+        let ids = row["token_ids"].as_array().unwrap();
+        let ended = ids.last().is_some_and(|id| id == 2 || id == 0);
+        match row["finish_reason"].as_str() {
+            Some("stop") => assert!(ended && ids.len() <= 24),
+            Some("length") => assert!(!ended && ids.len() == 24),
+            other => panic!("row {i}: finish_reason {other:?}"),
+        }
+        assert!(row["response"].is_string());
+        assert!(number(row, "logp") < 0.0);
+        assert_eq!(row["model"].as_str().unwrap().len(), 16);
+    }
+    let ids: Vec<_> = samples
+        .iter()
+        .step_by(K)
+        .map(|row| row["id"].clone())
+        .collect();
+    assert!(ids.iter().all(Value::is_string));
+    assert_eq!(ids[1], "id-1");
+    let mut distinct = ids.clone();
+    distinct.sort_by_key(Value::to_string);
+    distinct.dedup();
+    assert_eq!(distinct.len(), PROMPTS);
+}
+
+fn check_scored(scored: &[Fields], samples: &[Fields]) {
+    assert_eq!(scored.len(), samples.len());
+    for (row, sample) in scored.iter().zip(samples) {
+        let mut expected = names(sample);
+        expected.extend(["policy_logps", "ref_logps", "reward", "policy", "ref"]);
+        assert_eq!(names(row), expected);
+        assert!(
+            sample.iter().all(|(field, value)| row[field] == *value),
+            "dice-score changed a field"
+        );
+        let (policy, reference) = (number(row, "policy_logps"), number(row, "ref_logps"));
+        assert!((number(row, "reward") - 0.1 * (policy - reference)).abs() < 1e-9);
+        // The sampler's own log-prob and the scorer's are two ways to one number.
+        let sampled = number(sample, "logp");
+        assert!(
+            (policy - sampled).abs() < 0.02 * sampled.abs().max(1.0),
+            "{policy} and {sampled}"
+        );
+        assert_eq!(row["policy"], sample["model"]);
+        assert_ne!(row["policy"], row["ref"]);
+    }
+}
+
+/// Gives the number of generated pairs.
+fn check_pairs(pairs: &[Fields], scored: &[Fields]) -> usize {
+    let (generated, replayed): (Vec<_>, Vec<_>) =
+        pairs.iter().partition(|row| row["source"] == "generated");
+    assert_eq!(generated.len(), replayed.len(), "gamma is 0.5");
+    assert!(
+        pairs[..generated.len()]
+            .iter()
+            .all(|row| row["source"] == "generated")
+    );
+    let mut samples: HashMap<String, Vec<&Fields>> = HashMap::new();
+    for row in scored {
+        samples
+            .entry(row["id"].as_str().unwrap().to_owned())
+            .or_default()
+            .push(row);
+    }
+    for pair in &generated {
+        let samples = &samples[pair["id"].as_str().unwrap()];
+        let find = |side: &str| {
+            let same =
+                |row: &&&Fields| row["response"] == pair[side] && row["finish_reason"] == "stop";
+            let sample = samples
+                .iter()
+                .find(same)
+                .unwrap_or_else(|| panic!("{side} is none of the samples"));
+            assert_eq!(pair[&format!("{side}_token_ids")], sample["token_ids"]);
+            assert_eq!(pair[&format!("{side}_finish_reason")], "stop");
+            assert_eq!(
+                pair[&format!("ref_{side}_logps")],
+                sample["policy_logps"],
+                "the policy is the next reference"
+            );
+            assert_eq!(pair["ref"], sample["policy"]);
+            assert_eq!(pair["prompt"], sample["prompt"]);
+            for unknown in ["topic", "nested", "n"] {
+                assert_eq!(pair.get(unknown), sample.get(unknown));
+            }
+        };
+        find("chosen");
+        find("rejected");
+        assert!(number(pair, "score_chosen") > number(pair, "score_rejected"));
+    }
+    for pair in replayed {
+        let line = pair["origin"]["line"].as_u64().unwrap();
+        assert_eq!(pair["prompt"], json!(format!("Offline {line}")));
+        assert_eq!(pair["chosen"], "yes, gladly");
+    }
+    generated.len()
+}
+
+fn check_steps(steps: &[Fields], pairs: usize) {
+    assert_eq!(steps.len(), pairs.div_ceil(4));
+    let fields = [
+        "step",
+        "epoch",
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+    ];
+    for (i, step) in steps.iter().enumerate() {
+        assert_eq!(names(step), fields);
+        assert_eq!(step["step"], json!(i + 1));
+        assert!(number(step, "loss").is_finite() && number(step, "grad_norm") > 0.0);
+    }
+    let first = &steps[0];
+    assert!(
+        (number(first, "loss") - 2f64.ln()).abs() < 1e-4,
+        "policy and reference begin equal: {first:?}"
+    );
+    assert!(number(first, "rewards/margins").abs() < 1e-4);
+    let last = steps.last().unwrap();
+    assert!((number(last, "epoch") - 1.0).abs() < 1e-9);
+    assert!(number(last, "num_tokens") > number(first, "num_tokens"));
+}
+
+fn check_checkpoint(folder: &Path) {
+    let json = |name: &str| -> Value {
+        let bytes = fs::read(folder.join(name)).unwrap_or_else(|err| panic!("{name}: {err}"));
+        serde_json::from_slice(&bytes).unwrap()
+    };
+    let config = json("config.json");
+    assert_eq!(config["model_type"], "llama");
+    assert_eq!(config["vocab_size"], Tiny::default().vocab);
+    assert_eq!(
+        json("generation_config.json")["eos_token_id"],
+        json!([2, 0])
+    );
+    assert!(
+        json("tokenizer_config.json")["chat_template"]
+            .as_str()
+            .unwrap()
+            .contains("im_start")
+    );
+    assert!(json("tokenizer.json")["model"]["vocab"].is_object());
+    let bytes = fs::read(folder.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), 3 + 9 * Tiny::default().layers);
+    let head = tensors.tensor("lm_head.weight").unwrap();
+    assert_eq!(
+        head.shape(),
+        [Tiny::default().vocab, Tiny::default().hidden]
+    );
+}
+
+/// That training takes the rows' log-probs, rather than reads past them, shows in the rewards.
+#[test]
+fn training_takes_the_reference_from_the_rows_of_its_own_model_only() {
+    let world = World::new();
+    world
+        .pipe(&ROUND.replace("| dice-train", "> /dev/null #"))
+        .run()
+        .ok();
+    let mut rows = world.rows("pairs.jsonl");
+    rows.retain(|row| row["source"] == "generated");
+    let train = |rows: &[Fields], output: &str| {
+        let input: String = rows
+            .iter()
+            .map(|row| Value::from(row.clone()).to_string() + "\n")
+            .collect();
+        let args = [
+            "--model",
+            &world.arg("pi"),
+            "--output",
+            &world.arg(output),
+            "--max-steps",
+            "1",
+        ];
+        let run = Tool::new("dice-train", args).stdin(input).run().ok();
+        (number(&run.rows()[0], "rewards/chosen"), run.stderr)
+    };
+    assert!(train(&rows, "a").0.abs() < 1e-4);
+    for row in &mut rows {
+        let shifted = number(row, "ref_chosen_logps") - 2.0;
+        row["ref_chosen_logps"] = json!(shifted);
+    }
+    let (reward, _) = train(&rows, "b");
+    assert!((reward - 0.2).abs() < 1e-4, "{reward} is not beta * 2");
+    for row in &mut rows {
+        row["ref"] = json!("0123456789abcdef");
+    }
+    let (reward, stderr) = train(&rows, "c");
+    assert!(
+        reward.abs() < 1e-4,
+        "log-probs of a foreign model were taken: {reward}"
+    );
+    assert!(stderr.contains("; 0 with reference log-probs"), "{stderr}");
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let world = World::new();
+    // More than a pipe holds, so that the writers meet its end.
+    let filler = "x".repeat(2000);
+    let scored: Vec<Value> = (0..4000)
+        .map(|i| json!({"prompt": format!("p{}", i / 2), "response": format!("r{i}"), "reward": i % 2, "filler": filler}))
+        .collect();
+    fs::write(world.path("scored.jsonl"), lines(&scored)).unwrap();
+    let mut prompts = prompts();
+    for prompt in &mut prompts {
+        prompt["filler"] = json!("y".repeat(60_000));
+    }
+    fs::write(world.path("wide.jsonl"), lines(&prompts)).unwrap();
+    let samples: Vec<Value> = (0..3000)
+        .map(|i| json!({"prompt": format!("p{}", i / 4), "response": format!("r{i}"), "filler": filler}))
+        .collect();
+    fs::write(world.path("samples.jsonl"), lines(&samples)).unwrap();
+    for script in [
+        "dice-gen --model pi --k 4 --max-tokens 4 wide.jsonl | head -n 1",
+        "dice-score --policy pi --ref ref samples.jsonl | head -n 1",
+        "dice-pairs --min-samples 2 --min-chars 1 scored.jsonl | head -n 1",
+    ] {
+        let run = world.pipe(script).run().ok();
+        assert_eq!(run.rows().len(), 1, "{script}");
+        let quiet = ["roken pipe", "cannot", "error", "panic"]
+            .iter()
+            .all(|word| !run.stderr.contains(word));
+        assert!(quiet, "{script}: {}", run.stderr);
+        assert!(
+            !run.stderr.contains(" done; "),
+            "{script} met no closed pipe: {}",
+            run.stderr
+        );
+    }
+}
+
+/// Its result is a folder: who reads only the first steps still gets it.
+#[test]
+fn training_outlives_its_reader() {
+    let world = World::new();
+    let train = |output: &str| {
+        format!(
+            "dice-train --model pi --output {output} --batch-size 1 --learning-rate 1e-3 offline.jsonl"
+        )
+    };
+    let whole = world.pipe(&train("a")).run().ok();
+    assert_eq!(whole.rows().len(), offline().len());
+    let cut = world.pipe(&(train("b") + " | head -n 1")).run().ok();
+    assert_eq!(
+        cut.stdout,
+        whole.stdout.lines().next().unwrap().to_owned() + "\n"
+    );
+    let weights = |folder: &str| fs::read(world.path(folder).join("model.safetensors")).unwrap();
+    assert_eq!(weights("a"), weights("b"));
+}
+
+#[test]
+fn help_and_wrong_usage() {
+    for tool in ["dice-gen", "dice-score", "dice-pairs", "dice-train"] {
+        let help = Tool::new(tool, ["--help"]).run().ok();
+        assert!(
+            help.stdout.contains("Usage: ") && help.stdout.contains("Example:"),
+            "{tool} --help teaches"
+        );
+        assert_eq!(help.stderr, "");
+        let version = Tool::new(tool, ["--version"]).run().ok();
+        assert!(version.stdout.starts_with(tool));
+        for wrong in [
+            &["--no-such-flag"][..],
+            &["--resume"],
+            &["--seed", "x", "--beta", "y"],
+        ] {
+            let run = Tool::new(tool, wrong).run();
+            assert_eq!(run.code, Some(2), "{tool} {wrong:?}: {}", run.stderr);
+            assert_eq!(run.rows_before_failure().len(), 0);
+        }
+    }
+}
+
+#[test]
+fn stdin_and_several_files_are_one_input() {
+    let world = World::new();
+    let prompts = prompts();
+    fs::write(world.path("a.jsonl"), lines(&prompts[..5])).unwrap();
+    fs::write(world.path("c.jsonl"), lines(&prompts[8..])).unwrap();
+    let straight = world.generate(&[&world.arg("prompts.jsonl")]).run().ok();
+    assert_eq!(straight.rows().len(), 2 * PROMPTS);
+    let all = lines(&prompts);
+    assert_eq!(
+        world.generate(&[]).stdin(all.clone()).run().ok().stdout,
+        straight.stdout
+    );
+    assert_eq!(
+        world.generate(&["-"]).stdin(all).run().ok().stdout,
+        straight.stdout
+    );
+    let parts = [&world.arg("a.jsonl")[..], "-", &world.arg("c.jsonl")];
+    let parts = world
+        .generate(&parts)
+        .stdin(lines(&prompts[5..8]))
+        .run()
+        .ok();
+    assert_eq!(parts.stdout, straight.stdout);
+
+    // A file is what stdout is.
+    let output = world.arg("samples.jsonl");
+    let to_file = world
+        .generate(&["--output", &output, &world.arg("prompts.jsonl")])
+        .run()
+        .ok();
+    assert_eq!(to_file.stdout, "");
+    assert_eq!(fs::read_to_string(&output).unwrap(), straight.stdout);
+}
+
+#[test]
+fn no_input_is_no_output() {
+    let world = World::new();
+    assert_eq!(world.generate(&[]).run().ok().stdout, "");
+    let score = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")];
+    assert_eq!(Tool::new("dice-score", score).run().ok().stdout, "");
+    let pairs = Tool::new("dice-pairs", [""; 0]).run().ok();
+    assert_eq!(pairs.stdout, "");
+    assert!(pairs.stderr.contains("no pair is left"), "{}", pairs.stderr);
+    let train = Tool::new(
+        "dice-train",
+        ["--model", &world.arg("pi"), "--output", &world.arg("next")],
+    )
+    .run();
+    assert!(train.error_line().contains("no pairs to train on"));
+    assert!(!world.path("next").exists() && !world.path("next.part").exists());
+}
+
+/// Whether a stage cannot start or fails on the way: no checkpoint is made of half the data, nor of replayed pairs alone.
+#[test]
+fn a_pipe_fails_with_any_of_its_stages_and_makes_no_checkpoint() {
+    let world = World::new();
+    fs::write(
+        world.path("bad-prompts.jsonl"),
+        lines(&prompts()) + "{\"prompt\":7}\n",
+    )
+    .unwrap();
+    fs::write(world.path("bad-offline.jsonl"), lines(&offline()) + "[]\n").unwrap();
+    let bad_samples = "{ head -n 40 samples.jsonl; echo '{\"prompt\":\"x\"}'; }";
+    world
+        .pipe(&ROUND.replace("| dice-train", "> /dev/null #"))
+        .run()
+        .ok();
+    for (right, wrong, cause) in [
+        ("dice-gen --model pi", "dice-gen --model missing", "missing"),
+        ("--k 6", "--k 0", "--k must be"),
+        ("--k 6", "--k six", "invalid value"),
+        ("--ref ref", "--ref missing", "missing"),
+        ("--gamma 0.5", "--gamma 2", "from 0 to 1"),
+        ("offline.jsonl", "missing.jsonl", "missing"),
+        ("offline.jsonl", "bad-offline.jsonl", "bad-offline.jsonl:21"),
+        (
+            "dice-train --model pi",
+            "dice-train --model missing",
+            "missing",
+        ),
+        (" prompts.jsonl", " missing.jsonl", "missing"),
+        (
+            " prompts.jsonl",
+            " bad-prompts.jsonl",
+            "bad-prompts.jsonl:13",
+        ),
+        (
+            "dice-gen --model pi --k 6 --max-tokens 24 prompts.jsonl | tee samples.jsonl",
+            bad_samples,
+            "stdin:41",
+        ),
+    ] {
+        let script = ROUND.replace(right, wrong);
+        assert_ne!(script, ROUND);
+        let run = world.pipe(&script).run();
+        assert!(matches!(run.code, Some(1 | 2)), "{wrong}: {}", run.stderr);
+        assert!(run.stderr.contains(cause), "{wrong}: {}", run.stderr);
+        assert!(
+            !world.path("next").exists() && !world.path("next.part").exists(),
+            "{wrong}: {}",
+            run.stderr
+        );
+    }
+}
+
+/// Preference pairs are scored too, so that replayed ones bring their reference.
+#[test]
+fn scored_replay_pairs_need_no_reference() {
+    let world = World::new();
+    let scored = world
+        .pipe("dice-score --policy pi --ref ref offline.jsonl")
+        .run()
+        .ok()
+        .rows();
+    assert_eq!(scored.len(), offline().len());
+    for (row, pair) in scored.iter().zip(offline()) {
+        let mut expected = names(pair.as_object().unwrap());
+        expected.extend([
+            "policy_chosen_logps",
+            "ref_chosen_logps",
+            "reward_chosen",
+            "policy_rejected_logps",
+            "ref_rejected_logps",
+            "reward_rejected",
+            "policy",
+            "ref",
+        ]);
+        assert_eq!(names(row), expected);
+        let gap = number(row, "policy_chosen_logps") - number(row, "ref_chosen_logps");
+        assert!((number(row, "reward_chosen") - 0.1 * gap).abs() < 1e-9);
+    }
+    let train =
+        "dice-score --policy pi --ref ref offline.jsonl | dice-train --model pi --output next";
+    let run = world.pipe(train).run().ok();
+    run.note("; 20 with reference log-probs");
+    assert_eq!(parse_rows(&run.stdout).len(), 1);
+}

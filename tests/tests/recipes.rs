@@ -1,0 +1,128 @@
+//! `just round` on a tiny model: two rounds, and the same two rounds under fire.
+
+use dice_tests::{Tiny, lines, read_rows, text, workspace};
+use serde_json::json;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+fn just_is_there() -> bool {
+    let there = Command::new("just").arg("--version").output().is_ok();
+    if !there {
+        eprintln!("skipped: just is not installed (cargo install --locked just)");
+    }
+    there
+}
+
+/// `just … round` with everything it makes in `world/runs`, in a process group of its own.
+fn round(world: &Path, runs: &str) -> Command {
+    let mut command = Command::new("just");
+    let path = |name: &str| text(&world.join(name));
+    command
+        .current_dir(workspace())
+        .args([
+            format!("base={}", path("base")),
+            format!("prompts={}", path("prompts.jsonl")),
+            format!("preferences={}", path("preferences.jsonl")),
+            format!("runs={}", path(runs)),
+        ])
+        .args([
+            "count=6",
+            "k=4",
+            "max_tokens=30",
+            "min_samples=2",
+            "batch_size=4",
+        ])
+        .args(["seed_learning_rate=1e-3", "learning_rate=1e-3", "round"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    command
+}
+
+fn world() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = Tiny {
+        context: 1024,
+        ..Tiny::default()
+    };
+    tiny.write(&folder.path().join("base"), 1);
+    let prompts: Vec<_> = (0..10)
+        .map(|i| json!({"prompt": format!("Say {i}")}))
+        .collect();
+    fs::write(folder.path().join("prompts.jsonl"), lines(&prompts)).unwrap();
+    let pairs: Vec<_> = (0..40)
+        .map(|i| json!({"prompt": format!("Offline {i}"), "chosen": "yes, gladly", "rejected": "no"}))
+        .collect();
+    fs::write(folder.path().join("preferences.jsonl"), lines(&pairs)).unwrap();
+    folder
+}
+
+/// Everything that two rounds must leave behind, whatever happened on the way.
+const RESULTS: [&str; 12] = [
+    "policy-0/model.safetensors",
+    "seed-steps.jsonl",
+    "round-1/samples.jsonl",
+    "round-1/scored.jsonl",
+    "round-1/pairs.jsonl",
+    "round-1/steps.jsonl",
+    "policy-1/model.safetensors",
+    "round-2/samples.jsonl",
+    "round-2/scored.jsonl",
+    "round-2/pairs.jsonl",
+    "round-2/steps.jsonl",
+    "policy-2/model.safetensors",
+];
+
+#[test]
+fn two_rounds_and_the_same_under_fire() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    for t in [1, 2] {
+        let output = round(world, "calm").output().unwrap();
+        let (stdout, stderr) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(output.status.success(), "{stderr}");
+        assert!(stdout.starts_with(&format!("# Round {t}: ")), "{stdout}");
+        assert!(stdout.contains(&format!(
+            "- new policy: {}",
+            text(&world.join(format!("calm/policy-{t}")))
+        )));
+    }
+    // The second round's reward is against the first round's start.
+    let scored = |t: u8| read_rows(&world.join(format!("calm/round-{t}/scored.jsonl")));
+    assert_eq!(scored(1)[0]["policy"], scored(2)[0]["ref"]);
+    assert_ne!(scored(1)[0]["policy"], scored(2)[0]["policy"]);
+
+    // Kills at moments that spread over both rounds, then a calm end.
+    let mut wait = 120;
+    while !world.join("fire/round-2/summary.md").exists() {
+        let mut child = round(world, "fire").spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        // The whole group: just, its shell and the tool at work.
+        let _ = Command::new("kill")
+            .args(["-KILL", "--", &format!("-{}", child.id())])
+            .stderr(Stdio::null())
+            .status();
+        child.wait().unwrap();
+        wait = wait * 5 / 4;
+        assert!(wait < 600_000, "no end in sight");
+    }
+    for file in RESULTS {
+        let read = |runs: &str| {
+            fs::read(world.join(runs).join(file))
+                .unwrap_or_else(|err| panic!("{runs}/{file}: {err}"))
+        };
+        assert!(
+            read("calm") == read("fire"),
+            "{file} is another after kills"
+        );
+    }
+}

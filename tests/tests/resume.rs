@@ -1,0 +1,746 @@
+//! Killed, stopped and torn runs: `--resume` makes of them, byte for byte, what an undisturbed run makes.
+
+use dice_tests::{Finished, Tiny, Tool, lines, text};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// SIGKILLs per tool: `DICE_KILLS`, else few enough for every run of the tests.
+fn kills() -> usize {
+    match std::env::var("DICE_KILLS") {
+        Ok(kills) => kills.parse().expect("DICE_KILLS is a number"),
+        Err(_) => 12,
+    }
+}
+
+/// A model large enough for its work to take a while.
+const MODEL: Tiny = Tiny {
+    hidden: 64,
+    layers: 3,
+    vocab: 264,
+    context: 512,
+};
+
+/// A folder with the inputs of every tool.
+struct World {
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        let world = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        MODEL.write(&world.path("pi"), 1);
+        MODEL.write(&world.path("ref"), 2);
+        for (name, rows) in [
+            ("prompts.jsonl", prompts()),
+            ("samples.jsonl", samples()),
+            ("scored.jsonl", scored()),
+            ("pairs.jsonl", pairs()),
+        ] {
+            fs::write(world.path(name), lines(&rows)).unwrap();
+        }
+        world
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn arg(&self, name: &str) -> String {
+        text(&self.path(name))
+    }
+
+    /// A tool at its work, which it writes to `output`.
+    fn tool(&self, name: &str, output: &str) -> Tool {
+        let args = match name {
+            "dice-gen" => vec![
+                "--model",
+                "=pi",
+                "--k",
+                "4",
+                "--max-tokens",
+                "24",
+                "--batch-size",
+                "16",
+                "=prompts.jsonl",
+            ],
+            "dice-score" => vec!["--policy", "=pi", "--ref", "=ref", "=samples.jsonl"],
+            "dice-pairs" => vec!["--min-samples", "2", "=scored.jsonl"],
+            "dice-train" => vec![
+                "--model",
+                "=pi",
+                "--batch-size",
+                "2",
+                "--save-steps",
+                "2",
+                "--learning-rate",
+                "1e-3",
+                "=pairs.jsonl",
+            ],
+            _ => unreachable!(),
+        };
+        let path = |arg: &str| {
+            arg.strip_prefix('=')
+                .map_or_else(|| arg.to_owned(), |name| self.arg(name))
+        };
+        Tool::new(name, args.into_iter().map(path)).args(["--output", &self.arg(output)])
+    }
+
+    /// The files of an undisturbed run, and how long it took.
+    fn undisturbed(&self, tool: &str) -> (Made, Duration) {
+        let started = Instant::now();
+        self.tool(tool, "straight")
+            .stdout_to(self.path("straight.log"))
+            .run()
+            .ok();
+        let made = Made::read(self, "straight");
+        (made, started.elapsed())
+    }
+}
+
+const ROW_TOOLS: [&str; 3] = ["dice-gen", "dice-score", "dice-pairs"];
+
+fn prompts() -> Vec<Value> {
+    (0..150)
+        .map(|i| json!({"prompt": format!("Say {i}")}))
+        .collect()
+}
+
+fn samples() -> Vec<Value> {
+    let sample = |i: usize| json!({"prompt": format!("Question {}", i / 4), "response": format!("Answer {i}. {}", "So be it. ".repeat(i % 5))});
+    (0..1000).map(sample).collect()
+}
+
+fn scored() -> Vec<Value> {
+    let sample = |i: usize| {
+        let (prompt, sample) = (i / 4, i % 4);
+        json!({"prompt": format!("Question {prompt}"), "response": "y".repeat(5 + (prompt * 7 + sample * 3) % 40) + &sample.to_string(),
+            "reward": ((i * 31) % 17) as f64 / 8.0, "filler": "z".repeat(600)})
+    };
+    (0..20_000).map(sample).collect()
+}
+
+fn pairs() -> Vec<Value> {
+    (0..60).map(|i| json!({"prompt": format!("Say {i}"), "chosen": format!("Yes, {i}."), "rejected": "No."})).collect()
+}
+
+/// What a run made: the bytes of its output (every file of a folder), and its stdout.
+#[derive(PartialEq)]
+struct Made {
+    files: BTreeMap<String, Vec<u8>>,
+    log: Vec<u8>,
+}
+
+impl Made {
+    fn read(world: &World, output: &str) -> Self {
+        let path = world.path(output);
+        let mut files = BTreeMap::new();
+        if path.is_dir() {
+            for entry in fs::read_dir(&path).unwrap() {
+                let entry = entry.unwrap();
+                let name = entry.file_name().into_string().unwrap();
+                files.insert(name, fs::read(entry.path()).unwrap());
+            }
+        } else {
+            files.insert(String::new(), fs::read(&path).unwrap());
+        }
+        let log = fs::read(world.path(&format!("{output}.log"))).unwrap();
+        Self { files, log }
+    }
+
+    #[track_caller]
+    fn assert_same(&self, other: &Self) {
+        let names = |made: &Self| made.files.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(self), names(other));
+        for (name, bytes) in &self.files {
+            assert!(*bytes == other.files[name], "the output differs: {name}");
+        }
+        assert!(self.log == other.log, "stdout differs");
+    }
+}
+
+/// When to strike.
+#[derive(Debug)]
+enum Moment {
+    /// So long after the start.
+    Time(Duration),
+    /// When a file has so many bytes.
+    Bytes(PathBuf, u64),
+}
+
+impl Moment {
+    /// Waits for it, or for the program's end.
+    fn wait(&self, child: &mut Child) {
+        let started = Instant::now();
+        let come = || match self {
+            Self::Time(after) => started.elapsed() >= *after,
+            Self::Bytes(file, bytes) => file.metadata().is_ok_and(|meta| meta.len() >= *bytes),
+        };
+        while !come() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+fn below(rng: &mut ChaCha8Rng, n: u64) -> u64 {
+    rng.next_u64() % n.max(1)
+}
+
+/// Kills a tool again and again, resuming it each time, until it is done; and that again until there were `kills()`.
+fn kill_and_resume(tool: &str) {
+    let world = World::new();
+    let (straight, duration) = world.undisturbed(tool);
+    let rows = ROW_TOOLS.contains(&tool);
+    // What grows as the work goes on.
+    let watched = world.path(if rows { "out.part" } else { "out.log" });
+    let size = match rows {
+        true => straight.files[""].len(),
+        false => straight.log.len(),
+    } as u64;
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let (mut killed, mut in_the_middle, mut attempts) = (0, 0, 0);
+    while killed < kills() {
+        // At most three kills a job, so that some jobs are killed once and some while they go on for the third time.
+        for _ in 0..1 + below(&mut rng, 3) {
+            attempts += 1;
+            assert!(
+                attempts < 20 * kills(),
+                "only {killed} of {attempts} runs were killed before their end"
+            );
+            let moment = match below(&mut rng, 2) {
+                0 => Moment::Time(duration.mul_f64(below(&mut rng, 1000) as f64 / 1000.0)),
+                _ => Moment::Bytes(watched.clone(), below(&mut rng, size)),
+            };
+            let mut child = world
+                .tool(tool, "out")
+                .args(["--resume"])
+                .stdout_to(world.path("out.log"))
+                .start();
+            moment.wait(&mut child);
+            child.kill().unwrap();
+            let output = child.wait_with_output().unwrap();
+            if output.status.signal().is_none() {
+                Finished::new(tool, output).ok();
+                break;
+            }
+            killed += 1;
+            in_the_middle += usize::from(check_left(&world, &straight));
+        }
+        world
+            .tool(tool, "out")
+            .args(["--resume"])
+            .stdout_to(world.path("out.log"))
+            .run()
+            .ok();
+        if !world
+            .path("out.log")
+            .metadata()
+            .is_ok_and(|log| log.len() == 0 && !rows)
+        {
+            Made::read(&world, "out").assert_same(&straight);
+        }
+        check_nothing_else_left(&world);
+        match rows {
+            true => fs::remove_file(world.path("out")).unwrap(),
+            false => fs::remove_dir_all(world.path("out")).unwrap(),
+        }
+    }
+    assert!(
+        in_the_middle > 0,
+        "no kill of {killed} hit {tool} at its work"
+    );
+}
+
+/// After a kill: what is there is a part of what will be. Gives whether there was work to keep.
+fn check_left(world: &World, straight: &Made) -> bool {
+    let (out, part) = (world.path("out"), world.path("out.part"));
+    if out.is_file() {
+        assert!(
+            fs::read(&out).unwrap() == straight.files[""],
+            "a torn file has the name of a whole one"
+        );
+    } else if out.is_dir() {
+        let files = Made::read(world, "out").files;
+        assert!(
+            files == straight.files,
+            "a torn folder has the name of a whole one"
+        );
+    }
+    if part.is_file() {
+        let bytes = fs::read(&part).unwrap();
+        assert!(
+            straight.files[""].starts_with(&bytes),
+            "rows were lost or doubled on the way"
+        );
+        return !bytes.is_empty();
+    }
+    // Where the output is there, the part was being removed.
+    part.is_dir() && !out.exists() && newest_checkpoint(&part).is_some()
+}
+
+/// The newest whole checkpoint of an interrupted training, which opens as a model does.
+fn newest_checkpoint(part: &Path) -> Option<u64> {
+    let steps = |entry: fs::DirEntry| {
+        entry
+            .file_name()
+            .to_str()?
+            .strip_prefix("checkpoint-")?
+            .parse()
+            .ok()
+    };
+    let newest = fs::read_dir(part)
+        .unwrap()
+        .filter_map(|entry| steps(entry.unwrap()))
+        .max()?;
+    let bytes = fs::read(part.join(format!("checkpoint-{newest}/model.safetensors"))).unwrap();
+    safetensors::SafeTensors::deserialize(&bytes).expect("a checkpoint under its name is whole");
+    Some(newest)
+}
+
+fn check_nothing_else_left(world: &World) {
+    let names = fs::read_dir(world.folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = names
+        .filter(|name| name.to_str().unwrap().contains(".part"))
+        .collect();
+    assert!(left.is_empty(), "{left:?} is left");
+}
+
+#[test]
+fn killed_sampling_goes_on() {
+    kill_and_resume("dice-gen");
+}
+
+#[test]
+fn killed_scoring_goes_on() {
+    kill_and_resume("dice-score");
+}
+
+#[test]
+fn killed_choosing_goes_on() {
+    kill_and_resume("dice-pairs");
+}
+
+#[test]
+fn killed_training_goes_on_to_the_same_weights() {
+    kill_and_resume("dice-train");
+}
+
+fn signal(child: &Child, name: &str) {
+    let sent = Command::new("bash")
+        .args(["-c", &format!("kill -{name} {}", child.id())])
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+#[test]
+fn a_signal_leaves_what_can_be_gone_on_with() {
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        for tool in ["dice-gen", "dice-score", "dice-train"] {
+            let world = World::new();
+            let (straight, _) = world.undisturbed(tool);
+            let watched = if tool == "dice-train" {
+                "out.log"
+            } else {
+                "out.part"
+            };
+            // No checkpoint but the one that the signal causes.
+            let more: &[&str] = if tool == "dice-train" {
+                &["--save-steps", "1000000"]
+            } else {
+                &[]
+            };
+            let run = if tool == "dice-train" {
+                untimed_saves(&world)
+            } else {
+                world.tool(tool, "out")
+            };
+            let mut child = run.args(more).stdout_to(world.path("out.log")).start();
+            Moment::Bytes(world.path(watched), 1).wait(&mut child);
+            signal(&child, name);
+            let stopped = Finished::new(tool, child.wait_with_output().unwrap());
+            assert_eq!(stopped.code, Some(code), "{tool}: {}", stopped.stderr);
+            stopped.note(&format!("stopped by SIG{name}"));
+            assert!(!world.path("out").exists());
+            assert!(check_left(&world, &straight), "{tool} keeps nothing");
+            let done = world
+                .tool(tool, "out")
+                .args(["--resume"])
+                .stdout_to(world.path("out.log"))
+                .run()
+                .ok();
+            done.note("kept from before");
+            Made::read(&world, "out").assert_same(&straight);
+        }
+    }
+}
+
+/// Training as in [`World::tool`], but for `--save-steps`.
+fn untimed_saves(world: &World) -> Tool {
+    let args = [
+        "--model",
+        &world.arg("pi"),
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "1e-3",
+        &world.arg("pairs.jsonl"),
+    ];
+    Tool::new("dice-train", args.map(str::to_owned)).args(["--output", &world.arg("out")])
+}
+
+/// A program at its work whose input stays open, and which has begun to read it.
+fn waiting_for_input(world: &World) -> Child {
+    let args = [
+        "--model",
+        &world.arg("pi"),
+        "--k",
+        "1",
+        "--output",
+        &world.arg("out"),
+        "--resume",
+    ];
+    let mut child = Command::new(dice_tests::bin_folder().join("dice-gen"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    Moment::Bytes(world.path("out.part.run.json"), 1).wait(&mut child);
+    child
+}
+
+/// A program hears a signal also while it waits for its neighbour's next row.
+#[test]
+fn a_signal_ends_the_wait_for_input() {
+    let world = World::new();
+    let mut child = waiting_for_input(&world);
+    let stdin = child.stdin.take();
+    signal(&child, "TERM");
+    let stopped = Finished::new("dice-gen", child.wait_with_output().unwrap());
+    assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
+    drop(stdin);
+    check_nothing_else_left(&world);
+}
+
+#[test]
+fn torn_rows_are_cut_and_made_again() {
+    for tool in ROW_TOOLS {
+        let world = World::new();
+        let (straight, _) = world.undisturbed(tool);
+        let whole = &straight.files[""];
+        let ends: Vec<usize> = (0..whole.len()).filter(|&i| whole[i] == b'\n').collect();
+        for cut in [
+            3,
+            ends[0],
+            ends[0] + 1,
+            ends[4] + 1,
+            ends[5] + 9,
+            ends[ends.len() - 1],
+            whole.len(),
+        ] {
+            fs::write(world.path("out.part"), &whole[..cut]).unwrap();
+            world
+                .tool(tool, "out")
+                .args(["--resume"])
+                .stdout_to(world.path("out.log"))
+                .run()
+                .ok();
+            Made::read(&world, "out").assert_same(&straight);
+            fs::remove_file(world.path("out")).unwrap();
+        }
+        // A power cut may leave a last line of zeros.
+        fs::write(
+            world.path("out.part"),
+            [&whole[..=ends[2]], b"\0\0\0\0\n"].concat(),
+        )
+        .unwrap();
+        world
+            .tool(tool, "out")
+            .args(["--resume"])
+            .stdout_to(world.path("out.log"))
+            .run()
+            .ok();
+        Made::read(&world, "out").assert_same(&straight);
+        fs::remove_file(world.path("out")).unwrap();
+        // In the middle, it is no leftover of ours.
+        fs::write(
+            world.path("out.part"),
+            [b"torn\n", &whole[..=ends[2]]].concat(),
+        )
+        .unwrap();
+        let refused = world.tool(tool, "out").args(["--resume"]).run();
+        assert!(
+            refused.error_line().contains("out.part:1: not JSON"),
+            "{}",
+            refused.stderr
+        );
+    }
+}
+
+#[test]
+fn input_from_a_pipe_is_gone_on_with_too() {
+    let world = World::new();
+    for (tool, input, args) in [
+        (
+            "dice-gen",
+            "prompts.jsonl",
+            ["--model", "pi", "--k", "4", "--max-tokens", "24"].as_slice(),
+        ),
+        (
+            "dice-score",
+            "samples.jsonl",
+            &["--policy", "pi", "--ref", "ref"],
+        ),
+        ("dice-pairs", "scored.jsonl", &["--min-samples", "2"]),
+    ] {
+        let args = args.iter().map(|arg| {
+            if ["pi", "ref"].contains(arg) {
+                world.arg(arg)
+            } else {
+                (*arg).to_owned()
+            }
+        });
+        let rows = fs::read(world.path(input)).unwrap();
+        let run = |more: &[&str]| {
+            Tool::new(tool, args.clone())
+                .args(more)
+                .stdin(rows.clone())
+                .run()
+                .ok()
+        };
+        let straight = run(&[]).stdout;
+        let half = straight.len() / 2;
+        fs::write(world.path("out.part"), &straight[..half]).unwrap();
+        run(&["--output", &world.arg("out"), "--resume"]);
+        assert!(
+            fs::read_to_string(world.path("out")).unwrap() == straight,
+            "{tool}: rows were lost"
+        );
+        fs::remove_file(world.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn work_is_neither_overwritten_nor_done_twice() {
+    for tool in ["dice-gen", "dice-score", "dice-pairs", "dice-train"] {
+        let world = World::new();
+        let first = world.tool(tool, "out").run().ok();
+        let refused = world.tool(tool, "out").run();
+        assert!(
+            refused.error_line().contains("out is already there"),
+            "{}",
+            refused.stderr
+        );
+        let (before, missing) = (
+            world.path("out").metadata().unwrap().modified().unwrap(),
+            world.path("pi"),
+        );
+        fs::rename(missing, world.path("gone")).unwrap();
+        let done = world.tool(tool, "out").args(["--resume"]).run().ok();
+        assert!(
+            done.stderr.contains("out is already there, nothing to do"),
+            "{}",
+            done.stderr
+        );
+        // Steps are said again, so that `dice-train --resume > steps.jsonl` loses none.
+        assert_eq!(done.stdout, first.stdout, "{tool}");
+        assert_eq!(
+            world.path("out").metadata().unwrap().modified().unwrap(),
+            before
+        );
+        fs::rename(world.path("gone"), world.path("pi")).unwrap();
+
+        let started = world.path("next.part");
+        if tool == "dice-train" {
+            fs::create_dir(&started).unwrap();
+        } else {
+            fs::write(&started, "{}\n").unwrap();
+        }
+        let refused = world.tool(tool, "next").run();
+        let line = refused.error_line();
+        assert!(
+            line.contains("next.part is there from an interrupted run: pass --resume"),
+            "{line}"
+        );
+    }
+}
+
+/// Stops a tool in the middle; what it leaves is for `--resume` of the same command only.
+fn interrupted(world: &World, tool: &str) {
+    let log = world.path("out.log");
+    let watched = if tool == "dice-train" {
+        log.clone()
+    } else {
+        world.path("out.part")
+    };
+    let mut child = world.tool(tool, "out").stdout_to(log).start();
+    Moment::Bytes(watched, 1).wait(&mut child);
+    signal(&child, "TERM");
+    assert_eq!(
+        child.wait_with_output().unwrap().status.code(),
+        Some(143),
+        "{tool} was stopped"
+    );
+}
+
+#[test]
+fn another_run_is_not_gone_on_with() {
+    let world = World::new();
+    let mut first = prompts();
+    first[0]["prompt"] = json!("Something else");
+    fs::write(world.path("other.jsonl"), lines(&first)).unwrap();
+    let mut first = samples();
+    first[0]["response"] = json!("Something else");
+    fs::write(world.path("other-samples.jsonl"), lines(&first)).unwrap();
+    let mut first = pairs();
+    first[0]["chosen"] = json!("Something else");
+    fs::write(world.path("other-pairs.jsonl"), lines(&first)).unwrap();
+    let (pi, reference, input) = (
+        world.arg("pi"),
+        world.arg("ref"),
+        world.arg("prompts.jsonl"),
+    );
+    let (samples, pairs) = (world.arg("samples.jsonl"), world.arg("pairs.jsonl"));
+    let gen_args = |more: &[&str], model: &str, input: &str| {
+        let base = ["--model", model, "--k", "4", "--max-tokens", "24", input].map(str::to_owned);
+        Tool::new("dice-gen", base)
+            .args(more)
+            .args(["--output", &world.arg("out"), "--resume"])
+    };
+    interrupted(&world, "dice-gen");
+    for (tool, difference) in [
+        (gen_args(&["--seed", "5"], &pi, &input), "seed: 0, now 5"),
+        (
+            gen_args(&["--temperature", "0.5"], &pi, &input),
+            "temperature: ",
+        ),
+        (
+            gen_args(&["--system", "Be brief."], &pi, &input),
+            "system: null, now \"Be brief.\"",
+        ),
+        (gen_args(&[], &reference, &input), "model: "),
+        (
+            gen_args(&[], &pi, &world.arg("other.jsonl")),
+            "out.part:1: ",
+        ),
+    ] {
+        let run = tool.run();
+        let line = run.error_line();
+        assert!(
+            line.contains(difference) && line.contains("remove"),
+            "{line}"
+        );
+    }
+    fs::remove_file(world.path("out.part")).unwrap();
+
+    interrupted(&world, "dice-score");
+    let score = |more: &[&str], policy: &str, input: &str| {
+        let base = ["--policy", policy, "--ref", &reference, input].map(str::to_owned);
+        Tool::new("dice-score", base)
+            .args(more)
+            .args(["--output", &world.arg("out"), "--resume"])
+    };
+    for (tool, difference) in [
+        (
+            score(&["--beta", "0.2"], &pi, &samples),
+            "beta: 0.1, now 0.2",
+        ),
+        (
+            score(&["--dtype", "bf16"], &pi, &samples),
+            "dtype: \"f32\", now \"bf16\"",
+        ),
+        (score(&[], &reference, &samples), "policy: "),
+        (
+            score(&[], &pi, &world.arg("other-samples.jsonl")),
+            "out.part:1: ",
+        ),
+    ] {
+        let run = tool.run();
+        let line = run.error_line();
+        assert!(
+            line.contains(difference) && line.contains("remove"),
+            "{line}"
+        );
+    }
+    fs::remove_file(world.path("out.part")).unwrap();
+
+    interrupted(&world, "dice-train");
+    let train = |more: &[&str], model: &str, input: &str| {
+        let base = ["--model", model, "--batch-size", "2", input].map(str::to_owned);
+        Tool::new("dice-train", base)
+            .args(more)
+            .args(["--output", &world.arg("out"), "--resume"])
+    };
+    let same = ["--learning-rate", "1e-3"];
+    for (tool, difference) in [
+        (
+            train(&[], &pi, &pairs),
+            "settings.learning_rate: 0.001, now 5e-7",
+        ),
+        (
+            train(&["--learning-rate", "1e-3", "--seed", "2"], &pi, &pairs),
+            "settings.seed: 0, now 2",
+        ),
+        (
+            train(
+                &["--learning-rate", "1e-3", "--lora-rank", "2"],
+                &pi,
+                &pairs,
+            ),
+            "settings.lora: null, now ",
+        ),
+        (
+            train(
+                &["--learning-rate", "1e-3", "--ref", &reference],
+                &pi,
+                &pairs,
+            ),
+            "ref: ",
+        ),
+        (train(&same, &reference, &pairs), "model: "),
+        (
+            train(&same, &pi, &world.arg("other-pairs.jsonl")),
+            "pairs: ",
+        ),
+    ] {
+        let run = tool.run();
+        let line = run.error_line();
+        assert!(
+            line.contains(difference) && line.contains("remove"),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn one_file_has_one_writer() {
+    let world = World::new();
+    let first = waiting_for_input(&world);
+    let args = [
+        "--model",
+        &world.arg("pi"),
+        "--output",
+        &world.arg("out"),
+        "--resume",
+    ];
+    let second = Tool::new("dice-gen", args).run();
+    let line = second.error_line();
+    assert!(
+        line.contains("out.part is being written by another program"),
+        "{line}"
+    );
+    // Closes its input.
+    Finished::new("dice-gen", first.wait_with_output().unwrap()).ok();
+    assert_eq!(fs::read(world.path("out")).unwrap(), b"");
+}
