@@ -4,7 +4,10 @@ mod annotations;
 mod compare;
 mod covariates;
 mod format;
+mod implicit;
 mod pairs;
+mod preference;
+mod reward;
 mod samples;
 #[cfg(test)]
 mod testing;
@@ -27,6 +30,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     Pairs(pairs::Args),
+    Reward(reward::Args),
     Samples(samples::Args),
     WinRate(win_rate::Args),
     Compare(compare::Args),
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Pairs(args) => pairs::run(args),
+        Command::Reward(args) => reward::run(args),
         Command::Samples(args) => samples::run(args),
         Command::WinRate(args) => win_rate::run(args),
         Command::Compare(args) => compare::run(args),
