@@ -5,6 +5,8 @@ mod compare;
 mod covariates;
 mod format;
 mod implicit;
+mod judge;
+mod lists;
 mod pairs;
 mod preference;
 mod reward;
@@ -34,6 +36,7 @@ enum Command {
     Samples(samples::Args),
     WinRate(win_rate::Args),
     Compare(compare::Args),
+    Judge(judge::Args),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +50,7 @@ fn run(args: Args) -> Result<()> {
         Command::Samples(args) => samples::run(args),
         Command::WinRate(args) => win_rate::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Judge(args) => judge::run(args),
     }
 }
 

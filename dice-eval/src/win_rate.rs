@@ -9,9 +9,10 @@ use common::metrics::win_rate::{Judged, WinRate, win_rate};
 use common::program;
 use serde_json::{Map, Value, json, to_value};
 
-use crate::annotations::{Annotations, or_stdin};
+use crate::annotations::Annotations;
 use crate::covariates::{Covariates, LengthControl, Prepared};
 use crate::format::{Line, To, number, points};
+use crate::lists::or_stdin;
 use crate::weights;
 
 /// Win rate and length-controlled win rate of a model, as AlpacaEval publishes them
