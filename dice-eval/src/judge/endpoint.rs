@@ -1,6 +1,6 @@
 //! A judge behind an OpenAI-compatible server: one question, one reply, however often the server has to be asked.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -23,9 +23,12 @@ pub struct Endpoint {
     max_tokens: u32,
     labels: [String; 2],
     patience: Patience,
-    /// Set once the server has refused to give log-probs.
-    plain: AtomicBool,
+    /// How often the server has refused a number of log-probs: the place in [`TOP`].
+    refused: AtomicUsize,
 }
+
+/// Likeliest tokens to ask for: OpenAI's bound, then a common older one, then none at all.
+const TOP: [u32; 3] = [20, 5, 0];
 
 /// How often a failed request is repeated, and after how long.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +70,7 @@ impl Endpoint {
             max_tokens,
             labels,
             patience,
-            plain: AtomicBool::new(false),
+            refused: AtomicUsize::new(0),
         }
     }
 
@@ -105,9 +108,9 @@ impl Endpoint {
     }
 
     fn once(&self, message: &str) -> Result<Verdict, Failure> {
-        let plain = self.plain.load(Ordering::Relaxed);
+        let refused = self.refused.load(Ordering::Relaxed);
         let (status, wait, text) = self
-            .post(&self.body(message, plain))
+            .post(&self.body(message, TOP[refused]))
             .map_err(|err| Failure::Passing(err.context(self.url.clone()), None))?;
         match status {
             200..300 => {
@@ -118,8 +121,8 @@ impl Endpoint {
                     Failure::Passing(what, None)
                 })
             }
-            400 | 422 if !plain && text.contains("logprob") => {
-                self.plain.store(true, Ordering::Relaxed);
+            400 | 422 if TOP[refused] > 0 && text.contains("logprob") => {
+                self.refused.fetch_max(refused + 1, Ordering::Relaxed);
                 self.once(message)
             }
             _ => {
@@ -132,16 +135,16 @@ impl Endpoint {
         }
     }
 
-    fn body(&self, message: &str, plain: bool) -> Value {
+    fn body(&self, message: &str, top: u32) -> Value {
         let mut body = json!({
             "model": self.model,
             "messages": [{"role": "user", "content": message}],
             "max_tokens": self.max_tokens,
             "temperature": 0,
         });
-        if !plain {
+        if top > 0 {
             body["logprobs"] = json!(true);
-            body["top_logprobs"] = json!(5);
+            body["top_logprobs"] = json!(top);
         }
         body
     }

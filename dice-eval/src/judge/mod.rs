@@ -713,6 +713,111 @@ mod tests {
         }
     }
 
+    /// Ends the server with the test, however the test ends.
+    struct Running(std::process::Child);
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_real_server_is_understood() {
+        let python = std::env::var("DICE_PYTHON").unwrap_or_else(|_| "python3".into());
+        let model = std::env::var("DICE_MODEL").unwrap_or_else(|_| {
+            concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/../models/SmolLM2-135M-Instruct.gguf"
+            )
+            .into()
+        });
+        let quiet = |command: &mut std::process::Command| {
+            use std::process::Stdio;
+            command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+        };
+        let has_server = std::process::Command::new(&python)
+            .args(["-c", "import llama_cpp.server.app"])
+            .output()
+            .is_ok_and(|output| output.status.success());
+        if !has_server || !Path::new(&model).is_file() {
+            eprintln!(
+                "skipped: needs {model} and llama-cpp-python[server] in {python} (DICE_PYTHON names another)"
+            );
+            return;
+        }
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let port = port.to_string();
+        let words = [
+            "-m",
+            "llama_cpp.server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port,
+            "--model",
+            &model,
+            "--n_ctx",
+            "1024",
+            "--n_threads",
+            "1",
+            "--logits_all",
+            "true",
+        ];
+        let child = quiet(std::process::Command::new(&python).args(words)).unwrap();
+        let _running = Running(child);
+        let dir = tempfile::tempdir().unwrap();
+        let url = format!("http://127.0.0.1:{port}/v1");
+        // While it loads its model, it refuses connections: the first question waits for it.
+        let words = [
+            "--endpoint",
+            &url,
+            "--judge",
+            "smollm2",
+            "--labels",
+            "A,B",
+            "--in-flight",
+            "1",
+            "--retries",
+            "60",
+        ];
+        let [a, b] = samples(dir.path());
+        for file in [&a, &b] {
+            let text = std::fs::read_to_string(file).unwrap();
+            let few: Vec<&str> = text
+                .lines()
+                .filter(|l| l.contains("question 2\"") || l.contains("question 3\""))
+                .collect();
+            std::fs::write(file, few.join("\n")).unwrap();
+        }
+        let out = dir.path().join("out.jsonl").display().to_string();
+        let start = ["dice-eval", "judge", "--a", &a, "--b", &b, "--output", &out];
+        let args = crate::Args::try_parse_from(start.iter().chain(&words)).unwrap();
+        let crate::Command::Judge(args) = args.command else {
+            panic!("not judge")
+        };
+        judge(args, [Duration::from_millis(500), Duration::from_secs(1)]).unwrap();
+        let text = std::fs::read_to_string(out).unwrap();
+        let rows: Vec<Value> = text
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap())
+            .collect();
+        assert_eq!(rows.len(), 2);
+        for row in rows {
+            assert_eq!(row["verdict_from"], "logprobs", "{row}");
+            assert!(
+                (1.0..=2.0).contains(&row["preference"].as_f64().unwrap()),
+                "{row}"
+            );
+        }
+    }
+
     #[test]
     fn keys_templates_and_flags() {
         let dir = tempfile::tempdir().unwrap();
