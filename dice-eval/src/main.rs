@@ -9,6 +9,7 @@ mod judge;
 mod lists;
 mod pairs;
 mod preference;
+mod report;
 mod reward;
 mod samples;
 #[cfg(test)]
@@ -37,6 +38,7 @@ enum Command {
     WinRate(win_rate::Args),
     Compare(compare::Args),
     Judge(judge::Args),
+    Report(report::Args),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +53,7 @@ fn run(args: Args) -> Result<()> {
         Command::WinRate(args) => win_rate::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Judge(args) => judge::run(args),
+        Command::Report(args) => report::run(args),
     }
 }
 
