@@ -149,7 +149,11 @@ impl Plot<'_> {
             .axis_desc_style(text(14))
             .x_labels(6)
             .y_labels(6)
-            .x_label_formatter(&|v| label(*v, x.1 - x.0))
+            .x_label_formatter(&|v| match self.axes[0] {
+                // There is no half of a round or a step.
+                "round" | "step" if v.fract().abs() > 1e-9 => String::new(),
+                _ => label(*v, x.1 - x.0),
+            })
             .y_label_formatter(&|v| label(*v, y.1 - y.0))
             .x_desc(self.axes[0])
             .y_desc(self.axes[1])
