@@ -8,12 +8,17 @@ use common::jsonl::rows;
 use common::metrics::length_control::{LengthModel, Regulariser};
 use common::metrics::spread;
 use common::metrics::win_rate::Judged;
+use common::weights::dataset_file;
 
 use crate::annotations::{Annotation, Annotations, Key};
 
 /// The options that every command with a length-controlled win rate has.
 #[derive(clap::Args, Clone, Debug)]
 pub struct LengthControl {
+    /// Take the difficulties and baselines of AlpacaEval 2 from the hub's data set tatsu-lab/alpaca_eval (fetched once; its
+    /// data is CC BY-NC 4.0)
+    #[arg(long, conflicts_with_all = ["difficulty", "baselines"])]
+    pub alpaca_eval: bool,
     /// Instruction difficulties: CSV with `index` and `instruction_difficulty`, such as instruction_difficulty.csv of the
     /// data set tatsu-lab/alpaca_eval; without them, only length is controlled for
     #[arg(long, value_name = "FILE")]
@@ -64,6 +69,9 @@ fn positive(text: &str) -> Result<f64> {
     }
 }
 
+/// Where AlpacaEval keeps its difficulties (instruction_difficulty.csv) and baselines (df_gamed.csv).
+const DATA_SET: &str = "tatsu-lab/alpaca_eval";
+
 /// The files behind [`LengthControl`], read.
 pub struct Covariates {
     by: DifficultyBy,
@@ -83,8 +91,19 @@ pub struct Prepared {
 impl LengthControl {
     /// Reads the files. `by` is the field that rows are grouped by.
     pub fn read(&self, by: &str) -> Result<Covariates> {
-        let difficulties = self.difficulty.as_deref().map(difficulties).transpose()?;
-        let regularisers = match (&self.baselines, &difficulties) {
+        let (difficulty, baselines) = match self.alpaca_eval {
+            true => {
+                let file = |name| {
+                    dataset_file(DATA_SET, name)
+                        .map(Some)
+                        .context("--alpaca-eval")
+                };
+                (file("instruction_difficulty.csv")?, file("df_gamed.csv")?)
+            }
+            false => (self.difficulty.clone(), self.baselines.clone()),
+        };
+        let difficulties = difficulty.as_deref().map(difficulties).transpose()?;
+        let regularisers = match (&baselines, &difficulties) {
             (Some(file), Some(difficulties)) => regularisers(file, difficulties)?,
             _ => vec![],
         };
@@ -112,7 +131,7 @@ impl Covariates {
         let mut judged: Vec<Judged> = annotations.rows.iter().map(unweighted).collect();
         let Some(difficulties) = &self.difficulties else {
             remarks.push(
-                "no instruction difficulties are given (--difficulty): the rate is controlled for length only, \
+                "no instruction difficulties are given (--alpaca-eval, or --difficulty FILE): the rate is controlled for length only, \
                  not comparable to AlpacaEval's leaderboard"
                     .into(),
             );
@@ -171,7 +190,9 @@ impl Covariates {
     /// No difficulties were given.
     pub fn all_difficulties(&self) -> Result<Vec<f64>> {
         let Some(difficulties) = &self.difficulties else {
-            bail!("--weights predicts from instruction difficulties: name them with --difficulty")
+            bail!(
+                "--weights predicts from instruction difficulties: name them with --difficulty, or pass --alpaca-eval"
+            )
         };
         let mut indexed: Vec<_> = difficulties.iter().collect();
         indexed.sort_by_key(|(index, _)| **index);
@@ -384,4 +405,158 @@ fn standardised(table: &Table) -> Result<Vec<f64>> {
         }
     }
     Ok(deltas.iter().map(|(v, delta)| delta / scales[v]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{alpaca_eval, eval, models};
+    use std::path::Path;
+
+    fn write(dir: &Path, name: &str, text: &str) -> String {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+
+    #[test]
+    fn baselines_in_the_data_sets_own_form_give_the_same_rate() {
+        let Some(data) = alpaca_eval() else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| data.join(name).display().to_string();
+        // df_gamed.csv: one column of standardised differences, no lengths, pandas' floats and booleans.
+        let shared = std::fs::read_to_string(data.join("gamed_baseline.csv")).unwrap();
+        let rows = shared.lines().skip(1).map(|line| {
+            let f: Vec<&str> = line.split(',').collect();
+            format!("{},{},{},gpt4_{},False\n", f[1], f[5], f[4], f[0])
+        });
+        let head = "index,preference,std_delta_len,model,not_gamed_baseline\n";
+        let gamed = write(
+            dir.path(),
+            "df_gamed.csv",
+            &(head.to_owned() + &rows.collect::<String>()),
+        );
+        let (_, file, _) = models(&data).remove(0);
+        let rate = |baselines: &str| {
+            let difficulty = path("instruction_difficulty.csv");
+            let words = [
+                "--difficulty",
+                &difficulty,
+                "--baselines",
+                baselines,
+                "--bootstrap",
+                "0",
+                &file,
+            ];
+            eval("win-rate", words).unwrap()[0]["length_controlled_winrate"]
+                .as_f64()
+                .unwrap()
+        };
+        let (ours, theirs) = (rate(&path("gamed_baseline.csv")), rate(&gamed));
+        assert!((ours - theirs).abs() < 1e-6, "{ours} {theirs}");
+    }
+
+    #[test]
+    fn broken_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = "{\"index\":0,\"len_1\":1,\"len_2\":2,\"preference\":1.5}\n";
+        let annotations = write(dir.path(), "a.jsonl", row);
+        let good = write(dir.path(), "d.csv", ",instruction_difficulty\n0,0.5\n");
+        for (difficulty, baselines, message) in [
+            (
+                "index,instruction_difficulty\n0,hard\n",
+                "",
+                ":2: column \"instruction_difficulty\" must be a number",
+            ),
+            (
+                "index,difficulty\n0,1\n",
+                "",
+                "there is no column \"instruction_difficulty\"",
+            ),
+            (
+                "index,instruction_difficulty\n0,1\n0,2\n",
+                "",
+                "index 0 has two difficulties",
+            ),
+            (
+                "",
+                "index,preference,std_delta_len\n4,0.5,1\n",
+                "index 4 has no difficulty",
+            ),
+            (
+                "",
+                "index,preference,std_delta_len\n0,1.5,1\n",
+                "must be from 0 to 1, not 1.5",
+            ),
+            (
+                "",
+                "variant,index,preference,len_1,len_2\na,0,0.5,1,2\n",
+                "all length differences of \"a\" are equal",
+            ),
+        ] {
+            let mut words = vec!["--difficulty".to_owned()];
+            words.push(match difficulty {
+                "" => good.clone(),
+                text => write(dir.path(), "bad.csv", text),
+            });
+            if !baselines.is_empty() {
+                words.extend([
+                    "--baselines".to_owned(),
+                    write(dir.path(), "bad.csv", baselines),
+                ]);
+            }
+            words.push(annotations.clone());
+            let err = eval("win-rate", words.iter().map(String::as_str)).unwrap_err();
+            let line = format!("{err:#}");
+            assert!(line.contains(message), "{line}");
+        }
+        let none = eval(
+            "win-rate",
+            [
+                "--difficulty",
+                &good,
+                "--difficulty-by",
+                "prompt",
+                &annotations,
+            ],
+        );
+        let line = format!("{:#}", none.unwrap_err());
+        assert!(
+            line.contains("a.jsonl:1: --difficulty-by prompt needs"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn prompts_that_no_difficulty_covers_are_controlled_for_length_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = |i: usize| {
+            format!(
+                "{{\"index\":{i},\"len_1\":10,\"len_2\":{},\"preference\":1.5}}\n",
+                5 + i
+            )
+        };
+        let annotations = write(dir.path(), "a.jsonl", &(0..9).map(row).collect::<String>());
+        let difficulty = write(
+            dir.path(),
+            "d.csv",
+            "index,instruction_difficulty\n0,0.5\n1,0.1\n",
+        );
+        let got = eval(
+            "win-rate",
+            [
+                "--difficulty",
+                &difficulty,
+                "--bootstrap",
+                "0",
+                &annotations,
+            ],
+        )
+        .unwrap();
+        assert_eq!(got[0]["lc_form"], "length_controlled_minimal");
+        let warnings = got[0]["warnings"].to_string();
+        assert!(
+            warnings.contains("the 2 instruction difficulties do not cover"),
+            "{warnings}"
+        );
+    }
 }

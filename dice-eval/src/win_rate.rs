@@ -23,13 +23,13 @@ use crate::weights;
 /// leaderboard's column names, in percent, with 95% bootstrap intervals over prompts. The intervals refit the length model;
 /// lc_standard_error, the leaderboard's, leaves the uncertainty of that fit out and is far too small.
 ///
-/// The leaderboard's figure needs the instruction difficulties and the two regularisation baselines, which lie in the data
-/// set tatsu-lab/alpaca_eval: name them with --difficulty and --baselines. On other prompts the rate is controlled for length
-/// only ("lc_form": "length_controlled_minimal").
+/// The leaderboard's figure needs the instruction difficulties and the two regularisation baselines of the data set
+/// tatsu-lab/alpaca_eval: --alpaca-eval fetches them, --difficulty and --baselines name files. On other prompts the rate is
+/// controlled for length only ("lc_form": "length_controlled_minimal").
 ///
 /// With --weights, predicts the rates of models of which only the three fitted weights are known.
 ///
-/// Example: dice-eval win-rate --difficulty instruction_difficulty.csv --baselines df_gamed.csv annotations.json
+/// Example: dice-eval win-rate --alpaca-eval annotations.json
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
