@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use common::metrics::bootstrap::{interval, resample};
 use common::metrics::length_control::{Form, Weights, controlled, is_extreme};
 use common::metrics::win_rate::{Judged, WinRate, win_rate};
-use common::program;
+use common::program::{self, Progress};
 use serde_json::{Map, Value, json, to_value};
 
 use crate::annotations::Annotations;
@@ -56,10 +56,12 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(file) = &args.weights {
         return args.to.write(&weights::lines(file, &covariates)?);
     }
+    let progress = Progress::new("dice-eval", "annotations", None);
     let mut lines = vec![];
     for file in or_stdin(&args.files) {
         program::check()?;
         let annotations = Annotations::read(&file, by)?;
+        progress.add(annotations.rows.len() as u64, 0);
         let mut groups = vec![Group::all(&annotations)];
         if args.by.is_some() {
             groups.extend(categories(&annotations, &covariates, by));
@@ -68,7 +70,15 @@ pub fn run(args: Args) -> Result<()> {
         let fitted = Fitted::new(&annotations, &covariates, &args.control)?;
         let found = fitted.lines(&annotations, &groups, &args.control)?;
         lines.extend(found);
+        if let Some(c) = fitted.c {
+            let origin = match args.control.lc_c {
+                Some(_) => "given",
+                None => "by cross-validation",
+            };
+            progress.note(format!("{}: C {c:.6} {origin}", annotations.name()));
+        }
     }
+    progress.finish();
     args.to.write(&lines)
 }
 
