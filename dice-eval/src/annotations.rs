@@ -55,7 +55,10 @@ impl Annotations {
     /// A field that is missing or wrong, two rows of one prompt, rows of two models or two baselines, no rows.
     pub fn read(file: &Path, by: &str) -> Result<Self> {
         let mut found = Self {
-            file: file.display().to_string(),
+            file: match file.to_str() {
+                Some("-") => "stdin".into(),
+                _ => file.display().to_string(),
+            },
             rows: vec![],
             baseline: None,
             model: None,

@@ -239,6 +239,14 @@ impl Fitted {
 
     fn warnings(&self, raw: Option<WinRate>, lc: f64) -> Vec<String> {
         let mut warnings = self.prepared.remarks.clone();
+        if let Some(c) = self.c
+            && self.weights.psi_model == 0.0
+        {
+            warnings.push(format!(
+                "the penalty at C = {c} leaves the model no weight: its length-controlled rate says nothing, nor does the \
+                 interval; judge more prompts, or choose --lc-c"
+            ));
+        }
         if let Some(raw) = raw.filter(|raw| is_extreme(raw.win_rate, lc)) {
             warnings.push(format!(
                 "the length-controlled rate {lc:.1} is far from the raw {:.1}: the length model may not fit these outputs",
@@ -578,6 +586,19 @@ mod tests {
         for warning in ["word for word", "constant", "controlled for length only"] {
             assert!(warnings.contains(warning), "{warnings}");
         }
+    }
+
+    #[test]
+    fn a_fit_that_the_penalty_swallowed_is_pointed_out() {
+        let row = |i: u32| json!({"instruction": i.to_string(), "len_1": 10, "len_2": 9 + i, "preference": 1 + i % 2});
+        let rows: String = (0..4).map(|i| format!("{}\n", row(i))).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.jsonl");
+        std::fs::write(&file, rows).unwrap();
+        let file = [file.display().to_string()];
+        let said = |more: &[&str]| win_rate(&file, more)[0]["warnings"].to_string();
+        assert!(said(&["--lc-c", "0.0001"]).contains("leaves the model no weight"));
+        assert!(!said(&["--lc-c", "1000"]).contains("leaves the model no weight"));
     }
 
     #[test]
