@@ -1,4 +1,4 @@
-//! Figures as JSON rows or as a Markdown table: one table, whose rows are groups.
+//! Figures as JSON rows, as a Markdown table or as CSV: one table, whose rows are groups.
 
 use std::fs;
 use std::io::Write;
@@ -26,6 +26,8 @@ enum Format {
     Json,
     /// A table to read
     Markdown,
+    /// A table for spreadsheets, with all figures
+    Csv,
 }
 
 /// A group's figures: all of them for programs, the telling ones for readers.
@@ -41,6 +43,7 @@ impl To {
         let text = match self.format {
             Format::Json => json(lines)?,
             Format::Markdown => markdown(lines),
+            Format::Csv => csv(lines)?,
         };
         match &self.output {
             Some(file) => write_aside(file, |part| Ok(fs::write(part, &text)?)),
@@ -79,6 +82,44 @@ fn markdown(lines: &[Line]) -> String {
     row(heads) + &rule + &body.collect::<String>()
 }
 
+/// All figures: a column for each, those of an object named by its path (`accuracy.low`).
+fn csv(lines: &[Line]) -> Result<String> {
+    let flat: Vec<_> = lines.iter().map(|line| flatten(&line.json)).collect();
+    let mut columns: Vec<&str> = vec![];
+    for (name, _) in flat.iter().flatten() {
+        if !columns.contains(&name.as_str()) {
+            columns.push(name);
+        }
+    }
+    let mut writer = csv::Writer::from_writer(vec![]);
+    writer.write_record(&columns)?;
+    for cells in &flat {
+        let cell = |column: &&str| cells.iter().find(|(name, _)| name == column);
+        writer.write_record(columns.iter().map(|c| cell(c).map_or("", |(_, text)| text)))?;
+    }
+    String::from_utf8(writer.into_inner()?).context("text became bytes")
+}
+
+fn flatten(fields: &Map<String, Value>) -> Vec<(String, String)> {
+    let cells = fields.iter().flat_map(|(name, value)| match value {
+        Value::Object(inner) => flatten(inner)
+            .into_iter()
+            .map(|(below, text)| (format!("{name}.{below}"), text))
+            .collect(),
+        other => vec![(name.clone(), cell(other))],
+    });
+    cells.collect()
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => items.iter().map(cell).collect::<Vec<_>>().join("; "),
+        other => other.to_string(),
+    }
+}
+
 /// What stands where there is no figure.
 const NONE: &str = "–";
 
@@ -106,6 +147,15 @@ pub fn number(value: Option<f64>, decimals: usize) -> String {
     value.map_or(NONE.into(), |v| format!("{v:.decimals$}"))
 }
 
+/// A percentage with its interval, where there is one.
+pub fn points(value: Option<f64>, interval: Option<[f64; 2]>) -> String {
+    match (value, interval) {
+        (None, _) => NONE.into(),
+        (Some(value), None) => format!("{value:.2}"),
+        (Some(value), Some([low, high])) => format!("{value:.2} ({low:.2} … {high:.2})"),
+    }
+}
+
 /// Mean of a spread.
 pub fn average(spread: Option<Spread>) -> String {
     number(spread.map(|s| s.mean), 1)
@@ -130,6 +180,22 @@ mod tests {
         assert_eq!(
             json(&lines).unwrap(),
             "{\"group\":\"all\"}\n{\"group\":\"a|b\\nc\"}\n"
+        );
+    }
+
+    #[test]
+    fn csv_has_every_figure_of_every_line() {
+        let line = |json: Value| Line {
+            json: json.as_object().unwrap().clone(),
+            cells: vec![],
+        };
+        let lines = [
+            line(json!({"group": "a, b", "rate": {"value": 0.5, "low": null}})),
+            line(json!({"group": "c", "warnings": ["x", "y"]})),
+        ];
+        assert_eq!(
+            csv(&lines).unwrap(),
+            "group,rate.value,rate.low,warnings\n\"a, b\",0.5,,\nc,,,x; y\n"
         );
     }
 

@@ -1,15 +1,28 @@
 //! dice-eval: did a round help? Figures of preference pairs and of samples (step 5 of a DICE round).
 
+mod annotations;
+mod compare;
+mod covariates;
 mod format;
+mod implicit;
+mod judge;
+mod lists;
 mod pairs;
+mod preference;
+mod report;
+mod reward;
 mod samples;
+#[cfg(test)]
+mod testing;
+mod weights;
+mod win_rate;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use common::program;
 use std::process::ExitCode;
 
-/// Tell whether a round helped: reward accuracy on preference pairs, figures of samples
+/// Tell whether a round helped: win rates, reward accuracy on preference pairs, figures of samples
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 struct Args {
@@ -20,7 +33,12 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     Pairs(pairs::Args),
+    Reward(reward::Args),
     Samples(samples::Args),
+    WinRate(win_rate::Args),
+    Compare(compare::Args),
+    Judge(judge::Args),
+    Report(report::Args),
 }
 
 fn main() -> ExitCode {
@@ -30,7 +48,12 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Pairs(args) => pairs::run(args),
+        Command::Reward(args) => reward::run(args),
         Command::Samples(args) => samples::run(args),
+        Command::WinRate(args) => win_rate::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Judge(args) => judge::run(args),
+        Command::Report(args) => report::run(args),
     }
 }
 

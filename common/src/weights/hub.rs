@@ -4,7 +4,7 @@
 
 use super::adapter;
 use super::safetensors::{INDEX, SINGLE, read_index};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 
 /// A model on the hub at a revision (branch, tag or commit).
@@ -97,6 +97,46 @@ impl Hub {
             });
         }
         self.fetch(id, cached)
+    }
+
+    /// A file of a data set `org/name`, at its main branch: from the cache, else from the hub.
+    pub(super) fn dataset_file(&self, name: &str, file: &str) -> Result<PathBuf> {
+        let repository = format!("datasets--{}", name.replace('/', "--"));
+        let repository = self.cache.join(repository);
+        let commit = std::fs::read_to_string(repository.join("refs/main")).unwrap_or_default();
+        let cached = repository.join("snapshots").join(commit.trim()).join(file);
+        if is_commit(commit.trim()) && cached.is_file() {
+            return Ok(cached);
+        }
+        if self.offline {
+            bail!(
+                "data set {name}: {file} is not in the Hugging Face cache ({}), and HF_HUB_OFFLINE forbids fetching it",
+                self.cache.display()
+            );
+        }
+        self.fetch_dataset_file(name, file)
+    }
+
+    #[cfg(not(feature = "hub"))]
+    fn fetch_dataset_file(&self, name: &str, file: &str) -> Result<PathBuf> {
+        bail!(
+            "data set {name}: {file} is not in the Hugging Face cache ({}); this program was built without the hub: build it with `--features hub` to fetch it",
+            self.cache.display()
+        )
+    }
+
+    #[cfg(feature = "hub")]
+    fn fetch_dataset_file(&self, name: &str, file: &str) -> Result<PathBuf> {
+        use hf_hub::{Cache, Repo, RepoType, api::sync::ApiBuilder};
+        let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
+            .with_endpoint(self.endpoint.clone())
+            .with_token(self.token.clone())
+            .with_retries(3)
+            .build()?;
+        let repository = api.repo(Repo::new(name.to_owned(), RepoType::Dataset));
+        repository
+            .get(file)
+            .with_context(|| format!("data set {name}: {} does not give {file}", self.endpoint))
     }
 
     fn repository(&self, id: &HubId) -> PathBuf {
@@ -336,6 +376,18 @@ mod tests {
     }
 
     #[test]
+    fn a_missing_file_of_a_data_set_is_named() {
+        let cache = tempfile::tempdir().unwrap();
+        let hub = hub(cache.path(), "", true);
+        let line = hub
+            .dataset_file("org/name", "d.csv")
+            .unwrap_err()
+            .to_string();
+        assert!(line.contains("org/name: d.csv is not in"), "{line}");
+        assert!(line.contains("HF_HUB_OFFLINE"), "{line}");
+    }
+
+    #[test]
     fn a_half_downloaded_snapshot_or_a_strange_ref_is_not_used() {
         let (cache, snapshot) = cache();
         let hub = hub(cache.path(), "", true);
@@ -422,7 +474,9 @@ mod tests {
             log.lock().unwrap().push(path.clone());
             // Large files are redirected, as the hub does to its storage.
             let stored = path.strip_prefix("/storage/");
-            let file = path.strip_prefix(&format!("/org/name/resolve/{sha}/"));
+            let file = path
+                .strip_prefix(&format!("/org/name/resolve/{sha}/"))
+                .or_else(|| path.strip_prefix("/datasets/org/name/resolve/main/"));
             let redirected = file.filter(|file| file.ends_with(".safetensors"));
             let (status, headers, body) = if !token {
                 ("401 Unauthorized", String::new(), Vec::new())
@@ -494,6 +548,26 @@ mod tests {
             assert_eq!(stub.taken().len(), 0, "a cached commit needs no network");
             let gone = super::hub(cache.path(), "http://127.0.0.1:9", false);
             assert_eq!(gone.locate(&id("org/name")).unwrap(), folder);
+        }
+
+        #[test]
+        fn a_file_of_a_data_set_is_fetched_once() {
+            let files = HashMap::from([("d.csv".to_owned(), b"index\n0\n".to_vec())]);
+            let stub = Stub::serve(COMMIT, files);
+            let cache = tempfile::tempdir().unwrap();
+            let hub = hub(cache.path(), &stub.endpoint, false);
+            let file = hub.dataset_file("org/name", "d.csv").unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "index\n0\n");
+            assert!(!stub.taken().is_empty());
+            assert_eq!(hub.dataset_file("org/name", "d.csv").unwrap(), file);
+            assert_eq!(stub.taken().len(), 0, "the cache has it");
+            let offline = super::hub(cache.path(), "", true);
+            assert_eq!(offline.dataset_file("org/name", "d.csv").unwrap(), file);
+            let line = format!("{:#}", hub.dataset_file("org/name", "e.csv").unwrap_err());
+            assert!(
+                line.contains("org/name") && line.contains("e.csv"),
+                "{line}"
+            );
         }
 
         #[test]

@@ -24,6 +24,14 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+/// A file of a data set on the Hugging Face hub (`org/name`, main branch), by way of its cache.
+///
+/// # Errors
+/// A file that is not in the cache and cannot be fetched; the line says why.
+pub fn dataset_file(name: &str, file: &str) -> Result<PathBuf> {
+    Hub::from_env().dataset_file(name, file)
+}
+
 /// A model's config and its tensors, mapped from disk and read one by one.
 pub struct Weights {
     pub config: Config,

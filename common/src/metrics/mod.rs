@@ -2,6 +2,12 @@
 //!
 //! Every function of no data is `None`, so that an absent figure is `null` in JSON and never 0 or NaN.
 
+#[cfg(feature = "win-rate")]
+pub mod bootstrap;
+#[cfg(feature = "win-rate")]
+pub mod length_control;
+pub mod win_rate;
+
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 

@@ -1,0 +1,139 @@
+//! Preferences from scores: P(b is better) = sigmoid(score b − score a), the model of Bradley and Terry that reward models
+//! and DPO are trained under.
+
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use common::policy::Logps;
+use common::program;
+use common::reward::implicit_reward;
+use serde_json::{Map, Value, json};
+
+use super::outputs::Pair;
+use crate::implicit::{Models, Scorer};
+
+/// Probability that the second output is better.
+fn preference([a, b]: [f64; 2]) -> f64 {
+    1.0 / (1.0 + (a - b).exp())
+}
+
+/// By the implicit reward of two models; `each` gets every pair's probability in order.
+pub fn implicit(
+    models: &Models,
+    pairs: &[Pair],
+    mut each: impl FnMut(f64) -> Result<()>,
+) -> Result<()> {
+    let mut scorer = Scorer::open(models)?;
+    let mut take = |scored: Vec<(common::jsonl::Row, [Logps; 2])>| -> Result<()> {
+        for (row, logps) in scored {
+            let [b, a] = logps.map(|l| implicit_reward(models.beta, l.policy, l.reference));
+            ensure!(
+                a.is_finite() && b.is_finite(),
+                "{}: a log-prob is not a number: are the models sound?",
+                row.place
+            );
+            each(preference([a, b]))?;
+        }
+        Ok(())
+    };
+    for pair in pairs {
+        program::check()?;
+        // As text: whoever sampled these may have had other tokens.
+        let [a, b] = &pair.rows;
+        let finish =
+            |row: &common::jsonl::Row| row.fields.get("finish_reason").cloned().unwrap_or_default();
+        let fields = [
+            ("prompt", json!(pair.prompt.messages())),
+            ("chosen", json!(pair.outputs[1])),
+            ("rejected", json!(pair.outputs[0])),
+            ("chosen_finish_reason", finish(b)),
+            ("rejected_finish_reason", finish(a)),
+        ];
+        let row = common::jsonl::Row {
+            fields: Map::from_iter(fields.map(|(name, value)| (name.to_owned(), value))),
+            place: a.place.clone(),
+        };
+        take(scorer.push(row)?)?;
+    }
+    take(scorer.finish())
+}
+
+/// By a command that reads rows with `prompt` and `response` and answers each with a row that has a `reward` or a `score`,
+/// in their order.
+pub fn command(shell: &str, pairs: &[Pair], mut each: impl FnMut(f64) -> Result<()>) -> Result<()> {
+    let mut child = Command::new("sh")
+        .args(["-c", shell])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("--command: cannot start sh")?;
+    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let (stdin, stdout) = stdin.zip(stdout).expect("both are piped");
+    let judged = std::thread::scope(|threads| {
+        // From a thread of its own: a command that answers before it has read all would wait for us, and we for it.
+        threads.spawn(move || {
+            let mut to = BufWriter::new(stdin);
+            let rows = pairs
+                .iter()
+                .flat_map(|pair| [0, 1].map(|side| (pair, side)));
+            for (pair, side) in rows {
+                let prompt = &pair.rows[side].fields;
+                let prompt = prompt.get("prompt").or(prompt.get("instruction"));
+                let row = json!({"prompt": prompt, "response": pair.outputs[side]});
+                if writeln!(to, "{row}").is_err() {
+                    // The command has stopped reading; what it answered tells why.
+                    return;
+                }
+            }
+            let _ = to.flush();
+        });
+        let judged = read_scores(BufReader::new(stdout), pairs.len(), &mut each);
+        if judged.is_err() {
+            // Lets the writer go.
+            let _ = child.kill();
+        }
+        judged
+    });
+    let status = child.wait().context("--command")?;
+    judged.with_context(|| format!("--command {shell} ({status})"))?;
+    ensure!(status.success(), "--command {shell} failed: {status}");
+    Ok(())
+}
+
+fn read_scores(
+    from: impl BufRead,
+    pairs: usize,
+    each: &mut impl FnMut(f64) -> Result<()>,
+) -> Result<()> {
+    let mut scores = from
+        .lines()
+        .filter(|line| !line.as_ref().is_ok_and(|line| line.trim().is_empty()))
+        .zip(1..)
+        .map(|(line, number)| {
+            program::check()?;
+            score(&line?).with_context(|| format!("row {number} of its output"))
+        });
+    for done in 0..pairs {
+        let mut next = || {
+            let missing = || anyhow!("it gave {} scores for {} outputs", 2 * done, 2 * pairs);
+            scores.next().ok_or_else(missing)?
+        };
+        each(preference([next()?, next()?]))?;
+    }
+    if scores.next().is_some() {
+        bail!(
+            "it gave more scores than the {} that were asked for",
+            2 * pairs
+        );
+    }
+    Ok(())
+}
+
+fn score(line: &str) -> Result<f64> {
+    let row: Value = serde_json::from_str(line).context("not JSON")?;
+    let score = ["reward", "score"]
+        .iter()
+        .find_map(|field| row.get(field)?.as_f64());
+    score.context("there is no number in \"reward\" or \"score\"")
+}
