@@ -3,7 +3,9 @@
 //!
 //! One logistic regression per model, without intercept. A pair i is won with probability sigmoid(η_i),
 //!
-//!     η_i = φ tanh(s_i) + θ d_i + ψ g_i,
+//! ```text
+//! η_i = φ tanh(s_i) + θ d_i + ψ g_i,
+//! ```
 //!
 //! s_i = (len_1 − len_2) / sd over the model's pairs; d_i the instruction's difficulty, a given constant; g_i = 1 for
 //! the model's pairs and 0 for regularisation rows (the baseline, asked to be verbose or concise, against itself).
