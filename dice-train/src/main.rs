@@ -10,6 +10,7 @@ use common::dpo::{
 };
 use common::files::part_path;
 use common::jsonl::Output;
+use common::kernels::gemm::Precision;
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Split;
@@ -25,7 +26,8 @@ use std::process::ExitCode;
 ///
 /// The reference is the starting policy unless --ref names another. Its log-probs are taken from the rows where they
 /// were made by that very model (ref_chosen_logps with its fingerprint in "ref", or policy_chosen_logps with it in
-/// "policy"), else computed once before training.
+/// "policy"), else computed once before training. With --dtype bf16 they are always computed, so that policy and
+/// reference are rounded alike.
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
 /// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. A killed run goes on with --resume, to the
@@ -159,7 +161,10 @@ fn run(args: Args) -> Result<()> {
     let fingerprint = |model: &Checkpoint| model.weights.fingerprint().map(str::to_owned);
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
-    let mut pairs = Pairs::read(&args, &model, &reference_print, &reading)?;
+    // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
+    let exact = precision == Precision::F32;
+    let given_by = exact.then_some(reference_print.as_str());
+    let mut pairs = Pairs::read(&args, &model, given_by, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
     reading.finish();
