@@ -27,12 +27,14 @@ fn round(world: &Path, runs: &str) -> Command {
             format!("prompts={}", path("prompts.jsonl")),
             format!("preferences={}", path("preferences.jsonl")),
             format!("runs={}", path(runs)),
+            format!("judge=--policy {} --ref {}", path("judge"), path("base")),
         ])
         .args([
             "count=6",
             "k=4",
             "max_tokens=30",
             "min_samples=2",
+            "check=4",
             "batch_size=4",
         ])
         .args(["seed_learning_rate=1e-3", "learning_rate=1e-3", "round"])
@@ -49,6 +51,7 @@ fn world() -> tempfile::TempDir {
         ..Tiny::default()
     };
     tiny.write(&folder.path().join("base"), 1);
+    tiny.write(&folder.path().join("judge"), 2);
     let prompts: Vec<_> = (0..10)
         .map(|i| json!({"prompt": format!("Say {i}")}))
         .collect();
@@ -61,20 +64,42 @@ fn world() -> tempfile::TempDir {
 }
 
 /// Everything that two rounds must leave behind, whatever happened on the way.
-const RESULTS: [&str; 12] = [
+const RESULTS: [&str; 14] = [
     "policy-0/model.safetensors",
     "seed-steps.jsonl",
     "round-1/samples.jsonl",
     "round-1/scored.jsonl",
     "round-1/pairs.jsonl",
     "round-1/steps.jsonl",
+    "round-1/win-rate.jsonl",
     "policy-1/model.safetensors",
     "round-2/samples.jsonl",
     "round-2/scored.jsonl",
     "round-2/pairs.jsonl",
     "round-2/steps.jsonl",
+    "round-2/win-rate.jsonl",
     "policy-2/model.safetensors",
 ];
+
+/// A round's commands repeat it by themselves; `just` does not go on with a round that was begun otherwise.
+fn again(folder: &Path, just: &mut Command) {
+    let script = folder.join("commands.sh");
+    for file in ["pairs.jsonl", "win-rate.jsonl", "summary.md"] {
+        fs::remove_file(folder.join(file)).unwrap();
+    }
+    let commands = fs::read_to_string(&script).unwrap();
+    fs::write(&script, commands.replace("--k 4", "--k 5")).unwrap();
+    let output = just.output().unwrap();
+    assert!(!output.status.success());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+
+    fs::write(&script, commands).unwrap();
+    let output = Command::new("bash").arg(&script).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(folder.join("summary.md").exists());
+}
 
 #[test]
 fn two_rounds_and_the_same_under_fire() {
@@ -91,15 +116,31 @@ fn two_rounds_and_the_same_under_fire() {
         );
         assert!(output.status.success(), "{stderr}");
         assert!(stdout.starts_with(&format!("# Round {t}: ")), "{stdout}");
-        assert!(stdout.contains(&format!(
-            "- new policy: {}",
-            text(&world.join(format!("calm/policy-{t}")))
-        )));
+        for (what, name) in [
+            ("new policy", format!("calm/policy-{t}")),
+            ("report of all rounds", "calm/report.html".into()),
+            ("the commands", format!("calm/round-{t}/commands.sh")),
+        ] {
+            let path = text(&world.join(name));
+            assert!(stdout.contains(&format!("- {what}: {path}\n")), "{stdout}");
+            assert!(Path::new(&path).exists(), "{path}");
+        }
+    }
+    // The report has both rounds, their win rates and their commands.
+    let report = fs::read_to_string(world.join("calm/report.html")).unwrap();
+    for t in [1, 2] {
+        let win_rates = read_rows(&world.join(format!("calm/round-{t}/win-rate.jsonl")));
+        assert_eq!(win_rates[0]["n_total"], 4);
+        let row = format!("round {t}: {}", win_rates[0]["model"].as_str().unwrap());
+        assert!(report.contains(&row), "{row}");
+        assert!(report.contains(&format!("# Round {t}, from ")));
     }
     // The second round's reward is against the first round's start.
     let scored = |t: u8| read_rows(&world.join(format!("calm/round-{t}/scored.jsonl")));
     assert_eq!(scored(1)[0]["policy"], scored(2)[0]["ref"]);
     assert_ne!(scored(1)[0]["policy"], scored(2)[0]["policy"]);
+
+    again(&world.join("calm/round-2"), &mut round(world, "calm"));
 
     // Kills at moments that spread over both rounds, then a calm end.
     let mut wait = 120;
