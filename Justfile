@@ -2,6 +2,8 @@
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
+import 'experiments/sweep.just'
+
 # The model that everything starts from: a folder, a .gguf file or a hub id
 base := default_model
 # Where policies and rounds are kept
@@ -36,7 +38,8 @@ seed := "0"
 # What recipes have in common
 sampling := "--max-tokens " + max_tokens + " --temperature " + temperature
 pairing := "--min-samples " + min_samples + " --seed " + seed + " --replay " + preferences + " --replay-split train"
-training := "--beta " + beta + " --learning-rate " + learning_rate + " --batch-size " + batch_size + " --save-steps 5 --seed " + seed + if max_steps == "" { "" } else { " --max-steps " + max_steps }
+training := "--beta " + beta + " --learning-rate " + learning_rate + " --batch-size " + batch_size + " --save-steps 5 --seed " + seed
+steps := if max_steps == "" { "" } else { "--max-steps " + max_steps }
 
 default_model := "models/SmolLM2-135M-Instruct.gguf"
 model_sha256 := "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -82,6 +85,19 @@ model:
 [private]
 base-model:
     @if [ "{{ base }}" = "{{ default_model }}" ]; then just model; fi
+
+# Refuses to go on in a folder that was begun with other settings
+[private]
+begun folder settings:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    mkdir -p {{ folder }}
+    as={{ folder }}/settings.txt
+    [ -f $as ] || { echo {{ quote(settings) }} > $as.part; mv $as.part $as; }
+    if [ "$(cat $as)" != {{ quote(settings) }} ]; then
+        echo "{{ folder }} was begun with other settings (see $as): give them again, or remove {{ folder }}" >&2
+        exit 1
+    fi
 
 # The seed policy: DPO from the base model on the example preferences, so that policy and reference differ
 seed: build base-model
@@ -129,7 +145,7 @@ round: seed
         --stats $dir/pairs.stats.json --output $dir/pairs.jsonl --resume $dir/scored.jsonl
 
     say "DPO from $policy, which is its own reference"
-    dice-train --model $policy {{ training }} --log-dir $dir --output $next --resume $dir/pairs.jsonl > $dir/steps.jsonl
+    dice-train --model $policy {{ training }} {{ steps }} --log-dir $dir --output $next --resume $dir/pairs.jsonl > $dir/steps.jsonl
 
     say "before and after"
     # Prompts after those of the round, which no training saw (of a file without more, its first ones).

@@ -1,6 +1,6 @@
-//! `just round` on a tiny model: two rounds, and the same two rounds under fire.
+//! The recipes on a tiny model: two rounds, and the same two rounds under fire; the sweep, interrupted and not.
 
-use dice_tests::{Tiny, lines, read_rows, text, workspace};
+use dice_tests::{Fields, Tiny, lines, read_rows, text, workspace};
 use serde_json::json;
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -16,8 +16,8 @@ fn just_is_there() -> bool {
     there
 }
 
-/// `just … round` with everything it makes in `world/runs`, in a process group of its own.
-fn round(world: &Path, runs: &str) -> Command {
+/// `just VARIABLES RECIPE` with everything it makes in `world/runs`, in a process group of its own.
+fn just(world: &Path, runs: &str, variables: &[&str], recipe: &str) -> Command {
     let mut command = Command::new("just");
     let path = |name: &str| text(&world.join(name));
     command
@@ -27,7 +27,6 @@ fn round(world: &Path, runs: &str) -> Command {
             format!("prompts={}", path("prompts.jsonl")),
             format!("preferences={}", path("preferences.jsonl")),
             format!("runs={}", path(runs)),
-            format!("judge=--policy {} --ref {}", path("judge"), path("base")),
         ])
         .args([
             "count=6",
@@ -37,11 +36,42 @@ fn round(world: &Path, runs: &str) -> Command {
             "check=4",
             "batch_size=4",
         ])
-        .args(["seed_learning_rate=1e-3", "learning_rate=1e-3", "round"])
+        .args(["seed_learning_rate=1e-3", "learning_rate=1e-3"])
+        .args(variables)
+        .arg(recipe)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
     command
+}
+
+/// What makes a checkpoint the judge.
+fn judge(world: &Path) -> String {
+    let path = |name: &str| text(&world.join(name));
+    format!("judge=--policy {} --ref {}", path("judge"), path("base"))
+}
+
+fn round(world: &Path, runs: &str) -> Command {
+    just(world, runs, &[&judge(world)], "round")
+}
+
+/// Runs it for a while, then kills the whole group: just, its shell and the tool at work.
+fn kill_after(mut command: Command, milliseconds: u64) {
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let _ = Command::new("kill")
+        .args(["-KILL", "--", &format!("-{}", child.id())])
+        .stderr(Stdio::null())
+        .status();
+    child.wait().unwrap();
+}
+
+#[track_caller]
+fn succeeds(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn world() -> tempfile::TempDir {
@@ -52,7 +82,7 @@ fn world() -> tempfile::TempDir {
     };
     tiny.write(&folder.path().join("base"), 1);
     tiny.write(&folder.path().join("judge"), 2);
-    let prompts: Vec<_> = (0..10)
+    let prompts: Vec<_> = (0..40)
         .map(|i| json!({"prompt": format!("Say {i}")}))
         .collect();
     fs::write(folder.path().join("prompts.jsonl"), lines(&prompts)).unwrap();
@@ -95,9 +125,9 @@ fn again(folder: &Path, just: &mut Command) {
     assert!(stderr.contains("was begun with other settings"), "{stderr}");
 
     fs::write(&script, commands).unwrap();
-    let output = Command::new("bash").arg(&script).output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
+    let mut bash = Command::new("bash");
+    bash.arg(&script);
+    succeeds(bash);
     assert!(folder.join("summary.md").exists());
 }
 
@@ -109,12 +139,7 @@ fn two_rounds_and_the_same_under_fire() {
     let folder = world();
     let world = folder.path();
     for t in [1, 2] {
-        let output = round(world, "calm").output().unwrap();
-        let (stdout, stderr) = (
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-        );
-        assert!(output.status.success(), "{stderr}");
+        let stdout = succeeds(round(world, "calm"));
         assert!(stdout.starts_with(&format!("# Round {t}: ")), "{stdout}");
         for (what, name) in [
             ("new policy", format!("calm/policy-{t}")),
@@ -145,14 +170,7 @@ fn two_rounds_and_the_same_under_fire() {
     // Kills at moments that spread over both rounds, then a calm end.
     let mut wait = 120;
     while !world.join("fire/round-2/summary.md").exists() {
-        let mut child = round(world, "fire").spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(wait));
-        // The whole group: just, its shell and the tool at work.
-        let _ = Command::new("kill")
-            .args(["-KILL", "--", &format!("-{}", child.id())])
-            .stderr(Stdio::null())
-            .status();
-        child.wait().unwrap();
+        kill_after(round(world, "fire"), wait);
         wait = wait * 5 / 4;
         assert!(wait < 600_000, "no end in sight");
     }
@@ -166,4 +184,68 @@ fn two_rounds_and_the_same_under_fire() {
             "{file} is another after kills"
         );
     }
+}
+
+#[test]
+fn a_sweep_chooses_by_validation_and_goes_on_after_kills() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    let table = succeeds(just(world, "calm", &[], "sweep"));
+    let read = |file: &str| fs::read_to_string(world.join(file)).unwrap();
+    let points = read_rows(&world.join("calm/sweep/sweep.jsonl"));
+    assert_eq!(points.len(), 4 * 3 + 1);
+    let accuracy = |row: &Fields| {
+        let figures = row["validation"].as_object().unwrap();
+        ["accuracy", "margin"].map(|figure| figures[figure]["value"].as_f64().unwrap())
+    };
+    let best = points
+        .iter()
+        .max_by(|a, b| accuracy(a).partial_cmp(&accuracy(b)).unwrap())
+        .unwrap();
+    let tested = |point: &Fields| {
+        let test = format!("calm/sweep/{}/test.json", point["point"].as_str().unwrap());
+        world.join(test).exists()
+    };
+    for point in &points {
+        assert_eq!(point["steps"], points[0]["steps"]);
+        assert_eq!(tested(point), point == best, "the test is looked at once");
+    }
+    assert_eq!(table.matches("| chosen |").count(), 1);
+    assert!(table.contains("looked at once"));
+
+    let mut wait = 1000;
+    while !world.join("fire/sweep/sweep.md").exists() {
+        kill_after(just(world, "fire", &[], "sweep"), wait);
+        wait = wait * 5 / 4;
+        assert!(wait < 600_000, "no end in sight");
+    }
+    for file in ["sweep.jsonl", "sweep.md"] {
+        let [calm, fire] = ["calm", "fire"].map(|runs| read(&format!("{runs}/sweep/{file}")));
+        assert_eq!(calm, fire, "{file}");
+    }
+
+    let table = succeeds(just(world, "calm", &[], "sweep"));
+    assert_eq!(table, read("calm/sweep/sweep.md"));
+    let other = just(world, "calm", &["gamma=0", "k=5"], "sweep").output();
+    let stderr = String::from_utf8(other.unwrap().stderr).unwrap();
+    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+}
+
+#[test]
+fn a_sweep_with_a_judge_chooses_by_win_rate() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let table = succeeds(just(
+        folder.path(),
+        "runs",
+        &[&judge(folder.path())],
+        "sweep",
+    ));
+    assert!(table.contains("length-controlled win rate"), "{table}");
+    assert_eq!(table.matches("| chosen |").count(), 1);
 }
