@@ -2,6 +2,7 @@
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
+import 'experiments/experiment.just'
 import 'experiments/sweep.just'
 
 # The model that everything starts from: a folder, a .gguf file or a hub id

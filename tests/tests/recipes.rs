@@ -249,3 +249,63 @@ fn a_sweep_with_a_judge_chooses_by_win_rate() {
     assert!(table.contains("length-controlled win rate"), "{table}");
     assert_eq!(table.matches("| chosen |").count(), 1);
 }
+
+#[test]
+fn the_experiment_has_all_its_arms_and_goes_on_after_kills() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    let run = |runs| just(world, runs, &["judged=12"], "experiment");
+    let results = succeeds(run("calm"));
+    let rates = read_rows(&world.join("calm/experiment/results.jsonl"));
+    let arms = ["dice", "alpha-0", "no-replay", "offline"];
+    let expected: Vec<_> = arms
+        .iter()
+        .flat_map(|arm| [1, 2].map(|t| format!("{arm}-{t}")))
+        .collect();
+    let names: Vec<_> = rates.iter().map(|row| row["model"].as_str()).collect();
+    assert_eq!(
+        names,
+        expected.iter().map(|n| Some(&n[..])).collect::<Vec<_>>()
+    );
+    for rate in &rates {
+        assert_eq!(
+            (&rate["baseline"], &rate["n_total"]),
+            (&json!("seed"), &json!(12))
+        );
+        let name = rate["model"].as_str().unwrap();
+        assert!(results.contains(&format!("| {name} |")), "{results}");
+        let (arm, t) = name.rsplit_once('-').unwrap();
+        let at = |file: &str| world.join("calm/experiment").join(arm).join(file);
+        let steps = read_rows(&at(&format!("round-{t}/steps.jsonl"))).len();
+        assert_eq!(steps, 6 / 4, "as many in every arm");
+        let pairs = read_rows(&at(&format!("round-{t}/pairs.jsonl")));
+        let replayed = pairs.iter().filter(|p| p["source"] == "replay").count();
+        match arm {
+            "offline" => assert_eq!(replayed, pairs.len()),
+            "no-replay" => assert_eq!(replayed, 0),
+            _ => assert!(0 < replayed && replayed < pairs.len()),
+        }
+    }
+    // The halves share no prompt, and neither has one that is judged.
+    let prompts = |file: &str| -> Vec<_> {
+        let rows = read_rows(&world.join("calm/experiment").join(file));
+        rows.iter().map(|row| row["prompt"].clone()).collect()
+    };
+    let [a, b, judged] = ["a.jsonl", "b.jsonl", "judged-prompts.jsonl"].map(prompts);
+    assert!(a.len() > 5 && b.len() > 5 && a.len() + b.len() == 40);
+    assert!(!a.iter().any(|prompt| b.contains(prompt)));
+    assert!(!judged.iter().any(|p| a.contains(p) || b.contains(p)));
+
+    let mut wait = 1000;
+    while !world.join("fire/experiment/results.md").exists() {
+        kill_after(run("fire"), wait);
+        wait = wait * 5 / 4;
+        assert!(wait < 600_000, "no end in sight");
+    }
+    let [calm, fire] = ["calm", "fire"]
+        .map(|runs| fs::read(world.join(runs).join("experiment/results.jsonl")).unwrap());
+    assert!(calm == fire, "kills changed the results");
+}
