@@ -21,7 +21,7 @@ use tensorboard::EventFile;
 
 /// Train a policy with DPO on preference pairs
 ///
-/// Reads rows with "prompt", "chosen" and "rejected" and writes the trained model to the folder --output (config,
+/// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the folder --output (config,
 /// safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it is), with the
 /// optimiser's state beside. One row per step goes to stdout, under TRL's names: loss, rewards/chosen, grad_norm, ...
 ///
