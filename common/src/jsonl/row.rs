@@ -49,6 +49,8 @@ impl FinishReason {
     }
 }
 
+const NO_RESPONSE: &str = "must be a string, or a list of messages with an assistant's text";
+
 impl Row {
     /// The `prompt` field: a non-empty string or list of messages. A pair row without it may hold it in `chosen`: the messages
     /// before the answer (TRL's implicit prompt).
@@ -70,7 +72,7 @@ impl Row {
         match self.required(field)? {
             Value::String(text) => Ok(text),
             Value::Array(messages) => Ok(self.conversation(field, messages)?.1),
-            _ => Err(self.error(field, "must be a string or a list of messages")),
+            _ => Err(self.error(field, NO_RESPONSE)),
         }
     }
 
@@ -248,11 +250,11 @@ mod tests {
         );
         assert_eq!(
             message(bare.response("response")),
-            at("\"response\" must be a string or a list of messages")
+            at("\"response\" must be a string, or a list of messages with an assistant's text")
         );
         assert_eq!(
             message(bare.response("rejected")),
-            at("\"rejected\" has no assistant message with a string \"content\"")
+            at("\"rejected\" must be a string, or a list of messages with an assistant's text")
         );
     }
 

@@ -243,7 +243,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": 1, "rejected": "b"}),
-                "field \"chosen\" must be a string or a list of messages",
+                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
             ),
             (
                 json!({"chosen": "a", "rejected": "b"}),
@@ -255,7 +255,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}),
-                "field \"chosen\" has no assistant message with a string \"content\"",
+                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
             ),
             (
                 json!({"chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}),
