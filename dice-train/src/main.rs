@@ -1,6 +1,7 @@
 //! dice-train: DPO on preference pairs, giving the next policy (step 4 of a DICE round).
 
 mod data;
+mod tensorboard;
 
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
@@ -17,10 +18,11 @@ use common::records::Split;
 use data::{Pairs, open_reference};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tensorboard::EventFile;
 
 /// Train a policy with DPO on preference pairs
 ///
-/// Reads rows with "prompt", "chosen" and "rejected" and writes the trained model to the folder --output (config,
+/// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the folder --output (config,
 /// safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it is), with the
 /// optimiser's state beside. One row per step goes to stdout, under TRL's names: loss, rewards/chosen, grad_norm, ...
 ///
@@ -109,6 +111,9 @@ pub struct Args {
     /// Steps between checkpoints; 0 writes none (SIGINT and SIGTERM always do)
     #[arg(long, default_value_t = 20)]
     save_steps: u64,
+    /// Write the steps to DIR for TensorBoard, too; a resumed run goes on with the curves of the one before
+    #[arg(long, value_name = "DIR")]
+    log_dir: Option<PathBuf>,
     /// Seed of the pairs' order and the adapters' start
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -260,6 +265,11 @@ fn train(
     let total = trainer.settings().total_steps;
     let mut report = Report(Some(Output::stdout()));
     report.write(&log)?;
+    let mut events = args
+        .log_dir
+        .as_ref()
+        .map(|folder| EventFile::create(folder, trainer.steps() + 1))
+        .transpose()?;
     let progress = Progress::new("dice-train", "steps", Some(total));
     progress.kept(trainer.steps());
     let n = pairs.pairs.len();
@@ -278,6 +288,9 @@ fn train(
         let metrics = trainer.step(&batch, done)?;
         progress.add(1, metrics.num_tokens - before);
         report.write(std::slice::from_ref(&metrics))?;
+        if let Some(events) = &mut events {
+            events.step(&metrics)?;
+        }
         log.push(metrics);
         let due = args.save_steps > 0
             && trainer.steps().is_multiple_of(args.save_steps)
