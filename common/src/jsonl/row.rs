@@ -85,7 +85,7 @@ impl Row {
         let is_answer = |m: &Value| m.get("role").and_then(Value::as_str) == Some("assistant");
         let last = messages.iter().rposition(is_answer);
         last.and_then(|at| Some((&messages[..at], messages[at].get("content")?.as_str()?)))
-            .ok_or_else(|| self.error(field, "has no assistant message with a string \"content\""))
+            .ok_or_else(|| self.error(field, NO_RESPONSE))
     }
 
     /// The `id` field (a string, or a number as written); without one, derived from the prompt's text.
