@@ -15,15 +15,14 @@ pub mod testing;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
-use candle_core::quantized::gguf_file;
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
 
+use crate::gguf::{Arrays, Header, Value};
+use crate::mapped::Mapped;
 use crate::records::Prompt;
 use encoder::Encoder;
 use template::Template;
@@ -58,15 +57,8 @@ impl Chat {
         if path.is_dir() {
             return Self::from_folder(path);
         }
-        let place = || path.display().to_string();
-        let file = File::open(path).with_context(place)?;
-        let content = gguf_file::Content::read(&mut BufReader::new(file)).map_err(|error| {
-            // candle's errors may carry a backtrace: the first line says what is wrong.
-            let text = error.to_string();
-            let reason = text.lines().next().unwrap_or_default();
-            anyhow!("{}: not a readable GGUF file: {reason}", path.display())
-        })?;
-        Self::from_gguf(&content.metadata).with_context(place)
+        let header = Header::of_file(&Mapped::open(path)?, Arrays::Read)?;
+        Self::from_gguf(&header.metadata).with_context(|| path.display().to_string())
     }
 
     /// Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json,
@@ -77,7 +69,7 @@ impl Chat {
     }
 
     /// Builds the tokenizer and template from the `tokenizer.*` entries of a GGUF file.
-    pub fn from_gguf(metadata: &HashMap<String, gguf_file::Value>) -> Result<Self> {
+    pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
         Self::assemble(gguf_tokenizer::read(metadata)?)
     }
 
