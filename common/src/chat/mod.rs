@@ -3,6 +3,7 @@
 //! The prompt is rendered once by the template, generation prompt included; a response is tokenised apart
 //! from it and never re-tokenised across the seam; what a row's text says is never taken for a control token.
 
+mod contained;
 mod encoder;
 mod folder;
 mod gguf_tokenizer;
@@ -24,6 +25,7 @@ use tokenizers::Tokenizer;
 use crate::gguf::{Arrays, Header, Value};
 use crate::mapped::Mapped;
 use crate::records::Prompt;
+use contained::contained;
 use encoder::Encoder;
 use template::Template;
 
@@ -65,12 +67,12 @@ impl Chat {
     /// chat_template.jinja, generation_config.json and config.json of a folder.
     pub fn from_folder(dir: &Path) -> Result<Self> {
         let parts = folder::read(dir)?;
-        Self::assemble(parts).with_context(|| dir.display().to_string())
+        contained(|| Self::assemble(parts)).with_context(|| dir.display().to_string())
     }
 
     /// Builds the tokenizer and template from the `tokenizer.*` entries of a GGUF file.
     pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
-        Self::assemble(gguf_tokenizer::read(metadata)?)
+        contained(|| Self::assemble(gguf_tokenizer::read(metadata)?))
     }
 
     fn assemble(parts: Parts) -> Result<Self> {
@@ -134,6 +136,10 @@ impl Chat {
     /// `system` becomes the first turn unless the prompt brings a system (or developer) turn of its own,
     /// which then stays.
     pub fn prompt_ids(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
+        contained(|| self.encode_prompt(prompt, system))
+    }
+
+    fn encode_prompt(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
             return self.bare_prompt(prompt, system);
         };
@@ -170,7 +176,7 @@ impl Chat {
 
     /// Ids of a response, tokenised by itself; a finished one ends with [`Self::end_of_turn`].
     pub fn response_ids(&self, response: &str, finished: bool) -> Result<Vec<u32>> {
-        let mut ids = self.encoder.text(response)?;
+        let mut ids = contained(|| self.encoder.text(response))?;
         if finished {
             ids.push(self.end_of_turn);
         }
@@ -191,7 +197,7 @@ impl Chat {
     /// Text of ids without special and end-of-turn tokens; no clean-up of spaces. Bytes that are not UTF-8
     /// (a character cut in two) become U+FFFD; ids that the tokenizer does not know are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.encoder.decode(ids, &self.end_ids)
+        contained(|| self.encoder.decode(ids, &self.end_ids))
     }
 
     /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.
