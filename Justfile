@@ -64,6 +64,16 @@ lint:
     cargo fmt --all --check
     cargo clippy --release --workspace --all-targets -- -D warnings
 
+# Licences, sources and versions of what we depend on; its known holes too, where their data base is to be had
+deny:
+    cargo deny check licenses bans sources
+    if cargo deny fetch db 2> /dev/null; then cargo deny check --disable-fetch advisories; else echo "advisories: not to be had here" >&2; fi
+
+# Throw bytes at a reader of untrusted files (rows, folder, gguf, tokenizer, template)
+fuzz target="rows" seconds="60":
+    cd fuzz && cargo +nightly fuzz run --release {{ target }} corpus/{{ target }} seeds/{{ target }} -- \
+        -max_total_time={{ seconds }} -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10
+
 # Fetch the default model (93 MB, once; kept in the user's cache)
 model:
     #!/usr/bin/env bash

@@ -1,7 +1,7 @@
 //! Files and folders that appear whole or not at all: made beside their place, synced, then renamed.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -36,6 +36,47 @@ pub fn publish(part: &Path, path: &Path) -> Result<()> {
     File::open(parent)
         .and_then(|folder| folder.sync_all())
         .with_context(|| format!("cannot sync the folder {}", parent.display()))
+}
+
+/// The right to work in a folder, which no other program has at the same time.
+pub struct Claim {
+    folder: PathBuf,
+    _lock: File,
+}
+
+impl Claim {
+    /// Makes the folder where it is not there, and locks it.
+    ///
+    /// # Errors
+    /// It cannot be made, or another program works in it.
+    pub fn new(folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let lock =
+            File::open(folder).with_context(|| format!("cannot open {}", folder.display()))?;
+        // Where the file system has no locks, there is none to respect.
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            bail!("{} is being written by another program", folder.display());
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            _lock: lock,
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Succeeds where it is empty: there is no work to keep.
+        drop(fs::remove_dir(&self.folder));
+    }
+}
+
+/// Whether a file or folder holds anything.
+pub fn holds_work(part: &Path) -> bool {
+    match fs::read_dir(part) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => part.metadata().is_ok_and(|meta| meta.len() > 0),
+    }
 }
 
 /// The folder that `path` lies in; `.` for a bare name.
@@ -92,6 +133,25 @@ mod tests {
         let again = write_aside(&folder, make).unwrap_err();
         assert!(again.to_string().contains("already there"), "{again:#}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no leftovers");
+    }
+
+    #[test]
+    fn a_folder_has_one_worker_and_goes_if_it_did_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join("next.part");
+        let claim = Claim::new(&part).unwrap();
+        let second = Claim::new(&part).err().unwrap().to_string();
+        assert!(
+            second.ends_with("next.part is being written by another program"),
+            "{second}"
+        );
+        drop(claim);
+        assert!(!part.exists());
+        let claim = Claim::new(&part).unwrap();
+        fs::write(part.join("a"), "a").unwrap();
+        drop(claim);
+        assert!(holds_work(&part) && holds_work(&part.join("a")));
+        assert!(!holds_work(&dir.path().join("gone")));
     }
 
     #[test]

@@ -3,6 +3,9 @@
 
 // Floor 1: rows.
 
+// whether the rows in a pipe are all there
+pub mod pipe;
+
 // how every tool starts, reports and ends
 pub mod program;
 
@@ -27,6 +30,14 @@ pub mod memory;
 // GEMM, norms, rotary, attention on the CPU
 #[cfg(feature = "model")]
 pub mod kernels;
+
+// read-only maps of a model's files
+#[cfg(feature = "model")]
+pub mod mapped;
+
+// the header of a GGUF file
+#[cfg(feature = "model")]
+pub mod gguf;
 
 // chat templates, tokenisation of prompt and response
 #[cfg(feature = "model")]

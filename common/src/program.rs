@@ -10,15 +10,13 @@
 //! A second signal ends the program at once, with the same code.
 //!
 //! A program that does not end well ends its output into a pipe with an unfinished line: the next stage, which would
-//! else take the rows so far for all there are, fails too, and no checkpoint is made of half the data.
+//! else take the rows so far for all there are, fails too, and no checkpoint is made of half the data. One that is killed
+//! cannot write that line: see [`crate::pipe`].
 //!
 //! stderr may be a closed pipe or `/dev/full`: nothing here fails because a message was not heard.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Write};
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -28,6 +26,8 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use crate::pipe;
+
 static NAME: OnceLock<String> = OnceLock::new();
 /// The first signal's number, 0 before it. `Arc` because signal-hook shares it with its handlers.
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
@@ -35,15 +35,14 @@ static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 /// Parses the command line, runs the tool and turns its result into the exit code of the table above.
 pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     NAME.get_or_init(|| A::command().get_name().to_owned());
+    pipe::begin();
     let args = match A::try_parse() {
         Ok(args) => args,
         Err(usage) => {
             // Printing fails when nobody reads (`--help | true`): that changes nothing.
             let _ = usage.print();
             let code = u8::try_from(usage.exit_code()).unwrap_or(2);
-            if code != 0 {
-                tear_pipe();
-            }
+            end_pipe(code == 0);
             return ExitCode::from(code);
         }
     };
@@ -52,21 +51,18 @@ pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
     if let Some(line) = line {
         say(line);
     }
-    if code != 0 {
-        tear_pipe();
-    }
+    end_pipe(code == 0);
     ExitCode::from(code)
 }
 
-/// Writes the unfinished line, if stdout is a pipe. (A file is better off with its whole rows.)
-fn tear_pipe() {
-    let mut stdout = io::stdout().lock();
-    let kind = stdout
-        .as_fd()
-        .try_clone_to_owned()
-        .and_then(|fd| File::from(fd).metadata());
-    if kind.is_ok_and(|meta| meta.file_type().is_fifo()) {
+/// Lets the reader of a pipe know that all rows are there, or that they are not, by an unfinished line: that one
+/// reaches a reader behind `jq` or `tee` too. (A file is better off with its whole rows.)
+fn end_pipe(whole: bool) {
+    if whole {
+        pipe::end();
+    } else if pipe::is_stdout() {
         let name = NAME.get().map_or("dice", String::as_str);
+        let mut stdout = io::stdout().lock();
         // Nobody may be reading any more.
         let _ = write!(stdout, "{{\"{name} failed, rows are missing here")
             .and_then(|()| stdout.flush());

@@ -9,7 +9,7 @@ use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
     LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
 };
-use common::files::part_path;
+use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
@@ -150,12 +150,13 @@ fn run(args: Args) -> Result<()> {
         return Report(Some(Output::stdout())).write(&finished(&args.output)?);
     }
     let part = part_path(&args.output);
-    if part.exists() && !args.resume {
+    if holds_work(&part) && !args.resume {
         bail!(
             "{} is there from an interrupted run: pass --resume to go on with it, or remove it",
             part.display()
         );
     }
+    let _claim = Claim::new(&part)?;
     let precision = args.compute.precision(Prefers::Exactness)?;
     let model = Checkpoint::open(&args.model)?;
     let reference = args

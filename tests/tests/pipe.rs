@@ -1,12 +1,13 @@
 //! The tools in pipes, as the README shows them, on tiny checkpoints.
 
 use dice_tests::{
-    Fields, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe, read_rows, text,
+    Fields, Finished, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe, read_rows,
+    text,
 };
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -614,6 +615,99 @@ fn a_pipe_fails_with_any_of_its_stages_and_makes_no_checkpoint() {
             run.stderr
         );
     }
+}
+
+/// The first rows of a sampler that is killed (by the memory's guard, say) while it waits for its next prompt, in a pipe.
+fn cut_short(world: &World) -> PipeReader {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let args = ["--model", &world.arg("pi"), "--k", "2", "--max-tokens", "8"];
+    let mut sampler = Command::new(bin_folder().join("dice-gen"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(writer)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = sampler.stdin.take().unwrap();
+    let row = json!({"prompt": "Say 1", "chosen": "Yes, gladly.", "rejected": "No.", "reward": 1});
+    stdin.write_all(lines(&[row]).as_bytes()).unwrap();
+    // Its rows are on their way, the first character is here: the rest is for the next program.
+    let mut first = [0];
+    reader.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"{");
+    sampler.kill().unwrap();
+    sampler.wait().unwrap();
+    reader
+}
+
+/// A killed writer looks to its reader as one that is done; it is told from it all the same.
+#[test]
+fn the_rows_of_a_killed_program_are_not_taken_for_all() {
+    let world = World::new();
+    let (pi, reference, next) = (world.arg("pi"), world.arg("ref"), world.arg("next"));
+    for (tool, args) in [
+        ("dice-gen", vec!["--model", &pi, "--max-tokens", "4"]),
+        ("dice-score", vec!["--policy", &pi, "--ref", &reference]),
+        ("dice-pairs", vec!["--min-samples", "1", "--min-chars", "0"]),
+        ("dice-train", vec!["--model", &pi, "--output", &next]),
+    ] {
+        // What the test took off the pipe is given back before the rest.
+        let mut rest = cut_short(&world);
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let child = Command::new(bin_folder().join(tool))
+            .args(&args)
+            .stdin(reader)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        writer.write_all(b"{").unwrap();
+        std::io::copy(&mut rest, &mut writer).unwrap();
+        drop(writer);
+        let foreign = Finished::new(tool, child.wait_with_output().unwrap());
+        // A program in between that knows nothing of the mark hands on what it got: those rows count as whole.
+        foreign.ok();
+        drop(fs::remove_dir_all(&next));
+
+        let child = Command::new(bin_folder().join(tool))
+            .args(&args)
+            .stdin(after_first_row(cut_short(&world)))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let run = Finished::new(tool, child.wait_with_output().unwrap());
+        let line = run.error_line();
+        assert!(
+            line.contains("stdin: the program that wrote this pipe was killed: rows are missing"),
+            "{line}"
+        );
+        assert!(!world.path("next").exists() && !world.path("next.part").exists());
+    }
+}
+
+/// A pipe without its first, begun row.
+fn after_first_row(mut pipe: PipeReader) -> PipeReader {
+    let mut byte = [0];
+    while byte != *b"\n" {
+        pipe.read_exact(&mut byte).unwrap();
+    }
+    pipe
+}
+
+/// The mark on a pipe goes with its writer's end, and comes again with the next writer's start.
+#[test]
+fn writers_may_take_turns() {
+    let world = World::new();
+    let turn = "dice-gen --model pi --k 1 --max-tokens 4 prompts.jsonl";
+    let both = format!("{{ {turn}; {turn}; }} | dice-score --policy pi --ref ref");
+    assert_eq!(world.pipe(&both).run().ok().rows().len(), 2 * PROMPTS);
+    let killed = "dice-gen --model pi < <(sleep 9) 2> said &
+        until [ -s said ]; do sleep 0.01; done; kill -9 $!; wait $! || true";
+    let both = format!("{{ {killed}; {turn}; }} | dice-score --policy pi --ref ref");
+    let run = world.pipe(&both).run();
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    run.note("rows are missing");
 }
 
 /// Preference pairs are scored too, so that replayed ones bring their reference.

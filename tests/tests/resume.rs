@@ -563,7 +563,7 @@ fn work_is_neither_overwritten_nor_done_twice() {
 
         let started = world.path("next.part");
         if tool == "dice-train" {
-            fs::create_dir(&started).unwrap();
+            fs::create_dir_all(started.join("checkpoint-2")).unwrap();
         } else {
             fs::write(&started, "{}\n").unwrap();
         }
@@ -743,4 +743,27 @@ fn one_file_has_one_writer() {
     // Closes its input.
     Finished::new("dice-gen", first.wait_with_output().unwrap()).ok();
     assert_eq!(fs::read(world.path("out")).unwrap(), b"");
+
+    // So has one folder.
+    let args = ["--model", &world.arg("pi"), "--output", &world.arg("next")];
+    let train = || {
+        let mut command = Command::new(dice_tests::bin_folder().join("dice-train"));
+        command.args(args).stdin(Stdio::piped());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut first = train();
+    let mut come = || world.path("next.part").is_dir() || first.try_wait().unwrap().is_some();
+    while !come() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let second = Finished::new("dice-train", train().wait_with_output().unwrap());
+    let line = second.error_line();
+    assert!(
+        line.contains("next.part is being written by another program"),
+        "{line}"
+    );
+    let first = Finished::new("dice-train", first.wait_with_output().unwrap());
+    assert!(first.error_line().contains("no pairs to train on"));
+    assert!(!world.path("next.part").exists());
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::Parts;
+use super::contained::contained;
 use super::encoder::tokenizer_error;
 
 /// Largest chat file that is read, in bytes; the largest tokenizer.json in use are about 35 MB.
@@ -46,8 +47,8 @@ pub fn read(dir: &Path) -> Result<Parts> {
         );
     };
     let place = |name: &str| dir.join(name).display().to_string();
-    let mut tokenizer = Tokenizer::from_bytes(bytes)
-        .map_err(|error| anyhow!("{}: {error}", place("tokenizer.json")))?;
+    let mut tokenizer = contained(|| Tokenizer::from_bytes(bytes).map_err(tokenizer_error))
+        .with_context(|| place("tokenizer.json"))?;
     check_added(&tokenizer, bytes).with_context(|| place("tokenizer.json"))?;
 
     let config = parse(dir, "tokenizer_config.json", &files)?;

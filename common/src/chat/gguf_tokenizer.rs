@@ -7,11 +7,11 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::{Context, Result, anyhow, bail};
-use candle_core::quantized::gguf_file::Value;
 use serde_json::{Map, Value as Json, json};
 use tokenizers::Tokenizer;
 
 use super::Parts;
+use crate::gguf::Value;
 
 /// The split of Llama 3; Qwen 2 differs in the digits alone.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -20,10 +20,10 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 // Values of `tokenizer.ggml.token_type`.
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const BYTE: i64 = 6;
+const UNKNOWN: i128 = 2;
+const CONTROL: i128 = 3;
+const USER_DEFINED: i128 = 4;
+const BYTE: i128 = 6;
 
 /// Reads what a GGUF file says about text.
 pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
@@ -99,15 +99,11 @@ fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
     let name = entries.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let (normalizer, pre_tokenizer, whole_words, add_bos) = pre_tokenizer(name)?;
     let merges = entries
-        .array("tokenizer.ggml.merges")?
+        .texts("tokenizer.ggml.merges")?
         .context("no tokenizer.ggml.merges")?
         .iter()
         .enumerate()
         .map(|(rank, merge)| {
-            let merge = merge
-                .to_string()
-                .ok()
-                .with_context(|| format!("tokenizer.ggml.merges[{rank}]: not a string"))?;
             // The first character may itself be a space.
             let seam = merge
                 .char_indices()
@@ -178,16 +174,8 @@ fn bytes_step(split: bool) -> Json {
 /// SentencePiece's BPE (Llama 2, Mistral v0.1–0.3, Gemma): the merges follow from the scores.
 fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
     let scores = entries
-        .array("tokenizer.ggml.scores")?
-        .context("no tokenizer.ggml.scores")?
-        .iter()
-        .map(|score| {
-            score
-                .to_f32()
-                .ok()
-                .context("tokenizer.ggml.scores: not float32")
-        })
-        .collect::<Result<Vec<f32>>>()?;
+        .reals("tokenizer.ggml.scores")?
+        .context("no tokenizer.ggml.scores")?;
     if scores.len() != vocabulary.tokens.len() {
         bail!(
             "tokenizer.ggml.scores has {} entries for {} tokens",
@@ -228,7 +216,7 @@ fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
             "byte_fallback": true,
             "ignore_merges": false,
             "vocab": vocabulary.map(),
-            "merges": merges_from_scores(vocabulary, &scores),
+            "merges": merges_from_scores(vocabulary, scores),
         }),
         add_bos: true,
     })
@@ -236,7 +224,7 @@ fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
 
 /// Every way to join two tokens into a third, best score first: what SentencePiece does by looking scores up,
 /// and the order in which transformers writes such a tokenizer.json.
-fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<(String, String)> {
+fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<(String, String)> {
     let ids: HashMap<&str, usize> = vocabulary
         .tokens
         .iter()
@@ -300,29 +288,17 @@ fn begin_with(bos: &str, vocabulary: &Vocabulary) -> Json {
 /// Tokens and their types, in id order.
 struct Vocabulary {
     tokens: Vec<String>,
-    types: Vec<i64>,
+    types: Vec<i128>,
 }
 
 impl Vocabulary {
     fn read(entries: &Entries) -> Result<Self> {
         let tokens = entries
-            .array("tokenizer.ggml.tokens")?
+            .texts("tokenizer.ggml.tokens")?
             .context("no tokenizer.ggml.tokens: the file has no tokenizer")?
-            .iter()
-            .enumerate()
-            .map(|(id, token)| {
-                let token = token
-                    .to_string()
-                    .ok()
-                    .with_context(|| format!("tokenizer.ggml.tokens[{id}]: not a string"))?;
-                Ok(token.clone())
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let types = match entries.array("tokenizer.ggml.token_type")? {
-            Some(types) => types
-                .iter()
-                .map(|kind| integer(kind).context("tokenizer.ggml.token_type: not an integer"))
-                .collect::<Result<Vec<_>>>()?,
+            .to_vec();
+        let types = match entries.wholes("tokenizer.ggml.token_type")? {
+            Some(types) => types.to_vec(),
             None => vec![1; tokens.len()],
         };
         if types.len() != tokens.len() {
@@ -383,71 +359,62 @@ impl Vocabulary {
     }
 }
 
-/// Typed look-ups; an entry of another type is an error that names it. (candle's own errors may carry a
-/// backtrace of many lines, so they go no further.)
+/// Typed look-ups; an entry of another type is an error that names it.
 struct Entries<'a>(&'a HashMap<String, Value>);
 
 impl<'a> Entries<'a> {
-    fn text(&self, key: &str) -> Result<Option<&'a str>> {
-        self.0
-            .get(key)
-            .map(|value| {
-                value
-                    .to_string()
-                    .ok()
-                    .map(String::as_str)
-                    .with_context(|| format!("{key}: not a string"))
-            })
+    fn get<T>(
+        &self,
+        key: &str,
+        what: &str,
+        of: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let value = self.0.get(key);
+        value
+            .map(|value| of(value).with_context(|| format!("{key}: not {what}")))
             .transpose()
     }
 
-    fn array(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
-        self.0
-            .get(key)
-            .map(|value| {
-                value
-                    .to_vec()
-                    .ok()
-                    .with_context(|| format!("{key}: not an array"))
-            })
-            .transpose()
+    fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.get(key, "a string", |value| match value {
+            Value::Text(text) => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    fn texts(&self, key: &str) -> Result<Option<&'a [String]>> {
+        self.get(key, "an array of strings", |value| match value {
+            Value::Texts(texts) => Some(texts.as_slice()),
+            _ => None,
+        })
+    }
+
+    fn reals(&self, key: &str) -> Result<Option<&'a [f64]>> {
+        self.get(key, "an array of floats", |value| match value {
+            Value::Reals(reals) => Some(reals.as_slice()),
+            _ => None,
+        })
+    }
+
+    fn wholes(&self, key: &str) -> Result<Option<&'a [i128]>> {
+        self.get(key, "an array of whole numbers", |value| match value {
+            Value::Wholes(wholes) => Some(wholes.as_slice()),
+            _ => None,
+        })
     }
 
     fn flag(&self, key: &str) -> Result<Option<bool>> {
-        self.0
-            .get(key)
-            .map(|value| {
-                value
-                    .to_bool()
-                    .ok()
-                    .with_context(|| format!("{key}: not a boolean"))
-            })
-            .transpose()
+        self.get(key, "a boolean", |value| match value {
+            Value::Flag(flag) => Some(*flag),
+            _ => None,
+        })
     }
 
     fn id(&self, key: &str) -> Result<Option<u32>> {
-        self.0
-            .get(key)
-            .map(|value| {
-                integer(value)
-                    .and_then(|id| u32::try_from(id).ok())
-                    .with_context(|| format!("{key}: not a token id"))
-            })
-            .transpose()
-    }
-}
-
-fn integer(value: &Value) -> Option<i64> {
-    match value {
-        Value::U8(v) => Some(i64::from(*v)),
-        Value::I8(v) => Some(i64::from(*v)),
-        Value::U16(v) => Some(i64::from(*v)),
-        Value::I16(v) => Some(i64::from(*v)),
-        Value::U32(v) => Some(i64::from(*v)),
-        Value::I32(v) => Some(i64::from(*v)),
-        Value::U64(v) => i64::try_from(*v).ok(),
-        Value::I64(v) => Some(*v),
-        _ => None,
+        self.get(key, "a token id", |value| match value {
+            Value::Whole(id) => u32::try_from(*id).ok(),
+            _ => None,
+        })
     }
 }
 
@@ -459,30 +426,30 @@ mod tests {
     use crate::chat::Chat;
 
     fn strings(items: &[&str]) -> Value {
-        Value::Array(
-            items
-                .iter()
-                .map(|item| Value::String((*item).to_owned()))
-                .collect(),
-        )
+        Value::Texts(items.iter().map(|item| (*item).to_owned()).collect())
     }
 
     /// The metadata of a GGUF from the golden file of make_gguf_tokenizers.py.
     fn metadata(entries: &Map<String, Json>) -> HashMap<String, Value> {
         let value = |key: &str, item: &Json| match item {
-            Json::String(text) => Value::String(text.clone()),
-            Json::Bool(flag) => Value::Bool(*flag),
-            Json::Array(items) => Value::Array(
+            Json::String(text) => Value::Text(text.clone()),
+            Json::Bool(flag) => Value::Flag(*flag),
+            Json::Array(items) if items.iter().all(Json::is_string) => Value::Texts(
                 items
                     .iter()
-                    .map(|item| match item {
-                        Json::String(text) => Value::String(text.clone()),
-                        _ if key.ends_with("scores") => Value::F32(item.as_f64().unwrap() as f32),
-                        _ => Value::I32(item.as_i64().unwrap() as i32),
-                    })
+                    .map(|item| item.as_str().unwrap().to_owned())
                     .collect(),
             ),
-            other => Value::U32(other.as_u64().unwrap() as u32),
+            Json::Array(items) if key.ends_with("scores") => {
+                Value::Reals(items.iter().map(|item| item.as_f64().unwrap()).collect())
+            }
+            Json::Array(items) => Value::Wholes(
+                items
+                    .iter()
+                    .map(|item| item.as_i64().unwrap().into())
+                    .collect(),
+            ),
+            other => Value::Whole(other.as_u64().unwrap().into()),
         };
         entries
             .iter()
@@ -525,14 +492,14 @@ mod tests {
     #[test]
     fn a_template_without_bos_gets_one_when_the_file_asks_for_it() {
         let mut entries = small();
-        entries.insert("tokenizer.ggml.add_bos_token".into(), Value::Bool(true));
+        entries.insert("tokenizer.ggml.add_bos_token".into(), Value::Flag(true));
         for template in [
             "{{ messages[0].content }}",
             "{{ bos_token }}{{ messages[0].content }}",
         ] {
             entries.insert(
                 "tokenizer.chat_template".into(),
-                Value::String(template.into()),
+                Value::Text(template.into()),
             );
             let chat = Chat::from_gguf(&entries).unwrap();
             assert_eq!(
@@ -547,23 +514,20 @@ mod tests {
         HashMap::from([
             (
                 "tokenizer.ggml.model".to_owned(),
-                Value::String("gpt2".into()),
+                Value::Text("gpt2".into()),
             ),
-            (
-                "tokenizer.ggml.pre".to_owned(),
-                Value::String("gpt-2".into()),
-            ),
+            ("tokenizer.ggml.pre".to_owned(), Value::Text("gpt-2".into())),
             (
                 "tokenizer.ggml.tokens".to_owned(),
                 strings(&["<s>", "</s>", "a", "b", "ab"]),
             ),
             (
                 "tokenizer.ggml.token_type".to_owned(),
-                Value::Array([3, 3, 1, 1, 1].map(Value::I32).to_vec()),
+                Value::Wholes(vec![3, 3, 1, 1, 1]),
             ),
             ("tokenizer.ggml.merges".to_owned(), strings(&["a b"])),
-            ("tokenizer.ggml.bos_token_id".to_owned(), Value::U32(0)),
-            ("tokenizer.ggml.eos_token_id".to_owned(), Value::U32(1)),
+            ("tokenizer.ggml.bos_token_id".to_owned(), Value::Whole(0)),
+            ("tokenizer.ggml.eos_token_id".to_owned(), Value::Whole(1)),
         ])
     }
 
@@ -572,17 +536,17 @@ mod tests {
         let cases = [
             (
                 "tokenizer.ggml.pre",
-                Value::String("martian".into()),
+                Value::Text("martian".into()),
                 "\"martian\" is not a known pre-tokenizer",
             ),
             (
                 "tokenizer.ggml.model",
-                Value::String("t5".into()),
+                Value::Text("t5".into()),
                 "\"t5\" is not supported",
             ),
             (
                 "tokenizer.ggml.model",
-                Value::U32(1),
+                Value::Whole(1),
                 "tokenizer.ggml.model",
             ),
             (
@@ -597,7 +561,7 @@ mod tests {
             ),
             (
                 "tokenizer.ggml.tokens",
-                Value::U32(3),
+                Value::Whole(3),
                 "tokenizer.ggml.tokens",
             ),
             ("tokenizer.ggml.merges", strings(&["ab"]), "merges[0]"),
@@ -608,17 +572,17 @@ mod tests {
             ),
             (
                 "tokenizer.ggml.eos_token_id",
-                Value::U32(5),
+                Value::Whole(5),
                 "eos_token_id: 5 is outside",
             ),
             (
                 "tokenizer.ggml.eos_token_id",
-                Value::I32(-1),
+                Value::Whole(-1),
                 "not a token id",
             ),
             (
                 "tokenizer.ggml.eot_token_id",
-                Value::U32(9),
+                Value::Whole(9),
                 "eot_token_id: 9 is outside",
             ),
         ];

@@ -3,6 +3,7 @@
 //! The prompt is rendered once by the template, generation prompt included; a response is tokenised apart
 //! from it and never re-tokenised across the seam; what a row's text says is never taken for a control token.
 
+mod contained;
 mod encoder;
 mod folder;
 mod gguf_tokenizer;
@@ -15,16 +16,16 @@ pub mod testing;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
-use candle_core::quantized::gguf_file;
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
 
+use crate::gguf::{Arrays, Header, Value};
+use crate::mapped::Mapped;
 use crate::records::Prompt;
+use contained::contained;
 use encoder::Encoder;
 use template::Template;
 
@@ -58,27 +59,20 @@ impl Chat {
         if path.is_dir() {
             return Self::from_folder(path);
         }
-        let place = || path.display().to_string();
-        let file = File::open(path).with_context(place)?;
-        let content = gguf_file::Content::read(&mut BufReader::new(file)).map_err(|error| {
-            // candle's errors may carry a backtrace: the first line says what is wrong.
-            let text = error.to_string();
-            let reason = text.lines().next().unwrap_or_default();
-            anyhow!("{}: not a readable GGUF file: {reason}", path.display())
-        })?;
-        Self::from_gguf(&content.metadata).with_context(place)
+        let header = Header::of_file(&Mapped::open(path)?, Arrays::Read)?;
+        Self::from_gguf(&header.metadata).with_context(|| path.display().to_string())
     }
 
     /// Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json,
     /// chat_template.jinja, generation_config.json and config.json of a folder.
     pub fn from_folder(dir: &Path) -> Result<Self> {
         let parts = folder::read(dir)?;
-        Self::assemble(parts).with_context(|| dir.display().to_string())
+        contained(|| Self::assemble(parts)).with_context(|| dir.display().to_string())
     }
 
     /// Builds the tokenizer and template from the `tokenizer.*` entries of a GGUF file.
-    pub fn from_gguf(metadata: &HashMap<String, gguf_file::Value>) -> Result<Self> {
-        Self::assemble(gguf_tokenizer::read(metadata)?)
+    pub fn from_gguf(metadata: &HashMap<String, Value>) -> Result<Self> {
+        contained(|| Self::assemble(gguf_tokenizer::read(metadata)?))
     }
 
     fn assemble(parts: Parts) -> Result<Self> {
@@ -142,6 +136,10 @@ impl Chat {
     /// `system` becomes the first turn unless the prompt brings a system (or developer) turn of its own,
     /// which then stays.
     pub fn prompt_ids(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
+        contained(|| self.encode_prompt(prompt, system))
+    }
+
+    fn encode_prompt(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
             return self.bare_prompt(prompt, system);
         };
@@ -178,7 +176,7 @@ impl Chat {
 
     /// Ids of a response, tokenised by itself; a finished one ends with [`Self::end_of_turn`].
     pub fn response_ids(&self, response: &str, finished: bool) -> Result<Vec<u32>> {
-        let mut ids = self.encoder.text(response)?;
+        let mut ids = contained(|| self.encoder.text(response))?;
         if finished {
             ids.push(self.end_of_turn);
         }
@@ -199,7 +197,7 @@ impl Chat {
     /// Text of ids without special and end-of-turn tokens; no clean-up of spaces. Bytes that are not UTF-8
     /// (a character cut in two) become U+FFFD; ids that the tokenizer does not know are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.encoder.decode(ids, &self.end_ids)
+        contained(|| self.encoder.decode(ids, &self.end_ids))
     }
 
     /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.

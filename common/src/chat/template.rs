@@ -231,7 +231,10 @@ fn without_generation_tags(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         out.push_str(&rest[..start]);
         rest = &rest[start..];
-        let Some(end) = rest.find("%}") else { break };
+        // After the opening: the two of `{%}` share a character.
+        let Some(end) = rest[2..].find("%}").map(|end| end + 2) else {
+            break;
+        };
         let tag = &rest[..end + 2];
         out.push_str(&match tag[2..end].trim_matches(['-', '+']).trim() {
             "generation" => tag.replacen("generation", "if true", 1),

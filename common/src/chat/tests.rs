@@ -329,11 +329,22 @@ fn damaged_files_are_one_clear_line() {
             "generation_config.json",
         ),
         ("chat_template.jinja", "{{ 'a' }", "does not compile"),
+        // Found by fuzzing.
+        ("chat_template.jinja", "{%} %}", "does not compile"),
     ];
     for (name, text, expected) in cases {
         let message = failure(&tiny_with(name, text));
         assert!(message.contains(expected), "{name} {text}: {message}");
     }
+    // Found by fuzzing: the tokenizers crate panics.
+    let whole = fs::read_to_string(testing::tiny_folder().join("tokenizer.json")).unwrap();
+    let spoiled = whole.replace(r#""decoder": {"#, r#""decoder": {x"#);
+    assert_ne!(spoiled, whole);
+    let message = failure(&tiny_with("tokenizer.json", &spoiled));
+    assert!(
+        message.contains("tokenizer.json: the tokenizer is broken"),
+        "{message}"
+    );
     let empty = tempfile::tempdir().unwrap();
     assert!(failure(&empty).contains("no tokenizer.json"));
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::read::{MAX_LINE_BYTES, Rows, object, rows};
-use crate::files::{parent, part_path, publish, write_aside};
+use crate::files::{holds_work, parent, part_path, publish, write_aside};
 use crate::program;
 use crate::run::check_same;
 
@@ -81,7 +81,7 @@ impl Output {
             return Ok(Opened::AlreadyDone);
         }
         // An empty one holds no work to lose.
-        if part.metadata().is_ok_and(|meta| meta.len() > 0) && !resume {
+        if holds_work(&part) && !resume {
             bail!(
                 "{} is there from an interrupted run: pass --resume to go on with it, or remove it",
                 part.display()

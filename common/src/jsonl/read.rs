@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
 
 use super::row::{Place, Row};
-use crate::program;
+use crate::{pipe, program};
 
 /// The longest line that is read, in bytes: a bound on memory when the input is not JSON Lines at all.
 pub const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -45,6 +46,8 @@ pub struct Rows {
 
 struct Lines {
     reader: Box<dyn BufRead + Send>,
+    /// What the reader reads, to be asked at its end whether it is whole.
+    source: Option<File>,
     place: Place,
     buffer: Vec<u8>,
 }
@@ -89,12 +92,17 @@ impl Rows {
 impl Lines {
     fn open(path: &Path) -> Result<Self> {
         let stdin = path == Path::new("-");
-        let reader: Box<dyn BufRead + Send> = if stdin {
-            Box::new(BufReader::new(Stdin::start()))
+        let (reader, source): (Box<dyn BufRead + Send>, _) = if stdin {
+            let source = io::stdin().as_fd().try_clone_to_owned();
+            (
+                Box::new(BufReader::new(Stdin::start())),
+                source.ok().map(File::from),
+            )
         } else {
             let file =
                 File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-            Box::new(BufReader::with_capacity(1 << 16, file))
+            let source = file.try_clone().ok();
+            (Box::new(BufReader::with_capacity(1 << 16, file)), source)
         };
         let file: Arc<str> = match stdin {
             true => "stdin".into(),
@@ -102,6 +110,7 @@ impl Lines {
         };
         Ok(Self {
             reader,
+            source,
             place: Place { file, line: 0 },
             buffer: Vec::new(),
         })
@@ -116,6 +125,13 @@ impl Lines {
             return Err(err).with_context(|| format!("cannot read {}", self.place.file));
         }
         if self.buffer.is_empty() {
+            if self.source.as_ref().is_some_and(pipe::is_unfinished) {
+                bail!(
+                    "{}: the program that wrote this pipe was killed: rows are missing after line {}",
+                    self.place.file,
+                    self.place.line
+                );
+            }
             return Ok(false);
         }
         self.place.line += 1;

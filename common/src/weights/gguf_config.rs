@@ -1,8 +1,9 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
 use super::config::{Activation, Config, bounded_layers};
-use super::gguf::{Gguf, Scalar};
+use super::gguf::Gguf;
 use super::rope::{Rope, RopeScaling};
+use crate::gguf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
@@ -19,7 +20,7 @@ impl Config {
 /// The token ids that a Hugging Face `config.json` would hold beside the shape.
 pub(super) fn token_ids(gguf: &Gguf) -> Value {
     let ids = ["bos", "eos", "padding"].into_iter().filter_map(|which| {
-        let Some(Scalar::Whole(id)) = gguf
+        let Some(gguf::Value::Whole(id)) = gguf
             .metadata
             .get(&format!("tokenizer.ggml.{which}_token_id"))
         else {
@@ -33,7 +34,7 @@ pub(super) fn token_ids(gguf: &Gguf) -> Value {
 
 fn read(gguf: &Gguf) -> Result<Config> {
     let architecture = match gguf.metadata.get("general.architecture") {
-        Some(Scalar::Text(architecture)) => architecture.as_str(),
+        Some(gguf::Value::Text(architecture)) => architecture.as_str(),
         _ => bail!("general.architecture is missing: which architecture is this?"),
     };
     ensure!(
@@ -186,7 +187,7 @@ struct Metadata<'a> {
 }
 
 impl Metadata<'_> {
-    fn get(&self, key: &str) -> Option<&Scalar> {
+    fn get(&self, key: &str) -> Option<&gguf::Value> {
         self.gguf
             .metadata
             .get(&format!("{}.{key}", self.architecture))
@@ -211,8 +212,8 @@ impl Metadata<'_> {
     fn real(&self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
-            Some(Scalar::Real(value)) => Ok(Some(*value)),
-            Some(Scalar::Whole(value)) => Ok(Some(*value as f64)),
+            Some(gguf::Value::Real(value)) => Ok(Some(*value)),
+            Some(gguf::Value::Whole(value)) => Ok(Some(*value as f64)),
             Some(other) => bail!("{key}: must be a number, not {other:?}"),
         }
     }
@@ -220,16 +221,16 @@ impl Metadata<'_> {
     fn text(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
-            Some(Scalar::Text(text)) => Ok(Some(text)),
+            Some(gguf::Value::Text(text)) => Ok(Some(text)),
             Some(other) => bail!("{key}: must be a string, not {other:?}"),
         }
     }
 }
 
-fn whole(key: &str, value: Option<&Scalar>) -> Result<Option<usize>> {
+fn whole(key: &str, value: Option<&gguf::Value>) -> Result<Option<usize>> {
     match value {
         None => Ok(None),
-        Some(Scalar::Whole(value)) => usize::try_from(*value)
+        Some(gguf::Value::Whole(value)) => usize::try_from(*value)
             .map(Some)
             .with_context(|| format!("{key}: {value} is out of range")),
         Some(other) => bail!("{key}: must be a whole number, not {other:?}"),

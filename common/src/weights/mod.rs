@@ -5,7 +5,6 @@ mod config;
 mod gguf;
 mod gguf_config;
 mod hub;
-mod mapped;
 mod rope;
 mod safetensors;
 mod save;

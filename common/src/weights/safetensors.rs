@@ -1,6 +1,6 @@
 //! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
 
-use super::mapped::Mapped;
+use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use rayon::prelude::*;

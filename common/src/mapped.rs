@@ -1,17 +1,21 @@
-//! A read-only memory map of a weights file, with its path for error lines.
+//! A read-only memory map of a model's file, with its path for error lines.
 
 use anyhow::{Context, Result};
 use memmap2::Mmap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-pub(super) struct Mapped {
-    pub(super) path: PathBuf,
-    pub(super) bytes: Mmap,
+/// A mapped file.
+pub struct Mapped {
+    /// As it was opened.
+    pub path: PathBuf,
+    /// Its content.
+    pub bytes: Mmap,
 }
 
 impl Mapped {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    /// Maps a file.
+    pub fn open(path: &Path) -> Result<Self> {
         let at = || path.display().to_string();
         let file = File::open(path).with_context(at)?;
         // SAFETY: the map is only read. A file that another process cuts short while it is mapped
