@@ -176,7 +176,15 @@ fn training_of_adapters_resumes_exactly() {
     let straight = world.train("pi", "straight", &lora).run().ok();
     let child = world.train("pi", "out", &lora).start();
     // As soon as there is a checkpoint.
-    while !world.path("out.part").exists() {
+    let is_checkpoint = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        name.to_string_lossy().starts_with("checkpoint-")
+    };
+    let saved = || {
+        std::fs::read_dir(world.path("out.part"))
+            .is_ok_and(|mut found| found.any(|e| e.is_ok_and(is_checkpoint)))
+    };
+    while !saved() {
         std::thread::sleep(std::time::Duration::from_micros(200));
     }
     let kill = format!("kill -TERM {}", child.id());
