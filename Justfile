@@ -2,6 +2,9 @@
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
+import 'experiments/experiment.just'
+import 'experiments/sweep.just'
+
 # The model that everything starts from: a folder, a .gguf file or a hub id
 base := default_model
 # Where policies and rounds are kept
@@ -16,6 +19,8 @@ max_tokens := "256"
 temperature := "0.9"
 # The least usable responses for a prompt to give a pair
 min_samples := "4"
+# The price of a character of length: `auto` makes chosen and rejected equally long on average, `0` is none
+alpha := "auto"
 # The share of offline pairs in the training data (the paper's experience replay)
 gamma := "0.5"
 beta := "0.1"
@@ -23,7 +28,19 @@ beta := "0.1"
 seed_learning_rate := "1e-5"
 learning_rate := "5e-6"
 batch_size := "8"
+# Training steps of a round; empty: once over its pairs
+max_steps := ""
+# How many other prompts a round is compared on, before and after
+check := "8"
+# Who judges after against before: flags of `dice-eval judge`, such as "--endpoint URL --judge NAME"; empty: nobody
+judge := ""
 seed := "0"
+
+# What recipes have in common
+sampling := "--max-tokens " + max_tokens + " --temperature " + temperature
+pairing := "--min-samples " + min_samples + " --seed " + seed + " --replay " + preferences + " --replay-split train"
+training := "--beta " + beta + " --learning-rate " + learning_rate + " --batch-size " + batch_size + " --save-steps 5 --seed " + seed
+steps := if max_steps == "" { "" } else { "--max-steps " + max_steps }
 
 default_model := "models/SmolLM2-135M-Instruct.gguf"
 model_sha256 := "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -85,6 +102,19 @@ model:
 base-model:
     @if [ "{{ base }}" = "{{ default_model }}" ]; then just model; fi
 
+# Refuses to go on in a folder that was begun with other settings
+[private]
+begun folder settings:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    mkdir -p {{ folder }}
+    as={{ folder }}/settings.txt
+    [ -f $as ] || { echo {{ quote(settings) }} > $as.part; mv $as.part $as; }
+    if [ "$(cat $as)" != {{ quote(settings) }} ]; then
+        echo "{{ folder }} was begun with other settings (see $as): give them again, or remove {{ folder }}" >&2
+        exit 1
+    fi
+
 # The seed policy: DPO from the base model on the example preferences, so that policy and reference differ
 seed: build base-model
     #!/usr/bin/env bash
@@ -97,7 +127,7 @@ seed: build base-model
             --output {{ runs }}/policy-0 --resume {{ preferences }} > {{ runs }}/seed-steps.jsonl
     fi
 
-# One DICE round from the last policy: samples, scores, pairs, DPO, summary. Interrupted, it goes on where it was
+# One DICE round from the last policy: samples, scores, pairs, DPO, report. Interrupted, it goes on where it was
 round: seed
     #!/usr/bin/env bash
     set -euo pipefail
@@ -109,62 +139,85 @@ round: seed
     # The policy's implicit reward is against the policy before it; the seed's, against the base model.
     reference={{ base }}
     [ $t -gt 1 ] && reference={{ runs }}/policy-$((t - 2))
+    seed=$(({{ seed }} + t))
     mkdir -p "$dir"
-    say() { echo "== round $t: $*" >&2; }
+    # The round is a script that stays with its results, for the report and for whoever repeats it.
+    cat > "$dir/commands.part" <<END
+    # Round $t, from $policy to $next, as \`just round\` ran it. Run again, it keeps what is there.
+    set -euo pipefail
+    cd "{{ justfile_directory() }}"
+    PATH="{{ bin }}:\$PATH"
+    say() { echo "== round $t: \$*" >&2; }
+
     say "{{ k }} responses to each of {{ count }} prompts"
-    [ -f "$dir/prompts.jsonl" ] || { head -n {{ count }} {{ prompts }} > "$dir/prompts.part"; mv "$dir/prompts.part" "$dir/prompts.jsonl"; }
-    {{ bin }}/dice-gen --model "$policy" --k {{ k }} --max-tokens {{ max_tokens }} --temperature {{ temperature }} \
-        --seed $(({{ seed }} + t)) --output "$dir/samples.jsonl" --resume "$dir/prompts.jsonl"
+    head -n {{ count }} {{ prompts }} > $dir/prompts.jsonl
+    dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/samples.jsonl --resume $dir/prompts.jsonl
+
     say "implicit rewards: $policy against $reference"
-    {{ bin }}/dice-score --policy "$policy" --ref "$reference" --beta {{ beta }} \
-        --output "$dir/scored.jsonl" --resume "$dir/samples.jsonl"
-    say "pairs: alpha of equal lengths, {{ gamma }} replayed"
-    {{ bin }}/dice-pairs --replay {{ preferences }} --replay-split train --gamma {{ gamma }} --min-samples {{ min_samples }} --seed {{ seed }} \
-        --stats "$dir/pairs.stats.json" --output "$dir/pairs.jsonl" --resume "$dir/scored.jsonl"
+    dice-score --policy $policy --ref $reference --beta {{ beta }} --output $dir/scored.jsonl --resume $dir/samples.jsonl
+
+    say "pairs: alpha {{ alpha }}, {{ gamma }} replayed"
+    dice-pairs --alpha {{ alpha }} --gamma {{ gamma }} {{ pairing }} \\
+        --stats $dir/pairs.stats.json --output $dir/pairs.jsonl --resume $dir/scored.jsonl
+
     say "DPO from $policy, which is its own reference"
-    {{ bin }}/dice-train --model "$policy" --beta {{ beta }} --learning-rate {{ learning_rate }} \
-        --batch-size {{ batch_size }} --save-steps 5 --seed {{ seed }} \
-        --output "$next" --resume "$dir/pairs.jsonl" > "$dir/steps.jsonl"
+    dice-train --model $policy {{ training }} {{ steps }} --log-dir $dir --output $next --resume $dir/pairs.jsonl > $dir/steps.jsonl
+
     say "before and after"
     # Prompts after those of the round, which no training saw (of a file without more, its first ones).
-    check="$dir/check-prompts.jsonl"
-    tail -n +$(({{ count }} + 1)) {{ prompts }} | head -n 8 > "$check"
-    [ -s "$check" ] || head -n 8 {{ prompts }} > "$check"
+    sed -n "$(({{ count }} + 1)),$(({{ count }} + {{ check }}))p" {{ prompts }} > $dir/check-prompts.jsonl
+    [ -s $dir/check-prompts.jsonl ] || head -n {{ check }} {{ prompts }} > $dir/check-prompts.jsonl
+    dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/before-samples.jsonl --resume $dir/check-prompts.jsonl
+    dice-gen --model $next --k {{ k }} {{ sampling }} --seed $seed --output $dir/after-samples.jsonl --resume $dir/check-prompts.jsonl
     for which in before after; do
-        of=$policy && [ $which = after ] && of=$next
-        {{ bin }}/dice-gen --model "$of" --k {{ k }} --max-tokens {{ max_tokens }} --temperature {{ temperature }} \
-            --seed $(({{ seed }} + t)) --output "$dir/$which-samples.jsonl" --resume "$check"
-        {{ bin }}/dice-score --policy "$policy" --ref "$reference" --beta {{ beta }} \
-            --output "$dir/$which.jsonl" --resume "$dir/$which-samples.jsonl"
+        dice-score --policy $policy --ref $reference --beta {{ beta }} --output $dir/\$which.jsonl --resume $dir/\$which-samples.jsonl
     done
+    {{ if judge == "" { "" } else { "dice-eval judge --a $dir/before.jsonl --b $dir/after.jsonl " + judge + " --output $dir/judged.jsonl --resume" } }}
+    {{ if judge == "" { "" } else { "dice-eval win-rate $dir/judged.jsonl > $dir/win-rate.jsonl" } }}
+    dice-eval report {{ runs }} --output {{ runs }}/report.html
     {
         echo "# Round $t: $policy → $next"
         echo
-        echo "## Responses to 8 other prompts; reward: $policy against $reference"
+        echo "## Responses to other prompts; reward: $policy against $reference"
         echo
-        {{ bin }}/dice-eval samples --format markdown "$dir/before.jsonl" "$dir/after.jsonl"
+        dice-eval samples --format markdown $dir/before.jsonl $dir/after.jsonl
+        if [ -f $dir/judged.jsonl ]; then
+            echo
+            echo "## Win rate of after against before, percent"
+            echo
+            dice-eval win-rate --format markdown $dir/judged.jsonl
+        fi
         echo
         echo "## Preference pairs that no training saw; reward: each policy against {{ base }}"
         echo
         for split in validation test; do
-            for of in "$policy" "$next"; do
-                {{ bin }}/dice-eval pairs --policy "$of" --ref {{ base }} --beta {{ beta }} --split $split \
-                    --name "$of, $split" --format markdown {{ preferences }}
+            for of in $policy $next; do
+                dice-eval pairs --policy \$of --ref {{ base }} --beta {{ beta }} --split \$split \\
+                    --name "\$of, \$split" --format markdown {{ preferences }}
             done
-        done | awk 'NR <= 2 || !/^\| pairs of|^\|---/'
+        done | awk 'NR <= 2 || !/^\\| pairs of|^\\|---/'
         echo
         echo "## Training"
         echo
         echo "First and last step of $dir/steps.jsonl:"
         echo
-        sed -n '1p;$p' "$dir/steps.jsonl" | sed 's/^/    /'
+        sed -n '1p;\$p' $dir/steps.jsonl | sed 's/^/    /'
         echo
         echo "## Files"
         echo
+        echo "- report of all rounds: {{ runs }}/report.html"
         echo "- new policy: $next"
         echo "- samples, scored samples, pairs, training steps: $dir/{samples,scored,pairs,steps}.jsonl"
         echo "- alpha, lengths, what was dropped: $dir/pairs.stats.json"
+        echo "- the commands: $dir/commands.sh"
         echo "- this summary: $dir/summary.md"
-    } > "$dir/summary.part"
-    mv "$dir/summary.part" "$dir/summary.md"
+    } > $dir/summary.part
+    mv $dir/summary.part $dir/summary.md
+    END
+    if [ -f "$dir/commands.sh" ] && ! cmp --silent "$dir/commands.part" "$dir/commands.sh"; then
+        echo "$dir was begun with other settings (see commands.sh there): give them again, or remove $dir" >&2
+        exit 1
+    fi
+    mv "$dir/commands.part" "$dir/commands.sh"
+    bash "$dir/commands.sh"
     cat "$dir/summary.md"

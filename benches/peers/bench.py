@@ -1,200 +1,188 @@
 #!/usr/bin/env python3
-"""Our stages beside transformers and a plain PyTorch loop: the same model, rows, number format and cores, in one run.
+"""Our stages and the whole round beside what people run today: the same model, rows, number format and cores, in one run.
 
     just build model
-    python3 -m venv peers && peers/bin/pip install torch transformers safetensors gguf
+    python3 -m venv peers && peers/bin/pip install torch transformers trl datasets gguf llama-cpp-python
     peers/bin/python tests/golden/make_smollm2_folder.py models/SmolLM2-135M-Instruct.gguf peers/smollm2
-    peers/bin/python benches/peers/bench.py --model peers/smollm2 [--runs 5] [--stage score …]
+    peers/bin/python benches/peers/bench.py --model peers/smollm2 --gguf models/SmolLM2-135M-Instruct.gguf [--runs 5] [--stage score …]
 
-Prints one Markdown table: medians of the runs, tokens/s, and the ratio. The sides take turns, run by run, so that a busy
-machine slows both. Ours is timed as a whole program less its start (the same command on one row, median), since it loads the
-model each time and theirs does not; what is counted as a token is the same on both sides of a row.
+Prints one Markdown table: medians of the runs, useful GFLOP/s (workload.py) as a share of our matrix product's rate in the same run,
+and the ratio to each peer. The sides take turns, run by run, so that a busy machine slows both. Peers are timed with the model
+loaded. Of ours, sampling and scoring are whole runs less the start (the same command on one row); training is timed between the
+first and the last step on both sides; the whole round is the whole pipe, loading four times and saving included.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-BIN = ROOT / "target" / "release"
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+import ours
+import workload
+from torch_peer import DTYPES, Torch
+from workload import BATCH, K, NEW_TOKENS, PAIRS, Cost
 
 
-def rows_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+class Bench:
+    def __init__(self, args, dtype, work):
+        self.model, self.gguf, self.dtype, self.work = args.model, args.gguf, dtype, work
+        self.peer = Torch(self.model, dtype)
+        self.cost = Cost(self.peer.model.config)
+        self.prompts = workload.prompts()
+        self.ids = [self.peer.prompt(row["prompt"]) for row in self.prompts]
+        self.prompt_file = workload.write(work / "prompts.jsonl", self.prompts)
 
+    def args(self, *args):
+        return [*args, "--dtype", self.dtype]
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    def samples(self):
+        """What both sides score, made once."""
+        path = self.work / "samples.jsonl"
+        if not path.exists():
+            ours.run("dice-gen", "--model", self.model, "--k", K, "--max-tokens", NEW_TOKENS, "-o", path, self.prompt_file)
+        return workload.read(path)
 
+    def generate(self):
+        """16 prompts × K = 8, at most 128 new tokens each.
 
-def timed(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        Ours counts the tokens that it made. Peers take half of the prompts, which is all that they batch at once, and make all 128.
+        """
+        one = workload.write(self.work / "one.jsonl", self.prompts[:1])
+        made = self.work / f"made-{self.dtype}.jsonl"
+        made.unlink(missing_ok=True)
+        sampled = ["dice-gen", *self.args("--model", self.model, "--k", K, "--max-tokens", NEW_TOKENS, self.prompt_file)]
+        ours.run(*sampled, "-o", made)
+        tokens = sum(len(row["token_ids"]) for row in workload.read(made))
+        half = self.ids[: len(self.ids) // 2]
+        half_tokens = len(half) * K * NEW_TOKENS
+        yield "ours", lambda: ours.run(*sampled), tokens
+        yield "start", lambda: ours.run("dice-gen", *self.args("--model", self.model, "--k", 1, "--max-tokens", 1, one)), 0
+        yield "transformers", lambda: self.peer.generate(half)[0], half_tokens
+        if self.gguf:
+            from llama_peer import Llama, convert
 
+            for form in ("bf16", "q8_0"):
+                llama = Llama(convert(self.gguf, form, self.work), len(half) * K)
+                yield f"llama.cpp {form}", lambda llama=llama: llama.generate(half), half_tokens
+        self.flops = self.cost.forward(sum(map(len, self.ids)), tokens)
 
-def tool(name, *args):
-    with open("/dev/null", "wb") as null:
-        subprocess.run([BIN / name, *map(str, args)], stdout=null, stderr=null, check=True)
+    def score(self):
+        """16 prompts × 8 responses by π and π_ref (here the same weights: the work is the same; peers do it once, counted twice)."""
+        rows = [{k: r[k] for k in ("prompt", "response", "finish_reason", "token_ids")} for r in self.samples()]
+        file = workload.write(self.work / "to-score.jsonl", rows)
+        one = workload.write(self.work / "one-row.jsonl", rows[:1])
+        ids = [(self.peer.prompt(row["prompt"]), row["token_ids"]) for row in rows]
+        tokens = sum(len(p) + len(r) for p, r in ids)
+        command = self.args("dice-score", "--policy", self.model, "--ref", self.model)
+        yield "ours", lambda: ours.run(*command, file), tokens
+        yield "start", lambda: ours.run(*command, one), 0
+        yield "transformers", lambda: 2 * self.peer.score(ids)[0], tokens
+        yield "transformers, padded", lambda: 2 * self.peer.score_padded(ids), tokens
+        self.flops = 2 * self.cost.forward(sum(map(len, self.ids)), sum(len(r) for _, r in ids))
 
+    def train(self):
+        """64 pairs, batch 8, the reference's log-probs given on both sides."""
+        pairs = workload.preferences()
+        file = self.work / f"pairs-{self.dtype}.jsonl"
+        file.unlink(missing_ok=True)
+        ours.run(*self.args("dice-score", "--policy", self.model, "--ref", self.model), "-o", file,
+                 workload.write(self.work / "raw.jsonl", pairs))
+        ids = [(self.peer.prompt(r["prompt"]), self.peer.response(r["chosen"]), self.peer.response(r["rejected"])) for r in pairs]
+        reference = [row["ref_chosen_logps"] - row["ref_rejected_logps"] for row in workload.read(file)]
+        timed = ids[BATCH:]
+        tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in timed)
 
-class Peer:
-    """transformers' model, and what a practitioner would write around it."""
+        def steps():
+            with tempfile.TemporaryDirectory(dir=self.work) as folder:
+                command = self.args("dice-train", "--model", self.model, "--no-shuffle", "--batch-size", BATCH, "--save-steps", 0)
+                return ours.between_rows(*command, "--output", Path(folder) / "next", file)
 
-    def __init__(self, folder, dtype):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-        self.end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        yield "ours", steps, tokens
+        yield "PyTorch, row by row", lambda: Torch(self.model, self.dtype).train(ids, reference)[1], tokens
+        from trl_peer import train
 
-    def prompt(self, text):
-        messages = [{"role": "user", "content": text}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        few = pairs[: 3 * BATCH]
+        few_tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in ids[BATCH : len(few)])
+        yield "TRL", lambda: train(self.model, self.dtype, few), few_tokens
+        self.flops = 3 * self.cost.forward(sum(len(p) for p, _, _ in timed), sum(len(c) + len(r) for _, c, r in timed))
 
-    def response(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end]
+    def round(self):
+        """16 prompts, K = 8, 128 tokens, scores by two models, 64 pairs trained (16 sampled, 48 replayed)."""
+        offline = workload.preferences()
+        replay = workload.write(self.work / "replay.jsonl", offline)
+        model = ["--model", self.model, *self.args()]
 
-    def logp(self, prompt, response):
-        """Sum of log p over the response; logits of the response's positions only."""
-        ids = torch.tensor([prompt + response])
-        logits = self.model(ids, logits_to_keep=len(response) + 1).logits[0, :-1].float()
-        target = torch.tensor(response)
-        return (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).sum()
-
-
-def generate(work, model, dtype, peer):
-    """16 prompts × K = 8, 128 new tokens each (none ends early, so that both do the same)."""
-    prompts = [r for r in rows_of(ROOT / "examples/prompts.jsonl") if isinstance(r["prompt"], str)][:16]
-    file, one = write(work / "prompts.jsonl", prompts), write(work / "one.jsonl", prompts[:1])
-    done = work / "samples.jsonl"
-    command = ["--model", model, "--dtype", dtype, "--max-tokens", 128, "--k"]
-    done.unlink(missing_ok=True)
-    tool("dice-gen", *command, 8, "-o", done, file)
-    tokens = sum(len(r["token_ids"]) for r in rows_of(done))
-
-    def theirs():
-        with torch.no_grad():
-            for at in range(0, len(prompts), 4):
-                ids = [peer.prompt(r["prompt"]) for r in prompts[at : at + 4]]
-                width = max(map(len, ids))
-                pad = [[peer.end] * (width - len(i)) + i for i in ids]
-                mask = [[0] * (width - len(i)) + [1] * len(i) for i in ids]
-                peer.model.generate(
-                    torch.tensor(pad), attention_mask=torch.tensor(mask), do_sample=True, temperature=0.9, top_k=0,
-                    num_return_sequences=8, max_new_tokens=128, min_new_tokens=128, pad_token_id=peer.end,
+        def pipe():
+            with tempfile.TemporaryDirectory(dir=self.work) as folder:
+                return ours.pipe(
+                    ours.command("dice-gen", *model, "--k", K, "--max-tokens", NEW_TOKENS, self.prompt_file),
+                    ours.command("dice-score", "--policy", self.model, "--ref", self.gguf or self.model, *self.args()),
+                    ours.command("dice-pairs", "--replay", replay, "--gamma", "0.75", "--min-samples", 2, "--keep-truncated"),
+                    ours.command("dice-train", *model, "--batch-size", BATCH, "--output", Path(folder) / "next"),
                 )
 
-    return {
-        "ours": lambda: tool("dice-gen", *command, 8, file),
-        "start": lambda: tool("dice-gen", "--model", model, "--dtype", dtype, "--max-tokens", 1, "--k", 1, one),
-        "ours_tokens": tokens,
-        "theirs": theirs,
-        "theirs_tokens": len(prompts) * 8 * 128,
-    }
+        def scripted():
+            policy, reference = Torch(self.model, self.dtype), self.peer
+            total, responses = policy.generate(self.ids, min_new_tokens=1)
+            rows = [(self.ids[i // K], response) for i, response in enumerate(responses)]
+            for_policy, by_policy = policy.score(rows)
+            for_reference, by_reference = reference.score(rows)
+            rewards = [a - b for a, b in zip(by_policy, by_reference)]
+            pairs = []
+            for at in range(0, len(rows), K):
+                order = sorted(range(at, at + K), key=lambda i: rewards[i])
+                pairs.append((rows[at][0], rows[order[-1]][1], rows[order[0]][1]))
+            pairs += [(policy.prompt(r["prompt"]), policy.response(r["chosen"]), policy.response(r["rejected"]))
+                      for r in offline[: PAIRS - len(pairs)]]
+            for_chosen, chosen = policy.score([(p, c) for p, c, _ in pairs])
+            for_rejected, rejected = policy.score([(p, r) for p, _, r in pairs])
+            for_steps = policy.train(pairs, [c - r for c, r in zip(chosen, rejected)])[0]
+            return total + for_policy + for_reference + for_chosen + for_rejected + for_steps
+
+        yield "ours", pipe, 1
+        yield "transformers and PyTorch", scripted, 1
+        self.flops = None
 
 
-def score(work, model, dtype, peer):
-    """16 prompts × 8 responses, policy and reference (here the same weights: the work is the same)."""
-    file = work / "samples.jsonl"
-    if not file.exists():
-        generate(work, model, dtype, peer)
-    rows = [{k: r[k] for k in ("prompt", "response", "finish_reason", "token_ids")} for r in rows_of(file)]
-    file, one = write(work / "to-score.jsonl", rows), write(work / "one.jsonl", rows[:1])
-    ids = [(peer.prompt(r["prompt"]), r["token_ids"]) for r in rows]
-
-    def theirs():
-        with torch.no_grad():
-            for _ in ("policy", "reference"):
-                for prompt, response in ids:
-                    peer.logp(prompt, response)
-
-    command = ["--policy", model, "--ref", model, "--dtype", dtype]
-    tokens = sum(len(p) + len(r) for p, r in ids)
-    return {
-        "ours": lambda: tool("dice-score", *command, file),
-        "start": lambda: tool("dice-score", *command, one),
-        "ours_tokens": tokens,
-        "theirs": theirs,
-        "theirs_tokens": tokens,
-    }
-
-
-def train(work, model, dtype, peer):
-    """64 pairs, batch 8; reference log-probs in the rows on our side, given on theirs. Theirs: row by row, no padding, AdamW."""
-    pairs = rows_of(ROOT / "examples/preferences.jsonl")[:64]
-    file = work / "pairs.jsonl"
-    file.unlink(missing_ok=True)
-    tool("dice-score", "--policy", model, "--ref", model, "-o", file, write(work / "raw.jsonl", pairs))
-    scored = rows_of(file)
-    eight = write(work / "eight.jsonl", scored[:8])
-    ids = [(peer.prompt(r["prompt"]), peer.response(r["chosen"]), peer.response(r["rejected"])) for r in pairs]
-    optimizer = torch.optim.AdamW(peer.model.parameters(), lr=5e-7, weight_decay=0.0)
-
-    def theirs(count=64):
-        for at in range(0, count, 8):
-            for (prompt, chosen, rejected), row in zip(ids[at : at + 8], scored[at : at + 8]):
-                margin = peer.logp(prompt, chosen) - peer.logp(prompt, rejected)
-                margin = margin - (row["ref_chosen_logps"] - row["ref_rejected_logps"])
-                (-torch.nn.functional.logsigmoid(0.1 * margin) / 8).backward()
-            torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def ours(rows):
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            tool("dice-train", "--model", model, "--dtype", dtype, "--batch-size", 8, "--save-steps", 0,
-                 "--output", Path(folder) / "next", rows)
-
-    # Both less their first step: ours pays for loading and saving there, theirs for its warm-up.
-    tokens = sum(len(p) * 2 + len(c) + len(r) for p, c, r in ids[8:])
-    return {
-        "ours": lambda: ours(file),
-        "start": lambda: ours(eight),
-        "ours_tokens": tokens,
-        "theirs": lambda: theirs(),
-        "theirs_start": lambda: theirs(8),
-        "theirs_tokens": tokens,
-    }
-
-
-STAGES = {"generate": generate, "score": score, "train": train}
+STAGES = ("generate", "score", "train", "round")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model in Hugging Face layout, float32")
+    parser.add_argument("--gguf", help="the same as GGUF, for llama.cpp (left out without it)")
     parser.add_argument("--runs", type=int, default=5, help="runs of each side")
-    parser.add_argument("--stage", nargs="*", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--stage", nargs="*", default=STAGES, choices=STAGES)
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     args = parser.parse_args()
-    print("| stage | dtype | ours, tokens/s | transformers, tokens/s | ratio |\n|---|---|--:|--:|--:|", flush=True)
+    gemm = ours.gemm_rates()
+    print("matrix product: " + ", ".join(f"{gemm[d] / 1e9:.0f} GFLOP/s in {d}" for d in args.dtype) + "\n")
+    print("| stage | dtype | ours | share of matrix product | peer | its rate | ratio |\n|---|---|--:|--:|---|--:|--:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in args.dtype:
-            peer = Peer(args.model, dtype)
+            bench = Bench(args, dtype, Path(folder))
             for stage in args.stage:
-                case = STAGES[stage](Path(folder), args.model, dtype, peer)
-                times = {key: [] for key in ("start", "ours", "theirs_start", "theirs")}
-                for _ in range(args.runs):
-                    for key, taken in times.items():
-                        if key in case:
-                            taken.append(timed(case[key]))
-                        else:
-                            taken.append(0.0)
-                median = {key: statistics.median(taken) for key, taken in times.items()}
-                ours = case["ours_tokens"] / (median["ours"] - median["start"])
-                theirs = case["theirs_tokens"] / (median["theirs"] - median["theirs_start"])
-                print(f"| {stage} | {dtype} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
-                print({k: [round(t, 2) for t in v] for k, v in times.items()}, file=sys.stderr, flush=True)
+                report(bench, stage, dtype, args.runs, gemm[dtype])
+
+
+def report(bench, stage, dtype, runs, gemm):
+    sides = list(getattr(bench, stage)())
+    times = {name: [] for name, _, _ in sides}
+    for _ in range(runs):
+        for name, work, _ in sides:
+            times[name].append(work())
+    print(json.dumps({name: [round(t, 2) for t in taken] for name, taken in times.items()}), file=sys.stderr, flush=True)
+    median = {name: statistics.median(taken) for name, taken in times.items()}
+    seconds = median["ours"] - median.pop("start", 0.0)
+    tokens = {name: count for name, _, count in sides}
+    rate = lambda name, t: f"{t:.0f} s" if stage == "round" else f"{tokens[name] / t:.0f} tokens/s"
+    share = f"{bench.flops / seconds / gemm:.0%}" if bench.flops else ""
+    for name, taken in median.items():
+        if name != "ours":
+            ratio = (tokens["ours"] / seconds) / (tokens[name] / taken)
+            print(f"| {stage} | {dtype} | {rate('ours', seconds)} | {share} | {name} | {rate(name, taken)} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ impl Checkpoint {
     /// # Errors
     /// A field of the wrong type, or an id that the model does not have.
     pub fn response_ids(&self, row: &Row, names: Response) -> Result<Vec<u32>> {
-        let text = row.string(names.text)?;
+        let text = row.response(names.text)?;
         let finished = row.finish_reason(names.finish_reason)? == FinishReason::Stop;
         let Some(mut ids) = row.opt_ids(names.token_ids)? else {
             return self

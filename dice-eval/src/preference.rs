@@ -36,7 +36,7 @@ impl Pair {
 
     /// A row with the rewards of its chosen and its rejected response.
     pub fn new(row: &Row, rewards: [f64; 2]) -> Result<Self> {
-        let chars = |field| Ok::<_, anyhow::Error>(row.string(field)?.chars().count() as f64);
+        let chars = |field| Ok::<_, anyhow::Error>(row.response(field)?.chars().count() as f64);
         Ok(Self {
             rewards,
             chars: [chars("chosen")?, chars("rejected")?],

@@ -107,7 +107,7 @@ fn named(reward: &str, groups: Groups) -> Result<Vec<Line>> {
 fn scores(row: &Row, name: &str) -> Result<[f64; 2]> {
     let sides = ["chosen", "rejected"];
     if name == "length" {
-        let length = |side| row.string(side).map(|text| text.chars().count() as f64);
+        let length = |side| row.response(side).map(|text| text.chars().count() as f64);
         return Ok([length("chosen")?, length("rejected")?]);
     }
     let patterns: [fn(&str, &str) -> String; 2] = [

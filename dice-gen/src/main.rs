@@ -6,10 +6,12 @@ use common::generate::{Finish, Generator, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
-use common::records::Prompt;
+use common::records::{Prompt, Split};
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 /// Sample K responses for every prompt
@@ -55,6 +57,9 @@ struct Args {
     /// A system turn for prompts that have none; it becomes part of the rows' prompt
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
+    /// Take only the prompts in this part (by a stable hash, the same in every tool)
+    #[arg(long, value_enum, default_value_t = Split::All)]
+    split: Split,
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -114,11 +119,28 @@ fn run(args: Args) -> Result<()> {
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
         "stop": args.stop, "system": args.system, "seed": args.seed,
     }))?;
-    let mut rows = args.files.rows();
+    let left_out = Arc::new(AtomicU64::new(0));
+    let mut rows = of_split(args.files.rows(), args.split, left_out.clone());
     job.take_up(&mut rows)?;
     job.run(&jsonl::ahead(rows))?;
+    job.progress
+        .skip("not in --split", left_out.load(Ordering::Relaxed));
     job.progress.finish();
     job.output.finish()
+}
+
+/// The rows whose prompt is in the part; the others are counted. What is wrong with a row is for others to say.
+fn of_split(
+    rows: impl Iterator<Item = Result<Row>>,
+    split: Split,
+    left_out: Arc<AtomicU64>,
+) -> impl Iterator<Item = Result<Row>> {
+    rows.filter(move |row| {
+        let prompt = row.as_ref().map(Row::prompt);
+        let holds = !matches!(prompt, Ok(Ok(prompt)) if !split.holds(&prompt));
+        left_out.fetch_add(u64::from(!holds), Ordering::Relaxed);
+        holds
+    })
 }
 
 /// A run over all prompts.
@@ -307,6 +329,32 @@ mod tests {
         let mut command = Args::command().help_expected(true);
         command.build();
         command.debug_assert();
+    }
+
+    #[test]
+    fn a_split_takes_its_prompts_and_counts_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prompts.jsonl");
+        let text: String = (0..100)
+            .map(|i| format!("{{\"prompt\":\"{i}\"}}\n"))
+            .collect();
+        std::fs::write(&file, text + "{\n").unwrap();
+        let taken = |split| {
+            let left_out = Arc::new(AtomicU64::new(0));
+            let rows = jsonl::rows(std::slice::from_ref(&file));
+            let (fine, bad): (Vec<_>, Vec<_>) =
+                of_split(rows, split, left_out.clone()).partition(Result::is_ok);
+            assert_eq!(bad.len(), 1, "a broken row is not left out");
+            assert_eq!(
+                fine.len() as u64 + left_out.load(Ordering::Relaxed),
+                100,
+                "{split:?}"
+            );
+            fine.len()
+        };
+        let parts = [Split::Train, Split::Validation, Split::Test].map(taken);
+        assert!(parts[0] > 60 && parts[1] > 0 && parts[2] > 0, "{parts:?}");
+        assert_eq!(parts.iter().sum::<usize>(), taken(Split::All));
     }
 
     #[test]

@@ -17,11 +17,11 @@ pub struct Pairs {
 }
 
 impl Pairs {
-    /// Reads and encodes all rows. `reference` is the fingerprint that log-probs in the rows must come from.
+    /// Reads and encodes all rows. `reference` is the fingerprint that log-probs in the rows must come from to be taken.
     pub fn read(
         args: &Args,
         model: &Checkpoint,
-        reference: &str,
+        reference: Option<&str>,
         progress: &Progress,
     ) -> Result<Self> {
         let mut found = Self {
@@ -48,7 +48,7 @@ impl Pairs {
             } else if pair.length() > args.max_length.min(context) {
                 progress.skip("longer than --max-length", 1);
             } else {
-                match given(&row, reference)? {
+                match reference.map(|r| given(&row, r)).transpose()?.flatten() {
                     Some(logps) => pair.reference = logps,
                     None => found.missing.push(found.pairs.len()),
                 }

@@ -1,6 +1,7 @@
 //! dice-train: DPO on preference pairs, giving the next policy (step 4 of a DICE round).
 
 mod data;
+mod tensorboard;
 
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
@@ -10,22 +11,25 @@ use common::dpo::{
 };
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
+use common::kernels::gemm::Precision;
 use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
 use common::program::{self, Progress};
 use common::records::Split;
 use data::{Pairs, open_reference};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use tensorboard::EventFile;
 
 /// Train a policy with DPO on preference pairs
 ///
-/// Reads rows with "prompt", "chosen" and "rejected" and writes the trained model to the folder --output (config,
+/// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the folder --output (config,
 /// safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it is), with the
 /// optimiser's state beside. One row per step goes to stdout, under TRL's names: loss, rewards/chosen, grad_norm, ...
 ///
 /// The reference is the starting policy unless --ref names another. Its log-probs are taken from the rows where they
 /// were made by that very model (ref_chosen_logps with its fingerprint in "ref", or policy_chosen_logps with it in
-/// "policy"), else computed once before training.
+/// "policy"), else computed once before training. With --dtype bf16 they are always computed, so that policy and
+/// reference are rounded alike.
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
 /// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. A killed run goes on with --resume, to the
@@ -107,6 +111,9 @@ pub struct Args {
     /// Steps between checkpoints; 0 writes none (SIGINT and SIGTERM always do)
     #[arg(long, default_value_t = 20)]
     save_steps: u64,
+    /// Write the steps to DIR for TensorBoard, too; a resumed run goes on with the curves of the one before
+    #[arg(long, value_name = "DIR")]
+    log_dir: Option<PathBuf>,
     /// Seed of the pairs' order and the adapters' start
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -160,7 +167,10 @@ fn run(args: Args) -> Result<()> {
     let fingerprint = |model: &Checkpoint| model.weights.fingerprint().map(str::to_owned);
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
-    let mut pairs = Pairs::read(&args, &model, &reference_print, &reading)?;
+    // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
+    let exact = precision == Precision::F32;
+    let given_by = exact.then_some(reference_print.as_str());
+    let mut pairs = Pairs::read(&args, &model, given_by, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
     reading.finish();
@@ -256,6 +266,11 @@ fn train(
     let total = trainer.settings().total_steps;
     let mut report = Report(Some(Output::stdout()));
     report.write(&log)?;
+    let mut events = args
+        .log_dir
+        .as_ref()
+        .map(|folder| EventFile::create(folder, trainer.steps() + 1))
+        .transpose()?;
     let progress = Progress::new("dice-train", "steps", Some(total));
     progress.kept(trainer.steps());
     let n = pairs.pairs.len();
@@ -274,6 +289,9 @@ fn train(
         let metrics = trainer.step(&batch, done)?;
         progress.add(1, metrics.num_tokens - before);
         report.write(std::slice::from_ref(&metrics))?;
+        if let Some(events) = &mut events {
+            events.step(&metrics)?;
+        }
         log.push(metrics);
         let due = args.save_steps > 0
             && trainer.steps().is_multiple_of(args.save_steps)

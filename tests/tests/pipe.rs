@@ -742,3 +742,50 @@ fn scored_replay_pairs_need_no_reference() {
     run.note("; 20 with reference log-probs");
     assert_eq!(parse_rows(&run.stdout).len(), 1);
 }
+
+#[test]
+fn conversational_pairs_are_read_by_every_tool() {
+    let world = World::new();
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let talk = |i: usize, answer: &str| {
+        json!([turn("user", &format!("Say {i}")), turn("assistant", answer)])
+    };
+    let chosen = |i: usize| format!("yes, {i}");
+    let forms: [&dyn Fn(usize) -> Value; 3] = [
+        &|i| json!({"prompt": format!("Say {i}"), "chosen": chosen(i), "rejected": "no"}),
+        &|i| {
+            let answer = |text: &str| [turn("assistant", text)];
+            json!({"prompt": [turn("user", &format!("Say {i}"))], "chosen": answer(&chosen(i)), "rejected": answer("no")})
+        },
+        &|i| json!({"chosen": talk(i, &chosen(i)), "rejected": talk(i, "no")}),
+    ];
+    let mut made = vec![];
+    for form in forms {
+        let rows = lines(&(0..6).map(form).collect::<Vec<_>>());
+        let models = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")];
+        let run = |tool: &str, args: &[&str]| Tool::new(tool, args).stdin(rows.clone()).run().ok();
+        let scored = run("dice-score", &models).rows();
+        let next = world.arg(&format!("next-{}", made.len()));
+        let trained = run(
+            "dice-train",
+            &[
+                "--model",
+                &world.arg("pi"),
+                "--split",
+                "train",
+                "--output",
+                &next,
+            ],
+        );
+        let pairs = run("dice-eval", &[&["pairs"], &models[..]].concat());
+        let reward = run("dice-eval", &["reward", "--score", "length"]);
+        let rewards = ["reward_chosen", "reward_rejected"].map(|side| {
+            scored
+                .iter()
+                .map(|row| number(row, side))
+                .collect::<Vec<_>>()
+        });
+        made.push((rewards, trained.stdout, pairs.stdout, reward.stdout));
+    }
+    assert!(made[0] == made[1] && made[1] == made[2], "{made:#?}");
+}

@@ -1,4 +1,4 @@
-//! The README's commands, word for word, on tiny checkpoints; and what it names must exist.
+//! The README's commands, word for word, on tiny checkpoints; and what it and `docs` name must exist.
 
 use dice_tests::{Tiny, Tool, lines, pipe, read_rows, text, workspace};
 use serde_json::json;
@@ -10,18 +10,27 @@ fn readme() -> String {
     fs::read_to_string(workspace().join("README.md")).unwrap()
 }
 
-/// The `sh` blocks of the README.
-fn blocks() -> Vec<String> {
-    let readme = readme();
-    let blocks = readme.split("```sh\n").skip(1);
+/// The README and what lies in `docs`.
+fn documents() -> String {
+    let docs = fs::read_dir(workspace().join("docs")).unwrap();
+    let texts = docs.map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap());
+    readme() + &texts.collect::<String>()
+}
+
+/// The `sh` blocks of a text.
+fn blocks(text: &str) -> Vec<String> {
+    let blocks = text.split("```sh\n").skip(1);
     blocks
         .map(|rest| rest.split("```").next().unwrap().to_owned())
         .collect()
 }
 
-/// The one block that holds `word`.
+/// The README's one block that holds `word`.
 fn block(word: &str) -> String {
-    let found: Vec<_> = blocks().into_iter().filter(|b| b.contains(word)).collect();
+    let found: Vec<_> = blocks(&readme())
+        .into_iter()
+        .filter(|b| b.contains(word))
+        .collect();
     assert_eq!(found.len(), 1, "blocks with {word:?}: {found:?}");
     found[0].clone()
 }
@@ -77,14 +86,23 @@ fn jq_in_the_place_of_dice_pairs() {
 
 #[test]
 fn recipes_and_variables_are_those_of_the_justfile() {
-    let justfile = fs::read_to_string(workspace().join("Justfile")).unwrap();
+    let files = [
+        "Justfile",
+        "experiments/sweep.just",
+        "experiments/experiment.just",
+    ];
+    let justfile: String = files
+        .map(|file| fs::read_to_string(workspace().join(file)).unwrap())
+        .concat();
     let mut seen = 0;
-    for line in blocks().iter().flat_map(|block| block.lines()) {
+    for line in blocks(&documents()).iter().flat_map(|block| block.lines()) {
         let line = line.split(" #").next().unwrap().trim();
         let Some(command) = line.rsplit("&& ").next().unwrap().strip_prefix("just ") else {
             continue;
         };
-        for word in command.split_whitespace() {
+        // A value in quotes is nobody's name.
+        let unquoted: String = command.split('"').step_by(2).collect();
+        for word in unquoted.split_whitespace() {
             let here = match word.split_once('=') {
                 Some((variable, _)) => format!("\n{variable} := "),
                 None => format!("\n{word}"),
@@ -96,6 +114,28 @@ fn recipes_and_variables_are_those_of_the_justfile() {
     assert!(
         seen > 6,
         "only {seen} words found: has the README changed its form?"
+    );
+}
+
+#[test]
+fn subcommands_and_flags_are_those_of_dice_eval() {
+    let mut seen = 0;
+    for line in blocks(&documents()).iter().flat_map(|block| block.lines()) {
+        let Some(command) = line.strip_prefix("dice-eval ") else {
+            continue;
+        };
+        let mut words = command.split_whitespace();
+        let help = [words.next().unwrap(), "--help"];
+        let help = Tool::new("dice-eval", help).run().ok().stdout;
+        for flag in words.filter(|word| word.starts_with('-')) {
+            let known = help.split([' ', ',', '\n']).any(|word| word == flag);
+            assert!(known, "{flag}: {line}");
+            seen += 1;
+        }
+    }
+    assert!(
+        seen > 6,
+        "only {seen} flags found: have the documents changed their form?"
     );
 }
 

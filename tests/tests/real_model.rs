@@ -99,7 +99,7 @@ fn bfloat16_is_near_float32() {
     assert!(mean > 1e-6, "--dtype bf16 changed nothing");
     let greatest = |row: &Fields| number(row, "policy_logps").abs() > 10.0;
     let long = scored.iter().filter(|row| greatest(row)).map(relative);
-    assert_close("bfloat16, relative", 2e-2, long);
+    assert_close("bfloat16, relative", 5e-3, long);
 }
 
 /// Rows of the pairs of `smollm2_dpo.json`, whose prompts' texts are in `smollm2_logps.jsonl`.
@@ -122,44 +122,50 @@ fn dpo_rows(dpo: &Value) -> Vec<Value> {
     dpo["pairs"].as_array().unwrap().iter().map(row).collect()
 }
 
-#[test]
-fn eight_steps_of_dpo_are_those_of_pytorch() {
-    let Some(model) = real_model() else { return };
+/// Trains on the golden pairs with the golden settings into `next`; the steps, and what PyTorch says of all that.
+fn eight_steps(model: &str, next: &str, more: &[&str]) -> (Vec<Fields>, Value) {
     let dpo: Value =
         serde_json::from_slice(&fs::read(golden("smollm2_dpo.json")).unwrap()).unwrap();
     let settings = &dpo["settings"];
-    let flag = |name: &str| settings[name].to_string();
-    let folder = tempfile::tempdir().unwrap();
-    let next = text(&folder.path().join("next"));
-    let args = [
-        "--model",
-        &model,
-        "--output",
-        &next,
-        "--no-shuffle",
-        "--beta",
-        &flag("beta"),
-        "--learning-rate",
-        &flag("learning_rate"),
-        "--batch-size",
-        &flag("batch_size"),
-        "--max-grad-norm",
-        &flag("max_grad_norm"),
-        "--weight-decay",
-        &flag("weight_decay"),
-        "--warmup-steps",
-        &flag("warmup_steps"),
-    ];
     assert_eq!(
         (&settings["loss_type"], &settings["scheduler"]),
         (&json!("sigmoid"), &json!("constant"))
     );
+    let mut args = vec![
+        "--model".to_owned(),
+        model.to_owned(),
+        "--no-shuffle".to_owned(),
+    ];
+    args.extend(["--output".to_owned(), next.to_owned()]);
+    for name in [
+        "beta",
+        "learning_rate",
+        "batch_size",
+        "max_grad_norm",
+        "weight_decay",
+        "warmup_steps",
+    ] {
+        args.extend([
+            format!("--{}", name.replace('_', "-")),
+            settings[name].to_string(),
+        ]);
+    }
     let run = Tool::new("dice-train", args)
+        .args(more)
         .stdin(lines(&dpo_rows(&dpo)))
         .run()
         .ok();
-    let (steps, expected) = (run.rows(), dpo["steps64"].as_array().unwrap());
-    assert_eq!(steps.len(), expected.len());
+    assert_eq!(run.rows().len(), dpo["steps64"].as_array().unwrap().len());
+    (run.rows(), dpo)
+}
+
+#[test]
+fn eight_steps_of_dpo_are_those_of_pytorch() {
+    let Some(model) = real_model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let next = text(&folder.path().join("next"));
+    let (steps, dpo) = eight_steps(&model, &next, &["--dtype", "f32"]);
+    let expected = dpo["steps64"].as_array().unwrap();
     for (step, expected) in steps.iter().zip(expected) {
         let expected = expected.as_object().unwrap();
         for field in names(expected) {
@@ -207,6 +213,31 @@ fn eight_steps_of_dpo_are_those_of_pytorch() {
                 off("policy_rejected_logps", 1),
             ],
         );
+    }
+}
+
+/// With bfloat16 products and float32 masters: the course of a training, not its last digits.
+#[test]
+fn eight_steps_in_bfloat16_go_the_same_way() {
+    let Some(model) = real_model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let next = text(&folder.path().join("next"));
+    let (steps, dpo) = eight_steps(&model, &next, &["--dtype", "bf16"]);
+    let expected = dpo["steps64"].as_array().unwrap();
+    // Of trajectories as a whole: a single step has two pairs here, and margins of hundredths.
+    let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();
+    for field in ["loss", "grad_norm", "logps/chosen", "logps/rejected"] {
+        let theirs: Vec<f64> = expected
+            .iter()
+            .map(|e| e[field].as_f64().unwrap())
+            .collect();
+        let off: Vec<f64> = steps
+            .iter()
+            .zip(&theirs)
+            .map(|(step, e)| number(step, field) - e)
+            .collect();
+        assert!(norm(&off) > 0.0, "--dtype bf16 changed nothing");
+        assert_close(field, 0.02, [norm(&off) / norm(&theirs)]);
     }
 }
 

@@ -1,6 +1,6 @@
-//! `just round` on a tiny model: two rounds, and the same two rounds under fire.
+//! The recipes on a tiny model: two rounds, and the same two rounds under fire; the sweep, interrupted and not.
 
-use dice_tests::{Tiny, lines, read_rows, text, workspace};
+use dice_tests::{Fields, Tiny, lines, read_rows, text, workspace};
 use serde_json::json;
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -16,8 +16,8 @@ fn just_is_there() -> bool {
     there
 }
 
-/// `just … round` with everything it makes in `world/runs`, in a process group of its own.
-fn round(world: &Path, runs: &str) -> Command {
+/// `just VARIABLES RECIPE` with everything it makes in `world/runs`, in a process group of its own.
+fn just(world: &Path, runs: &str, variables: &[&str], recipe: &str) -> Command {
     let mut command = Command::new("just");
     let path = |name: &str| text(&world.join(name));
     command
@@ -33,13 +33,45 @@ fn round(world: &Path, runs: &str) -> Command {
             "k=4",
             "max_tokens=30",
             "min_samples=2",
+            "check=4",
             "batch_size=4",
         ])
-        .args(["seed_learning_rate=1e-3", "learning_rate=1e-3", "round"])
+        .args(["seed_learning_rate=1e-3", "learning_rate=1e-3"])
+        .args(variables)
+        .arg(recipe)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
     command
+}
+
+/// What makes a checkpoint the judge.
+fn judge(world: &Path) -> String {
+    let path = |name: &str| text(&world.join(name));
+    format!("judge=--policy {} --ref {}", path("judge"), path("base"))
+}
+
+fn round(world: &Path, runs: &str) -> Command {
+    just(world, runs, &[&judge(world)], "round")
+}
+
+/// Runs it for a while, then kills the whole group: just, its shell and the tool at work.
+fn kill_after(mut command: Command, milliseconds: u64) {
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let _ = Command::new("kill")
+        .args(["-KILL", "--", &format!("-{}", child.id())])
+        .stderr(Stdio::null())
+        .status();
+    child.wait().unwrap();
+}
+
+#[track_caller]
+fn succeeds(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 fn world() -> tempfile::TempDir {
@@ -49,7 +81,8 @@ fn world() -> tempfile::TempDir {
         ..Tiny::default()
     };
     tiny.write(&folder.path().join("base"), 1);
-    let prompts: Vec<_> = (0..10)
+    tiny.write(&folder.path().join("judge"), 2);
+    let prompts: Vec<_> = (0..40)
         .map(|i| json!({"prompt": format!("Say {i}")}))
         .collect();
     fs::write(folder.path().join("prompts.jsonl"), lines(&prompts)).unwrap();
@@ -61,20 +94,42 @@ fn world() -> tempfile::TempDir {
 }
 
 /// Everything that two rounds must leave behind, whatever happened on the way.
-const RESULTS: [&str; 12] = [
+const RESULTS: [&str; 14] = [
     "policy-0/model.safetensors",
     "seed-steps.jsonl",
     "round-1/samples.jsonl",
     "round-1/scored.jsonl",
     "round-1/pairs.jsonl",
     "round-1/steps.jsonl",
+    "round-1/win-rate.jsonl",
     "policy-1/model.safetensors",
     "round-2/samples.jsonl",
     "round-2/scored.jsonl",
     "round-2/pairs.jsonl",
     "round-2/steps.jsonl",
+    "round-2/win-rate.jsonl",
     "policy-2/model.safetensors",
 ];
+
+/// A round's commands repeat it by themselves; `just` does not go on with a round that was begun otherwise.
+fn again(folder: &Path, just: &mut Command) {
+    let script = folder.join("commands.sh");
+    for file in ["pairs.jsonl", "win-rate.jsonl", "summary.md"] {
+        fs::remove_file(folder.join(file)).unwrap();
+    }
+    let commands = fs::read_to_string(&script).unwrap();
+    fs::write(&script, commands.replace("--k 4", "--k 5")).unwrap();
+    let output = just.output().unwrap();
+    assert!(!output.status.success());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+
+    fs::write(&script, commands).unwrap();
+    let mut bash = Command::new("bash");
+    bash.arg(&script);
+    succeeds(bash);
+    assert!(folder.join("summary.md").exists());
+}
 
 #[test]
 fn two_rounds_and_the_same_under_fire() {
@@ -84,34 +139,38 @@ fn two_rounds_and_the_same_under_fire() {
     let folder = world();
     let world = folder.path();
     for t in [1, 2] {
-        let output = round(world, "calm").output().unwrap();
-        let (stdout, stderr) = (
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-        );
-        assert!(output.status.success(), "{stderr}");
+        let stdout = succeeds(round(world, "calm"));
         assert!(stdout.starts_with(&format!("# Round {t}: ")), "{stdout}");
-        assert!(stdout.contains(&format!(
-            "- new policy: {}",
-            text(&world.join(format!("calm/policy-{t}")))
-        )));
+        for (what, name) in [
+            ("new policy", format!("calm/policy-{t}")),
+            ("report of all rounds", "calm/report.html".into()),
+            ("the commands", format!("calm/round-{t}/commands.sh")),
+        ] {
+            let path = text(&world.join(name));
+            assert!(stdout.contains(&format!("- {what}: {path}\n")), "{stdout}");
+            assert!(Path::new(&path).exists(), "{path}");
+        }
+    }
+    // The report has both rounds, their win rates and their commands.
+    let report = fs::read_to_string(world.join("calm/report.html")).unwrap();
+    for t in [1, 2] {
+        let win_rates = read_rows(&world.join(format!("calm/round-{t}/win-rate.jsonl")));
+        assert_eq!(win_rates[0]["n_total"], 4);
+        let row = format!("round {t}: {}", win_rates[0]["model"].as_str().unwrap());
+        assert!(report.contains(&row), "{row}");
+        assert!(report.contains(&format!("# Round {t}, from ")));
     }
     // The second round's reward is against the first round's start.
     let scored = |t: u8| read_rows(&world.join(format!("calm/round-{t}/scored.jsonl")));
     assert_eq!(scored(1)[0]["policy"], scored(2)[0]["ref"]);
     assert_ne!(scored(1)[0]["policy"], scored(2)[0]["policy"]);
 
+    again(&world.join("calm/round-2"), &mut round(world, "calm"));
+
     // Kills at moments that spread over both rounds, then a calm end.
     let mut wait = 120;
     while !world.join("fire/round-2/summary.md").exists() {
-        let mut child = round(world, "fire").spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(wait));
-        // The whole group: just, its shell and the tool at work.
-        let _ = Command::new("kill")
-            .args(["-KILL", "--", &format!("-{}", child.id())])
-            .stderr(Stdio::null())
-            .status();
-        child.wait().unwrap();
+        kill_after(round(world, "fire"), wait);
         wait = wait * 5 / 4;
         assert!(wait < 600_000, "no end in sight");
     }
@@ -125,4 +184,128 @@ fn two_rounds_and_the_same_under_fire() {
             "{file} is another after kills"
         );
     }
+}
+
+#[test]
+fn a_sweep_chooses_by_validation_and_goes_on_after_kills() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    let table = succeeds(just(world, "calm", &[], "sweep"));
+    let read = |file: &str| fs::read_to_string(world.join(file)).unwrap();
+    let points = read_rows(&world.join("calm/sweep/sweep.jsonl"));
+    assert_eq!(points.len(), 4 * 3 + 1);
+    let accuracy = |row: &Fields| {
+        let figures = row["validation"].as_object().unwrap();
+        ["accuracy", "margin"].map(|figure| figures[figure]["value"].as_f64().unwrap())
+    };
+    let best = points
+        .iter()
+        .max_by(|a, b| accuracy(a).partial_cmp(&accuracy(b)).unwrap())
+        .unwrap();
+    let tested = |point: &Fields| {
+        let test = format!("calm/sweep/{}/test.json", point["point"].as_str().unwrap());
+        world.join(test).exists()
+    };
+    for point in &points {
+        assert_eq!(point["steps"], points[0]["steps"]);
+        assert_eq!(tested(point), point == best, "the test is looked at once");
+    }
+    assert_eq!(table.matches("| chosen |").count(), 1);
+    assert!(table.contains("looked at once"));
+
+    let mut wait = 1000;
+    while !world.join("fire/sweep/sweep.md").exists() {
+        kill_after(just(world, "fire", &[], "sweep"), wait);
+        wait = wait * 5 / 4;
+        assert!(wait < 600_000, "no end in sight");
+    }
+    for file in ["sweep.jsonl", "sweep.md"] {
+        let [calm, fire] = ["calm", "fire"].map(|runs| read(&format!("{runs}/sweep/{file}")));
+        assert_eq!(calm, fire, "{file}");
+    }
+
+    let table = succeeds(just(world, "calm", &[], "sweep"));
+    assert_eq!(table, read("calm/sweep/sweep.md"));
+    let other = just(world, "calm", &["gamma=0", "k=5"], "sweep").output();
+    let stderr = String::from_utf8(other.unwrap().stderr).unwrap();
+    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+}
+
+#[test]
+fn a_sweep_with_a_judge_chooses_by_win_rate() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let table = succeeds(just(
+        folder.path(),
+        "runs",
+        &[&judge(folder.path())],
+        "sweep",
+    ));
+    assert!(table.contains("length-controlled win rate"), "{table}");
+    assert_eq!(table.matches("| chosen |").count(), 1);
+}
+
+#[test]
+fn the_experiment_has_all_its_arms_and_goes_on_after_kills() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    let run = |runs| just(world, runs, &["judged=12"], "experiment");
+    let results = succeeds(run("calm"));
+    let rates = read_rows(&world.join("calm/experiment/results.jsonl"));
+    let arms = ["dice", "alpha-0", "no-replay", "offline"];
+    let expected: Vec<_> = arms
+        .iter()
+        .flat_map(|arm| [1, 2].map(|t| format!("{arm}-{t}")))
+        .collect();
+    let names: Vec<_> = rates.iter().map(|row| row["model"].as_str()).collect();
+    assert_eq!(
+        names,
+        expected.iter().map(|n| Some(&n[..])).collect::<Vec<_>>()
+    );
+    for rate in &rates {
+        assert_eq!(
+            (&rate["baseline"], &rate["n_total"]),
+            (&json!("seed"), &json!(12))
+        );
+        let name = rate["model"].as_str().unwrap();
+        assert!(results.contains(&format!("| {name} |")), "{results}");
+        let (arm, t) = name.rsplit_once('-').unwrap();
+        let at = |file: &str| world.join("calm/experiment").join(arm).join(file);
+        let steps = read_rows(&at(&format!("round-{t}/steps.jsonl"))).len();
+        assert_eq!(steps, 6 / 4, "as many in every arm");
+        let pairs = read_rows(&at(&format!("round-{t}/pairs.jsonl")));
+        let replayed = pairs.iter().filter(|p| p["source"] == "replay").count();
+        match arm {
+            "offline" => assert_eq!(replayed, pairs.len()),
+            "no-replay" => assert_eq!(replayed, 0),
+            _ => assert!(0 < replayed && replayed < pairs.len()),
+        }
+    }
+    // The halves share no prompt, and neither has one that is judged.
+    let prompts = |file: &str| -> Vec<_> {
+        let rows = read_rows(&world.join("calm/experiment").join(file));
+        rows.iter().map(|row| row["prompt"].clone()).collect()
+    };
+    let [a, b, judged] = ["a.jsonl", "b.jsonl", "judged-prompts.jsonl"].map(prompts);
+    assert!(a.len() > 5 && b.len() > 5 && a.len() + b.len() == 40);
+    assert!(!a.iter().any(|prompt| b.contains(prompt)));
+    assert!(!judged.iter().any(|p| a.contains(p) || b.contains(p)));
+
+    let mut wait = 1000;
+    while !world.join("fire/experiment/results.md").exists() {
+        kill_after(run("fire"), wait);
+        wait = wait * 5 / 4;
+        assert!(wait < 600_000, "no end in sight");
+    }
+    let [calm, fire] = ["calm", "fire"]
+        .map(|runs| fs::read(world.join(runs).join("experiment/results.jsonl")).unwrap());
+    assert!(calm == fire, "kills changed the results");
 }

@@ -137,7 +137,8 @@ impl Trainer {
             ),
             None => (params.len, matrices(&params)),
         };
-        let decoder = Decoder::new(&start.config, model.as_slice(), precision)?;
+        let mut decoder = Decoder::new(&start.config, model.as_slice(), precision)?;
+        decoder.update(&model, &params);
         Ok(Self {
             optimizer: AdamW::new(len, decayed, settings.weight_decay as f32),
             gradient: vec![0.0; len],

@@ -256,7 +256,7 @@ impl<I: Iterator<Item = Result<Row>>> Iterator for Groups<I> {
             match self.take_next() {
                 None => break,
                 Some(Ok((next, row)))
-                    if next == id && row.fields.get("prompt") == group[0].fields.get("prompt") =>
+                    if next == id && row.prompt().ok() == group[0].prompt().ok() =>
                 {
                     group.push(row);
                 }

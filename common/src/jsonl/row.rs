@@ -49,10 +49,43 @@ impl FinishReason {
     }
 }
 
+const NO_RESPONSE: &str = "must be a string, or a list of messages with an assistant's text";
+
 impl Row {
-    /// The `prompt` field: a non-empty string or list of messages.
+    /// The `prompt` field: a non-empty string or list of messages. A pair row without it may hold it in `chosen`: the messages
+    /// before the answer (TRL's implicit prompt).
     pub fn prompt(&self) -> Result<Prompt> {
-        Prompt::from_value(self.required("prompt")?).map_err(|e| self.error("prompt", e))
+        match (self.fields.get("prompt"), self.fields.get("chosen")) {
+            (None, Some(Value::Array(messages))) => {
+                let (before, _) = self.conversation("chosen", messages)?;
+                if before.is_empty() {
+                    return Err(self.error("prompt", "is missing, and \"chosen\" does not hold it"));
+                }
+                Prompt::from_value(&Value::from(before)).map_err(|e| self.error("chosen", e))
+            }
+            _ => Prompt::from_value(self.required("prompt")?).map_err(|e| self.error("prompt", e)),
+        }
+    }
+
+    /// A response: a string, or the last assistant turn of a list of messages (TRL's conversational form).
+    pub fn response(&self, field: &str) -> Result<&str> {
+        match self.required(field)? {
+            Value::String(text) => Ok(text),
+            Value::Array(messages) => Ok(self.conversation(field, messages)?.1),
+            _ => Err(self.error(field, NO_RESPONSE)),
+        }
+    }
+
+    /// The messages before the last assistant turn, and that turn's text.
+    fn conversation<'a>(
+        &self,
+        field: &str,
+        messages: &'a [Value],
+    ) -> Result<(&'a [Value], &'a str)> {
+        let is_answer = |m: &Value| m.get("role").and_then(Value::as_str) == Some("assistant");
+        let last = messages.iter().rposition(is_answer);
+        last.and_then(|at| Some((&messages[..at], messages[at].get("content")?.as_str()?)))
+            .ok_or_else(|| self.error(field, NO_RESPONSE))
     }
 
     /// The `id` field (a string, or a number as written); without one, derived from the prompt's text.
@@ -192,6 +225,37 @@ mod tests {
             at("\"finish_reason\" must be \"stop\" or \"length\", not \"abort\": drop such rows")
         );
         assert_eq!(message(row(json!({})).id()), at("\"prompt\" is missing"));
+    }
+
+    #[test]
+    fn conversations_hold_the_response_and_perhaps_the_prompt() {
+        let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+        let question = [turn("user", "q"), turn("assistant", "a"), turn("user", "r")];
+        let mut whole = question.to_vec();
+        whole.push(turn("assistant", "good"));
+        let pair = row(json!({"chosen": whole, "rejected": [turn("assistant", "bad")]}));
+        assert_eq!(pair.response("chosen").unwrap(), "good");
+        assert_eq!(pair.response("rejected").unwrap(), "bad");
+        let prompt = pair.prompt().unwrap();
+        assert_eq!(prompt, Prompt::from_value(&json!(question)).unwrap());
+        assert_eq!(pair.id().unwrap(), prompt.derived_id());
+        let explicit = row(json!({"prompt": "p", "chosen": whole}));
+        assert_eq!(explicit.prompt().unwrap(), Prompt::Text("p".into()));
+
+        let bare = row(json!({"chosen": [turn("assistant", "a")], "response": 3, "rejected": []}));
+        let at = |rest: &str| format!("in.jsonl:7: field {rest}");
+        assert_eq!(
+            message(bare.prompt()),
+            at("\"prompt\" is missing, and \"chosen\" does not hold it")
+        );
+        assert_eq!(
+            message(bare.response("response")),
+            at("\"response\" must be a string, or a list of messages with an assistant's text")
+        );
+        assert_eq!(
+            message(bare.response("rejected")),
+            at("\"rejected\" must be a string, or a list of messages with an assistant's text")
+        );
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub struct Mat<'a> {
     rows: usize,
     cols: usize,
     stride: usize,
+    /// The number of the first element in the buffer that the rounding of weights in training is derived from.
+    dither: Option<usize>,
 }
 
 impl<'a> Mat<'a> {
@@ -48,7 +50,28 @@ impl<'a> Mat<'a> {
             rows,
             cols,
             stride,
+            dither: None,
         }
+    }
+
+    /// The same matrix, rounded to bfloat16 stochastically: up with the probability that keeps the expectation, by a
+    /// noise that depends on the element's number alone, of which `first` is that of the first.
+    ///
+    /// Weights in training need this. A step of 1e-6 is far below bfloat16's resolution: to the nearest, most weights
+    /// would not move for hundreds of steps, and those that began halfway (dequantised ones often do) would all jump
+    /// with the first. This way every step shows in proportion, and rounding adds no noise of its own from step to step.
+    pub fn dithered(self, first: usize) -> Self {
+        Self {
+            dither: Some(first),
+            ..self
+        }
+    }
+
+    /// What is added to element (r, c) before it is cut to bfloat16, if it is not rounded to the nearest.
+    #[inline(always)]
+    fn noise(&self, r: usize, c: usize) -> Option<u32> {
+        self.dither
+            .map(|first| sixteen_bits((first + r * self.stride + c) as u32))
     }
 
     fn row(&self, r: usize) -> &'a [f32] {
@@ -477,7 +500,7 @@ fn pack(source: Left, first: usize, width: usize, precision: Precision, out: &mu
         (Left::Columns(a), true) => return pack_column_pairs(a, first, valid, width, out),
     }
     if precision == Precision::Bf16 {
-        round_all(out);
+        round_panel(source, first, valid, width, out);
     }
 }
 
@@ -518,8 +541,11 @@ multiversion! {
             let target = &mut out[start / 2 * width..(start + len).div_ceil(2) * width];
             for i in 0..valid {
                 let row = &a.row(first + i)[start..start + len];
-                for (line, pair) in target.chunks_exact_mut(width).zip(row.chunks(2)) {
-                    line[i] = bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0));
+                for (c, (line, pair)) in target.chunks_exact_mut(width).zip(row.chunks(2)).enumerate() {
+                    let noise = |odd| a.noise(first + i, start + 2 * c + odd);
+                    let low = bf16_bits(pair[0], noise(0));
+                    let high = bf16_bits(pair.get(1).copied().unwrap_or(0.0), noise(1));
+                    line[i] = bf16_pair(low, high);
                 }
             }
             for line in target.chunks_exact_mut(width) {
@@ -535,12 +561,13 @@ multiversion! {
             let low = &a.row(2 * r)[first..first + valid];
             if 2 * r + 1 < a.rows {
                 let high = &a.row(2 * r + 1)[first..first + valid];
-                for ((x, &low), &high) in line.iter_mut().zip(low).zip(high) {
-                    *x = bf16_pair(low, high);
+                for (c, ((x, &low), &high)) in line.iter_mut().zip(low).zip(high).enumerate() {
+                    let noise = |odd| a.noise(2 * r + odd, first + c);
+                    *x = bf16_pair(bf16_bits(low, noise(0)), bf16_bits(high, noise(1)));
                 }
             } else {
-                for (x, &low) in line.iter_mut().zip(low) {
-                    *x = bf16_pair(low, 0.0);
+                for (c, (x, &low)) in line.iter_mut().zip(low).enumerate() {
+                    *x = bf16_pair(bf16_bits(low, a.noise(2 * r, first + c)), 0);
                 }
             }
             line[valid..].fill(0.0);
@@ -549,28 +576,43 @@ multiversion! {
 }
 
 multiversion! {
-    pub fn round_all(values: &mut [f32]) {
-        for x in values {
-            *x = f32::from_bits(bf16_bits(*x) << 16);
+    pub fn round_panel(source: Left, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        for (c, line) in out.chunks_exact_mut(width).enumerate() {
+            for (i, x) in line[..valid].iter_mut().enumerate() {
+                let noise = match source {
+                    Left::Rows(a) => a.noise(first + i, c),
+                    Left::Columns(a) => a.noise(c, first + i),
+                };
+                *x = f32::from_bits(bf16_bits(*x, noise) << 16);
+            }
         }
     }
 }
 
-/// The bfloat16 nearest to x (ties to even; NaN stays NaN) in the low half of a word.
+/// x in bfloat16, in the low half of a word: the nearest (ties to even), or what `noise` (16 bits) makes of it. NaN
+/// stays NaN.
 #[inline(always)]
-fn bf16_bits(x: f32) -> u32 {
+fn bf16_bits(x: f32, noise: Option<u32>) -> u32 {
     let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let added = noise.unwrap_or(0x7fff + ((bits >> 16) & 1));
     if x.is_nan() {
         (bits >> 16) | 0x40
     } else {
-        rounded
+        bits.wrapping_add(added) >> 16
     }
 }
 
 #[inline(always)]
-fn bf16_pair(low: f32, high: f32) -> f32 {
-    f32::from_bits(bf16_bits(low) | (bf16_bits(high) << 16))
+fn bf16_pair(low: u32, high: u32) -> f32 {
+    f32::from_bits(low | (high << 16))
+}
+
+/// Bits that look random, from an element's number.
+#[inline(always)]
+fn sixteen_bits(number: u32) -> u32 {
+    let x = (number ^ (number >> 16)).wrapping_mul(0x7feb_352d);
+    let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x >> 16
 }
 
 /// Runs the kernel for blocks of `block` rows.
@@ -851,6 +893,42 @@ mod tests {
                 assert_eq!(*x, half::bf16::from_f32(*y).to_f32());
             }
         }
+    }
+
+    #[test]
+    fn weights_in_training_show_every_small_step() {
+        let (n, k) = (40, 512);
+        let read = |w: &[f32], columns: bool| -> Vec<f32> {
+            let mut packed = Packed::empty(Precision::Bf16);
+            let mut out = vec![0.0; n * k];
+            if columns {
+                packed.set_columns(Mat::new(w, n, k).dithered(7));
+                let mut row = vec![0.0; n];
+                for c in 0..k {
+                    packed.read_row(c, &mut row);
+                    (0..n).for_each(|r| out[r * k + c] = row[r]);
+                }
+            } else {
+                packed.set_rows(Mat::new(w, n, k).dithered(7));
+                out.chunks_exact_mut(k)
+                    .enumerate()
+                    .for_each(|(r, row)| packed.read_row(r, row));
+            }
+            out
+        };
+        let mean = |w: &[f32]| w.iter().map(|&x| x as f64).sum::<f64>() / w.len() as f64;
+        // Halfway between two bfloat16 numbers, which lie 2⁻¹⁰ apart here, as dequantised weights often are.
+        let halfway = vec![0.125 + 2.0_f32.powi(-11); n * k];
+        let start = mean(&read(&halfway, false));
+        let step = 2.0_f32.powi(-13);
+        let moved: Vec<f32> = halfway.iter().map(|w| w + step).collect();
+        let seen = mean(&read(&moved, false)) - start;
+        assert!((start - 0.125 - 2.0_f64.powi(-11)).abs() < 1e-5, "{start}");
+        assert!((seen / step as f64 - 1.0).abs() < 0.05, "{seen}");
+        // What bfloat16 can say stays as it is, and both orders of packing round alike.
+        assert_eq!(read(&vec![0.15625; n * k], false), vec![0.15625; n * k]);
+        let w = noise(n * k, 3);
+        assert_eq!(read(&w, false), read(&w, true));
     }
 
     #[test]

@@ -41,8 +41,7 @@ impl Model<'_> {
     pub fn head_columns(&self, words: Range<usize>, right: &mut Packed) {
         let head = self.params.head.as_ref().unwrap_or(&self.params.embedding);
         let width = self.decoder.config.hidden;
-        let head = &self.flat[head.range.clone()][words.start * width..words.end * width];
-        right.set_columns(Mat::new(head, words.len(), width));
+        right.set_columns(head.rows(self.flat, words, width));
     }
 }
 

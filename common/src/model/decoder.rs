@@ -166,14 +166,10 @@ impl Decoder {
         })
     }
 
-    /// Takes over changed parameters from the flat buffer.
+    /// Takes over the parameters of a training from its flat buffer; bfloat16 rounds them with [`Mat::dithered`].
     pub fn update(&mut self, flat: &[f32], params: &Params) {
         let table = |packed: &mut Packed, span: &Span, config: &Config| {
-            packed.set_rows(Mat::new(
-                &flat[span.range.clone()],
-                config.vocab,
-                config.hidden,
-            ));
+            packed.set_rows(span.rows(flat, 0..config.vocab, config.hidden));
         };
         let vector =
             |target: &mut Vec<f32>, span: &Span| target.copy_from_slice(&flat[span.range.clone()]);

@@ -16,6 +16,15 @@ pub struct Span {
     pub tensors: Vec<(String, Vec<usize>)>,
 }
 
+impl Span {
+    /// Some rows of the matrix that lies here, `cols` wide, as they are multiplied in training: rounded with
+    /// [`Mat::dithered`], where the precision rounds.
+    pub fn rows<'a>(&self, flat: &'a [f32], rows: Range<usize>, cols: usize) -> Mat<'a> {
+        let first = self.range.start + rows.start * cols;
+        Mat::new(&flat[first..][..rows.len() * cols], rows.len(), cols).dithered(first)
+    }
+}
+
 /// A linear map `[rows, cols]` (out × in), perhaps of several projections stacked, and its bias `[rows]`.
 #[derive(Clone, Debug)]
 pub struct Matrix {
@@ -30,9 +39,9 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    /// The weight in the flat buffer.
+    /// The weight in the flat buffer, as it is multiplied in training.
     pub fn of<'a>(&self, flat: &'a [f32]) -> Mat<'a> {
-        Mat::new(&flat[self.weight.range.clone()], self.rows, self.cols)
+        self.weight.rows(flat, 0..self.rows, self.cols)
     }
 }
 

@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 
 use super::{Pair, Skipped};
 use crate::jsonl::Row;
-use crate::records::Prompt;
 
 /// Offline preference pairs, one to a prompt.
 #[derive(Default)]
@@ -28,15 +27,15 @@ pub struct Mix {
 }
 
 impl Replay {
-    /// Takes in one preference row in TRL's forms: `chosen` and `rejected` are strings, or lists of messages whose
-    /// last assistant turn is the response. Without `prompt`, the messages before that turn are the prompt.
+    /// Takes in one preference row in any of TRL's forms; what comes out has `prompt`, and text as `chosen` and `rejected`.
     /// A prompt that is there already, and a pair without a difference, are counted and left out.
     pub fn add(&mut self, row: &Row) -> Result<()> {
-        let chosen = response(row, "chosen")?;
-        let rejected = response(row, "rejected")?;
-        let (prompt, value) = match row.fields.get("prompt") {
-            None if row.fields["chosen"].is_array() => implicit_prompt(row)?,
-            _ => (row.prompt()?, row.fields["prompt"].clone()),
+        let chosen = row.response("chosen")?;
+        let rejected = row.response("rejected")?;
+        let prompt = row.prompt()?;
+        let value = match row.fields.get("prompt") {
+            Some(value) => value.clone(),
+            None => Value::from_iter(prompt.messages()),
         };
         let id = match row.fields.get("id") {
             Some(id) if !id.is_null() => row.id()?,
@@ -82,41 +81,6 @@ impl Replay {
     pub fn skipped(&self) -> &Skipped {
         &self.skipped
     }
-}
-
-fn response(row: &Row, field: &str) -> Result<String> {
-    if let Some(Value::Array(_)) = row.fields.get(field) {
-        let (_, response) = conversation(row, field)?;
-        return Ok(response);
-    }
-    row.string(field)
-        .map(str::to_owned)
-        .map_err(|err| match row.fields.get(field) {
-            Some(_) => row.error(field, "must be a string or a list of messages"),
-            None => err,
-        })
-}
-
-/// The messages before the last assistant turn, and that turn's text.
-fn conversation(row: &Row, field: &str) -> Result<(Vec<Value>, String)> {
-    let messages = row.fields[field].as_array().map_or(&[][..], Vec::as_slice);
-    let is_answer = |m: &Value| m.get("role").and_then(Value::as_str) == Some("assistant");
-    let last = messages.iter().rposition(is_answer);
-    let content = last.and_then(|at| messages[at].get("content")?.as_str());
-    match (last, content) {
-        (Some(at), Some(content)) => Ok((messages[..at].to_vec(), content.to_owned())),
-        _ => Err(row.error(field, "has no assistant message with a string \"content\"")),
-    }
-}
-
-fn implicit_prompt(row: &Row) -> Result<(Prompt, Value)> {
-    let (before, _) = conversation(row, "chosen")?;
-    if before.is_empty() {
-        return Err(row.error("prompt", "is missing, and \"chosen\" does not hold it"));
-    }
-    let value = Value::Array(before);
-    let prompt = Prompt::from_value(&value).map_err(|err| row.error("chosen", err))?;
-    Ok((prompt, value))
 }
 
 /// Mixes generated and offline pairs: the largest output of which a share `gamma` in [0, 1] is offline, to within
@@ -202,6 +166,7 @@ fn shuffled(pairs: &[Pair], seed: u64, side: &str) -> Vec<usize> {
 mod tests {
     use super::super::choose::tests::row;
     use super::*;
+    use crate::records::Prompt;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -278,7 +243,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": 1, "rejected": "b"}),
-                "field \"chosen\" must be a string or a list of messages",
+                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
             ),
             (
                 json!({"chosen": "a", "rejected": "b"}),
@@ -290,7 +255,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}),
-                "field \"chosen\" has no assistant message with a string \"content\"",
+                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
             ),
             (
                 json!({"chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}),

@@ -231,7 +231,7 @@ impl Pairs {
             }
             found.generated += 1;
             for (side, name) in ["chosen", "rejected"].into_iter().enumerate() {
-                found.lengths[side].push(row.string(name)?.chars().count() as f64);
+                found.lengths[side].push(row.response(name)?.chars().count() as f64);
                 found.scores[side].extend(row.opt_number(&format!("score_{name}"))?);
             }
             let candidates = samples.and_then(|samples| samples.candidates.get(&row.id().ok()?));
