@@ -74,6 +74,11 @@ fuzz target="rows" seconds="60":
     cd fuzz && cargo +nightly fuzz run --release {{ target }} corpus/{{ target }} seeds/{{ target }} -- \
         -max_total_time={{ seconds }} -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10
 
+# Rounds and an endless pipe for so many minutes, with their memory watched (figures in runs/soak.tsv)
+soak minutes="30": build base-model
+    mkdir -p {{ runs }}
+    python3 tests/soak.py {{ bin }} {{ base }} {{ prompts }} {{ preferences }} {{ runs }}/soak.tsv {{ minutes }}
+
 # Fetch the default model (93 MB, once; kept in the user's cache)
 model:
     #!/usr/bin/env bash
