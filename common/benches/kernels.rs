@@ -43,3 +43,25 @@ fn float32(bencher: Bencher, shape: (usize, usize, usize)) {
 fn bfloat16(bencher: Bencher, shape: (usize, usize, usize)) {
     product(bencher, shape, Precision::Bf16);
 }
+
+/// Packing a layer's weights anew, as training does after each step: an item is one weight.
+#[divan::bench(args = [false, true])]
+fn packing_rows_dithered(bencher: Bencher, dithered: bool) {
+    packing(bencher, dithered, Packed::set_rows);
+}
+
+#[divan::bench(args = [false, true])]
+fn packing_columns_dithered(bencher: Bencher, dithered: bool) {
+    packing(bencher, dithered, Packed::set_columns);
+}
+
+fn packing(bencher: Bencher, dithered: bool, set: fn(&mut Packed, Mat)) {
+    let (n, k) = (1536, 576);
+    let w = vec![0.1; n * k];
+    let w = Mat::new(&w, n, k);
+    let w = if dithered { w.dithered(5) } else { w };
+    let mut packed = Packed::empty(Precision::Bf16);
+    bencher
+        .counter(ItemsCount::new(n * k))
+        .bench_local(|| set(&mut packed, w));
+}

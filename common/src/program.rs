@@ -33,7 +33,7 @@ static NAME: OnceLock<String> = OnceLock::new();
 static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// Parses the command line, runs the tool and turns its result into the exit code of the table above.
-pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+pub fn main<A: clap::Parser + Send>(run: impl FnOnce(A) -> Result<()> + Send) -> ExitCode {
     NAME.get_or_init(|| A::command().get_name().to_owned());
     pipe::begin();
     let args = match A::try_parse() {
@@ -46,7 +46,9 @@ pub fn main<A: clap::Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let result = catch_signals().and_then(|()| run(args));
+    let result = catch_signals()
+        .and_then(|()| pool())
+        .and_then(|pool| pool.install(|| run(args)));
     let (code, line) = ending(&result);
     if let Some(line) = line {
         say(line);
@@ -123,6 +125,16 @@ fn catch_signals() -> Result<()> {
             .context("cannot catch signals")?;
     }
     Ok(())
+}
+
+/// The threads that everything runs on, the tool itself among them: handing a loop from a thread outside to the pool
+/// costs two context switches, and a decoding step has hundreds of loops.
+fn pool() -> Result<rayon::ThreadPool> {
+    const MAIN_THREADS_STACK: usize = 8 << 20;
+    rayon::ThreadPoolBuilder::new()
+        .stack_size(MAIN_THREADS_STACK)
+        .build()
+        .context("cannot start threads")
 }
 
 /// The exit code of a result, and the line to say.

@@ -541,11 +541,17 @@ multiversion! {
             let target = &mut out[start / 2 * width..(start + len).div_ceil(2) * width];
             for i in 0..valid {
                 let row = &a.row(first + i)[start..start + len];
-                for (c, (line, pair)) in target.chunks_exact_mut(width).zip(row.chunks(2)).enumerate() {
-                    let noise = |odd| a.noise(first + i, start + 2 * c + odd);
-                    let low = bf16_bits(pair[0], noise(0));
-                    let high = bf16_bits(pair.get(1).copied().unwrap_or(0.0), noise(1));
-                    line[i] = bf16_pair(low, high);
+                let number = a.dither.map(|n| (n + (first + i) * a.stride + start) as u32);
+                let pairs = match row.try_into() {
+                    Ok(strip) => strip_pairs(strip, number),
+                    Err(_) => {
+                        let mut strip = [0.0; 2 * STRIP];
+                        strip[..len].copy_from_slice(row);
+                        strip_pairs(&strip, number)
+                    }
+                };
+                for (line, pair) in target.chunks_exact_mut(width).zip(pairs) {
+                    line[i] = pair;
                 }
             }
             for line in target.chunks_exact_mut(width) {
@@ -553,6 +559,20 @@ multiversion! {
             }
         }
     }
+}
+
+/// Neighbours of a strip as words of two bfloat16; `number` is that of the first element where rounding is dithered.
+#[inline(always)]
+fn strip_pairs(strip: &[f32; 2 * STRIP], number: Option<u32>) -> [f32; STRIP] {
+    // Rounded in whole vectors first, then paired: in one loop the compiler would not see the vectors.
+    let mut bits = [0; 2 * STRIP];
+    match number {
+        None => (bits.iter_mut().zip(strip)).for_each(|(b, &x)| *b = bf16_bits(x, None)),
+        Some(first) => (0u32..).zip(bits.iter_mut().zip(strip)).for_each(|(i, (b, &x))| {
+            *b = bf16_bits(x, Some(sixteen_bits(first.wrapping_add(i))));
+        }),
+    }
+    std::array::from_fn(|i| bf16_pair(bits[2 * i], bits[2 * i + 1]))
 }
 
 multiversion! {
