@@ -1,17 +1,18 @@
 //! Keys and values of a run of tokens, kept as the matrix kernel wants them: growing them is a write, never a copy.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::gemm::{Aligned, Panels, panel_width};
+use crate::kernels::gemm::{Aligned, Panels, Precision, panel_width, store, words};
 
 /// One layer's keys and values of one run of tokens, all key heads.
 pub struct LayerCache {
     heads: Vec<HeadCache>,
+    precision: Precision,
 }
 
 struct HeadCache {
-    /// Panels of [`panel_width`] tokens, `[panel][dim][token]`: for q·Kᵀ.
+    /// Panels of [`panel_width`] tokens, `[panel][word of dim][token]`: for q·Kᵀ.
     keys: Aligned,
-    /// `[token][dim, rounded up to whole panels]`: for P·V.
+    /// `[word of token][dim, rounded up to whole panels]`: for P·V.
     values: Aligned,
     tokens: usize,
     dim: usize,
@@ -19,7 +20,7 @@ struct HeadCache {
 
 impl LayerCache {
     /// Nothing yet, for a layer with these heads.
-    pub fn new(heads: Heads) -> Self {
+    pub fn new(heads: Heads, precision: Precision) -> Self {
         let head = || HeadCache {
             keys: Aligned::default(),
             values: Aligned::default(),
@@ -28,6 +29,7 @@ impl LayerCache {
         };
         Self {
             heads: (0..heads.kv).map(|_| head()).collect(),
+            precision,
         }
     }
 
@@ -38,7 +40,7 @@ impl LayerCache {
             .chunks_exact(heads.dim)
             .zip(values.chunks_exact(heads.dim));
         for (head, (key, value)) in self.heads.iter_mut().zip(parts) {
-            head.push(key, value);
+            head.push(key, value, self.precision);
         }
     }
 
@@ -50,12 +52,12 @@ impl LayerCache {
     /// The keys of a head as an operand: queries times this are scores.
     pub fn keys(&self, kv_head: usize) -> Panels<'_> {
         let head = &self.heads[kv_head];
+        let panel = words(head.dim, self.precision) * panel_width();
         Panels::strided(
             head.keys.as_slice(),
-            head.tokens,
-            head.dim,
-            head.dim * panel_width(),
-            panel_width(),
+            (head.tokens, head.dim),
+            (panel, panel_width()),
+            self.precision,
         )
     }
 
@@ -64,10 +66,9 @@ impl LayerCache {
         let head = &self.heads[kv_head];
         Panels::strided(
             head.values.as_slice(),
-            head.dim,
-            head.tokens,
-            panel_width(),
-            head.value_stride(),
+            (head.dim, head.tokens),
+            (panel_width(), head.value_stride()),
+            self.precision,
         )
     }
 }
@@ -77,16 +78,22 @@ impl HeadCache {
         self.dim.next_multiple_of(panel_width())
     }
 
-    fn push(&mut self, key: &[f32], value: &[f32]) {
+    fn push(&mut self, key: &[f32], value: &[f32], precision: Precision) {
         let (width, at, stride) = (panel_width(), self.tokens, self.value_stride());
+        let panel = words(self.dim, precision) * width;
         let capacity = (at + 1).next_power_of_two().max(width);
-        self.keys.grow(capacity * self.dim);
-        self.values.grow(capacity * stride);
-        let panel = &mut self.keys.as_mut_slice()[at / width * width * self.dim..];
+        self.keys.grow(capacity / width * panel);
+        self.values.grow(words(capacity, precision) * stride);
+        let panel = &mut self.keys.as_mut_slice()[at / width * panel..][..panel];
         for (d, &k) in key.iter().enumerate() {
-            panel[d * width + at % width] = k;
+            store(d, k, precision, |word| {
+                &mut panel[word * width + at % width]
+            });
         }
-        self.values.as_mut_slice()[at * stride..][..self.dim].copy_from_slice(value);
+        let values = self.values.as_mut_slice();
+        for (d, &v) in value.iter().enumerate() {
+            store(at, v, precision, |word| &mut values[word * stride + d]);
+        }
         self.tokens += 1;
     }
 }

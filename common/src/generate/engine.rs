@@ -55,6 +55,8 @@ pub struct Generator<'a> {
     retired: usize,
     running: Vec<Sequence>,
     tokens: u64,
+    /// Storage for a step's logits, `[running, vocab]`.
+    logits: Vec<f32>,
 }
 
 /// A prompt at work.
@@ -94,6 +96,7 @@ impl<'a> Generator<'a> {
             retired: 0,
             running: vec![],
             tokens: 0,
+            logits: vec![],
         }
     }
 
@@ -138,7 +141,7 @@ impl<'a> Generator<'a> {
         let mut prefix = vec![];
         let hidden = self.decoder.forward(&layout, prompt, |i, state| {
             let heads = self.decoder.heads(i);
-            let mut cache = LayerCache::new(heads);
+            let mut cache = LayerCache::new(heads, self.decoder.precision);
             state
                 .qkv
                 .chunks_exact(heads.qkv_width())
@@ -146,25 +149,26 @@ impl<'a> Generator<'a> {
             prefix.push(cache);
         });
         let last = &hidden[hidden.len() - self.decoder.config.hidden..];
-        (prefix, self.logits(last))
+        let mut logits = vec![];
+        self.logits(last, &mut logits);
+        (prefix, logits)
     }
 
     /// The logits of rows of the residual stream, `[rows, vocab]`.
-    fn logits(&self, x: &[f32]) -> Vec<f32> {
+    fn logits(&self, x: &[f32], logits: &mut Vec<f32>) {
         let (width, vocab) = (self.decoder.config.hidden, self.decoder.config.vocab);
         let mut normed = vec![];
         self.decoder.final_norm(x, &mut normed);
-        let mut logits = vec![0.0; x.len() / width * vocab];
+        logits.resize(x.len() / width * vocab, 0.0);
         let rows = Left::Rows(Mat::new(&normed, x.len() / width, width));
         matmul(
             rows,
             self.decoder.head().panels(),
-            &mut logits,
+            logits,
             vocab,
             Write::Set,
             Threads::All,
         );
-        logits
     }
 
     /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
@@ -174,7 +178,8 @@ impl<'a> Generator<'a> {
         if self.running.is_empty() {
             return;
         }
-        let mut logits = self.advance();
+        let mut logits = std::mem::take(&mut self.logits);
+        self.advance(&mut logits);
         let vocab = self.decoder.config.vocab;
         let (groups, retired, how) = (&self.groups, self.retired, &self.how);
         self.running
@@ -187,6 +192,7 @@ impl<'a> Generator<'a> {
                     how,
                 );
             });
+        self.logits = logits;
         self.tokens += self.running.len() as u64;
         for i in (0..self.running.len()).rev() {
             if let Some(finish) = self.ended(&self.running[i], stopped) {
@@ -228,7 +234,7 @@ impl<'a> Generator<'a> {
                     token_ids: vec![],
                     logp: 0.0,
                     cache: (0..layers)
-                        .map(|i| LayerCache::new(self.decoder.heads(i)))
+                        .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
                         .collect(),
                 };
                 sequence.draw(&mut group.first.clone(), &group.request.prompt, &self.how);
@@ -272,8 +278,8 @@ impl<'a> Generator<'a> {
         self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
     }
 
-    /// Runs the last token of every sequence; gives the logits of the next, `[running, vocab]`.
-    fn advance(&mut self) -> Vec<f32> {
+    /// Runs the last token of every sequence; `logits` receives those of the next, `[running, vocab]`.
+    fn advance(&mut self, logits: &mut Vec<f32>) {
         let decoder = self.decoder;
         let prompt_len = |s: &Sequence| self.groups[s.group - self.retired].request.prompt.len();
         let positions: Vec<usize> = self
@@ -301,7 +307,7 @@ impl<'a> Generator<'a> {
             decoder.finish(i, &mut state, &mut next);
             std::mem::swap(&mut state.x, &mut next);
         }
-        self.logits(&state.x)
+        self.logits(&state.x, logits);
     }
 
     /// Attention of each sequence's last token over its prompt and its own past: `qkv` `[running, qkv_width]`, `out`

@@ -68,7 +68,7 @@ pub(super) struct Drawn {
     pub logp: f64,
 }
 
-/// Draws one token. `seen` are the prompt's tokens and the response's so far; `logits` is used up.
+/// Draws one token. `seen` are the prompt's tokens and the response's so far; `logits` may be changed.
 pub(super) fn draw<'a>(
     logits: &mut [f32],
     seen: impl Iterator<Item = &'a u32>,
@@ -77,38 +77,60 @@ pub(super) fn draw<'a>(
 ) -> Drawn {
     let max = softmax::max(logits);
     let lse = max as f64 + (softmax::sum_exp(logits, max, 1.0) as f64).ln();
-    let raw = logits.to_vec();
-    penalise(logits, &raw, seen, how.repetition_penalty);
+    let changed = penalise(logits, seen, how.repetition_penalty);
     let token = if how.temperature == 0.0 {
         greedy(logits)
     } else {
-        let max = softmax::max(logits);
-        let scale = 1.0 / how.temperature;
-        logits.iter_mut().for_each(|l| *l = (*l - max) * scale);
+        let scaled = Scaled {
+            max: softmax::max(logits),
+            scale: 1.0 / how.temperature,
+        };
         if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 {
-            truncate(logits, how)
+            truncate(logits, scaled, how)
         }
-        pick(logits, uniform(rng))
+        pick(logits, scaled, uniform(rng))
     };
+    let own = changed.iter().find(|(t, _)| *t == token);
     Drawn {
         token: token as u32,
-        logp: raw[token] as f64 - lse,
+        logp: own.map_or(logits[token], |(_, raw)| *raw) as f64 - lse,
     }
 }
 
+/// How logits become weights: exp((l − max)·scale), at most 1.
+#[derive(Clone, Copy)]
+struct Scaled {
+    max: f32,
+    scale: f32,
+}
+
+impl Scaled {
+    fn exponent(self, logit: f32) -> f32 {
+        (logit - self.max) * self.scale
+    }
+
+    fn weight(self, logit: f32) -> f64 {
+        softmax::exp(self.exponent(logit)) as f64
+    }
+}
+
+/// Gives the tokens whose logits changed, with what they were.
 fn penalise<'a>(
     logits: &mut [f32],
-    raw: &[f32],
     seen: impl Iterator<Item = &'a u32>,
     penalty: f32,
-) {
+) -> Vec<(usize, f32)> {
     if penalty == 1.0 {
-        return;
+        return vec![];
     }
-    for &token in seen {
-        let l = raw[token as usize]; // from the raw logits: a token is penalised once, however often it occurred
-        logits[token as usize] = if l > 0.0 { l / penalty } else { l * penalty };
+    let mut tokens: Vec<usize> = seen.map(|&t| t as usize).collect();
+    tokens.sort_unstable();
+    tokens.dedup(); // a token is penalised once, however often it occurred
+    let changed = tokens.into_iter().map(|t| (t, logits[t])).collect();
+    for &(token, l) in &changed {
+        logits[token] = if l > 0.0 { l / penalty } else { l * penalty };
     }
+    changed
 }
 
 /// The first of the largest logits.
@@ -117,57 +139,60 @@ fn greedy(logits: &[f32]) -> usize {
     logits.iter().position(|&l| l == max).unwrap_or(0)
 }
 
-/// Sets to −∞ what top-k, top-p and min-p drop. Logits are scaled and at most 0 here.
-fn truncate(logits: &mut [f32], how: &Sampling) {
-    // A token below every threshold that one of the three could set is no candidate: only the rest is sorted.
-    let mut kept: Vec<usize> = (0..logits.len())
-        .filter(|&i| logits[i] >= how.min_p.ln())
-        .collect();
+/// Sets to −∞ what top-k, top-p and min-p drop.
+///
+/// Only tokens above a floor are looked at one by one; the floor falls until they hold all that is kept.
+fn truncate(logits: &mut [f32], scaled: Scaled, how: &Sampling) {
+    let lowest = how.min_p.ln(); // −∞ for 0
+    let mass = |kept: &[usize]| -> f64 { kept.iter().map(|&i| scaled.weight(logits[i])).sum() };
     let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-    if how.top_k > 0 && how.top_k < kept.len() {
-        kept.select_nth_unstable_by(how.top_k - 1, by_logit);
-        kept.truncate(how.top_k);
-    }
-    if how.top_p < 1.0 {
-        keep_top_p(logits, &mut kept, how.top_p as f64);
-    }
-    let mut cut = vec![f32::NEG_INFINITY; logits.len()];
-    kept.iter().for_each(|&i| cut[i] = logits[i]);
-    logits.copy_from_slice(&cut);
-}
-
-/// Keeps the most probable candidates until their mass reaches `top_p`. Only those above a floor that holds enough
-/// mass are sorted; the floor falls until it does.
-fn keep_top_p(logits: &[f32], kept: &mut Vec<usize>, top_p: f64) {
-    let mass = |i: &usize| softmax::exp(logits[*i]) as f64;
-    let wanted = top_p * kept.iter().map(mass).sum::<f64>();
     for floor in [-7.0, -12.0, f32::NEG_INFINITY] {
-        let mut head: Vec<usize> = kept
-            .iter()
-            .copied()
-            .filter(|&i| logits[i] >= floor)
+        let floor = floor.max(lowest);
+        let mut kept: Vec<usize> = (0..logits.len())
+            .filter(|&i| scaled.exponent(logits[i]) >= floor)
             .collect();
-        if head.iter().map(mass).sum::<f64>() < wanted && floor > f32::NEG_INFINITY {
+        let all = floor == lowest;
+        if how.top_k > 0 && how.top_k < kept.len() {
+            kept.select_nth_unstable_by(how.top_k - 1, by_logit);
+            kept.truncate(how.top_k);
+        } else if how.top_k > 0 && !all {
             continue;
         }
-        head.sort_unstable_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-        let mut sum = 0.0;
-        let enough = head.iter().position(|i| {
-            sum += mass(i);
-            sum >= wanted
-        });
-        head.truncate(enough.map_or(head.len(), |at| at + 1));
-        *kept = head;
+        if how.top_p < 1.0 {
+            let total = if all || how.top_k > 0 {
+                mass(&kept)
+            } else if how.min_p > 0.0 {
+                continue; // what min-p leaves, top-p takes its share of: all of it must be here
+            } else {
+                softmax::sum_exp(logits, scaled.max, scaled.scale) as f64
+            };
+            kept.sort_unstable_by(by_logit);
+            let mut sum = 0.0;
+            let enough = kept.iter().position(|&i| {
+                sum += scaled.weight(logits[i]);
+                sum >= how.top_p as f64 * total
+            });
+            match enough {
+                Some(at) => kept.truncate(at + 1),
+                None if !all => continue,
+                None => {}
+            }
+        } else if how.top_k == 0 && !all {
+            continue;
+        }
+        let values: Vec<f32> = kept.iter().map(|&i| logits[i]).collect();
+        logits.fill(f32::NEG_INFINITY);
+        kept.iter().zip(values).for_each(|(&i, l)| logits[i] = l);
         return;
     }
 }
 
-/// The token at which the cumulative weight passes `u` of the total. `logits` become weights.
-fn pick(logits: &mut [f32], u: f64) -> usize {
+/// The token at which the cumulative weight passes `u` of the total.
+fn pick(logits: &[f32], scaled: Scaled, u: f64) -> usize {
     const CHUNK: usize = 512;
     let sums: Vec<f64> = logits
-        .chunks_mut(CHUNK)
-        .map(|c| softmax::exp_in_place(c, 0.0) as f64)
+        .chunks(CHUNK)
+        .map(|c| softmax::sum_exp(c, scaled.max, scaled.scale) as f64)
         .collect();
     let mut rest = u * sums.iter().sum::<f64>();
     let mut last = 0;
@@ -176,19 +201,20 @@ fn pick(logits: &mut [f32], u: f64) -> usize {
             rest -= sum;
             continue;
         }
-        for (i, &w) in logits[chunk * CHUNK..].iter().take(CHUNK).enumerate() {
+        for (i, &l) in logits[chunk * CHUNK..].iter().take(CHUNK).enumerate() {
+            let w = scaled.weight(l);
             if w > 0.0 {
                 last = chunk * CHUNK + i;
             }
-            if rest < w as f64 {
+            if rest < w {
                 return last;
             }
-            rest -= w as f64;
+            rest -= w;
         }
         // Rounding can leave a little beyond the chunk's last token: it is the one.
         return last;
     }
-    logits.iter().rposition(|&w| w > 0.0).unwrap_or(0)
+    (logits.iter().rposition(|&l| scaled.weight(l) > 0.0)).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -311,18 +311,19 @@ pub struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// A float32 operand of `n` rows and sums of length `k`: element (row r, k) lies at
-    /// `r / width * panel_stride + k * row_stride + r % width`. The data must reach to the end of the last panel.
+    /// An operand of `n` rows and sums of length `k`: word w of row r (see [`words`]) lies at
+    /// `r / width * panel_stride + w * row_stride + r % width`. The data must reach to the end of the last panel.
     pub fn strided(
         data: &'a [f32],
-        n: usize,
-        k: usize,
-        panel_stride: usize,
-        row_stride: usize,
+        (n, k): (usize, usize),
+        (panel_stride, row_stride): (usize, usize),
+        precision: Precision,
     ) -> Self {
         let width = panel_width();
         if n > 0 && k > 0 {
-            let end = (n.div_ceil(width) - 1) * panel_stride + (k - 1) * row_stride + width;
+            let end = (n.div_ceil(width) - 1) * panel_stride
+                + (words(k, precision) - 1) * row_stride
+                + width;
             assert!(end <= data.len(), "panels past their data");
         }
         Self {
@@ -331,7 +332,7 @@ impl<'a> Panels<'a> {
             k,
             panel_stride,
             row_stride,
-            precision: Precision::F32,
+            precision,
         }
     }
 }
@@ -484,9 +485,28 @@ struct Tile {
     add: bool,
 }
 
-/// The number of 32-bit words that a row of `k` elements takes.
-fn words(k: usize, precision: Precision) -> usize {
+/// The number of 32-bit words that a row of `k` elements takes in an operand: bfloat16 comes in pairs, where the
+/// machine can multiply them.
+pub fn words(k: usize, precision: Precision) -> usize {
     if paired(precision) { k.div_ceil(2) } else { k }
+}
+
+/// Stores element `k` of one row of an operand; `word(w)` is the place of the row's word w.
+#[inline(always)]
+pub fn store<'a>(k: usize, x: f32, precision: Precision, word: impl FnOnce(usize) -> &'a mut f32) {
+    if paired(precision) {
+        let word = word(k / 2);
+        let (keep, shift) = if k.is_multiple_of(2) {
+            (0xffff_0000, 0)
+        } else {
+            (0xffff, 16)
+        };
+        *word = f32::from_bits(word.to_bits() & keep | bf16_bits(x, None) << shift);
+    } else if precision == Precision::Bf16 {
+        *word(k) = f32::from_bits(bf16_bits(x, None) << 16);
+    } else {
+        *word(k) = x;
+    }
 }
 
 /// Packs rows `first .. first + width` of an operand as `[k][width]`; rows past the end become zero.
@@ -568,9 +588,11 @@ fn strip_pairs(strip: &[f32; 2 * STRIP], number: Option<u32>) -> [f32; STRIP] {
     let mut bits = [0; 2 * STRIP];
     match number {
         None => (bits.iter_mut().zip(strip)).for_each(|(b, &x)| *b = bf16_bits(x, None)),
-        Some(first) => (0u32..).zip(bits.iter_mut().zip(strip)).for_each(|(i, (b, &x))| {
-            *b = bf16_bits(x, Some(sixteen_bits(first.wrapping_add(i))));
-        }),
+        Some(first) => (0u32..)
+            .zip(bits.iter_mut().zip(strip))
+            .for_each(|(i, (b, &x))| {
+                *b = bf16_bits(x, Some(sixteen_bits(first.wrapping_add(i))));
+            }),
     }
     std::array::from_fn(|i| bf16_pair(bits[2 * i], bits[2 * i + 1]))
 }
