@@ -2,14 +2,16 @@
 
 use super::cache::LayerCache;
 use super::sampler::{Drawn, Sampling, draw, stream};
-use crate::kernels::attention::{Heads, Layout};
-use crate::kernels::gemm::{Left, Mat, Threads, Write, matmul};
+use super::step::{Step, logits_of};
+use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
-use crate::kernels::softmax;
-use crate::model::{Decoder, LayerState};
+use crate::model::Decoder;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::collections::VecDeque;
+
+/// Fewer sequences than this are no share of their own: reading the weights would cost more than waiting.
+const LEAST_SHARE: usize = 32;
 
 /// A prompt to answer.
 #[derive(Clone, Debug)]
@@ -55,15 +57,15 @@ pub struct Generator<'a> {
     retired: usize,
     running: Vec<Sequence>,
     tokens: u64,
-    /// Storage for a step's logits, `[running, vocab]`.
-    logits: Vec<f32>,
+    /// Storage for a step's logits, `[sequences, vocab]` of each share.
+    logits: Vec<Vec<f32>>,
 }
 
 /// A prompt at work.
-struct Group {
-    request: Request,
+pub(super) struct Group {
+    pub request: Request,
     /// Keys and values of the prompt, layer by layer.
-    prefix: Vec<LayerCache>,
+    pub prefix: Vec<LayerCache>,
     /// The logits after the prompt.
     first: Vec<f32>,
     started: usize,
@@ -71,14 +73,15 @@ struct Group {
 }
 
 /// A response at work.
-struct Sequence {
+pub(super) struct Sequence {
     /// Its group's number since the beginning.
-    group: usize,
+    pub group: usize,
     number: usize,
     rng: ChaCha8Rng,
-    token_ids: Vec<u32>,
+    pub token_ids: Vec<u32>,
     logp: f64,
-    cache: Vec<LayerCache>,
+    /// Keys and values of what it has read of its own, layer by layer.
+    pub cache: Vec<LayerCache>,
 }
 
 impl<'a> Generator<'a> {
@@ -150,25 +153,8 @@ impl<'a> Generator<'a> {
         });
         let last = &hidden[hidden.len() - self.decoder.config.hidden..];
         let mut logits = vec![];
-        self.logits(last, &mut logits);
+        logits_of(self.decoder, last, &mut logits);
         (prefix, logits)
-    }
-
-    /// The logits of rows of the residual stream, `[rows, vocab]`.
-    fn logits(&self, x: &[f32], logits: &mut Vec<f32>) {
-        let (width, vocab) = (self.decoder.config.hidden, self.decoder.config.vocab);
-        let mut normed = vec![];
-        self.decoder.final_norm(x, &mut normed);
-        logits.resize(x.len() / width * vocab, 0.0);
-        let rows = Left::Rows(Mat::new(&normed, x.len() / width, width));
-        matmul(
-            rows,
-            self.decoder.head().panels(),
-            logits,
-            vocab,
-            Write::Set,
-            Threads::All,
-        );
     }
 
     /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
@@ -178,25 +164,24 @@ impl<'a> Generator<'a> {
         if self.running.is_empty() {
             return;
         }
-        let mut logits = std::mem::take(&mut self.logits);
-        self.advance(&mut logits);
-        let vocab = self.decoder.config.vocab;
-        let (groups, retired, how) = (&self.groups, self.retired, &self.how);
-        self.running
-            .par_iter_mut()
-            .zip(logits.par_chunks_exact_mut(vocab))
-            .for_each(|(sequence, logits)| {
-                sequence.draw(
-                    logits,
-                    &groups[sequence.group - retired].request.prompt,
-                    how,
-                );
-            });
-        self.logits = logits;
+        let step = Step {
+            decoder: self.decoder,
+            how: &self.how,
+            rotary: &self.rotary,
+            groups: &self.groups,
+            retired: self.retired,
+        };
+        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
+        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
+        let share = self.running.len().div_ceil(shares);
+        self.logits.resize_with(shares, Vec::new);
+        (self.running.par_chunks_mut(share))
+            .zip(&mut self.logits)
+            .for_each(|(running, logits)| step.run(running, logits));
         self.tokens += self.running.len() as u64;
         for i in (0..self.running.len()).rev() {
             if let Some(finish) = self.ended(&self.running[i], stopped) {
-                let sequence = self.running.swap_remove(i);
+                let sequence = self.running.remove(i); // in order: neighbours share a prompt
                 self.retire(sequence, finish);
             }
         }
@@ -277,150 +262,10 @@ impl<'a> Generator<'a> {
         };
         self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
     }
-
-    /// Runs the last token of every sequence; `logits` receives those of the next, `[running, vocab]`.
-    fn advance(&mut self, logits: &mut Vec<f32>) {
-        let decoder = self.decoder;
-        let prompt_len = |s: &Sequence| self.groups[s.group - self.retired].request.prompt.len();
-        let positions: Vec<usize> = self
-            .running
-            .iter()
-            .map(|s| prompt_len(s) + s.token_ids.len() - 1)
-            .collect();
-        let last: Vec<u32> = self
-            .running
-            .iter()
-            .map(|s| *s.token_ids.last().expect("a token was drawn"))
-            .collect();
-        let (mut state, mut next) = (LayerState::default(), vec![]);
-        decoder.embed(&last, &mut state.x);
-        for i in 0..decoder.config.layers {
-            let heads = decoder.heads(i);
-            decoder.project(i, &positions, &self.rotary, &mut state);
-            let rows = state.qkv.par_chunks_exact(heads.qkv_width());
-            self.running
-                .par_iter_mut()
-                .zip(rows)
-                .for_each(|(s, row)| s.cache[i].push(heads, row));
-            state.attention.resize(last.len() * heads.q_width(), 0.0);
-            self.attend(i, heads, &state.qkv, &mut state.attention);
-            decoder.finish(i, &mut state, &mut next);
-            std::mem::swap(&mut state.x, &mut next);
-        }
-        self.logits(&state.x, logits);
-    }
-
-    /// Attention of each sequence's last token over its prompt and its own past: `qkv` `[running, qkv_width]`, `out`
-    /// `[running, q_width]`.
-    fn attend(&self, layer: usize, heads: Heads, qkv: &[f32], out: &mut [f32]) {
-        /// Sequences per task: enough to share the reading of the prompt's keys, few enough to share the work.
-        const TOGETHER: usize = 8;
-        let mut by_group: Vec<Vec<usize>> = vec![vec![]; self.groups.len()];
-        for (i, sequence) in self.running.iter().enumerate() {
-            by_group[sequence.group - self.retired].push(i);
-        }
-        let chunks = by_group.iter().flat_map(|members| members.chunks(TOGETHER));
-        let tasks: Vec<_> = chunks
-            .flat_map(|members| (0..heads.kv).map(move |h| (members, h)))
-            .collect();
-        let results: Vec<Vec<f32>> = tasks
-            .par_iter()
-            .map(|(members, kv_head)| self.attend_together(layer, heads, *kv_head, members, qkv))
-            .collect();
-        let width = heads.group() * heads.dim; // the query heads of a key head lie side by side
-        for ((members, kv_head), result) in tasks.iter().zip(results) {
-            for (&member, result) in members.iter().zip(result.chunks_exact(width)) {
-                out[member * heads.q_width() + kv_head * width..][..width].copy_from_slice(result);
-            }
-        }
-    }
-
-    /// One key head's attention of sequences of one group, `[members, group, dim]`.
-    fn attend_together(
-        &self,
-        layer: usize,
-        heads: Heads,
-        kv_head: usize,
-        members: &[usize],
-        qkv: &[f32],
-    ) -> Vec<f32> {
-        let (dim, group) = (heads.dim, heads.group());
-        let prefix = &self.groups[self.running[members[0]].group - self.retired].prefix[layer];
-        let own = |m: usize| &self.running[members[m]].cache[layer];
-        let seen = prefix.tokens();
-        let stride = seen
-            + (0..members.len())
-                .map(|m| own(m).tokens())
-                .max()
-                .unwrap_or(0);
-        let mut queries = Vec::with_capacity(members.len() * group * dim);
-        for &member in members {
-            let row = &qkv[member * heads.qkv_width() + kv_head * group * dim..][..group * dim];
-            queries.extend(row.iter().map(|q| q * heads.scale()));
-        }
-        let rows = members.len() * group;
-        let mut scores = vec![0.0; rows * stride];
-        let all = Left::Rows(Mat::new(&queries, rows, dim));
-        matmul(
-            all,
-            prefix.keys(kv_head),
-            &mut scores,
-            stride,
-            Write::Set,
-            Threads::One,
-        );
-        for (m, scores) in scores.chunks_exact_mut(group * stride).enumerate() {
-            let queries = Left::Rows(Mat::new(&queries[m * group * dim..], group, dim));
-            matmul(
-                queries,
-                own(m).keys(kv_head),
-                &mut scores[seen..],
-                stride,
-                Write::Set,
-                Threads::One,
-            );
-            let end = seen + own(m).tokens();
-            let start = end.saturating_sub(heads.window.unwrap_or(usize::MAX));
-            for row in scores.chunks_exact_mut(stride) {
-                row[..start].fill(0.0);
-                let visible = &mut row[start..end];
-                let max = softmax::max(visible);
-                let sum = softmax::exp_in_place(visible, max);
-                visible.iter_mut().for_each(|p| *p /= sum);
-            }
-        }
-        let mut out = vec![0.0; rows * dim];
-        let weights = Left::Rows(Mat::strided(&scores, rows, seen, stride));
-        matmul(
-            weights,
-            prefix.values(kv_head),
-            &mut out,
-            dim,
-            Write::Set,
-            Threads::One,
-        );
-        for (m, out) in out.chunks_exact_mut(group * dim).enumerate() {
-            let weights = Mat::strided(
-                &scores[m * group * stride + seen..],
-                group,
-                own(m).tokens(),
-                stride,
-            );
-            matmul(
-                Left::Rows(weights),
-                own(m).values(kv_head),
-                out,
-                dim,
-                Write::Add,
-                Threads::One,
-            );
-        }
-        out
-    }
 }
 
 impl Sequence {
-    fn draw(&mut self, logits: &mut [f32], prompt: &[u32], how: &Sampling) {
+    pub fn draw(&mut self, logits: &mut [f32], prompt: &[u32], how: &Sampling) {
         let Drawn { token, logp } = draw(
             logits,
             prompt.iter().chain(&self.token_ids),

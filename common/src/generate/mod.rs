@@ -7,6 +7,7 @@
 mod cache;
 mod engine;
 mod sampler;
+mod step;
 
 pub use engine::{Finish, Generator, Request, Sample};
 pub use sampler::Sampling;
