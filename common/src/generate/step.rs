@@ -1,0 +1,190 @@
+//! One step of some of the running sequences: their last tokens through the model, and a draw from the logits.
+
+use super::cache::LayerCache;
+use super::engine::{Group, Sequence};
+use super::sampler::Sampling;
+use crate::kernels::attention::Heads;
+use crate::kernels::gemm::{Left, Mat, Threads, Write, matmul};
+use crate::kernels::rope::Rotary;
+use crate::kernels::softmax;
+use crate::model::{Decoder, LayerState};
+use rayon::prelude::*;
+use std::collections::VecDeque;
+
+/// What all sequences share.
+pub(super) struct Step<'a> {
+    pub decoder: &'a Decoder,
+    pub how: &'a Sampling,
+    pub rotary: &'a Rotary,
+    pub groups: &'a VecDeque<Group>,
+    /// The number of the first of the groups.
+    pub retired: usize,
+}
+
+impl Step<'_> {
+    fn group(&self, sequence: &Sequence) -> &Group {
+        &self.groups[sequence.group - self.retired]
+    }
+
+    /// Draws the next token of each sequence. `logits` is storage.
+    pub fn run(&self, running: &mut [Sequence], logits: &mut Vec<f32>) {
+        self.advance(running, logits);
+        let vocab = self.decoder.config.vocab;
+        (running.par_iter_mut())
+            .zip(logits.par_chunks_exact_mut(vocab))
+            .for_each(|(sequence, logits)| {
+                let prompt = &self.group(sequence).request.prompt;
+                sequence.draw(logits, prompt, self.how);
+            });
+    }
+
+    /// Runs the last token of every sequence; `logits` receives those of the next, `[running, vocab]`.
+    fn advance(&self, running: &mut [Sequence], logits: &mut Vec<f32>) {
+        let decoder = self.decoder;
+        let positions: Vec<usize> = running
+            .iter()
+            .map(|s| self.group(s).request.prompt.len() + s.token_ids.len() - 1)
+            .collect();
+        let last: Vec<u32> = running
+            .iter()
+            .map(|s| *s.token_ids.last().expect("a token was drawn"))
+            .collect();
+        let (mut state, mut next) = (LayerState::default(), vec![]);
+        decoder.embed(&last, &mut state.x);
+        for i in 0..decoder.config.layers {
+            let heads = decoder.heads(i);
+            decoder.project(i, &positions, self.rotary, &mut state);
+            let rows = state.qkv.par_chunks_exact(heads.qkv_width());
+            (running.par_iter_mut().zip(rows)).for_each(|(s, row)| s.cache[i].push(heads, row));
+            state.attention.resize(last.len() * heads.q_width(), 0.0);
+            self.attention(i, running, &state.qkv, &mut state.attention);
+            decoder.finish(i, &mut state, &mut next);
+            std::mem::swap(&mut state.x, &mut next);
+        }
+        logits_of(decoder, &state.x, logits);
+    }
+
+    /// Attention of each sequence's last token over its prompt and its own past: `qkv` `[running, qkv_width]`, `out`
+    /// `[running, q_width]`.
+    fn attention(&self, layer: usize, running: &[Sequence], qkv: &[f32], out: &mut [f32]) {
+        let heads = self.decoder.heads(layer);
+        // Enough in a task to share the reading of the prompt's keys, few enough to share the work.
+        let most = (running.len() / (4 * rayon::current_num_threads())).clamp(1, 8);
+        let mut tasks = vec![];
+        let (mut qkv, mut out) = (qkv, out);
+        for group in running.chunk_by(|a, b| a.group == b.group) {
+            for members in group.chunks(most) {
+                let (queries, left) = qkv.split_at(members.len() * heads.qkv_width());
+                let (result, rest) = out.split_at_mut(members.len() * heads.q_width());
+                tasks.push((members, queries, result));
+                (qkv, out) = (left, rest);
+            }
+        }
+        tasks
+            .into_par_iter()
+            .for_each_init(Scratch::default, |scratch, (members, qkv, out)| {
+                let prefix = &self.group(&members[0]).prefix[layer];
+                for head in 0..heads.kv {
+                    scratch.attend(heads, head, prefix, (layer, members), qkv, out);
+                }
+            });
+    }
+}
+
+/// Storage for one key head's attention of some sequences of one group.
+#[derive(Default)]
+struct Scratch {
+    /// `[members, group, dim]`
+    queries: Vec<f32>,
+    /// `[members, group, prompt and past]`
+    scores: Vec<f32>,
+    /// `[members, group, dim]`
+    result: Vec<f32>,
+}
+
+impl Scratch {
+    /// `qkv` `[members, qkv_width]`; writes its columns of `out` `[members, q_width]`.
+    fn attend(
+        &mut self,
+        heads: Heads,
+        kv_head: usize,
+        prefix: &LayerCache,
+        (layer, members): (usize, &[Sequence]),
+        qkv: &[f32],
+        out: &mut [f32],
+    ) {
+        let (dim, group) = (heads.dim, heads.group());
+        let width = group * dim; // the query heads of a key head lie side by side
+        let rows = members.len() * group;
+        let own = |m: usize| &members[m].cache[layer];
+        let seen = prefix.tokens();
+        let longest = (0..members.len()).map(|m| own(m).tokens()).max();
+        let stride = seen + longest.unwrap_or(0);
+        self.queries.clear();
+        for row in qkv.chunks_exact(heads.qkv_width()) {
+            let queries = &row[kv_head * width..][..width];
+            self.queries
+                .extend(queries.iter().map(|q| q * heads.scale()));
+        }
+        self.scores.resize(rows * stride, 0.0);
+        let one = |a: Mat, b, c: &mut [f32], stride, write| {
+            matmul(Left::Rows(a), b, c, stride, write, Threads::One)
+        };
+        let queries = Mat::new(&self.queries, rows, dim);
+        one(
+            queries,
+            prefix.keys(kv_head),
+            &mut self.scores,
+            stride,
+            Write::Set,
+        );
+        for (m, scores) in self.scores.chunks_exact_mut(group * stride).enumerate() {
+            let queries = Mat::new(&self.queries[m * width..], group, dim);
+            one(
+                queries,
+                own(m).keys(kv_head),
+                &mut scores[seen..],
+                stride,
+                Write::Set,
+            );
+            let end = seen + own(m).tokens();
+            let start = end.saturating_sub(heads.window.unwrap_or(usize::MAX));
+            for row in scores.chunks_exact_mut(stride) {
+                row[..start].fill(0.0);
+                let visible = &mut row[start..end];
+                let max = softmax::max(visible);
+                let scale = 1.0 / softmax::exp_in_place(visible, max);
+                visible.iter_mut().for_each(|p| *p *= scale);
+            }
+        }
+        self.result.resize(rows * dim, 0.0);
+        let weights = Mat::strided(&self.scores, rows, seen, stride);
+        one(
+            weights,
+            prefix.values(kv_head),
+            &mut self.result,
+            dim,
+            Write::Set,
+        );
+        for (m, result) in self.result.chunks_exact_mut(width).enumerate() {
+            let past = &self.scores[m * group * stride + seen..];
+            let weights = Mat::strided(past, group, own(m).tokens(), stride);
+            one(weights, own(m).values(kv_head), result, dim, Write::Add);
+        }
+        let columns = out.chunks_exact_mut(heads.q_width());
+        for (out, result) in columns.zip(self.result.chunks_exact(width)) {
+            out[kv_head * width..][..width].copy_from_slice(result);
+        }
+    }
+}
+
+/// The logits of rows of the residual stream, `[rows, vocab]`.
+pub(super) fn logits_of(decoder: &Decoder, x: &[f32], logits: &mut Vec<f32>) {
+    let (width, vocab) = (decoder.config.hidden, decoder.config.vocab);
+    let mut normed = vec![];
+    decoder.final_norm(x, &mut normed);
+    logits.resize(x.len() / width * vocab, 0.0);
+    let rows = Left::Rows(Mat::new(&normed, x.len() / width, width));
+    let head = decoder.head().panels();
+    matmul(rows, head, logits, vocab, Write::Set, Threads::All);
+}
