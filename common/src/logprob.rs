@@ -84,11 +84,11 @@ impl Batch {
 
     /// The rows of `hidden` `[T, width]` that predict targets, `[targets, width]`.
     pub fn gather(&self, hidden: &[f32], width: usize) -> Vec<f32> {
-        self.rows
-            .iter()
-            .flat_map(|&r| &hidden[r * width..][..width])
-            .copied()
-            .collect()
+        let mut out = Vec::with_capacity(self.rows.len() * width);
+        for &r in &self.rows {
+            out.extend_from_slice(&hidden[r * width..][..width]);
+        }
+        out
     }
 
     /// Adds the gradient of the gathered rows to those of the batch, `[T, width]`.
@@ -323,7 +323,7 @@ mod tests {
     use crate::dpo::Forward;
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
-    use crate::model::{Gradients, Params};
+    use crate::model::{Gradients, Params, Workspace};
     use crate::weights::Config;
     use serde_json::json;
     use std::path::Path;
@@ -417,10 +417,12 @@ mod tests {
         keep: bool,
     ) -> Vec<f32> {
         let decoder = decoder(config, flat);
+        let mut workspace = Workspace::new(Precision::F32);
         let pass = Forward::new(
             &decoder,
             &Batch::new(&groups()),
             if keep { usize::MAX } else { 0 },
+            &mut workspace,
         );
         let mut d_logps = vec![0.0; pass.batch.targets.len()];
         for (range, c) in pass.batch.responses.iter().zip(coefficients) {
@@ -439,6 +441,7 @@ mod tests {
                 params,
                 flat: &mut sum,
             },
+            &mut workspace,
         );
         sum
     }

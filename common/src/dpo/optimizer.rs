@@ -1,5 +1,6 @@
 //! AdamW in one pass over memory, global-norm clipping, and learning-rate schedules.
 
+use crate::kernels::isa::multiversion;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -37,11 +38,11 @@ impl AdamW {
         }
     }
 
-    /// One step on `parameters`; the gradient is taken times `scale` (the clipping factor).
+    /// One step on `parameters`; the gradient is taken times `scale` (the clipping factor) and left zero.
     pub fn step(
         &mut self,
         parameters: &mut [f32],
-        gradient: &[f32],
+        gradient: &mut [f32],
         scale: f32,
         learning_rate: f64,
     ) {
@@ -67,25 +68,50 @@ impl AdamW {
             .zip(self.v.par_chunks_mut(CHUNK));
         parameters
             .par_chunks_mut(CHUNK)
-            .zip(gradient.par_chunks(CHUNK))
+            .zip(gradient.par_chunks_mut(CHUNK))
             .zip(moments)
-            .for_each(|((p, g), (m, v))| {
-                for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                    let g = g * scale;
-                    *m += (g - *m) * (1.0 - b1);
-                    *v = *v * b2 + g * g * (1.0 - b2);
-                    *p -= rate * *m / (v.sqrt() / root + EPSILON);
-                }
-            });
+            .for_each(|((p, g), (m, v))| update(p, g, m, v, (scale, rate, root)));
+    }
+}
+
+multiversion! {
+    /// AdamW on a run of parameters, given (the gradient's factor, the learning rate, √correction of v).
+    pub fn update(
+        p: &mut [f32],
+        g: &mut [f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        factors: (f32, f32, f32),
+    ) {
+        let ((b1, b2), (scale, rate, root)) = (BETAS, factors);
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let scaled = *g * scale;
+            *g = 0.0;
+            *m += (scaled - *m) * (1.0 - b1);
+            *v = *v * b2 + scaled * scaled * (1.0 - b2);
+            *p -= rate * *m / (v.sqrt() / root + EPSILON);
+        }
+    }
+}
+
+multiversion! {
+    /// Σg² of a run.
+    pub fn squares(g: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 16];
+        let mut chunks = g.chunks_exact(16);
+        for chunk in &mut chunks {
+            for (lane, &g) in lanes.iter_mut().zip(chunk) {
+                *lane += g as f64 * g as f64;
+            }
+        }
+        let rest = chunks.remainder().iter().map(|&g| g as f64 * g as f64);
+        lanes.into_iter().chain(rest).sum()
     }
 }
 
 /// √Σg².
 pub fn norm(gradient: &[f32]) -> f64 {
-    let parts: Vec<f64> = gradient
-        .par_chunks(CHUNK)
-        .map(|part| part.iter().map(|&g| g as f64 * g as f64).sum())
-        .collect();
+    let parts: Vec<f64> = gradient.par_chunks(CHUNK).map(squares).collect();
     parts.iter().sum::<f64>().sqrt()
 }
 
@@ -158,13 +184,13 @@ mod tests {
             );
             let steps = run["steps"].as_array().unwrap();
             for (step, gradient) in steps.iter().zip(golden["gradients"].as_array().unwrap()) {
-                let gradient = floats(gradient);
+                let mut gradient = floats(gradient);
                 let norm = norm(&gradient);
                 assert!((norm - step["grad_norm"].as_f64().unwrap()).abs() < 1e-6 * norm);
                 let factor = clip_factor(norm, run["max_grad_norm"].as_f64().unwrap_or(0.0));
                 optimizer.step(
                     &mut parameters,
-                    &gradient,
+                    &mut gradient,
                     factor,
                     run["lr"].as_f64().unwrap(),
                 );

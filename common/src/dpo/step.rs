@@ -2,7 +2,7 @@
 
 use super::loss::{Objective, PairLogps};
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
-use crate::model::{Decoder, Gradients, LayerState, Model, backward};
+use crate::model::{Decoder, Gradients, LayerState, Model, Workspace, backward};
 
 /// A pair ready to train on.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,21 +78,24 @@ pub fn accumulate(
     pairs: &[&Pair],
     limits: Limits,
     gradients: &mut Gradients,
+    workspace: &mut Workspace,
 ) -> Sums {
-    let total = BatchTotals {
+    let mean = Mean {
+        objective,
         pairs: pairs.len(),
         chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
     };
     let mut sums = Sums::default();
     for part in parts(pairs, limits.tokens) {
-        accumulate_part(model, objective, part, total, limits, gradients, &mut sums);
+        accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums);
     }
     sums
 }
 
-/// What the mean over a batch divides by.
+/// The loss of a batch: the mean over its pairs.
 #[derive(Clone, Copy)]
-struct BatchTotals {
+struct Mean<'a> {
+    objective: &'a Objective,
     pairs: usize,
     chosen_tokens: usize,
 }
@@ -115,21 +118,22 @@ fn parts<'a, 'b>(pairs: &'a [&'b Pair], limit: usize) -> Vec<&'a [&'b Pair]> {
 
 fn accumulate_part(
     model: Model,
-    objective: &Objective,
+    mean: Mean,
     pairs: &[&Pair],
-    total: BatchTotals,
     limits: Limits,
     gradients: &mut Gradients,
+    workspace: &mut Workspace,
     sums: &mut Sums,
 ) {
     let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
-    let pass = Forward::new(model.decoder, &Batch::new(&groups), limits.state_bytes);
+    let batch = Batch::new(&groups);
+    let pass = Forward::new(model.decoder, &batch, limits.state_bytes, workspace);
     let logps = pass.batch.sums(&pass.found.logps);
     let mut d_logps = vec![0.0; pass.batch.targets.len()];
-    let rpo = objective.rpo_alpha / total.chosen_tokens as f64;
+    let rpo = mean.objective.rpo_alpha / mean.chosen_tokens as f64;
     for (i, pair) in pairs.iter().enumerate() {
         let (chosen, rejected) = (logps[2 * i], logps[2 * i + 1]);
-        let found = objective.pair(&PairLogps {
+        let found = mean.objective.pair(&PairLogps {
             policy_chosen: chosen,
             policy_rejected: rejected,
             ref_chosen: pair.reference.0,
@@ -137,7 +141,7 @@ fn accumulate_part(
             chosen_tokens: pair.chosen.len(),
             rejected_tokens: pair.rejected.len(),
         });
-        let n = total.pairs as f64;
+        let n = mean.pairs as f64;
         d_logps[pass.batch.responses[2 * i].clone()].fill((found.d_chosen / n - rpo) as f32);
         d_logps[pass.batch.responses[2 * i + 1].clone()].fill((found.d_rejected / n) as f32);
         sums.loss += found.loss - rpo * n * chosen;
@@ -148,7 +152,7 @@ fn accumulate_part(
         sums.logp_rejected += rejected;
     }
     sums.tokens += pass.batch.tokens.len() as u64;
-    pass.backward(model, &d_logps, gradients);
+    pass.backward(model, &d_logps, gradients, workspace);
 }
 
 /// A forward pass with what its backward pass needs.
@@ -164,12 +168,17 @@ pub(crate) struct Forward {
 
 impl Forward {
     /// Runs the batch. Layer states are kept whole if they fit in `state_bytes`, else only the layers' inputs are.
-    pub fn new(decoder: &Decoder, batch: &Batch, state_bytes: usize) -> Self {
+    pub fn new(
+        decoder: &Decoder,
+        batch: &Batch,
+        state_bytes: usize,
+        workspace: &mut Workspace,
+    ) -> Self {
         let keep = decoder.state_bytes(batch.tokens.len()) <= state_bytes;
         let mut states = vec![];
         let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, state| {
             states.push(if keep {
-                std::mem::take(state).without_scratch()
+                workspace.keep(state)
             } else {
                 LayerState {
                     x: std::mem::take(&mut state.x),
@@ -191,7 +200,13 @@ impl Forward {
     }
 
     /// Adds the gradients, given ∂L/∂(log p) of every target.
-    pub fn backward(self, model: Model, d_logps: &[f32], gradients: &mut Gradients) {
+    pub fn backward(
+        self,
+        model: Model,
+        d_logps: &[f32],
+        gradients: &mut Gradients,
+        workspace: &mut Workspace,
+    ) {
         let decoder = model.decoder;
         let width = decoder.config.hidden;
         let mut d_normed = vec![0.0; self.normed.len()];
@@ -220,6 +235,7 @@ impl Forward {
             self.states,
             dx,
             gradients,
+            workspace,
         );
     }
 }

@@ -4,7 +4,7 @@ use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Limits, Pair, Sums, accumulate};
 use crate::kernels::gemm::Precision;
-use crate::model::{Decoder, Gradients, Lora, Model, Params};
+use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
 use crate::weights::{self, Weights};
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
@@ -94,9 +94,11 @@ pub struct Trainer {
     /// The model's parameters as the next forward pass sees them, flat.
     model: Vec<f32>,
     adapters: Option<Adapters>,
+    /// Zero between steps.
     gradient: Vec<f32>,
     optimizer: AdamW,
     decoder: Decoder,
+    workspace: Workspace,
     tokens: u64,
 }
 
@@ -144,6 +146,7 @@ impl Trainer {
             gradient: vec![0.0; len],
             settings,
             limits: Limits::new(&decoder, state_bytes),
+            workspace: Workspace::new(precision),
             params,
             model,
             adapters,
@@ -170,13 +173,14 @@ impl Trainer {
     /// One optimiser step on a batch.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite: nothing is changed then.
+    /// A loss or gradient that is not finite: no parameter is changed then, and the trainer is of no further use.
     pub fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
         let step = self.optimizer.steps;
         let mut gradient = std::mem::take(&mut self.gradient);
-        gradient.fill(0.0);
-        let sums = self.add_gradient(pairs, &mut gradient);
-        self.gradient = gradient;
+        let none = Workspace::new(self.decoder.precision);
+        let mut workspace = std::mem::replace(&mut self.workspace, none);
+        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
+        (self.gradient, self.workspace) = (gradient, workspace);
         let grad_norm = norm(&self.gradient);
         ensure!(
             sums.loss.is_finite() && grad_norm.is_finite(),
@@ -191,10 +195,10 @@ impl Trainer {
         match &mut self.adapters {
             None => self
                 .optimizer
-                .step(&mut self.model, &self.gradient, factor, learning_rate),
+                .step(&mut self.model, &mut self.gradient, factor, learning_rate),
             Some(a) => {
                 self.optimizer
-                    .step(&mut a.values, &self.gradient, factor, learning_rate);
+                    .step(&mut a.values, &mut self.gradient, factor, learning_rate);
                 a.lora.merge(&a.values, &a.base, &mut self.model);
             }
         }
@@ -206,10 +210,12 @@ impl Trainer {
     /// The sums over a batch and the gradient of its mean loss, flat like [`Self::params`] (or like the adapters).
     pub fn gradient(&self, pairs: &[&Pair]) -> (Sums, Vec<f32>) {
         let mut gradient = vec![0.0; self.gradient.len()];
-        (self.add_gradient(pairs, &mut gradient), gradient)
+        let mut workspace = Workspace::new(self.decoder.precision);
+        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
+        (sums, gradient)
     }
 
-    fn add_gradient(&self, pairs: &[&Pair], flat: &mut [f32]) -> Sums {
+    fn add_gradient(&self, pairs: &[&Pair], flat: &mut [f32], workspace: &mut Workspace) -> Sums {
         let mut gradients = match &self.adapters {
             None => Gradients::Full {
                 params: &self.params,
@@ -227,7 +233,8 @@ impl Trainer {
             params: &self.params,
             flat: &self.model,
         };
-        accumulate(model, objective, pairs, self.limits, &mut gradients)
+        let limits = self.limits;
+        accumulate(model, objective, pairs, limits, &mut gradients, workspace)
     }
 
     /// Where the model's parameters lie.

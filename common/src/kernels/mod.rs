@@ -13,6 +13,23 @@ pub mod softmax;
 
 use rayon::prelude::*;
 
+/// Makes `v` so long. What it holds then is left to chance: it is to be written whole.
+pub fn fit(v: &mut Vec<f32>, len: usize) {
+    if len > v.capacity() {
+        *v = vec![0.0; len]; // neither copied nor grown beyond what is asked for
+    } else {
+        v.resize(len, 0.0);
+    }
+}
+
+/// Makes `to` a copy of `from`.
+pub fn copy(from: &[f32], to: &mut Vec<f32>) {
+    fit(to, from.len());
+    rows(to, 1, |first, to| {
+        to.copy_from_slice(&from[first..][..to.len()])
+    });
+}
+
 /// Runs `f(first row, rows)` over the rows of `data`, over all threads where there is work enough.
 pub fn rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     const SMALL: usize = 1 << 14;

@@ -3,10 +3,11 @@
 use super::decoder::{Decoder, LayerState};
 use super::gradients::Gradients;
 use super::params::{Matrix, Params};
+use super::workspace::{Buffers, Workspace};
 use crate::kernels::attention::{self, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
-use crate::kernels::{activation, norm};
+use crate::kernels::{activation, fit, norm, rows};
 use std::ops::Range;
 
 /// A model as its backward pass reads it. The transposed products pack their weights from the flat buffer each time: that
@@ -26,7 +27,7 @@ impl Model<'_> {
     fn linear(&self, matrix: &Matrix, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
         right.set_columns(matrix.of(self.flat));
         let tokens = dy.len() / matrix.rows;
-        dx.resize(tokens * matrix.cols, 0.0);
+        fit(dx, tokens * matrix.cols);
         matmul(
             Left::Rows(Mat::new(dy, tokens, matrix.rows)),
             right.panels(),
@@ -49,7 +50,7 @@ impl Model<'_> {
 /// every parameter's gradient on the way.
 ///
 /// `states` holds one state per layer of the forward pass over the same batch. A state whose `qkv` is empty is made
-/// again from its `x` (activation recompute: the same operations, so the same numbers).
+/// again from its `x` (activation recompute: the same operations, so the same numbers). Whole ones go to `workspace`.
 pub fn backward(
     model: Model,
     layout: &Layout,
@@ -57,20 +58,22 @@ pub fn backward(
     mut states: Vec<LayerState>,
     mut dx: Vec<f32>,
     gradients: &mut Gradients,
+    workspace: &mut Workspace,
 ) {
     let decoder = model.decoder;
     assert_eq!(states.len(), decoder.layers.len());
     let rotary = decoder.rotary(layout.longest());
-    let mut buffers = Buffers::new(decoder);
     let mut again = LayerState::default();
     for i in (0..states.len()).rev() {
-        let kept = states.pop().expect("one state per layer");
-        let state = if kept.qkv.is_empty() {
-            again.x = kept.x;
-            decoder.run_layer(i, layout, &rotary, &mut again, &mut buffers.inner);
-            &again
+        let mut kept = states.pop().expect("one state per layer");
+        let buffers = &mut workspace.buffers;
+        let whole = !kept.qkv.is_empty();
+        let state = if whole {
+            &mut kept
         } else {
-            &kept
+            std::mem::swap(&mut again.x, &mut kept.x);
+            decoder.run_layer(i, layout, &rotary, &mut again, &mut buffers.inner);
+            &mut again
         };
         let pass = Pass {
             model,
@@ -78,32 +81,13 @@ pub fn backward(
             rotary: &rotary,
             layer: i,
         };
-        pass.mlp(state, &mut dx, &mut buffers, gradients);
-        pass.attention(state, &mut dx, &mut buffers, gradients);
-    }
-    gradients.embedding(tokens, &dx);
-}
-
-/// Storage that every layer uses again.
-struct Buffers {
-    inner: Vec<f32>,
-    d_inner: Vec<f32>,
-    d_wide: Vec<f32>,
-    unused: Vec<f32>,
-    /// The right operand of every product.
-    right: Packed,
-}
-
-impl Buffers {
-    fn new(decoder: &Decoder) -> Self {
-        Self {
-            inner: vec![],
-            d_inner: vec![],
-            d_wide: vec![],
-            unused: vec![],
-            right: Packed::empty(decoder.precision),
+        pass.mlp(state, &mut dx, buffers, gradients);
+        pass.attention(state, &mut dx, buffers, gradients);
+        if whole {
+            workspace.give_back(kept);
         }
     }
+    gradients.embedding(tokens, &dx);
 }
 
 struct Pass<'a> {
@@ -115,7 +99,14 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// next = middle + down(swiglu(gate_up(norm(middle)))): turns the gradient of `next` into that of `middle`.
-    fn mlp(&self, state: &LayerState, dx: &mut [f32], b: &mut Buffers, gradients: &mut Gradients) {
+    /// The state's `gate_up` becomes its gradient.
+    fn mlp(
+        &self,
+        state: &mut LayerState,
+        dx: &mut [f32],
+        b: &mut Buffers,
+        gradients: &mut Gradients,
+    ) {
         let (layer, p) = (
             &self.model.decoder.layers[self.layer],
             &self.model.params.layers[self.layer],
@@ -123,14 +114,14 @@ impl Pass<'_> {
         self.model.decoder.mlp_inner(&state.gate_up, &mut b.inner);
         gradients.linear(&p.down, &b.inner, dx, &mut b.right);
         self.model.linear(&p.down, dx, &mut b.d_inner, &mut b.right);
-        b.d_wide.clone_from(&state.gate_up);
-        activation::swiglu_backward(&mut b.d_wide, self.model.decoder.config.ffn, &b.d_inner);
+        let d_gate_up = &mut state.gate_up;
+        activation::swiglu_backward(d_gate_up, self.model.decoder.config.ffn, &b.d_inner);
         self.model
             .decoder
             .mlp_input(self.layer, &state.middle, &mut b.inner);
-        gradients.linear(&p.gate_up, &b.inner, &b.d_wide, &mut b.right);
+        gradients.linear(&p.gate_up, &b.inner, d_gate_up, &mut b.right);
         self.model
-            .linear(&p.gate_up, &b.d_wide, &mut b.d_inner, &mut b.right);
+            .linear(&p.gate_up, d_gate_up, &mut b.d_inner, &mut b.right);
         let eps = self.model.decoder.config.norm_eps;
         let d_weight = gradients
             .vector(&p.mlp_norm)
@@ -161,8 +152,8 @@ impl Pass<'_> {
         gradients.linear(&p.output, &state.attention, dx, &mut b.right);
         self.model
             .linear(&p.output, dx, &mut b.d_inner, &mut b.right);
-        b.d_wide.clear();
-        b.d_wide.resize(state.qkv.len(), 0.0);
+        fit(&mut b.d_wide, state.qkv.len());
+        rows(&mut b.d_wide, 1, |_, part| part.fill(0.0)); // attention adds to it
         attention::backward(
             self.layout,
             layer.heads,
@@ -174,7 +165,7 @@ impl Pass<'_> {
         );
         self.rotate_back(&mut b.d_wide);
         self.head_norms(state, b, gradients);
-        b.inner.resize(state.x.len(), 0.0);
+        fit(&mut b.inner, state.x.len());
         norm::forward(&state.x, &layer.input_norm, eps, &mut b.inner);
         gradients.linear(&p.qkv, &b.inner, &b.d_wide, &mut b.right);
         self.model
@@ -188,7 +179,7 @@ impl Pass<'_> {
     fn rotate_back(&self, d_qkv: &mut [f32]) {
         let heads = self.model.decoder.layers[self.layer].heads;
         let positions: Vec<usize> = self.layout.positions().collect();
-        crate::kernels::rows(d_qkv, heads.qkv_width(), |first, part| {
+        rows(d_qkv, heads.qkv_width(), |first, part| {
             for (row, &position) in part
                 .chunks_exact_mut(heads.qkv_width())
                 .zip(&positions[first..])

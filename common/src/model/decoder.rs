@@ -4,7 +4,7 @@ use super::params::{LayerParams, Matrix, Params, Source, Span};
 use crate::kernels::attention::{self, Heads, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
-use crate::kernels::{activation, norm, rows};
+use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::Config;
 use anyhow::Result;
 
@@ -99,14 +99,6 @@ pub struct LayerState {
     pub gate_up: Vec<f32>,
     /// A norm's output, then the MLP's inner activation: recomputed in the backward pass.
     pub scratch: Vec<f32>,
-}
-
-impl LayerState {
-    /// The state without what no backward pass reads.
-    pub fn without_scratch(mut self) -> Self {
-        self.scratch = vec![];
-        self
-    }
 }
 
 impl Decoder {
@@ -224,7 +216,7 @@ impl Decoder {
     /// The rows of the embedding of `tokens`, `[T, hidden]`.
     pub fn embed(&self, tokens: &[u32], out: &mut Vec<f32>) {
         let width = self.config.hidden;
-        out.resize(tokens.len() * width, 0.0);
+        fit(out, tokens.len() * width);
         for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
             self.embedding.read_row(token as usize, row);
         }
@@ -232,7 +224,7 @@ impl Decoder {
 
     /// The last norm, row by row.
     pub fn final_norm(&self, x: &[f32], out: &mut Vec<f32>) {
-        out.resize(x.len(), 0.0);
+        fit(out, x.len());
         norm::forward(x, &self.norm, self.config.norm_eps, out);
     }
 
@@ -253,7 +245,7 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, `[T, hidden]`, before the last norm. `seen` is shown each layer's
-    /// state right after it ran, and may take it.
+    /// state right after it ran, and may take it and leave other storage.
     pub fn forward(
         &self,
         layout: &Layout,
@@ -262,13 +254,12 @@ impl Decoder {
     ) -> Vec<f32> {
         assert_eq!(layout.tokens(), tokens.len());
         let rotary = self.rotary(layout.longest());
-        let mut state = LayerState::default();
+        let (mut state, mut next) = (LayerState::default(), vec![]);
         self.embed(tokens, &mut state.x);
         for i in 0..self.layers.len() {
-            let mut next = Vec::new();
             self.run_layer(i, layout, &rotary, &mut state, &mut next);
             seen(i, &mut state);
-            state.x = next;
+            std::mem::swap(&mut state.x, &mut next);
         }
         state.x
     }
@@ -286,8 +277,8 @@ impl Decoder {
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
         self.project(i, &positions, rotary, state);
-        state.attention.resize(tokens * heads.q_width(), 0.0);
-        state.lse.resize(tokens * heads.query, 0.0);
+        fit(&mut state.attention, tokens * heads.q_width());
+        fit(&mut state.lse, tokens * heads.query);
         attention::forward(
             layout,
             heads,
@@ -303,14 +294,14 @@ impl Decoder {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let width = heads.qkv_width();
-        state.scratch.resize(state.x.len(), 0.0);
+        fit(&mut state.scratch, state.x.len());
         norm::forward(&state.x, &layer.input_norm, eps, &mut state.scratch);
-        state.qkv.resize(positions.len() * width, 0.0);
+        fit(&mut state.qkv, positions.len() * width);
         layer
             .qkv
             .forward(&state.scratch, &mut state.qkv, Write::Set);
         if layer.head_norms.is_some() {
-            state.qkv_raw.clone_from(&state.qkv);
+            copy(&state.qkv, &mut state.qkv_raw);
         }
         rows(&mut state.qkv, width, |first, qkv| {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
@@ -335,30 +326,30 @@ impl Decoder {
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
-        state.middle.clone_from(&state.x);
+        copy(&state.x, &mut state.middle);
         layer
             .output
             .forward(&state.attention, &mut state.middle, Write::Add);
         self.mlp_input(i, &state.middle, &mut state.scratch);
         let tokens = state.x.len() / self.config.hidden;
-        state.gate_up.resize(tokens * 2 * self.config.ffn, 0.0);
+        fit(&mut state.gate_up, tokens * 2 * self.config.ffn);
         layer
             .gate_up
             .forward(&state.scratch, &mut state.gate_up, Write::Set);
         self.mlp_inner(&state.gate_up, &mut state.scratch);
-        next.clone_from(&state.middle);
+        copy(&state.middle, next);
         layer.down.forward(&state.scratch, next, Write::Add);
     }
 
     /// The norm before the MLP.
     pub(super) fn mlp_input(&self, i: usize, middle: &[f32], out: &mut Vec<f32>) {
-        out.resize(middle.len(), 0.0);
+        fit(out, middle.len());
         norm::forward(middle, &self.layers[i].mlp_norm, self.config.norm_eps, out);
     }
 
     /// The MLP's inner activation.
     pub(super) fn mlp_inner(&self, gate_up: &[f32], out: &mut Vec<f32>) {
-        out.resize(gate_up.len() / 2, 0.0);
+        fit(out, gate_up.len() / 2);
         activation::swiglu(gate_up, self.config.ffn, out);
     }
 }

@@ -5,9 +5,11 @@ mod decoder;
 mod gradients;
 mod lora;
 mod params;
+mod workspace;
 
 pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
 pub use params::{LayerParams, Matrix, Params, Source, Span};
+pub use workspace::Workspace;
