@@ -1,9 +1,12 @@
 //! What the tests share: the built programs, tiny checkpoints, rows in and out.
 
 mod checkpoint;
+mod mount;
 mod tool;
+pub mod world;
 
 pub use checkpoint::{Tiny, copy_folder, edit_json};
+pub use mount::Mount;
 pub use tool::{Finished, Tool, bin_folder, pipe};
 
 use serde_json::{Map, Value};

@@ -3,12 +3,11 @@
 mod plot;
 mod rounds;
 
-use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use common::files::write_aside;
+use common::run::write_with_manifest;
 use common::metrics::{Estimate, SampleFigures};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
@@ -40,7 +39,7 @@ pub fn run(args: Args) -> Result<()> {
     let page = page(&args.run.display().to_string(), &rounds)?.into_string();
     match &args.output {
         Some(file) if file.as_os_str() != "-" => {
-            write_aside(file, |part| Ok(fs::write(part, &page)?))
+            write_with_manifest(file, page.as_bytes())
         }
         _ => std::io::stdout()
             .write_all(page.as_bytes())
