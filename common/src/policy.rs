@@ -1,5 +1,6 @@
 //! A language model as the tools use it: weights, tokenizer and decoder together, and rows turned into token ids.
 
+use crate::budget;
 use crate::chat::Chat;
 use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
@@ -9,7 +10,7 @@ use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
@@ -21,6 +22,48 @@ pub struct Compute {
     /// Number format of the matrix products (sums, losses and saved weights are float32 always)
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+
+    /// Most memory to use (8G, 512M): batches are made to fit, and a row that does not fit even alone is left out and
+    /// named. Without it, three quarters of what the machine has left when the models are loaded
+    #[arg(long, value_name = "SIZE", value_parser = budget::size)]
+    pub memory_budget: Option<usize>,
+
+    /// What to do with a row or a step whose numbers are not finite: fail, or leave it out and name it
+    #[arg(long, value_enum, value_name = "stop|skip", default_value_t = OnNan::Stop)]
+    pub on_nan: OnNan,
+}
+
+/// What is done about log-probs, losses and gradients that are NaN or infinite. They are never averaged into anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnNan {
+    /// End with an error that names the row or the step
+    Stop,
+    /// Leave the row or the step out, name it and count it
+    Skip,
+}
+
+/// A row that is sound, but longer than the model or the memory takes: left out, and no reason to fail.
+#[derive(Debug)]
+pub struct TooLong(String);
+
+impl std::fmt::Display for TooLong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for TooLong {}
+
+impl TooLong {
+    /// What is said of a row's field.
+    pub fn new(row: &Row, field: &str, message: impl std::fmt::Display) -> anyhow::Error {
+        Self(row.error(field, message).to_string()).into()
+    }
+
+    /// Whether an error is one of these.
+    pub fn is(err: &anyhow::Error) -> bool {
+        err.is::<Self>()
+    }
 }
 
 /// A choice of number format.
@@ -115,7 +158,7 @@ impl Checkpoint {
     /// The rendered prompt of a row.
     ///
     /// # Errors
-    /// A prompt that is missing, that the template refuses, or that leaves no room for a response.
+    /// A prompt that is missing, that the template refuses, or ([`TooLong`]) that leaves no room for a response.
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
@@ -124,10 +167,10 @@ impl Checkpoint {
         let context = self.weights.config.context;
         if ids.len() >= context {
             let message = format!(
-                "has {} tokens, but the model's context is {context}: shorten or drop it",
+                "has {} tokens, but the model's context is {context}",
                 ids.len()
             );
-            return Err(row.error("prompt", message));
+            return Err(TooLong::new(row, "prompt", message));
         }
         Ok(ids)
     }
@@ -213,8 +256,8 @@ pub struct RewardModel {
     reference_decoder: Decoder,
     /// What both compute in.
     dtype: &'static str,
-    /// Tokens of one forward pass.
-    limit: usize,
+    /// Most tokens of a prompt and its response that memory is left for.
+    longest: usize,
 }
 
 /// log π and log π_ref of a response, nats.
@@ -230,8 +273,9 @@ impl RewardModel {
     /// Opens both models.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`]; or two models with different vocabularies.
-    pub fn open(policy: &str, reference: &str, precision: Precision) -> Result<Self> {
+    /// As [`Checkpoint::open`]; or two models with different vocabularies, or larger than the memory budget.
+    pub fn open(policy: &str, reference: &str, compute: &Compute) -> Result<Self> {
+        let precision = compute.precision(Prefers::Exactness)?;
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
@@ -243,13 +287,16 @@ impl RewardModel {
                 "the policy and the reference are the same model: every implicit reward will be 0",
             );
         }
+        program::say(format_args!("computing in {}", dtype_name(precision)));
+        let token = [&policy_decoder, &reference_decoder].map(|d| d.forward_bytes(1));
+        let longest = budget::left(compute.memory_budget)? / token[0].max(token[1]);
         Ok(Self {
             policy,
             policy_decoder,
             reference,
             reference_decoder,
             dtype: dtype_name(precision),
-            limit: TOKENS_AT_ONCE,
+            longest,
         })
     }
 
@@ -261,10 +308,20 @@ impl RewardModel {
         ))
     }
 
+    /// What both compute in.
+    pub fn dtype(&self) -> &'static str {
+        self.dtype
+    }
+
+    /// Tokens of one forward pass: enough to fill the matrix kernels, few enough for the caches and the memory.
+    pub fn tokens_at_once(&self) -> usize {
+        TOKENS_AT_ONCE.min(self.longest)
+    }
+
     /// The token ids of rows of one prompt: one response per sample row, two per pair row.
     ///
     /// # Errors
-    /// A row that cannot be encoded, or does not fit both models' contexts.
+    /// A row that cannot be encoded; or ([`TooLong`]) that does not fit both models' contexts or the memory.
     pub fn encode(&self, rows: &[Row]) -> Result<Group> {
         let mut group = Group {
             prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
@@ -288,8 +345,8 @@ impl RewardModel {
             .filter(|(_, known)| known.is_none())
             .map(|(group, _)| group.clone())
             .collect();
-        let mut scored = score_all(&self.policy_decoder, &open, self.limit).into_iter();
-        let reference = score_all(&self.reference_decoder, groups, self.limit);
+        let mut scored = score_all(&self.policy_decoder, &open, self.tokens_at_once()).into_iter();
+        let reference = score_all(&self.reference_decoder, groups, self.tokens_at_once());
         known
             .into_iter()
             .zip(reference)
@@ -326,23 +383,17 @@ impl RewardModel {
     }
 
     fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
-        let context = self
-            .policy
-            .weights
-            .config
-            .context
-            .min(self.reference.weights.config.context);
-        ensure!(
-            prompt + response <= context,
-            row.error(
-                field,
-                format!(
-                    "and its prompt have {} tokens, but the context is {context}",
-                    prompt + response
-                )
-            )
-        );
-        Ok(())
+        let contexts = [&self.policy, &self.reference].map(|m| m.weights.config.context);
+        let (tokens, context) = (prompt + response, contexts[0].min(contexts[1]));
+        let message = if tokens > context {
+            format!("and its prompt have {tokens} tokens, but the context is {context}")
+        } else if tokens > self.longest {
+            let longest = self.longest;
+            format!("and its prompt have {tokens} tokens, but there is memory for {longest}")
+        } else {
+            return Ok(());
+        };
+        Err(TooLong::new(row, field, message))
     }
 }
 

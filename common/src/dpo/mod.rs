@@ -11,4 +11,4 @@ pub use optimizer::{AdamW, Scheduler};
 #[cfg(test)]
 pub(crate) use step::Forward;
 pub use step::{Pair, Sums};
-pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};
+pub use trainer::{LoraSettings, NotFinite, Settings, StepMetrics, Trainer, order};

@@ -49,6 +49,8 @@ pub struct Sums {
     pub logp_rejected: f64,
     /// Tokens of the forward passes.
     pub tokens: u64,
+    /// The batch's first pair whose loss is not a number.
+    pub broken: Option<usize>,
 }
 
 /// How much of a batch runs at once.
@@ -86,8 +88,12 @@ pub fn accumulate(
         chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
     };
     let mut sums = Sums::default();
+    let mut first = 0;
     for part in parts(pairs, limits.tokens) {
+        let broken = sums.broken;
         accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums);
+        sums.broken = broken.or(sums.broken.map(|i| first + i));
+        first += part.len();
     }
     sums
 }
@@ -144,7 +150,11 @@ fn accumulate_part(
         let n = mean.pairs as f64;
         d_logps[pass.batch.responses[2 * i].clone()].fill((found.d_chosen / n - rpo) as f32);
         d_logps[pass.batch.responses[2 * i + 1].clone()].fill((found.d_rejected / n) as f32);
-        sums.loss += found.loss - rpo * n * chosen;
+        let loss = found.loss - rpo * n * chosen;
+        if !loss.is_finite() {
+            sums.broken = sums.broken.or(Some(i));
+        }
+        sums.loss += loss;
         sums.reward_chosen += found.reward_chosen;
         sums.reward_rejected += found.reward_rejected;
         sums.correct += f64::from(found.reward_chosen > found.reward_rejected);

@@ -86,6 +86,29 @@ pub struct StepMetrics {
     pub num_tokens: u64,
 }
 
+/// A step whose loss or gradient is not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NotFinite {
+    /// From 1.
+    pub step: u64,
+    /// The sum over the batch.
+    pub loss: f64,
+    /// Of the gradient.
+    pub norm: f64,
+    /// The batch's first pair that it comes from, where a pair's loss is not a number already.
+    pub pair: Option<usize>,
+}
+
+impl std::fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { step, loss, norm, .. } = self;
+        let wrong = format_args!("the loss ({loss}) or the gradient's norm ({norm}) is not a number");
+        write!(f, "step {step}: {wrong}")
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
 /// Training in progress.
 pub struct Trainer {
     settings: Settings,
@@ -173,8 +196,8 @@ impl Trainer {
     /// One optimiser step on a batch.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite: no parameter is changed then, and the trainer is of no further use.
-    pub fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
+    /// A loss or gradient that is not finite: nothing is changed then, and [`Self::skip`] goes on without this batch.
+    pub fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics, NotFinite> {
         let step = self.optimizer.steps;
         let mut gradient = std::mem::take(&mut self.gradient);
         let none = Workspace::new(self.decoder.precision);
@@ -182,12 +205,15 @@ impl Trainer {
         let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
         (self.gradient, self.workspace) = (gradient, workspace);
         let grad_norm = norm(&self.gradient);
-        ensure!(
-            sums.loss.is_finite() && grad_norm.is_finite(),
-            "step {}: the loss ({}) or the gradient's norm ({grad_norm}) is not a number; lower --learning-rate",
-            step + 1,
-            sums.loss
-        );
+        if !(sums.loss.is_finite() && grad_norm.is_finite()) {
+            self.gradient.fill(0.0);
+            return Err(NotFinite {
+                step: step + 1,
+                loss: sums.loss,
+                norm: grad_norm,
+                pair: sums.broken,
+            });
+        }
         let s = &self.settings;
         let learning_rate =
             s.learning_rate * s.scheduler.factor(step, s.warmup_steps, s.total_steps);
@@ -205,6 +231,11 @@ impl Trainer {
         self.decoder.update(&self.model, &self.params);
         self.tokens += sums.tokens;
         Ok(self.metrics(&sums, pairs.len(), epoch, grad_norm, learning_rate))
+    }
+
+    /// Counts a step that is not taken; weights and moments stay as they are.
+    pub fn skip(&mut self) {
+        self.optimizer.steps += 1;
     }
 
     /// The sums over a batch and the gradient of its mean loss, flat like [`Self::params`] (or like the adapters).

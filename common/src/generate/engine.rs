@@ -44,12 +44,21 @@ pub struct Sample {
     pub logp: f64,
 }
 
+/// How much runs at a time. What comes out does not depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences.
+    pub sequences: usize,
+    /// Memory for keys, values and activations; a single sequence that needs more runs all the same, alone.
+    pub bytes: usize,
+}
+
 /// Generates for many prompts at once.
 pub struct Generator<'a> {
     decoder: &'a Decoder,
     how: Sampling,
     end_ids: Vec<u32>,
-    slots: usize,
+    limits: Limits,
     rotary: Rotary,
     /// Prompts whose samples are not all out, oldest first.
     groups: VecDeque<Group>,
@@ -64,7 +73,7 @@ pub struct Generator<'a> {
 /// A prompt at work.
 pub(super) struct Group {
     pub request: Request,
-    /// Keys and values of the prompt, layer by layer.
+    /// Keys and values of the prompt, layer by layer: from the start of the first sample to the end of the last.
     pub prefix: Vec<LayerCache>,
     /// The logits after the prompt.
     first: Vec<f32>,
@@ -85,15 +94,19 @@ pub(super) struct Sequence {
 }
 
 impl<'a> Generator<'a> {
-    /// At most `slots` sequences run at a time.
-    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], slots: usize) -> Self {
+    /// Nothing to do yet.
+    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], limits: Limits) -> Self {
         let rotary = decoder.rotary(0);
         let end_ids = end_ids.to_vec();
+        let sequences = limits.sequences.max(1);
         Self {
             decoder,
             how,
             end_ids,
-            slots: slots.max(1),
+            limits: Limits {
+                sequences,
+                ..limits
+            },
             rotary,
             groups: VecDeque::new(),
             retired: 0,
@@ -106,7 +119,13 @@ impl<'a> Generator<'a> {
     /// Whether another prompt would find work to do now.
     pub fn wants_prompt(&self) -> bool {
         let waiting: usize = self.groups.iter().map(|g| g.request.k - g.started).sum();
-        self.running.len() + waiting < self.slots
+        self.running.len() + waiting < self.limits.sequences
+    }
+
+    /// Whether a prompt of so many tokens and one response to it fit into the memory.
+    pub fn has_room_for(&self, prompt: usize) -> bool {
+        self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt) + self.response_bytes(prompt)
+            <= self.limits.bytes
     }
 
     /// Whether nothing is left to do.
@@ -119,19 +138,18 @@ impl<'a> Generator<'a> {
         self.tokens
     }
 
-    /// Takes a prompt, of at least one token and shorter than the context, and runs it.
+    /// Takes a prompt, of at least one token and shorter than the context. It is run when its first sample starts.
     pub fn push(&mut self, request: Request) {
         assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
         let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
         if needed > self.rotary.positions() {
             self.rotary = self.decoder.rotary(needed);
         }
-        let (prefix, first) = self.prefill(&request.prompt);
         let done = vec![None; request.k];
         self.groups.push_back(Group {
             request,
-            prefix,
-            first,
+            prefix: vec![],
+            first: vec![],
             started: 0,
             done,
         });
@@ -205,9 +223,14 @@ impl<'a> Generator<'a> {
     /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
     fn fill(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
         for at in 0..self.groups.len() {
-            while self.running.len() < self.slots
-                && self.groups[at].started < self.groups[at].request.k
-            {
+            while self.groups[at].started < self.groups[at].request.k {
+                if !self.running.is_empty() && !self.has_room_to_start(at) {
+                    return;
+                }
+                if self.groups[at].prefix.is_empty() {
+                    let (prefix, first) = self.prefill(&self.groups[at].request.prompt);
+                    (self.groups[at].prefix, self.groups[at].first) = (prefix, first);
+                }
                 let group = &mut self.groups[at];
                 let number = group.started;
                 group.started += 1;
@@ -230,6 +253,39 @@ impl<'a> Generator<'a> {
                 }
             }
         }
+    }
+
+    /// Whether a sample of a group may start beside what is running.
+    fn has_room_to_start(&self, at: usize) -> bool {
+        let running = self.running.iter().map(|s| &self.groups[s.group - self.retired]);
+        let running = running.map(|group| self.response_bytes(group.request.prompt.len()));
+        let prompts = self.groups.iter().filter(|group| !group.prefix.is_empty());
+        let prompts = prompts.map(|group| self.prompt_bytes(group.request.prompt.len()));
+        let prompt = self.groups[at].request.prompt.len();
+        let prefill = match self.groups[at].prefix.is_empty() {
+            true => self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt),
+            false => 0,
+        };
+        let taken = running.sum::<usize>() + prompts.sum::<usize>();
+        self.running.len() < self.limits.sequences
+            && taken + prefill + self.response_bytes(prompt) <= self.limits.bytes
+    }
+
+    /// What a prompt holds while it is at work: keys, values and logits.
+    fn prompt_bytes(&self, prompt: usize) -> usize {
+        self.cache_bytes(prompt) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    /// What a response to a prompt may come to hold: keys, values and logits.
+    fn response_bytes(&self, prompt: usize) -> usize {
+        let longest = (self.decoder.config.context.saturating_sub(prompt)).min(self.how.max_tokens);
+        self.cache_bytes(longest) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        let layers = 0..self.decoder.config.layers;
+        let precision = self.decoder.precision;
+        layers.map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens)).sum()
     }
 
     fn ended(
@@ -260,7 +316,11 @@ impl<'a> Generator<'a> {
             finish,
             logp: sequence.logp,
         };
-        self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
+        let group = &mut self.groups[sequence.group - self.retired];
+        group.done[sequence.number] = Some(sample);
+        if group.done.iter().all(Option::is_some) {
+            (group.prefix, group.first) = (vec![], vec![]);
+        }
     }
 }
 
@@ -335,18 +395,31 @@ mod tests {
         requests: Vec<Request>,
         slots: usize,
     ) -> Vec<(String, Vec<Sample>)> {
-        let mut generator = Generator::new(decoder, how, &[0, 7], slots);
+        let limits = Limits {
+            sequences: slots,
+            bytes: usize::MAX,
+        };
+        let mut generator = Generator::new(decoder, how, &[0, 7], limits);
+        all(&mut generator, requests).0
+    }
+
+    /// What comes of requests, and the most sequences that ran at a time.
+    fn all(
+        generator: &mut Generator,
+        requests: Vec<Request>,
+    ) -> (Vec<(String, Vec<Sample>)>, usize) {
         let mut waiting = requests.into_iter();
-        let mut out = vec![];
+        let (mut out, mut most) = (vec![], 0);
         loop {
             while generator.wants_prompt() {
                 let Some(request) = waiting.next() else { break };
                 generator.push(request);
             }
             if generator.is_idle() {
-                return out;
+                return (out, most);
             }
             generator.step(&|_| false);
+            most = most.max(generator.running.len());
             out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
         }
     }
@@ -373,6 +446,28 @@ mod tests {
             assert_eq!(alone[0], all[2]);
             let other_seed = run(&decoder, Sampling { seed: 8, ..how() }, requests(), 64);
             assert_ne!(other_seed, all);
+        }
+    }
+
+    #[test]
+    fn little_memory_makes_it_slower_and_nothing_else() {
+        let decoder = decoder(None, Precision::F32);
+        let expected = run(&decoder, how(), requests(), 64);
+        let of = |bytes: usize| {
+            let limits = Limits {
+                sequences: 64,
+                bytes,
+            };
+            Generator::new(&decoder, how(), &[0, 7], limits)
+        };
+        let one = of(0).prompt_bytes(41) + decoder.forward_bytes(41) + of(0).response_bytes(41);
+        assert!(of(one).has_room_for(41) && !of(one - 1).has_room_for(41));
+        let mut before = 0;
+        for bytes in [0, one, 4 * one, usize::MAX] {
+            let (samples, most) = all(&mut of(bytes), requests());
+            assert_eq!(samples, expected, "{bytes} bytes");
+            assert!(before < most, "{most} at a time in {bytes} bytes");
+            before = most;
         }
     }
 

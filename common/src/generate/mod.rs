@@ -9,5 +9,5 @@ mod engine;
 mod sampler;
 mod step;
 
-pub use engine::{Finish, Generator, Request, Sample};
+pub use engine::{Finish, Generator, Limits, Request, Sample};
 pub use sampler::Sampling;
