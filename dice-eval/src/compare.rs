@@ -379,19 +379,17 @@ mod tests {
 
     #[test]
     fn intervals_hold_the_truth_as_often_as_they_say() {
-        // Of 80 worlds, 95% have a standard error of 2.4 points.
-        let shares = coverage(80, 100, "100");
-        assert!(
-            shares.iter().all(|share| (0.87..=1.0).contains(share)),
-            "{shares:?}"
-        );
+        // Of 200 worlds, 95% have a standard error of 1.5 points; few resamples make intervals a little short.
+        let shares = coverage(200, 80, "200");
+        let right = |share: &f64| (0.895..=0.995).contains(share);
+        assert!(shares.iter().all(right), "{shares:?}");
     }
 
     #[test]
     #[ignore = "minutes: the figures of docs/evaluation.md"]
     fn coverage_at_length() {
-        for prompts in [50, 200, 805] {
-            println!("{prompts} prompts: {:?}", coverage(1000, prompts, "1000"));
+        for (worlds, prompts) in [(1000, 50), (1000, 200), (200, 805)] {
+            println!("{prompts} prompts: {:?}", coverage(worlds, prompts, "1000"));
         }
     }
 }

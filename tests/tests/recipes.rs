@@ -1,6 +1,6 @@
 //! The recipes on a tiny model: two rounds, and the same two rounds under fire; the sweep, interrupted and not.
 
-use dice_tests::{Fields, Mount, Tiny, lines, read_rows, text, workspace};
+use dice_tests::{Act, Fields, JudgeServer, Mount, Tiny, lines, read_rows, text, workspace};
 use serde_json::json;
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -312,14 +312,12 @@ fn a_sweep_with_a_judge_chooses_by_win_rate() {
         return;
     }
     let folder = world();
-    let table = succeeds(just(
-        folder.path(),
-        "runs",
-        &[&judge(folder.path())],
-        "sweep",
-    ));
+    let server = JudgeServer::start(&[Act::Weigh]);
+    let judge = format!("judge=--endpoint {} --judge llama", server.url);
+    let table = succeeds(just(folder.path(), "runs", &[&judge], "sweep"));
     assert!(table.contains("length-controlled win rate"), "{table}");
     assert_eq!(table.matches("| chosen |").count(), 1);
+    assert!(server.asked() > 0);
 }
 
 #[test]
