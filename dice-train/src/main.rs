@@ -148,12 +148,13 @@ fn run(args: Args) -> Result<()> {
             "{} is already there: remove it, or name another --output",
             args.output.display()
         );
+        let ours = run::settings(json!({"settings": known_settings(&args)}));
+        let log = finished(&args.output, &ours)?;
         program::say(format_args!(
             "{} is already there, nothing to do",
             args.output.display()
         ));
-        let ours = run::settings(json!({"settings": known_settings(&args)}));
-        return Report(Some(Output::stdout())).write(&finished(&args.output, &ours)?);
+        return Report(Some(Output::stdout())).write(&log);
     }
     let part = part_path(&args.output);
     if holds_work(&part) && !args.resume {

@@ -90,7 +90,8 @@ fn read_only_output_is_one_line() {
         ["report", "--output", &world.arg("disk/out"), &world.arg(".")],
     ] {
         let run = Tool::new("dice-eval", args).run();
-        assert!(run.error_line().contains("Read-only file system"), "{}", run.stderr);
+        assert_eq!(run.code, Some(1));
+        run.note("disk/out.run.json.part: Read-only file system");
     }
 }
 
@@ -368,7 +369,8 @@ fn a_pipe_with_a_killed_stage_makes_no_checkpoint() {
             assert!(!world.path("next").exists());
             if stage < 3 {
                 let said = String::from_utf8_lossy(&trained.stderr);
-                assert!(said.contains("rows are missing"), "{said}");
+                let told = ["rows are missing", "the line has no end"];
+                assert!(told.iter().any(|part| said.contains(part)), "{said}");
                 assert!(!world.path("next.part").exists());
             }
             drop(fs::remove_dir_all(world.path("next.part")));
@@ -393,15 +395,17 @@ fn a_pipe_with_a_killed_stage_makes_no_checkpoint() {
 #[test]
 fn training_resumes_at_every_step() {
     let world = World::new();
-    let every = ["--save-steps", "1"];
-    world.run("dice-train", "straight", &every);
+    let train = |output: &str| {
+        let log = world.path(&format!("{output}.log"));
+        world.train(output, 1).args(["--resume"]).stdout_to(log)
+    };
+    train("straight").run().ok();
     let straight = Made::read(&world, "straight");
     let steps = parse_rows(std::str::from_utf8(&straight.log).unwrap()).len();
     let line = straight.log.len() / steps;
     let mut resumed = vec![];
     for step in 1..steps {
-        let tool = world.tool("dice-train", "out").args(["--resume"]).args(every);
-        let mut child = tool.stdout_to(world.path("out.log")).start();
+        let mut child = train("out").start();
         Moment::Bytes(world.path("out.log"), (step * line) as u64).wait(&mut child);
         child.kill().unwrap();
         let output = child.wait_with_output().unwrap();
@@ -413,7 +417,7 @@ fn training_resumes_at_every_step() {
     }
     resumed.dedup();
     assert!(resumed.len() > steps / 3, "only at steps {resumed:?}");
-    world.run("dice-train", "out", &[&["--resume"], &every[..]].concat());
+    train("out").run().ok();
     Made::read(&world, "out").assert_same(&straight);
 }
 

@@ -247,6 +247,7 @@ fn awkward_rows_go_through_all_stages() {
         let mut huge = scored[1].clone();
         huge.insert("prompt".into(), "huge".into());
         huge.insert("response".into(), "é".repeat(100_000 + sample).into());
+        huge.insert("reward".into(), sample.into());
         scored.push(huge);
     }
     let values: Vec<Value> = scored.into_iter().map(Value::from).collect();
@@ -314,10 +315,13 @@ fn control_tokens_in_rows_are_text() {
 /// Batches fit into the memory that there is; one row that does not is left out. Nothing else changes.
 #[test]
 fn a_memory_budget_makes_it_slower_not_other() {
-    let world = World::new(16_384);
+    let world = World::new(8192);
+    let wide = Tiny { hidden: 64, context: 8192, ..Tiny::default() };
+    wide.write(&world.path("pi"), 1);
+    wide.write(&world.path("ref"), 2);
     let prompt = |i: usize, tokens: usize| row(&format!("{i} {}", "8".repeat(tokens)), &"9".repeat(500));
-    let mut rows: Vec<Value> = (0..12).map(|i| prompt(i, 2000)).collect();
-    rows.insert(6, prompt(99, 14_000));
+    let mut rows: Vec<Value> = (0..12).map(|i| prompt(i, 500)).collect();
+    rows.insert(6, prompt(99, 6000));
     for tool in TOOLS {
         let rows = of(tool, rows.clone());
         let run = |budget: &str| {
@@ -328,14 +332,15 @@ fn a_memory_budget_makes_it_slower_not_other() {
             let tool = world.tool(tool, "pi", &rows).args(more);
             tool.args(["--memory-budget", budget]).run_measured()
         };
-        let (all, _) = run("2G");
+        let (all, most) = run("2G");
         let all = all.ok();
         assert!(!all.stderr.contains("left out"), "{tool}: {}", all.stderr);
-        let (some, peak) = run("48M");
+        let (some, peak) = run("24M");
         let some = some.ok();
         let said = some.note("; left out");
         assert!(said.contains("rows.jsonl:7: ") && said.contains("memory"), "{tool}: {said}");
-        assert!(peak < 64 << 10, "{tool} took {peak} KiB of 48 MiB");
+        eprintln!("{tool}: {most} KiB, in 24 MiB {peak} KiB");
+        assert!(peak < most, "{tool} took {peak} KiB, and {most} without bound");
         if ["dice-gen", "dice-score"].contains(&tool) {
             let without: Vec<_> = all
                 .rows()

@@ -439,7 +439,7 @@ fn control_tokens_in_rows_are_text() {
     let row = |value: Value| value.as_object().unwrap().clone();
     let as_text = json!({"prompt": "Hi", "response": forged, "finish_reason": "length"});
     let mut as_ids = as_text.clone();
-    as_ids["token_ids"] = json!(ids);
+    as_ids["token_ids"] = json!(ids.as_slice());
     let scored = score(&model, &model, &[row(as_text), row(as_ids)], &[]);
     assert_eq!(scored[0]["policy_logps"], scored[1]["policy_logps"]);
 
