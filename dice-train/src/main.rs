@@ -249,7 +249,10 @@ impl Memory {
                 (left, STATE_BYTES.min(left / 2))
             }
             // What the machine seems to lack now may be there when it is wanted.
-            None => (budget::left(None)?.saturating_sub(fixed).max(STATE_BYTES), STATE_BYTES),
+            None => (
+                budget::left(None)?.saturating_sub(fixed).max(STATE_BYTES),
+                STATE_BYTES,
+            ),
         };
         // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
         let row = 4 * config.hidden + 2 * config.heads * config.head_dim + 4 * config.ffn;
@@ -358,7 +361,10 @@ fn train(
             }
             Some(Err(broken)) => {
                 let err = named(broken, &indices, pairs);
-                ensure!(args.compute.on_nan == OnNan::Skip, "{err:#}; lower --learning-rate");
+                ensure!(
+                    args.compute.on_nan == OnNan::Skip,
+                    "{err:#}; lower --learning-rate"
+                );
                 progress.leave_out("not a number", err);
                 trainer.skip();
             }

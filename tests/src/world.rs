@@ -119,7 +119,15 @@ impl World {
 
     fn train_on(&self, input: &str, output: &str, save_steps: u64) -> Tool {
         let [pi, output, every] = [self.arg("pi"), self.arg(output), save_steps.to_string()];
-        let args = ["--model", &pi, "--output", &output, "--save-steps", &every, input];
+        let args = [
+            "--model",
+            &pi,
+            "--output",
+            &output,
+            "--save-steps",
+            &every,
+            input,
+        ];
         let how = ["--batch-size", "2", "--learning-rate", "1e-3"];
         Tool::new("dice-train", args).args(how)
     }
