@@ -17,7 +17,10 @@ pub fn size(text: &str) -> Result<usize> {
         "T" | "TB" | "TIB" => 40,
         _ => bail!("expected a size such as 8G, 512M or a number of bytes"),
     };
-    let number: f64 = digits.trim().parse().context("expected a size such as 8G")?;
+    let number: f64 = digits
+        .trim()
+        .parse()
+        .context("expected a size such as 8G")?;
     let bytes = number * f64::from(2_u32.pow(10)).powi(unit / 10);
     if !(bytes >= 1.0 && bytes < 1e18) {
         bail!("expected a size such as 8G, 512M or a number of bytes");
@@ -150,7 +153,10 @@ mod tests {
         assert_eq!(available(root.path()), Some(64 << 10));
         write("sys/fs/cgroup/b/memory.max", "9000\n");
         write("sys/fs/cgroup/b/memory.current", "5000\n");
-        write("sys/fs/cgroup/b/memory.stat", "anon 1\ninactive_file 1000\n");
+        write(
+            "sys/fs/cgroup/b/memory.stat",
+            "anon 1\ninactive_file 1000\n",
+        );
         assert_eq!(available(root.path()), Some(5000));
         write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "3000\n");
         write("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "2000\n");
@@ -162,6 +168,9 @@ mod tests {
         assert!(left(Some(1 << 40)).unwrap() < 1 << 40);
         assert!(left(None).unwrap() > 0);
         let refused = left(Some(1 << 10)).unwrap_err().to_string();
-        assert!(refused.starts_with("--memory-budget: 0 MB are less than the "), "{refused}");
+        assert!(
+            refused.starts_with("--memory-budget: 0 MB are less than the "),
+            "{refused}"
+        );
     }
 }

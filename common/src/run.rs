@@ -74,7 +74,8 @@ impl Manifest {
         if !path.is_file() {
             return Ok(None);
         }
-        let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let found = serde_json::from_slice(&text);
         found
             .map(Some)
@@ -168,7 +169,9 @@ mod tests {
         let of = |value| Manifest::new(settings(value));
         let begun = of(json!({"model": "a", "settings": {"seed": 0, "k": 4}, "more": true}));
         let check = |now: Value| begun.check_same(&settings(now), Path::new("x.part"));
-        assert!(check(json!({"model": "a", "settings": {"seed": 0, "k": 4}, "more": true})).is_ok());
+        assert!(
+            check(json!({"model": "a", "settings": {"seed": 0, "k": 4}, "more": true})).is_ok()
+        );
         // What is not known yet is not compared.
         assert!(check(json!({"settings": {"k": 4}})).is_ok());
         let now = json!({"model": "b", "settings": {"seed": 0, "k": 5}, "new": 1});
@@ -177,14 +180,22 @@ mod tests {
             "x.part: the run that made it was another one (model: \"a\", now \"b\", settings.k: 4, now 5, \
              new: null, now 1): run the same command, or remove what it left"
         );
-        let older = Manifest { version: "0.0.1".into(), ..begun.clone() };
+        let older = Manifest {
+            version: "0.0.1".into(),
+            ..begun.clone()
+        };
         let refused = older.check_same(&Map::new(), Path::new("x")).unwrap_err();
         assert!(refused.to_string().contains("version: \"0.0.1\", now "));
     }
 
     #[test]
     fn a_manifest_says_what_was_read_and_comes_back_from_its_file() {
-        let input = Input { file: "a manifest's input".into(), bytes: 3, lines: 1, blake3: "00".into() };
+        let input = Input {
+            file: "a manifest's input".into(),
+            bytes: 3,
+            lines: 1,
+            blake3: "00".into(),
+        };
         has_read(input.clone());
         has_read(input.clone());
         has_opened("a manifest's model", "0123");

@@ -87,7 +87,9 @@ impl Scorer {
             encoded => Some(encoded?),
         };
         ensure!(
-            group.as_ref().is_none_or(|group| group.responses.len() == 2),
+            group
+                .as_ref()
+                .is_none_or(|group| group.responses.len() == 2),
             row.error("chosen", "or \"rejected\" is missing")
         );
         let tokens = group.as_ref().map_or(0, Group::tokens);
@@ -111,7 +113,10 @@ impl Scorer {
         };
         self.tokens = 0;
         let waiting = std::mem::take(&mut self.waiting);
-        let groups: Vec<Group> = waiting.iter().filter_map(|(_, group)| group.clone()).collect();
+        let groups: Vec<Group> = waiting
+            .iter()
+            .filter_map(|(_, group)| group.clone())
+            .collect();
         let mut scores = models.score(&groups, vec![None; groups.len()]).into_iter();
         let mut done = vec![];
         for (row, group) in waiting {
@@ -126,7 +131,9 @@ impl Scorer {
 
     /// The log-probs if they are numbers; if not, what is to be done about it.
     fn checked(&self, row: &Row, logps: [Logps; 2]) -> Result<Option<[Logps; 2]>> {
-        let finite = logps.iter().all(|l| l.policy.is_finite() && l.reference.is_finite());
+        let finite = logps
+            .iter()
+            .all(|l| l.policy.is_finite() && l.reference.is_finite());
         if finite {
             return Ok(Some(logps));
         }

@@ -128,7 +128,12 @@ fn run(args: Args) -> Result<()> {
     };
     output.begin(serde_json::Map::new())?;
     let progress = Progress::new("dice-pairs", "pairs", None);
-    let output_file = args.files.to.output.as_deref().filter(|path| *path != stdin);
+    let output_file = args
+        .files
+        .to
+        .output
+        .as_deref()
+        .filter(|path| *path != stdin);
     let spool = Spool::new(output_file.map(parent));
     let replay = read_replay(&args, &spool)?;
     let chosen = read_samples(&args, &spool, &progress)?.choose()?;

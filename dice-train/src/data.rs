@@ -92,7 +92,10 @@ impl Pairs {
             for (&i, logps) in part.iter().zip(score_all(decoder, &groups, TOKENS_AT_ONCE)) {
                 self.pairs[i].reference = (logps[0], logps[1]);
                 if !self.is_usable(i) {
-                    let err = anyhow!("{}: the reference's log-prob is not a number", self.places[i]);
+                    let err = anyhow!(
+                        "{}: the reference's log-prob is not a number",
+                        self.places[i]
+                    );
                     ensure!(on_nan == OnNan::Skip, err);
                     program::say(format_args!("{err}; left out"));
                     broken += 1;
@@ -101,7 +104,9 @@ impl Pairs {
         }
         if broken > 0 {
             let all = self.pairs.len();
-            program::say(format_args!("skipped: {broken} of {all} pairs, not a number"));
+            program::say(format_args!(
+                "skipped: {broken} of {all} pairs, not a number"
+            ));
         }
         Ok(())
     }
@@ -143,7 +148,9 @@ fn encode(row: &Row, prompt: &Prompt, model: &Checkpoint, longest: usize) -> Res
     let message = if length > context {
         format!("or \"rejected\" and the prompt have {length} tokens, but the context is {context}")
     } else if tokens > longest {
-        format!("and \"rejected\" have {tokens} tokens with their prompt, but there is memory for {longest}")
+        format!(
+            "and \"rejected\" have {tokens} tokens with their prompt, but there is memory for {longest}"
+        )
     } else {
         return Ok(pair);
     };

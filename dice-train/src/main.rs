@@ -148,12 +148,13 @@ fn run(args: Args) -> Result<()> {
             "{} is already there: remove it, or name another --output",
             args.output.display()
         );
+        let ours = run::settings(json!({"settings": known_settings(&args)}));
+        let log = finished(&args.output, &ours)?;
         program::say(format_args!(
             "{} is already there, nothing to do",
             args.output.display()
         ));
-        let ours = run::settings(json!({"settings": known_settings(&args)}));
-        return Report(Some(Output::stdout())).write(&finished(&args.output, &ours)?);
+        return Report(Some(Output::stdout())).write(&log);
     }
     let part = part_path(&args.output);
     if holds_work(&part) && !args.resume {
@@ -248,7 +249,10 @@ impl Memory {
                 (left, STATE_BYTES.min(left / 2))
             }
             // What the machine seems to lack now may be there when it is wanted.
-            None => (budget::left(None)?.saturating_sub(fixed).max(STATE_BYTES), STATE_BYTES),
+            None => (
+                budget::left(None)?.saturating_sub(fixed).max(STATE_BYTES),
+                STATE_BYTES,
+            ),
         };
         // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
         let row = 4 * config.hidden + 2 * config.heads * config.head_dim + 4 * config.ffn;
@@ -357,7 +361,10 @@ fn train(
             }
             Some(Err(broken)) => {
                 let err = named(broken, &indices, pairs);
-                ensure!(args.compute.on_nan == OnNan::Skip, "{err:#}; lower --learning-rate");
+                ensure!(
+                    args.compute.on_nan == OnNan::Skip,
+                    "{err:#}; lower --learning-rate"
+                );
                 progress.leave_out("not a number", err);
                 trainer.skip();
             }

@@ -100,17 +100,7 @@ impl World {
             "dice-score" => vec!["--policy", &pi, "--ref", &reference, &input],
             "dice-pairs" => vec!["--min-samples", "2", &input],
             "dice-eval" => vec!["judge", "--policy", &pi, "--ref", &reference, "--b", &input],
-            "dice-train" => vec![
-                "--model",
-                &pi,
-                "--batch-size",
-                "2",
-                "--save-steps",
-                "2",
-                "--learning-rate",
-                "1e-3",
-                &input,
-            ],
+            "dice-train" => return self.train_on(&input, output, 2),
             _ => unreachable!(),
         };
         let baseline = match name {
@@ -120,6 +110,26 @@ impl World {
         Tool::new(name, args)
             .args(baseline)
             .args(["--output", &self.arg(output)])
+    }
+
+    /// dice-train at its work, with a checkpoint every so many steps.
+    pub fn train(&self, output: &str, save_steps: u64) -> Tool {
+        self.train_on(&self.arg("pairs.jsonl"), output, save_steps)
+    }
+
+    fn train_on(&self, input: &str, output: &str, save_steps: u64) -> Tool {
+        let [pi, output, every] = [self.arg("pi"), self.arg(output), save_steps.to_string()];
+        let args = [
+            "--model",
+            &pi,
+            "--output",
+            &output,
+            "--save-steps",
+            &every,
+            input,
+        ];
+        let how = ["--batch-size", "2", "--learning-rate", "1e-3"];
+        Tool::new("dice-train", args).args(how)
     }
 
     /// What a tool makes undisturbed, and how long that takes.

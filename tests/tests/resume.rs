@@ -150,17 +150,11 @@ fn a_signal_leaves_what_can_be_gone_on_with() {
                 "out.part"
             };
             // No checkpoint but the one that the signal causes.
-            let more: &[&str] = if tool == "dice-train" {
-                &["--save-steps", "1000000"]
-            } else {
-                &[]
+            let run = match tool {
+                "dice-train" => world.train("out", 1_000_000),
+                _ => world.tool(tool, "out"),
             };
-            let run = if tool == "dice-train" {
-                untimed_saves(&world)
-            } else {
-                world.tool(tool, "out")
-            };
-            let mut child = run.args(more).stdout_to(world.path("out.log")).start();
+            let mut child = run.stdout_to(world.path("out.log")).start();
             Moment::Bytes(world.path(watched), 1).wait(&mut child);
             signal(&child, name);
             let stopped = Finished::new(tool, child.wait_with_output().unwrap());
@@ -178,20 +172,6 @@ fn a_signal_leaves_what_can_be_gone_on_with() {
             Made::read(&world, "out").assert_same(&straight);
         }
     }
-}
-
-/// Training as in [`World::tool`], but for `--save-steps`.
-fn untimed_saves(world: &World) -> Tool {
-    let args = [
-        "--model",
-        &world.arg("pi"),
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "1e-3",
-        &world.arg("pairs.jsonl"),
-    ];
-    Tool::new("dice-train", args.map(str::to_owned)).args(["--output", &world.arg("out")])
 }
 
 /// A program at its work whose input stays open, and which has begun to read it.

@@ -29,8 +29,10 @@ fn write(path: &Path, count: usize, chars: usize) -> u64 {
         let response = format!("{i} {}", &filler[..chars - i % 10 * chars / 20]);
         let row = match chars < 100 {
             true => json!({"prompt": format!("{}", i / K), "response": response}),
-            false => json!({"prompt": format!("Question {}", i / K), "sample": i % K, "response": response, "reward": reward,
-                "chosen": response, "rejected": "no", "judge_chosen": reward, "judge_rejected": 0.5}),
+            false => {
+                json!({"prompt": format!("Question {}", i / K), "sample": i % K, "response": response, "reward": reward,
+                "chosen": response, "rejected": "no", "judge_chosen": reward, "judge_rejected": 0.5})
+            }
         };
         writeln!(file, "{row}").unwrap();
     }
@@ -69,7 +71,9 @@ fn long_inputs_stream() {
             });
             let started = std::time::Instant::now();
             let output = folder.path().join("out");
-            let run = Tool::new(tool, args).args([text(&input)]).args(["--output", &text(&output)]);
+            let run = Tool::new(tool, args)
+                .args([text(&input)])
+                .args(["--output", &text(&output)]);
             let (run, peak) = run.run_measured();
             run.ok();
             std::fs::remove_file(output).unwrap();
@@ -77,13 +81,20 @@ fn long_inputs_stream() {
             let mib = |bytes: f64| bytes / f64::from(1 << 20);
             println!(
                 "{tool} {}: {count} rows, {:.0} MiB, {seconds:.0} s, peak {:.0} MiB",
-                if tool == "dice-eval" { "of figures" } else { "" },
+                if tool == "dice-eval" {
+                    "of figures"
+                } else {
+                    ""
+                },
                 mib(bytes as f64),
                 mib(peak as f64 * 1024.0)
             );
             found.push((count as f64, peak as f64 * 1024.0));
         }
         let a_row = (found[1].1 - found[0].1) / (found[1].0 - found[0].0);
-        assert!(a_row < MOST, "{tool}: a row adds {a_row:.0} bytes of memory");
+        assert!(
+            a_row < MOST,
+            "{tool}: a row adds {a_row:.0} bytes of memory"
+        );
     }
 }

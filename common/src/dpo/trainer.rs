@@ -101,8 +101,11 @@ pub struct NotFinite {
 
 impl std::fmt::Display for NotFinite {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { step, loss, norm, .. } = self;
-        let wrong = format_args!("the loss ({loss}) or the gradient's norm ({norm}) is not a number");
+        let Self {
+            step, loss, norm, ..
+        } = self;
+        let wrong =
+            format_args!("the loss ({loss}) or the gradient's norm ({norm}) is not a number");
         write!(f, "step {step}: {wrong}")
     }
 }

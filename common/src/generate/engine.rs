@@ -257,7 +257,10 @@ impl<'a> Generator<'a> {
 
     /// Whether a sample of a group may start beside what is running.
     fn has_room_to_start(&self, at: usize) -> bool {
-        let running = self.running.iter().map(|s| &self.groups[s.group - self.retired]);
+        let running = self
+            .running
+            .iter()
+            .map(|s| &self.groups[s.group - self.retired]);
         let running = running.map(|group| self.response_bytes(group.request.prompt.len()));
         let prompts = self.groups.iter().filter(|group| !group.prefix.is_empty());
         let prompts = prompts.map(|group| self.prompt_bytes(group.request.prompt.len()));
@@ -285,7 +288,9 @@ impl<'a> Generator<'a> {
     fn cache_bytes(&self, tokens: usize) -> usize {
         let layers = 0..self.decoder.config.layers;
         let precision = self.decoder.precision;
-        layers.map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens)).sum()
+        layers
+            .map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens))
+            .sum()
     }
 
     fn ended(

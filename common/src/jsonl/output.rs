@@ -408,7 +408,10 @@ mod tests {
         let mut output = open(1, "a").unwrap();
         output.write(&json!({"n": 0})).unwrap();
         drop(output);
-        assert!(refusal(2, "a").contains("o.part: the run that made it was another one (seed: 1, now 2)"));
+        assert!(
+            refusal(2, "a")
+                .contains("o.part: the run that made it was another one (seed: 1, now 2)")
+        );
         assert!(refusal(1, "b").contains("(model: \"a\", now \"b\")"));
         open(1, "a").unwrap().finish().unwrap();
         let made = Manifest::read(&beside(&path)).unwrap().unwrap();
@@ -416,7 +419,9 @@ mod tests {
         assert!(!beside(&part_path(&path)).exists());
         // The model of a finished one is not opened again.
         assert_eq!(refusal(1, "b"), "already done");
-        assert!(refusal(2, "a").contains("o: the run that made it was another one (seed: 1, now 2)"));
+        assert!(
+            refusal(2, "a").contains("o: the run that made it was another one (seed: 1, now 2)")
+        );
     }
 
     #[test]

@@ -123,7 +123,9 @@ impl Samples {
         let truncated = row.finish_reason("finish_reason")? == FinishReason::Length;
         let seen = || {
             let hash = *blake3::hash(sample.response.as_bytes()).as_bytes();
-            hash.iter().take(16).fold(0, |sum, &byte| sum << 8 | u128::from(byte))
+            hash.iter()
+                .take(16)
+                .fold(0, |sum, &byte| sum << 8 | u128::from(byte))
         };
         let reason = if truncated && !self.rules.keep_truncated {
             "truncated"
@@ -283,7 +285,10 @@ impl OnePrompt {
             put("ref", chosen.policy.as_deref().map(Value::from));
         }
         for (side, sample) in [("chosen", chosen), ("rejected", rejected)] {
-            put(&format!("{side}_token_ids"), sample.token_ids.map(Value::from));
+            put(
+                &format!("{side}_token_ids"),
+                sample.token_ids.map(Value::from),
+            );
             put(&format!("{side}_finish_reason"), sample.finish_reason);
         }
         put("source", Some("generated".into()));
@@ -401,7 +406,12 @@ pub(super) mod tests {
             rules(),
             &[scored("good", 1.0, "a"), scored("bad", 0.0, "b")],
         );
-        assert!(!got.pairs[0].fields().unwrap().contains_key("ref_chosen_logps"));
+        assert!(
+            !got.pairs[0]
+                .fields()
+                .unwrap()
+                .contains_key("ref_chosen_logps")
+        );
         assert!(!got.pairs[0].fields().unwrap().contains_key("ref"));
     }
 
@@ -447,7 +457,10 @@ pub(super) mod tests {
             keep_truncated: true,
             ..rules()
         };
-        assert_eq!(choose(kept, &rows).pairs[0].fields().unwrap()["chosen"], "cut");
+        assert_eq!(
+            choose(kept, &rows).pairs[0].fields().unwrap()["chosen"],
+            "cut"
+        );
     }
 
     #[test]
@@ -473,7 +486,11 @@ pub(super) mod tests {
             sample("a", "a2", 2.0),
         ];
         let got = choose(rules(), &rows);
-        let chosen: Vec<_> = got.pairs.iter().map(|p| p.fields().unwrap()["chosen"].clone()).collect();
+        let chosen: Vec<_> = got
+            .pairs
+            .iter()
+            .map(|p| p.fields().unwrap()["chosen"].clone())
+            .collect();
         assert_eq!(chosen, ["b1", "a2"]);
     }
 

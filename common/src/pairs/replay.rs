@@ -219,7 +219,10 @@ mod tests {
         );
         assert_eq!(got.pairs[1].fields().unwrap()["chosen"], "good");
         assert_eq!(got.pairs[1].fields().unwrap()["rejected"], "bad");
-        assert_eq!(got.pairs[2].fields().unwrap()["prompt"], json!([turn("user", "r")]));
+        assert_eq!(
+            got.pairs[2].fields().unwrap()["prompt"],
+            json!([turn("user", "r")])
+        );
         assert_eq!(got.pairs[2].fields().unwrap()["id"], "3");
         assert_eq!(got.len(), 3);
     }
@@ -309,7 +312,13 @@ mod tests {
     #[test]
     fn the_seed_alone_decides_and_the_order_stays() {
         let prompts = |mix: Mix| -> Vec<u32> {
-            let prompt = |p: Pair| p.fields().unwrap()["prompt"].as_str().unwrap().parse().unwrap();
+            let prompt = |p: Pair| {
+                p.fields().unwrap()["prompt"]
+                    .as_str()
+                    .unwrap()
+                    .parse()
+                    .unwrap()
+            };
             mix.pairs.into_iter().map(prompt).collect()
         };
         let a = prompts(mix(generated(0..50), offline(0..50), 0.5, 7));

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use tempfile::{SpooledTempFile, spooled_tempfile, spooled_tempfile_in};
 
 /// Texts up to this are not worth a file.
-const IN_MEMORY: usize = 32 << 20;
+const IN_MEMORY: usize = 8 << 20;
 /// What is written at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -117,6 +117,10 @@ mod tests {
         let more = spool.put(&1).unwrap();
         assert_eq!(more.get::<u8>().unwrap(), 1);
         assert_eq!(kept[3].get::<String>().unwrap(), text(3));
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it has no name");
+        assert_eq!(
+            std::fs::read_dir(folder.path()).unwrap().count(),
+            0,
+            "it has no name"
+        );
     }
 }

@@ -446,8 +446,7 @@ impl Job {
             row.insert("verdict_from".into(), json!(from));
         }
         if judged.win.is_none() {
-            self.progress
-                .skip("no verdict (\"preference\" is null)", 1);
+            self.progress.skip("no verdict (\"preference\" is null)", 1);
         }
         self.output.write(&row)?;
         self.progress.add(1, 0);

@@ -37,9 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let rounds = rounds::read(&args.run)?;
     let page = page(&args.run.display().to_string(), &rounds)?.into_string();
     match &args.output {
-        Some(file) if file.as_os_str() != "-" => {
-            write_with_manifest(file, page.as_bytes())
-        }
+        Some(file) if file.as_os_str() != "-" => write_with_manifest(file, page.as_bytes()),
         _ => std::io::stdout()
             .write_all(page.as_bytes())
             .context("cannot write to stdout"),
