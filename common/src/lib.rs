@@ -61,6 +61,10 @@ pub mod logprob;
 #[cfg(feature = "model")]
 pub mod generate;
 
+// decoder, log-probs and sampling on a GPU
+#[cfg(feature = "model")]
+pub mod cuda;
+
 // weights, chat and decoder together; rows to token ids
 #[cfg(feature = "model")]
 pub mod policy;

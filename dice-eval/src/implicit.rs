@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use common::jsonl::Row;
-use common::policy::{Compute, Logps, Prefers, RewardModel, TOKENS_AT_ONCE, dtype_name};
+use common::policy::{Compute, Logps, Prefers, RewardModel};
 use common::program;
 
 /// The two models of an implicit reward, where they are to be run.
@@ -27,21 +27,28 @@ pub struct Scorer {
     /// Pairs that wait until there are tokens enough for a forward pass.
     waiting: Vec<(Row, common::logprob::Group)>,
     tokens: usize,
+    /// Tokens enough.
+    limit: usize,
 }
 
 impl Scorer {
     pub fn open(args: &Models) -> Result<Self> {
         let models = match (&args.policy, &args.reference) {
             (Some(policy), Some(reference)) => {
-                let precision = args.compute.precision(Prefers::Exactness)?;
-                let models = RewardModel::open(policy, reference, precision)?;
-                program::say(format_args!("computing in {}", dtype_name(precision)));
+                let place = args.compute.place(Prefers::Exactness)?;
+                let models = RewardModel::open(policy, reference, &place)?;
+                program::say(format_args!("computing in {place}"));
                 let fingerprints = models.fingerprints()?;
                 Some((models, fingerprints))
             }
             _ => None,
         };
+        let limit = match &models {
+            Some((models, _)) => models.tokens_at_once()?,
+            None => 0,
+        };
         Ok(Self {
+            limit,
             models,
             waiting: vec![],
             tokens: 0,
@@ -67,8 +74,8 @@ impl Scorer {
             row.error("chosen", "or \"rejected\" is missing")
         );
         let tokens = group.tokens();
-        let ready = if self.tokens + tokens > TOKENS_AT_ONCE {
-            self.finish()
+        let ready = if self.tokens + tokens > self.limit {
+            self.finish()?
         } else {
             vec![]
         };
@@ -78,18 +85,18 @@ impl Scorer {
     }
 
     /// Scores the pairs that wait.
-    pub fn finish(&mut self) -> Vec<(Row, [Logps; 2])> {
+    pub fn finish(&mut self) -> Result<Vec<(Row, [Logps; 2])>> {
         let Some((models, _)) = &self.models else {
-            return vec![];
+            return Ok(vec![]);
         };
         self.tokens = 0;
         let (rows, groups): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.waiting).into_iter().unzip();
-        let scores = models.score(&groups, vec![None; groups.len()]);
-        rows.into_iter()
-            .zip(scores)
+        let scores = models.score(&groups, vec![None; groups.len()])?;
+        let pairs = rows.into_iter().zip(scores);
+        Ok(pairs
             .map(|(row, logps)| (row, [logps[0], logps[1]]))
-            .collect()
+            .collect())
     }
 }
 

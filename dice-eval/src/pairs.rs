@@ -62,7 +62,7 @@ pub fn run(args: Args) -> Result<()> {
             progress.skip("not in --split", 1);
         }
     }
-    take(scorer.finish())?;
+    take(scorer.finish()?)?;
     progress.finish();
     args.to.write(&groups.lines(&args.name)?)
 }

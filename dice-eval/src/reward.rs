@@ -71,7 +71,7 @@ pub fn run(args: Args) -> Result<()> {
         }
         progress.add(1, 0);
     }
-    take(scorer.finish())?;
+    take(scorer.finish()?)?;
     progress.finish();
     let mut lines = vec![];
     if with_implicit {

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use common::generate::{Finish, Generator, Request, Sample, Sampling};
+use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
-use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
+use common::policy::{Checkpoint, Compute, Prefers};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use serde_json::{Map, Value, json};
@@ -63,9 +63,9 @@ struct Args {
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Responses that run at the same time
-    #[arg(long, default_value_t = 64)]
-    batch_size: usize,
+    /// Responses that run at the same time: 64 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
+    #[arg(long)]
+    batch_size: Option<usize>,
     #[command(flatten)]
     compute: Compute,
     #[command(flatten)]
@@ -95,18 +95,14 @@ fn run(args: Args) -> Result<()> {
     let Opened::Ready(output) = args.files.open()? else {
         return Ok(());
     };
-    let precision = args.compute.precision(Prefers::Speed)?;
+    let place = args.compute.place(Prefers::Speed)?;
     let model = Checkpoint::open(&args.model)?;
-    let decoder = model.decoder(precision)?;
-    program::say(format_args!(
-        "{}: computing in {}",
-        args.model,
-        dtype_name(precision)
-    ));
+    let engine = model.engine(&place)?;
+    program::say(format_args!("{}: computing in {place}", args.model));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
-        dtype: dtype_name(precision),
-        generator: Generator::new(&decoder, how, model.chat.end_ids(), args.batch_size),
+        dtype: place.dtype(),
+        generator: engine.generator(how, model.chat.end_ids(), args.batch_size)?,
         model: &model,
         args: &args,
         output,
@@ -114,7 +110,7 @@ fn run(args: Args) -> Result<()> {
         progress: Progress::new("dice-gen", "rows", None),
     };
     job.output.of_run(&json!({
-        "version": env!("CARGO_PKG_VERSION"), "model": job.fingerprint, "dtype": dtype_name(precision),
+        "version": env!("CARGO_PKG_VERSION"), "model": job.fingerprint, "dtype": place.dtype(),
         "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
         "stop": args.stop, "system": args.system, "seed": args.seed,
@@ -150,7 +146,7 @@ struct Job<'a> {
     fingerprint: String,
     /// What the matrix products ran in: `logp` holds for these weights in this format.
     dtype: &'static str,
-    generator: Generator<'a>,
+    generator: Box<dyn Generate + 'a>,
     output: Output,
     /// The rows of the prompts at work, in order.
     waiting: VecDeque<Row>,
@@ -213,7 +209,7 @@ impl Job<'_> {
             let before = self.generator.tokens();
             let (model, args) = (self.model, self.args);
             self.generator
-                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some());
+                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some())?;
             self.progress.add(0, self.generator.tokens() - before);
             self.write_finished()?;
             program::check()?;

@@ -4,9 +4,7 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
-use common::policy::{
-    Compute, Logps, Prefers, Response, RewardModel, TOKENS_AT_ONCE, dtype_name, responses,
-};
+use common::policy::{Compute, Logps, Prefers, Response, RewardModel, responses};
 use common::program::{self, Progress};
 use common::reward::implicit_reward;
 use serde_json::json;
@@ -23,7 +21,8 @@ use std::process::ExitCode;
 /// ref_chosen_logps, ref_rejected_logps, reward_chosen and reward_rejected.
 ///
 /// Neighbouring rows of one prompt share its forward pass. Rows leave in their order, a few thousand tokens at a time.
-/// Memory: both models, and the activations of those tokens.
+/// Memory: both models, and the activations of those tokens. A GPU that cannot hold both models runs one after the other,
+/// over millions of tokens each.
 ///
 /// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
 #[derive(Parser)]
@@ -52,12 +51,13 @@ fn run(args: Args) -> Result<()> {
     let Opened::Ready(output) = args.files.open()? else {
         return Ok(());
     };
-    let precision = args.compute.precision(Prefers::Exactness)?;
-    let models = RewardModel::open(&args.policy, &args.reference, precision)?;
-    program::say(format_args!("computing in {}", dtype_name(precision)));
+    let place = args.compute.place(Prefers::Exactness)?;
+    let models = RewardModel::open(&args.policy, &args.reference, &place)?;
+    program::say(format_args!("computing in {place}"));
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("dice-score", "rows", None);
     let mut job = Job {
+        limit: models.tokens_at_once()?,
         models,
         policy,
         reference,
@@ -70,7 +70,7 @@ fn run(args: Args) -> Result<()> {
     };
     job.output.of_run(&json!({
         "version": env!("CARGO_PKG_VERSION"), "policy": job.policy, "ref": job.reference,
-        "beta": args.beta, "dtype": dtype_name(precision),
+        "beta": args.beta, "dtype": place.dtype(),
     }))?;
     let mut rows = args.files.rows();
     job.check_kept(&mut rows)?;
@@ -107,6 +107,8 @@ struct Job {
     /// Prompts that wait until there are tokens enough for a forward pass.
     batch: Vec<Encoded>,
     tokens: usize,
+    /// Tokens enough.
+    limit: usize,
     /// Responses whose log-probs under the policy came from the sampler.
     known: u64,
 }
@@ -161,7 +163,7 @@ impl Job {
 
     fn push(&mut self, prompt: Encoded) -> Result<()> {
         let tokens = prompt.group.tokens();
-        if self.tokens + tokens > TOKENS_AT_ONCE {
+        if self.tokens + tokens > self.limit {
             self.score_batch()?;
         }
         self.tokens += tokens;
@@ -182,7 +184,7 @@ impl Job {
             .flatten()
             .map(|logps| logps.len() as u64)
             .sum::<u64>();
-        let scores = self.models.score(&groups, known);
+        let scores = self.models.score(&groups, known)?;
         for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
             let mut scores = scores.into_iter();
             let count = rows.len() as u64;

@@ -4,9 +4,8 @@ use crate::Args;
 use anyhow::{Context, Result, ensure};
 use common::dpo::Pair;
 use common::jsonl::Row;
-use common::logprob::{Group, score_all};
-use common::model::Decoder;
-use common::policy::{CHOSEN, Checkpoint, REJECTED, TOKENS_AT_ONCE};
+use common::logprob::Group;
+use common::policy::{CHOSEN, Checkpoint, REJECTED};
 use common::program::Progress;
 
 /// The pairs of the input, and where the reference's log-probs are still missing.
@@ -72,13 +71,13 @@ impl Pairs {
         self.pairs.len() - self.missing.len()
     }
 
-    /// Runs the reference on the pairs that miss its log-probs.
-    pub fn fill(&mut self, decoder: &Decoder) -> Result<()> {
+    /// Runs the reference, `score`, on the pairs that miss its log-probs.
+    pub fn fill(&mut self, score: impl Fn(&[Group]) -> Result<Vec<Vec<f64>>>) -> Result<()> {
         // A few at a time, so that a signal is heard.
         for part in self.missing.chunks(32) {
             common::program::check()?;
             let groups: Vec<Group> = part.iter().map(|&i| self.pairs[i].group()).collect();
-            for (&i, logps) in part.iter().zip(score_all(decoder, &groups, TOKENS_AT_ONCE)) {
+            for (&i, logps) in part.iter().zip(score(&groups)?) {
                 ensure!(
                     logps.iter().all(|l| l.is_finite()),
                     "pair {}: the reference gives no finite log-prob",

@@ -12,7 +12,7 @@ use common::dpo::{
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
-use common::policy::{Checkpoint, Compute, Prefers, dtype_name};
+use common::policy::{Checkpoint, Compute, Place, Prefers};
 use common::program::{self, Progress};
 use common::records::Split;
 use data::{Pairs, open_reference};
@@ -157,7 +157,15 @@ fn run(args: Args) -> Result<()> {
         );
     }
     let _claim = Claim::new(&part)?;
-    let precision = args.compute.precision(Prefers::Exactness)?;
+    ensure!(
+        !args.compute.device.starts_with("cuda"),
+        "--device {}: training computes on the CPU alone",
+        args.compute.device
+    );
+    let place = Place {
+        gpu: None,
+        ..args.compute.place(Prefers::Exactness)?
+    };
     let model = Checkpoint::open(&args.model)?;
     let reference = args
         .reference
@@ -168,7 +176,7 @@ fn run(args: Args) -> Result<()> {
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
-    let exact = precision == Precision::F32;
+    let exact = place.precision == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
     let mut pairs = Pairs::read(&args, &model, given_by, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
@@ -180,19 +188,18 @@ fn run(args: Args) -> Result<()> {
         model: fingerprint(&model)?,
         reference: reference_print,
         pairs: pairs.hash(),
-        dtype: dtype_name(precision).to_owned(),
+        dtype: place.dtype().to_owned(),
         settings: settings.clone(),
     };
-    let mut trainer = Trainer::new(&model.weights, settings, precision, STATE_BYTES)?;
-    program::say(format_args!(
-        "{}: computing in {}",
-        args.model,
-        dtype_name(precision)
-    ));
+    let mut trainer = Trainer::new(&model.weights, settings, place.precision, STATE_BYTES)?;
+    program::say(format_args!("{}: computing in {place}", args.model));
     if pairs.needs_reference() {
         match &reference {
-            Some(reference) => pairs.fill(&reference.decoder(precision)?)?,
-            None => pairs.fill(trainer.decoder())?,
+            Some(reference) => {
+                let engine = reference.engine(&place)?;
+                pairs.fill(|groups| engine.score(groups))?;
+            }
+            None => pairs.fill(|groups| trainer.score(groups))?,
         }
     }
     drop(reference);

@@ -4,7 +4,9 @@ use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Limits, Pair, Sums, accumulate};
 use crate::kernels::gemm::Precision;
+use crate::logprob::{Group, score_all};
 use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
+use crate::policy::TOKENS_AT_ONCE;
 use crate::weights::{self, Weights};
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
@@ -158,6 +160,11 @@ impl Trainer {
     /// The model in its present state.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
+    }
+
+    /// Σ log p of each response of each group under the model in its present state, nats.
+    pub fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
+        Ok(score_all(&self.decoder, groups, TOKENS_AT_ONCE))
     }
 
     /// The settings.

@@ -1,14 +1,15 @@
 //! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
 
 use super::cache::LayerCache;
+use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, logits_of};
 use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
 use crate::model::Decoder;
+use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use std::collections::VecDeque;
 
 /// Fewer sequences than this are no share of their own: reading the weights would cost more than waiting.
 const LEAST_SHARE: usize = 32;
@@ -44,32 +45,49 @@ pub struct Sample {
     pub logp: f64,
 }
 
-/// Generates for many prompts at once.
+/// What ends a response besides the model: sees its tokens after each draw.
+pub type Stopped<'a> = &'a (dyn Fn(&[u32]) -> bool + Sync);
+
+/// Something that answers many prompts at once, a step at a time.
+pub trait Generate {
+    /// Whether another prompt would find work to do now.
+    fn wants_prompt(&self) -> bool;
+    /// Whether nothing is left to do.
+    fn is_idle(&self) -> bool;
+    /// Tokens generated so far.
+    fn tokens(&self) -> u64;
+    /// Takes a prompt, of at least one token and shorter than the context.
+    fn push(&mut self, request: Request);
+    /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
+    /// own.
+    ///
+    /// # Errors
+    /// A device that fails or has no room.
+    fn step(&mut self, stopped: Stopped) -> Result<()>;
+    /// The finished groups at the head of the line, each with its samples in order.
+    fn finished(&mut self) -> Vec<(Request, Vec<Sample>)>;
+}
+
+/// Generates on the CPU.
 pub struct Generator<'a> {
     decoder: &'a Decoder,
     how: Sampling,
     end_ids: Vec<u32>,
     slots: usize,
     rotary: Rotary,
-    /// Prompts whose samples are not all out, oldest first.
-    groups: VecDeque<Group>,
-    /// How many groups left `groups` at its front.
-    retired: usize,
+    groups: Queue<Prefix>,
     running: Vec<Sequence>,
     tokens: u64,
     /// Storage for a step's logits, `[sequences, vocab]` of each share.
     logits: Vec<Vec<f32>>,
 }
 
-/// A prompt at work.
-pub(super) struct Group {
-    pub request: Request,
-    /// Keys and values of the prompt, layer by layer.
-    pub prefix: Vec<LayerCache>,
-    /// The logits after the prompt.
+/// What a prompt left behind.
+pub(super) struct Prefix {
+    /// Its keys and values, layer by layer.
+    pub cache: Vec<LayerCache>,
+    /// The logits after it.
     first: Vec<f32>,
-    started: usize,
-    done: Vec<Option<Sample>>,
 }
 
 /// A response at work.
@@ -95,53 +113,18 @@ impl<'a> Generator<'a> {
             end_ids,
             slots: slots.max(1),
             rotary,
-            groups: VecDeque::new(),
-            retired: 0,
+            groups: Queue::new(),
             running: vec![],
             tokens: 0,
             logits: vec![],
         }
     }
 
-    /// Whether another prompt would find work to do now.
-    pub fn wants_prompt(&self) -> bool {
-        let waiting: usize = self.groups.iter().map(|g| g.request.k - g.started).sum();
-        self.running.len() + waiting < self.slots
-    }
-
-    /// Whether nothing is left to do.
-    pub fn is_idle(&self) -> bool {
-        self.groups.is_empty()
-    }
-
-    /// Tokens generated so far.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
-    }
-
-    /// Takes a prompt, of at least one token and shorter than the context, and runs it.
-    pub fn push(&mut self, request: Request) {
-        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
-        let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
-        if needed > self.rotary.positions() {
-            self.rotary = self.decoder.rotary(needed);
-        }
-        let (prefix, first) = self.prefill(&request.prompt);
-        let done = vec![None; request.k];
-        self.groups.push_back(Group {
-            request,
-            prefix,
-            first,
-            started: 0,
-            done,
-        });
-    }
-
     /// Runs a prompt; gives its keys and values and the logits after its last token.
-    fn prefill(&self, prompt: &[u32]) -> (Vec<LayerCache>, Vec<f32>) {
+    fn prefill(&self, prompt: &[u32]) -> Prefix {
         let mut layout = Layout::default();
         layout.push(prompt.len(), &[]);
-        let mut prefix = vec![];
+        let mut caches = vec![];
         let hidden = self.decoder.forward(&layout, prompt, |i, state| {
             let heads = self.decoder.heads(i);
             let mut cache = LayerCache::new(heads, self.decoder.precision);
@@ -149,100 +132,48 @@ impl<'a> Generator<'a> {
                 .qkv
                 .chunks_exact(heads.qkv_width())
                 .for_each(|row| cache.push(heads, row));
-            prefix.push(cache);
+            caches.push(cache);
         });
         let last = &hidden[hidden.len() - self.decoder.config.hidden..];
         let mut logits = vec![];
         logits_of(self.decoder, last, &mut logits);
-        (prefix, logits)
-    }
-
-    /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
-    /// own; it sees the response's tokens after each draw.
-    pub fn step(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
-        self.fill(stopped);
-        if self.running.is_empty() {
-            return;
+        Prefix {
+            cache: caches,
+            first: logits,
         }
-        let step = Step {
-            decoder: self.decoder,
-            how: &self.how,
-            rotary: &self.rotary,
-            groups: &self.groups,
-            retired: self.retired,
-        };
-        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
-        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
-        let share = self.running.len().div_ceil(shares);
-        self.logits.resize_with(shares, Vec::new);
-        (self.running.par_chunks_mut(share))
-            .zip(&mut self.logits)
-            .for_each(|(running, logits)| step.run(running, logits));
-        self.tokens += self.running.len() as u64;
-        for i in (0..self.running.len()).rev() {
-            if let Some(finish) = self.ended(&self.running[i], stopped) {
-                let sequence = self.running.remove(i); // in order: neighbours share a prompt
-                self.retire(sequence, finish);
-            }
-        }
-    }
-
-    /// The finished groups at the head of the line, each with its samples in order.
-    pub fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
-        let mut out = vec![];
-        while self
-            .groups
-            .front()
-            .is_some_and(|g| g.done.iter().all(Option::is_some))
-        {
-            let group = self.groups.pop_front().expect("there is a front");
-            self.retired += 1;
-            out.push((group.request, group.done.into_iter().flatten().collect()));
-        }
-        out
     }
 
     /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
-    fn fill(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
-        for at in 0..self.groups.len() {
-            while self.running.len() < self.slots
-                && self.groups[at].started < self.groups[at].request.k
-            {
-                let group = &mut self.groups[at];
-                let number = group.started;
-                group.started += 1;
-                let layers = self.decoder.config.layers;
-                let mut sequence = Sequence {
-                    group: self.retired + at,
-                    number,
-                    rng: stream(self.how.seed, &group.request.key, number),
-                    token_ids: vec![],
-                    logp: 0.0,
-                    cache: (0..layers)
-                        .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
-                        .collect(),
-                };
-                sequence.draw(&mut group.first.clone(), &group.request.prompt, &self.how);
-                self.tokens += 1;
-                match self.ended(&sequence, stopped) {
-                    Some(finish) => self.retire(sequence, finish),
-                    None => self.running.push(sequence),
-                }
+    fn fill(&mut self, stopped: Stopped) {
+        while self.running.len() < self.slots
+            && let Some(number) = self.groups.next()
+        {
+            let sample = self.groups.start(number);
+            let Group { request, own, .. } = self.groups.group(number);
+            let layers = self.decoder.config.layers;
+            let mut sequence = Sequence {
+                group: number,
+                number: sample,
+                rng: stream(self.how.seed, &request.key, sample),
+                token_ids: vec![],
+                logp: 0.0,
+                cache: (0..layers)
+                    .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
+                    .collect(),
+            };
+            sequence.draw(&mut own.first.clone(), &request.prompt, &self.how);
+            self.tokens += 1;
+            match self.ended(&sequence, stopped) {
+                Some(finish) => self.retire(sequence, finish),
+                None => self.running.push(sequence),
             }
         }
     }
 
-    fn ended(
-        &self,
-        sequence: &Sequence,
-        stopped: &(impl Fn(&[u32]) -> bool + Sync),
-    ) -> Option<Finish> {
+    fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<Finish> {
         let last = sequence.token_ids.last().expect("a token was drawn");
-        let length = self.groups[sequence.group - self.retired]
-            .request
-            .prompt
-            .len()
-            + sequence.token_ids.len();
+        let prompt = &self.groups.group(sequence.group).request.prompt;
+        let length = prompt.len() + sequence.token_ids.len();
         if self.end_ids.contains(last) || stopped(&sequence.token_ids) {
             Some(Finish::Stop)
         } else if sequence.token_ids.len() >= self.how.max_tokens
@@ -260,7 +191,63 @@ impl<'a> Generator<'a> {
             finish,
             logp: sequence.logp,
         };
-        self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
+        (self.groups).finish(sequence.group, sequence.number, sample);
+    }
+}
+
+impl Generate for Generator<'_> {
+    fn wants_prompt(&self) -> bool {
+        self.running.len() + self.groups.waiting() < self.slots
+    }
+
+    fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn push(&mut self, request: Request) {
+        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
+        let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
+        if needed > self.rotary.positions() {
+            self.rotary = self.decoder.rotary(needed);
+        }
+        let prefix = self.prefill(&request.prompt);
+        self.groups.push(request, prefix);
+    }
+
+    fn step(&mut self, stopped: Stopped) -> Result<()> {
+        self.fill(stopped);
+        if self.running.is_empty() {
+            return Ok(());
+        }
+        let step = Step {
+            decoder: self.decoder,
+            how: &self.how,
+            rotary: &self.rotary,
+            groups: &self.groups,
+        };
+        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
+        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
+        let share = self.running.len().div_ceil(shares);
+        self.logits.resize_with(shares, Vec::new);
+        (self.running.par_chunks_mut(share))
+            .zip(&mut self.logits)
+            .for_each(|(running, logits)| step.run(running, logits));
+        self.tokens += self.running.len() as u64;
+        for i in (0..self.running.len()).rev() {
+            if let Some(finish) = self.ended(&self.running[i], stopped) {
+                let sequence = self.running.remove(i); // in order: neighbours share a prompt
+                self.retire(sequence, finish);
+            }
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
+        self.groups.finished()
     }
 }
 
@@ -346,7 +333,7 @@ mod tests {
             if generator.is_idle() {
                 return out;
             }
-            generator.step(&|_| false);
+            generator.step(&|_| false).unwrap();
             out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
         }
     }

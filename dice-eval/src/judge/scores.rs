@@ -56,7 +56,7 @@ pub fn implicit(
         };
         take(scorer.push(row)?)?;
     }
-    take(scorer.finish())
+    take(scorer.finish()?)
 }
 
 /// By a command that reads rows with `prompt` and `response` and answers each with a row that has a `reward` or a `score`,
