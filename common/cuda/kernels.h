@@ -123,11 +123,12 @@ struct AttentionTile {
     int window, float scale)
 
 // The keys' and values' gradients: columns k and v of `d_qkv` are set. Run after ATTENTION_BACKWARD_Q, which makes
-// `delta`. Sums over query heads and branches run inside a block, in one order.
-// Grid (kv, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 2·R·4.
+// `delta`. `positions` [T] of every row in its sequence (read with a window only, else null will do). Sums over query
+// heads and branches run inside a block, in one order.
+// Grid (kv, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
 #define ATTENTION_BACKWARD_KV(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const float* lse, \
-    const T* d_out, const float* delta, T* d_qkv, const AttentionTile* tiles, int query, int kv, int dim, int window, \
-    float scale)
+    const T* d_out, const float* delta, const int* positions, T* d_qkv, const AttentionTile* tiles, int query, int kv, \
+    int dim, int window, float scale)
 
 #define ATTENTION_VARIANTS(kind, stem) \
     kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
@@ -165,7 +166,7 @@ struct DecodeTile {
 // `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole tiles.
 // `tiles` [tile_count] cover all rows of all sequences whose prompt is to be read.
 // Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
-// Shared: max(3·R·P, 4·32·P + 16·D·16 + 256) + X with R, P, X as above.
+// Shared: 3·R·P + X with R, P, X as above.
 #define DECODE_ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* cache, float* partial, \
     float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \
     int max_pages, int count, int tile_count, int prefix_splits, int own_splits, int query, int kv, int dim, int window, \
@@ -195,7 +196,7 @@ struct SamplingParams {
 // Then, for that draw number n: drawn[s, n] = token and logps[s, n] = its log-probability at temperature 1 before any
 // penalty ([count, capacity] each); finished[s] = 1 if it is an end token, else 2 if n + 1 = limit; tokens[s] = token;
 // and unless finished, positions[s] += 1 and cache_rows[s] = the cache row of its key by `pages` (finished: −1).
-// Grid (count). Shared: 4·ceil(vocab / 1024)·2 bytes.
+// Grid (count). Shared: 8·ceil(vocab / 1024) bytes.
 KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, SamplingParams how, const unsigned* keys,
     unsigned* seen, const int* ends, int end_count, const Sequence* sequences, const int* pages, int max_pages,
     int* drawn, float* logps, int capacity, int* tokens, int* positions, int* cache_rows, int* finished);
