@@ -27,6 +27,8 @@ beta := "0.1"
 # Learning rates: the paper's 5e-7 is for 8B parameters; small models need more
 seed_learning_rate := "1e-5"
 learning_rate := "5e-6"
+# Passes of the seed policy over its pairs
+seed_epochs := "2"
 batch_size := "8"
 # Training steps of a round; empty: once over its pairs
 max_steps := ""
@@ -123,7 +125,7 @@ seed: build base-model
     if [ ! -d {{ runs }}/policy-0 ]; then
         echo "== seed policy: DPO on {{ preferences }}" >&2
         {{ bin }}/dice-train --model {{ base }} --split train --learning-rate {{ seed_learning_rate }} \
-            --batch-size {{ batch_size }} --epochs 2 --save-steps 5 --seed {{ seed }} \
+            --batch-size {{ batch_size }} --epochs {{ seed_epochs }} --save-steps 5 --seed {{ seed }} \
             --output {{ runs }}/policy-0 --resume {{ preferences }} > {{ runs }}/seed-steps.jsonl
     fi
 
