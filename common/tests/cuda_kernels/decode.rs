@@ -35,7 +35,11 @@ struct Batch<T> {
 
 impl<T: Element> Batch<T> {
     fn new(groups: &[(usize, Vec<usize>)], kv_width: usize) -> Self {
-        let longest = groups.iter().flat_map(|(prompt, own)| own.iter().chain([prompt])).max().unwrap();
+        let longest = groups
+            .iter()
+            .flat_map(|(prompt, own)| own.iter().chain([prompt]))
+            .max()
+            .unwrap();
         let max_pages = longest.div_ceil(PAGE);
         let tables = groups.iter().map(|(_, own)| own.len() + 1).sum::<usize>();
         // Pages lie anywhere: every second one, from the end.
@@ -75,7 +79,10 @@ impl<T: Element> Batch<T> {
     }
 
     fn fill(&mut self, table: usize, len: usize, kv_width: usize) {
-        let values: Vec<T> = noise::<f32>(len * 2 * kv_width, table as u32).iter().map(|x| T::from(x * 2.0)).collect();
+        let values: Vec<T> = noise::<f32>(len * 2 * kv_width, table as u32)
+            .iter()
+            .map(|x| T::from(x * 2.0))
+            .collect();
         for (i, values) in values.chunks_exact(2 * kv_width).enumerate() {
             let at = self.row(table, i) * 2 * kv_width;
             self.cache[at..at + 2 * kv_width].copy_from_slice(values);
@@ -90,7 +97,12 @@ impl<T: Element> Batch<T> {
             let prefix_table = self.sequences[sequence].prefix_table;
             for at in (first..end).step_by(most) {
                 let rows = most.min(end - at) as i32;
-                tiles.push(Tile { first: at as i32, rows, prefix_table, prefix_len: *prompt as i32 });
+                tiles.push(Tile {
+                    first: at as i32,
+                    rows,
+                    prefix_table,
+                    prefix_len: *prompt as i32,
+                });
             }
             (first, sequence) = (end, sequence + own.len());
         }
@@ -107,17 +119,28 @@ struct Shape {
 }
 
 fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
-    let Shape { query, kv, dim, window, splits } = shape;
+    let Shape {
+        query,
+        kv,
+        dim,
+        window,
+        splits,
+    } = shape;
     let (kv_width, width, group) = (kv * dim, (query + 2 * kv) * dim, query / kv);
     let batch = Batch::<T>::new(groups, kv_width);
     let count = batch.sequences.len();
-    let qkv: Vec<T> = noise::<f32>(count * width, 99).iter().map(|x| T::from(x * 2.0)).collect();
+    let qkv: Vec<T> = noise::<f32>(count * width, 99)
+        .iter()
+        .map(|x| T::from(x * 2.0))
+        .collect();
     let (tiles, parts) = (batch.tiles(group), splits.0 + splits.1);
     let scale = 1.0 / (dim as f32).sqrt();
     let (r, made) = (tile_rows::<T>(), made_for(dim));
     let out = in_every_order(|| {
-        let (mut partial, mut lse): (Vec<f32>, Vec<f32>) =
-            (unwritten(parts * count * query * dim), unwritten(parts * count * query));
+        let (mut partial, mut lse): (Vec<f32>, Vec<f32>) = (
+            unwritten(parts * count * query * dim),
+            unwritten(parts * count * query),
+        );
         let mut out: Vec<T> = unwritten(count * query * dim);
         launch!(format!("decode_attention_{}_{made}", T::NAME),
             [tiles.len() * splits.0 + count * splits.1, kv * group.div_ceil(16), 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
@@ -131,45 +154,90 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
     let mut exact = vec![];
     for (s, sequence) in batch.sequences.iter().enumerate() {
         let (prompt, last) = (sequence.prefix_len as usize, batch.positions[s] as usize);
-        let rows: Vec<usize> = (0..prompt).map(|i| batch.row(sequence.prefix_table as usize, i))
+        let rows: Vec<usize> = (0..prompt)
+            .map(|i| batch.row(sequence.prefix_table as usize, i))
             .chain((0..=last - prompt).map(|i| batch.row(sequence.own_table as usize, i)))
             .collect();
         let seen = &rows[rows.len().saturating_sub(window.unwrap_or(usize::MAX))..];
         for head in 0..query {
-            let at = |row: usize, c: usize| batch.cache[row * 2 * kv_width + head / group * dim + c].to() as f64;
+            let at = |row: usize, c: usize| {
+                batch.cache[row * 2 * kv_width + head / group * dim + c].to() as f64
+            };
             let q = |c: usize| qkv[s * width + head * dim + c].to() as f64;
             let weights: Vec<f64> = (seen.iter())
-                .map(|&row| ((0..dim).map(|c| q(c) * at(row, c)).sum::<f64>() / (dim as f64).sqrt()).exp())
+                .map(|&row| {
+                    ((0..dim).map(|c| q(c) * at(row, c)).sum::<f64>() / (dim as f64).sqrt()).exp()
+                })
                 .collect();
             let total: f64 = weights.iter().sum();
             exact.extend((0..dim).map(|c| {
-                weights.iter().zip(seen).map(|(w, &row)| w / total * at(row, kv_width + c)).sum::<f64>()
+                weights
+                    .iter()
+                    .zip(seen)
+                    .map(|(w, &row)| w / total * at(row, kv_width + c))
+                    .sum::<f64>()
             }));
         }
     }
-    assert_close(&format!("{query} heads over {kv} of {dim}, window {window:?}, splits {splits:?}"), &out, &exact, 20.0);
+    assert_close(
+        &format!("{query} heads over {kv} of {dim}, window {window:?}, splits {splits:?}"),
+        &out,
+        &exact,
+        20.0,
+    );
 }
 
 fn groups() -> Vec<(usize, Vec<usize>)> {
-    vec![(70, vec![1, 5, 64, 65, 130]), (1, vec![1]), (200, vec![3; 40])]
+    vec![
+        (70, vec![1, 5, 64, 65, 130]),
+        (1, vec![1]),
+        (200, vec![3; 40]),
+    ]
 }
 
 fn every_head_size<T: Element>() {
     for dim in [6, 16, 32, 64, 80, 96, 128, 256] {
-        check::<T>(&[(70, vec![1, 66])], Shape { query: 2, kv: 1, dim, window: None, splits: (1, 1) });
+        check::<T>(
+            &[(70, vec![1, 66])],
+            Shape {
+                query: 2,
+                kv: 1,
+                dim,
+                window: None,
+                splits: (1, 1),
+            },
+        );
     }
 }
 
 fn every_group_of_heads<T: Element>() {
     for (query, kv) in [(1, 1), (4, 2), (3, 1), (20, 1)] {
-        check::<T>(&groups(), Shape { query, kv, dim: 16, window: None, splits: (2, 1) });
+        check::<T>(
+            &groups(),
+            Shape {
+                query,
+                kv,
+                dim: 16,
+                window: None,
+                splits: (2, 1),
+            },
+        );
     }
 }
 
 fn windows_and_splits<T: Element>() {
     for window in [None, Some(1), Some(3), Some(66), Some(1000)] {
         for splits in [(1, 1), (3, 2), (8, 8)] {
-            check::<T>(&groups(), Shape { query: 2, kv: 1, dim: 16, window, splits });
+            check::<T>(
+                &groups(),
+                Shape {
+                    query: 2,
+                    kv: 1,
+                    dim: 16,
+                    window,
+                    splits,
+                },
+            );
         }
     }
 }

@@ -5,17 +5,35 @@ use common::reward::{Point, best_and_worst, implicit_reward};
 
 /// The columns `words` of logits `[rows, vocab]`, as a product of a part of the vocabulary gives them.
 fn part(logits: &[f32], vocab: usize, words: std::ops::Range<usize>) -> Vec<f32> {
-    logits.chunks_exact(vocab).flat_map(|row| row[words.clone()].to_vec()).collect()
+    logits
+        .chunks_exact(vocab)
+        .flat_map(|row| row[words.clone()].to_vec())
+        .collect()
 }
 
 fn log_probs_of_chunks<T: Element>() {
-    for (vocab, chunk, spread) in [(1, 1, 1.0), (3000, 1030, 20.0), (700, 700, 1.0), (1000, 300, 80.0)] {
+    for (vocab, chunk, spread) in [
+        (1, 1, 1.0),
+        (3000, 1030, 20.0),
+        (700, 700, 1.0),
+        (1000, 300, 80.0),
+    ] {
         let rows = 4;
-        let logits: Vec<f32> = noise::<f32>(rows * vocab, 1).iter().map(|x| x * spread).collect();
-        let best = |r: usize| (0..vocab).max_by(|&a, &b| logits[r * vocab + a].total_cmp(&logits[r * vocab + b])).unwrap();
+        let logits: Vec<f32> = noise::<f32>(rows * vocab, 1)
+            .iter()
+            .map(|x| x * spread)
+            .collect();
+        let best = |r: usize| {
+            (0..vocab)
+                .max_by(|&a, &b| logits[r * vocab + a].total_cmp(&logits[r * vocab + b]))
+                .unwrap()
+        };
         let targets: Vec<i32> = vec![0, vocab as i32 - 1, vocab as i32 / 2, best(3) as i32];
         let d_logps: Vec<f32> = noise(rows, 2);
-        let chunks: Vec<_> = (0..vocab).step_by(chunk).map(|first| first..(first + chunk).min(vocab)).collect();
+        let chunks: Vec<_> = (0..vocab)
+            .step_by(chunk)
+            .map(|first| first..(first + chunk).min(vocab))
+            .collect();
         let (logps, lse, d) = in_every_order(|| {
             let mut state: Vec<f32> = unwritten(rows * 3);
             for words in &chunks {
@@ -32,7 +50,8 @@ fn log_probs_of_chunks<T: Element>() {
                 launch!(format!("logprob_backward_{}", T::NAME), [words.len().div_ceil(1024), rows, 1], 256, 0;
                     &logits, &targets, &lse, &d_logps, &mut d_part, words.len() as i32, words.start as i32);
                 for r in 0..rows {
-                    d[r * vocab..][words.clone()].copy_from_slice(&d_part[r * words.len()..][..words.len()]);
+                    d[r * vocab..][words.clone()]
+                        .copy_from_slice(&d_part[r * words.len()..][..words.len()]);
                 }
             }
             (logps, lse, d)
@@ -44,12 +63,16 @@ fn log_probs_of_chunks<T: Element>() {
             logps_exact.push((row[targets[r] as usize] - max) - log_sum);
             lse_exact.push(max + log_sum);
             d_exact.extend(row.iter().enumerate().map(|(w, l)| {
-                d_logps[r] as f64 * ((w == targets[r] as usize) as u8 as f64 - (l - max - log_sum).exp())
+                d_logps[r] as f64
+                    * ((w == targets[r] as usize) as u8 as f64 - (l - max - log_sum).exp())
             }));
         }
         assert_close("log p", &logps, &logps_exact, 10.0);
         for (x, exact) in logps.iter().zip(&logps_exact) {
-            assert!((*x as f64 - exact).abs() <= 1e-4 * exact.abs().max(1e-6), "{x} for {exact}: near 0 too");
+            assert!(
+                (*x as f64 - exact).abs() <= 1e-4 * exact.abs().max(1e-6),
+                "{x} for {exact}: near 0 too"
+            );
         }
         assert_close("lse", &lse, &lse_exact, 10.0);
         // A logit of 80 is itself known to 40 roundings of 1, and so is its exponential.
@@ -84,11 +107,14 @@ fn rewards_choose_what_the_cpu_chooses() {
     let mut draw = {
         let mut state = 1u64;
         move |n: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 33) % n
         }
     };
-    let (mut policy, mut reference, mut lengths, mut offsets) = (vec![], vec![], vec![], vec![0i32]);
+    let (mut policy, mut reference, mut lengths, mut offsets) =
+        (vec![], vec![], vec![], vec![0i32]);
     for prompt in 0..60 {
         for _ in 0..[0, 1, 2, 16, 40][prompt % 5] {
             let scale = if prompt % 2 == 0 { 1.0 } else { 0.1 };
@@ -98,10 +124,20 @@ fn rewards_choose_what_the_cpu_chooses() {
         }
         offsets.push(policy.len() as i32);
     }
-    for (beta, alpha) in [(0.1, 0.0), (1.0, 1.0), (0.1, 0.1), (0.1, 1.0 / 3.0), (1.0, -0.5)] {
+    for (beta, alpha) in [
+        (0.1, 0.0),
+        (1.0, 1.0),
+        (0.1, 0.1),
+        (0.1, 1.0 / 3.0),
+        (1.0, -0.5),
+    ] {
         let prompts = offsets.len() - 1;
         let (found, best, worst) = in_every_order(|| {
-            let (mut rewards, mut best, mut worst) = (vec![f64::NAN; policy.len()], vec![7i32; prompts], vec![7i32; prompts]);
+            let (mut rewards, mut best, mut worst) = (
+                vec![f64::NAN; policy.len()],
+                vec![7i32; prompts],
+                vec![7i32; prompts],
+            );
             launch!("rewards", [prompts.div_ceil(8), 1, 1], 256, 0;
                 &policy, &reference, &lengths, &offsets, beta, alpha, &mut rewards, &mut best, &mut worst, prompts as i32);
             (rewards, best, worst)
@@ -109,10 +145,19 @@ fn rewards_choose_what_the_cpu_chooses() {
         for p in 0..prompts {
             let range = offsets[p] as usize..offsets[p + 1] as usize;
             let points: Vec<Point> = (range.clone())
-                .map(|i| Point { reward: implicit_reward(beta, policy[i], reference[i]), length: lengths[i] as u64 })
+                .map(|i| Point {
+                    reward: implicit_reward(beta, policy[i], reference[i]),
+                    length: lengths[i] as u64,
+                })
                 .collect();
-            assert!(points.iter().zip(&found[range]).all(|(p, r)| p.reward == *r));
-            let expected = best_and_worst(&points, alpha).map_or((-1, -1), |(b, w)| (b as i32, w as i32));
+            assert!(
+                points
+                    .iter()
+                    .zip(&found[range])
+                    .all(|(p, r)| p.reward == *r)
+            );
+            let expected =
+                best_and_worst(&points, alpha).map_or((-1, -1), |(b, w)| (b as i32, w as i32));
             assert_eq!((best[p], worst[p]), expected, "prompt {p}, alpha {alpha}");
         }
     }

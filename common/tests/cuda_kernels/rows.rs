@@ -1,6 +1,8 @@
 //! Gathers and scatters, norms, SwiGLU, rotation.
 
-use crate::device::{Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide};
+use crate::device::{
+    Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
+};
 
 fn embeddings<T: Element>() {
     let (vocab, width, tokens) = (7, 300, vec![3, 0, 6, 3i32]);
@@ -11,7 +13,10 @@ fn embeddings<T: Element>() {
         out
     });
     for (row, &token) in out.chunks_exact(width).zip(&tokens) {
-        let expected: Vec<f32> = table[token as usize * width..][..width].iter().map(|x| x.to()).collect();
+        let expected: Vec<f32> = table[token as usize * width..][..width]
+            .iter()
+            .map(|x| x.to())
+            .collect();
         assert_eq!(row, expected);
     }
 }
@@ -45,7 +50,9 @@ fn biases_and_sums_of_columns<T: Element>() {
         launch!(format!("add_bias_{}", T::NAME), [count, 1, 1], 256, 0; &mut out, &bias, width as i32);
         out
     });
-    let exact: Vec<f64> = (wide(&x).iter().enumerate()).map(|(i, x)| x + bias[i % width] as f64).collect();
+    let exact: Vec<f64> = (wide(&x).iter().enumerate())
+        .map(|(i, x)| x + bias[i % width] as f64)
+        .collect();
     assert_close("bias", &out, &exact, 1.0);
 
     let parts = 3;
@@ -59,7 +66,12 @@ fn biases_and_sums_of_columns<T: Element>() {
         sums
     });
     let exact: Vec<f64> = (0..width)
-        .map(|c| bias[c] as f64 + (0..count).map(|r| x[r * width + c].to() as f64).sum::<f64>())
+        .map(|c| {
+            bias[c] as f64
+                + (0..count)
+                    .map(|r| x[r * width + c].to() as f64)
+                    .sum::<f64>()
+        })
         .collect();
     assert_close("sums", &sums, &exact, 10.0);
 }
@@ -73,14 +85,17 @@ fn norm(x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let mean = (0..x.len()).map(|i| dy[i] * w[i] * x[i] * s).sum::<f64>() / n;
     (
         (0..x.len()).map(|i| x[i] * s * w[i]).collect(),
-        (0..x.len()).map(|i| s * (dy[i] * w[i] - x[i] * s * mean)).collect(),
+        (0..x.len())
+            .map(|i| s * (dy[i] * w[i] - x[i] * s * mean))
+            .collect(),
         (0..x.len()).map(|i| dy[i] * x[i] * s).collect(),
     )
 }
 
 fn norms<T: Element>() {
     for (count, width, gathered) in [(1, 5, false), (5, 300, true), (67, 64, false)] {
-        let rows: Option<Vec<i32>> = gathered.then(|| (0..count as i32).map(|i| (i * 3) % 4).collect());
+        let rows: Option<Vec<i32>> =
+            gathered.then(|| (0..count as i32).map(|i| (i * 3) % 4).collect());
         let (x, w): (Vec<f32>, Vec<f32>) = (noise(count.max(4) * width, 1), noise(width, 2));
         let dy: Vec<T> = noise(count * width, 3);
         let before: Vec<f32> = noise(count * width, 4);
@@ -91,8 +106,11 @@ fn norms<T: Element>() {
         });
         let blocks = count.min(4);
         let (dx, copy, dw) = in_every_order(|| {
-            let (mut dx, mut copy, mut partial): (_, Vec<T>, Vec<f32>) =
-                (before.clone(), unwritten(count * width), unwritten(blocks * width));
+            let (mut dx, mut copy, mut partial): (_, Vec<T>, Vec<f32>) = (
+                before.clone(),
+                unwritten(count * width),
+                unwritten(blocks * width),
+            );
             launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
                 &x, rows.as_ref(), &w, EPS, &dy, &mut dx, &mut copy, &mut partial, count as i32, width as i32, 1i32);
             let mut dw = vec![0.0f32; width];
@@ -102,9 +120,17 @@ fn norms<T: Element>() {
         let (mut y_exact, mut dx_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
         for r in 0..count {
             let from = rows.as_ref().map_or(r, |rows| rows[r] as usize);
-            let (y, dx, dw) = norm(&wide(&x[from * width..][..width]), &wide(&w), &wide(&dy[r * width..][..width]));
+            let (y, dx, dw) = norm(
+                &wide(&x[from * width..][..width]),
+                &wide(&w),
+                &wide(&dy[r * width..][..width]),
+            );
             y_exact.extend(y);
-            dx_exact.extend(dx.iter().zip(&before[r * width..]).map(|(d, b)| d + *b as f64));
+            dx_exact.extend(
+                dx.iter()
+                    .zip(&before[r * width..])
+                    .map(|(d, b)| d + *b as f64),
+            );
             dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
         }
         assert_close("y", &y, &y_exact, 5.0);
@@ -116,22 +142,40 @@ fn norms<T: Element>() {
         let mut alone: Vec<f32> = unwritten(count * width);
         launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
             &x, rows.as_ref(), &w, EPS, &dy, &mut alone, Null, Null, count as i32, width as i32, 0i32);
-        let exact: Vec<f64> = dx_exact.iter().zip(&before).map(|(d, b)| d - *b as f64).collect();
+        let exact: Vec<f64> = dx_exact
+            .iter()
+            .zip(&before)
+            .map(|(d, b)| d - *b as f64)
+            .collect();
         assert_close("dx alone", &alone, &exact, 10.0);
     }
 }
 
 fn swiglu<T: Element>() {
     for (count, ffn) in [(1, 1), (3, 1030), (2, 40)] {
-        let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1).iter().map(|x| T::from(x * 8.0)).collect();
+        let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1)
+            .iter()
+            .map(|x| T::from(x * 8.0))
+            .collect();
         let dy: Vec<T> = noise(count * ffn, 2);
         let grid = [count, ffn.div_ceil(1024), 1];
         let (out, d, inner) = in_every_order(|| {
-            let (mut out, mut d, mut inner): (Vec<T>, _, _) = (unwritten(count * ffn), gate_up.clone(), dy.clone());
+            let (mut out, mut d, mut inner): (Vec<T>, _, _) =
+                (unwritten(count * ffn), gate_up.clone(), dy.clone());
             launch!(format!("swiglu_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32);
             let shared: *mut T = inner.as_mut_ptr(); // the output may take the place of dy
-            crate::device::run(&format!("swiglu_backward_{}", T::NAME), grid, 256, 0,
-                vec![Arg::from(&mut d), Arg::value(shared), Arg::value(shared), Arg::from(ffn as i32)]);
+            crate::device::run(
+                &format!("swiglu_backward_{}", T::NAME),
+                grid,
+                256,
+                0,
+                vec![
+                    Arg::from(&mut d),
+                    Arg::value(shared),
+                    Arg::value(shared),
+                    Arg::from(ffn as i32),
+                ],
+            );
             let mut again = gate_up.clone();
             launch!(format!("swiglu_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32);
             assert_eq!(again, d);
@@ -141,7 +185,10 @@ fn swiglu<T: Element>() {
         let (mut out_exact, mut d_exact) = (vec![0.0; count * ffn], vec![0.0; gate_up.len()]);
         for r in 0..count {
             for c in 0..ffn {
-                let (g, u) = (gate_up[r * 2 * ffn + c].to() as f64, gate_up[(r * 2 + 1) * ffn + c].to() as f64);
+                let (g, u) = (
+                    gate_up[r * 2 * ffn + c].to() as f64,
+                    gate_up[(r * 2 + 1) * ffn + c].to() as f64,
+                );
                 let (s, d) = (1.0 / (1.0 + (-g).exp()), dy[r * ffn + c].to() as f64);
                 out_exact[r * ffn + c] = g * s * u;
                 d_exact[r * 2 * ffn + c] = d * u * s * (1.0 + g * (1.0 - s));
@@ -155,7 +202,12 @@ fn swiglu<T: Element>() {
 
 /// Everything between the projection and attention, with and without biases and head norms.
 fn rotation<T: Element>() {
-    for (dim, biased, normed, cached) in [(64, true, true, true), (6, false, false, true), (16, false, true, false), (96, true, false, false)] {
+    for (dim, biased, normed, cached) in [
+        (64, true, true, true),
+        (6, false, false, true),
+        (16, false, true, false),
+        (96, true, false, false),
+    ] {
         let (query, kv, count) = (3, 1, 5);
         let width = (query + 2 * kv) * dim;
         let input: Vec<T> = noise(count * width, 1);
@@ -164,7 +216,9 @@ fn rotation<T: Element>() {
         let positions = vec![0, 3, 1, 7, 3i32];
         let angle = |p: usize, i: usize| p as f64 * 0.9f64.powi(i as i32 % 40);
         let table = |f: fn(f64) -> f64| -> Vec<f32> {
-            (0..8).flat_map(|p| (0..dim / 2).map(move |i| f(angle(p, i)) as f32)).collect()
+            (0..8)
+                .flat_map(|p| (0..dim / 2).map(move |i| f(angle(p, i)) as f32))
+                .collect()
         };
         let (cos, sin) = (table(f64::cos), table(f64::sin));
         let cache_rows = vec![4, -1, 0, 6, 2i32];
@@ -173,20 +227,61 @@ fn rotation<T: Element>() {
         let (q_norm, k_norm) = (norms.as_ref().map(|n| &n.0), norms.as_ref().map(|n| &n.1));
         let blocks = 2;
         let (out, cache, d_in, d_norms) = in_every_order(|| {
-            let (mut out, mut cache): (Vec<T>, Vec<T>) = (unwritten(count * width), vec![T::default(); 8 * 2 * kv * dim]);
-            let cache_arg = if cached { Arg::from(&mut cache) } else { Arg::from(Null) };
-            crate::device::run(&format!("qkv_rope_{}", T::NAME), [count, 1, 1], 256, 0, vec![
-                (&input).into(), (&mut out).into(), bias.as_ref().into(), q_norm.into(), k_norm.into(), EPS.into(),
-                (&cos).into(), (&sin).into(), (&positions).into(), cache_arg, (&cache_rows).into(),
-                sizes[0].into(), sizes[1].into(), sizes[2].into(),
-            ]);
+            let (mut out, mut cache): (Vec<T>, Vec<T>) = (
+                unwritten(count * width),
+                vec![T::default(); 8 * 2 * kv * dim],
+            );
+            let cache_arg = if cached {
+                Arg::from(&mut cache)
+            } else {
+                Arg::from(Null)
+            };
+            crate::device::run(
+                &format!("qkv_rope_{}", T::NAME),
+                [count, 1, 1],
+                256,
+                0,
+                vec![
+                    (&input).into(),
+                    (&mut out).into(),
+                    bias.as_ref().into(),
+                    q_norm.into(),
+                    k_norm.into(),
+                    EPS.into(),
+                    (&cos).into(),
+                    (&sin).into(),
+                    (&positions).into(),
+                    cache_arg,
+                    (&cache_rows).into(),
+                    sizes[0].into(),
+                    sizes[1].into(),
+                    sizes[2].into(),
+                ],
+            );
             let mut in_place = input.clone();
             let shared: *mut T = in_place.as_mut_ptr();
-            crate::device::run(&format!("qkv_rope_{}", T::NAME), [count, 1, 1], 256, 0, vec![
-                Arg::value(shared), Arg::value(shared), bias.as_ref().into(), q_norm.into(), k_norm.into(), EPS.into(),
-                (&cos).into(), (&sin).into(), (&positions).into(), Null.into(), Null.into(),
-                sizes[0].into(), sizes[1].into(), sizes[2].into(),
-            ]);
+            crate::device::run(
+                &format!("qkv_rope_{}", T::NAME),
+                [count, 1, 1],
+                256,
+                0,
+                vec![
+                    Arg::value(shared),
+                    Arg::value(shared),
+                    bias.as_ref().into(),
+                    q_norm.into(),
+                    k_norm.into(),
+                    EPS.into(),
+                    (&cos).into(),
+                    (&sin).into(),
+                    (&positions).into(),
+                    Null.into(),
+                    Null.into(),
+                    sizes[0].into(),
+                    sizes[1].into(),
+                    sizes[2].into(),
+                ],
+            );
             assert_eq!(in_place, out);
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
@@ -204,7 +299,9 @@ fn rotation<T: Element>() {
             for head in 0..query + 2 * kv {
                 let at = r * width + head * dim;
                 let shift = |i: usize| bias.as_ref().map_or(0.0, |b| b[head * dim + i] as f64);
-                let x: Vec<f64> = (0..dim).map(|i| input[at + i].to() as f64 + shift(i)).collect();
+                let x: Vec<f64> = (0..dim)
+                    .map(|i| input[at + i].to() as f64 + shift(i))
+                    .collect();
                 let d = wide(&d_out[at..][..dim]);
                 if head >= query + kv {
                     exact.extend(x);
@@ -244,7 +341,11 @@ fn rotation<T: Element>() {
         }
         let kv_width = 2 * kv * dim;
         let mut expected = vec![T::default(); 8 * kv_width];
-        for (r, &to) in cache_rows.iter().enumerate().filter(|(_, to)| cached && **to >= 0) {
+        for (r, &to) in cache_rows
+            .iter()
+            .enumerate()
+            .filter(|(_, to)| cached && **to >= 0)
+        {
             let tail = &out[r * width + query * dim..(r + 1) * width];
             expected[to as usize * kv_width..][..kv_width].copy_from_slice(tail);
         }
@@ -252,4 +353,10 @@ fn rotation<T: Element>() {
     }
 }
 
-crate::device::for_both!(embeddings, biases_and_sums_of_columns, norms, swiglu, rotation);
+crate::device::for_both!(
+    embeddings,
+    biases_and_sums_of_columns,
+    norms,
+    swiglu,
+    rotation
+);

@@ -26,16 +26,27 @@ const RUNS: [(usize, i32, i32); 4] = [(0, 300, 1), (300, 1, 0), (301, 255, 0), (
 /// Three steps beside the same in float64, for moments of each type.
 fn adamw<M: Element>() {
     let len = 1256;
-    let runs: Vec<Run> = RUNS.iter().map(|&(first, len, decayed)| Run { first: first as i64, len, decayed }).collect();
+    let runs: Vec<Run> = RUNS
+        .iter()
+        .map(|&(first, len, decayed)| Run {
+            first: first as i64,
+            len,
+            decayed,
+        })
+        .collect();
     let (p, factor) = (noise::<f32>(len, 1), vec![0.25f32]);
     let (rate, decay) = (1e-2f64, 0.1);
     let steps: Vec<Vec<f32>> = (0..3).map(|s| noise(len, 10 + s)).collect();
     let (ours, copy) = in_every_order(|| {
-        let (mut p, mut m, mut v): (_, Vec<M>, Vec<M>) = (p.clone(), vec![M::default(); len], vec![M::default(); len]);
+        let (mut p, mut m, mut v): (_, Vec<M>, Vec<M>) =
+            (p.clone(), vec![M::default(); len], vec![M::default(); len]);
         let mut copy: Vec<bf16> = unwritten(len);
         for (i, g) in steps.iter().enumerate() {
             let (mut g, t) = (g.clone(), i as i32 + 1);
-            let (step_rate, root) = (rate / (1.0 - 0.9f64.powi(t)), (1.0 - 0.999f64.powi(t)).sqrt());
+            let (step_rate, root) = (
+                rate / (1.0 - 0.9f64.powi(t)),
+                (1.0 - 0.999f64.powi(t)).sqrt(),
+            );
             launch!(format!("adamw_{}", M::NAME), [runs.len(), 1, 1], 256, 0;
                 &runs, &mut p, &mut g, &mut m, &mut v, &mut copy, &factor,
                 step_rate as f32, root as f32, (1.0 - rate * decay) as f32, t);
@@ -49,17 +60,25 @@ fn adamw<M: Element>() {
         for (first, n, decayed) in RUNS {
             for k in first..first + n as usize {
                 let g = g[k] as f64 * 0.25;
-                q[k] *= if decayed == 1 { 1.0 - rate * decay } else { 1.0 };
+                q[k] *= if decayed == 1 {
+                    1.0 - rate * decay
+                } else {
+                    1.0
+                };
                 m[k] = 0.9 * m[k] + 0.1 * g;
                 v[k] = 0.999 * v[k] + 0.001 * g * g;
-                q[k] -= rate * (m[k] / (1.0 - 0.9f64.powi(t))) / ((v[k] / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
+                q[k] -= rate * (m[k] / (1.0 - 0.9f64.powi(t)))
+                    / ((v[k] / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
             }
         }
     }
     // Steps are 1e-2 of a parameter; moments in bfloat16 keep each step to about a hundredth.
     let tolerance = if M::NAME == "f32" { 1e-6 } else { 6e-4 };
     for (i, (x, exact)) in ours.iter().zip(&q).enumerate() {
-        assert!((*x as f64 - exact).abs() < tolerance, "element {i}: {x}, not {exact}");
+        assert!(
+            (*x as f64 - exact).abs() < tolerance,
+            "element {i}: {x}, not {exact}"
+        );
     }
     for (i, (c, p)) in copy.iter().zip(&ours).enumerate() {
         assert_eq!(*c, rounded_with(*p, sixteen_bits(i as u32)));
@@ -72,8 +91,16 @@ crate::device::for_both!(adamw);
 #[test]
 fn moments_in_bfloat16_do_not_stall() {
     let len = 512;
-    let runs = vec![Run { first: 0, len: len as i32, decayed: 0 }];
-    let (mut p, mut m, mut v) = (vec![0.0f32; len], vec![bf16::ZERO; len], vec![bf16::ZERO; len]);
+    let runs = vec![Run {
+        first: 0,
+        len: len as i32,
+        decayed: 0,
+    }];
+    let (mut p, mut m, mut v) = (
+        vec![0.0f32; len],
+        vec![bf16::ZERO; len],
+        vec![bf16::ZERO; len],
+    );
     let factor = vec![1.0f32];
     let steps = 2000;
     for t in 1..=steps {
@@ -91,9 +118,14 @@ fn norm_and_clipping() {
     for n in [1usize, 1000, 5000] {
         let x: Vec<f32> = noise(n, 1);
         let exact = x.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
-        for (limit, factor) in [(0.0, 1.0), (1e9, 1.0), (0.1, (0.1 / (exact + 1e-6)).min(1.0))] {
+        for (limit, factor) in [
+            (0.0, 1.0),
+            (1e9, 1.0),
+            (0.1, (0.1 / (exact + 1e-6)).min(1.0)),
+        ] {
             let (norm, found) = in_every_order(|| {
-                let (mut partial, mut norm, mut found) = (vec![f64::NAN; 7], vec![f64::NAN], vec![f32::NAN]);
+                let (mut partial, mut norm, mut found) =
+                    (vec![f64::NAN; 7], vec![f64::NAN], vec![f32::NAN]);
                 launch!("square_sum", [7, 1, 1], 256, 0; &x, n as i64, &mut partial);
                 launch!("clip", [1, 1, 1], 256, 0; &partial, 7i32, limit, &mut norm, &mut found);
                 (norm, found)
@@ -110,7 +142,8 @@ fn conversions() {
     let n = x.len() as i64;
     let grid = [3, 1, 1];
     let (nearest, dithered, back, scaled) = in_every_order(|| {
-        let (mut nearest, mut dithered): (Vec<bf16>, Vec<bf16>) = (unwritten(3000), unwritten(3000));
+        let (mut nearest, mut dithered): (Vec<bf16>, Vec<bf16>) =
+            (unwritten(3000), unwritten(3000));
         launch!("round_bf16", grid, 256, 0; &x, &mut nearest, n, 0i64, 0i32);
         launch!("round_bf16", grid, 256, 0; &x, &mut dithered, n, 77i64, 1i32);
         let mut back: Vec<f32> = unwritten(3000);
