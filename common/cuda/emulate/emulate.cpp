@@ -172,10 +172,7 @@ void run_block(uint3 index) {
 
 }  // namespace
 
-Entry::Entry(const char* name, unsigned threads, size_t (*parameter_size)(int), void (*call)(void**))
-    : name(name), threads(threads), parameter_size(parameter_size), call(call) {
-    entries()[name] = this;
-}
+void add(const Entry& entry) { entries()[entry.name] = &entry; }
 
 bool block_barrier(bool flag) {
     block.flag |= flag;
@@ -306,46 +303,60 @@ void load_transposed(uint32_t (&r)[4], const bf16* row) {
 
 // ---- What a host calls ----------------------------------------------------------------------------------------------
 
-// The kernel of this name, or null.
-extern "C" const void* emulate_find(const char* name) {
+namespace {
+
+thread_local int order_of_launches = 0;
+
+const emulate::Entry* entry_of(const char* name) {
     auto found = emulate::entries().find(name);
     return found == emulate::entries().end() ? nullptr : found->second;
 }
 
-// The size of a parameter in bytes; 0 after the last.
-extern "C" size_t emulate_parameter_size(const void* kernel, int index) {
-    return static_cast<const emulate::Entry*>(kernel)->parameter_size(index);
+}  // namespace
+
+// The kernel of this name, to be called as cuLaunchKernel would launch it, or null. It returns when all is done.
+extern "C" emulate::Host emulate_find(const char* name) {
+    const emulate::Entry* entry = entry_of(name);
+    return entry ? entry->host : nullptr;
 }
 
-// Runs a kernel to its end: grid, block and arguments as cuLaunchKernel takes them, and the order of threads.
-// 0, or 1 where a device would refuse the launch or compute nonsense.
-extern "C" int emulate_launch(const void* kernel, const unsigned* grid, const unsigned* threads, unsigned shared_bytes,
-                              void** arguments, int order) {
-    using namespace emulate;
-    const Entry* entry = static_cast<const Entry*>(kernel);
-    if (threads[0] != entry->threads || threads[1] != 1 || threads[2] != 1 || grid[0] == 0 || grid[1] == 0 || grid[2] == 0 ||
-        grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535 || shared_bytes > 227 * 1024) {
-        fprintf(stderr, "emulated device: %s cannot be launched with grid (%u,%u,%u), %u threads, %u bytes shared\n", entry->name,
-                grid[0], grid[1], grid[2], threads[0], shared_bytes);
-        return 1;
+// The size in bytes of a parameter of the kernel of this name; 0 after the last.
+extern "C" size_t emulate_parameter_size(const char* name, int index) {
+    const emulate::Entry* entry = entry_of(name);
+    return entry ? entry->parameter_size(index) : 0;
+}
+
+// The order of threads in later launches of this thread: 0 upwards, 1 downwards (and copies made at once), above that
+// shuffled, by the number given.
+extern "C" void emulate_order(int order) { order_of_launches = order; }
+
+namespace emulate {
+
+void launch(const Entry& entry, uint3 grid, uint3 threads, unsigned shared_bytes, void** arguments) {
+    if (threads.x != entry.threads || threads.y != 1 || threads.z != 1 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+        grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || shared_bytes > 227 * 1024) {
+        fprintf(stderr, "emulated device: %s has %u threads and cannot be launched with %ux%ux%u, grid %ux%ux%u, %u bytes\n",
+                entry.name, entry.threads, threads.x, threads.y, threads.z, grid.x, grid.y, grid.z, shared_bytes);
+        abort();
     }
-    while (block.fibers.size() < entry->threads) block.fibers.push_back(make_fiber());
-    block.size = entry->threads;
-    block.entry = entry;
+    while (block.fibers.size() < entry.threads) block.fibers.push_back(make_fiber());
+    block.size = entry.threads;
+    block.entry = &entry;
     block.arguments = arguments;
-    block.order = order;
-    registers.block_dim = {threads[0], 1, 1};
-    registers.grid_dim = {grid[0], grid[1], grid[2]};
+    block.order = order_of_launches;
+    registers.block_dim = threads;
+    registers.grid_dim = grid;
     // Exactly as much as was asked for, so that AddressSanitizer sees the end.
     void* memory = nullptr;
     if (posix_memalign(&memory, 16, shared_bytes + (shared_bytes == 0)) != 0) stop("no memory for shared memory");
     shared_memory = static_cast<unsigned char*>(memory);
-    for (unsigned z = 0; z < grid[2]; ++z)
-        for (unsigned y = 0; y < grid[1]; ++y)
-            for (unsigned x = 0; x < grid[0]; ++x) {
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
                 memset(shared_memory, 0xff, shared_bytes);
                 run_block({x, y, z});
             }
     free(memory);
-    return 0;
 }
+
+}  // namespace emulate

@@ -49,17 +49,23 @@ void copy_async(void* to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int left);
 
+// How a host launches a kernel: grid, block, bytes of dynamic shared memory, and arguments as cuLaunchKernel takes them.
+using Host = void (*)(unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void**);
+
 // A kernel by its name, with what a launch must agree with.
 struct Entry {
     const char* name;
     unsigned threads;
-    size_t (*parameter_size)(int index);
     void (*call)(void** arguments);
-    Entry(const char* name, unsigned threads, size_t (*parameter_size)(int), void (*call)(void**));
+    size_t (*parameter_size)(int index);
+    Host host;
 };
+
+void launch(const Entry& entry, uint3 grid, uint3 threads, unsigned shared_bytes, void** arguments);
 
 template <auto kernel> struct Kernel;
 template <class... P, void (*kernel)(P...)> struct Kernel<kernel> {
+    static inline const Entry* entry;
     template <size_t... I> static void apply(void** arguments, std::index_sequence<I...>) {
         kernel(*static_cast<P*>(arguments[I])...);
     }
@@ -68,17 +74,33 @@ template <class... P, void (*kernel)(P...)> struct Kernel<kernel> {
         constexpr size_t sizes[] = {sizeof(P)..., 0};
         return index >= 0 && index < int(sizeof...(P)) ? sizes[index] : 0;
     }
+    static void host(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
+                     void** arguments) {
+        launch(*entry, {gx, gy, gz}, {bx, by, bz}, shared_bytes, arguments);
+    }
+};
+
+void add(const Entry& entry);
+
+// Makes a kernel known when the program starts.
+template <auto kernel> struct Known {
+    Entry entry;
+    Known(const char* name, unsigned threads)
+        : entry{name, threads, Kernel<kernel>::call, Kernel<kernel>::parameter_size, Kernel<kernel>::host} {
+        Kernel<kernel>::entry = &entry;
+        add(entry);
+    }
 };
 
 }  // namespace emulate
 
+// (Called kernel_…, so that a short name cannot meet another of the program.)
 #ifdef EMULATE_REGISTER
-#define KERNEL(threads, name, ...)            \
-    extern "C" void name(__VA_ARGS__);        \
-    static const emulate::Entry entry_##name( \
-        #name, threads, emulate::Kernel<name>::parameter_size, emulate::Kernel<name>::call)
+#define KERNEL(threads, name, ...)   \
+    void kernel_##name(__VA_ARGS__); \
+    static const emulate::Known<kernel_##name> known_##name(#name, threads)
 #else
-#define KERNEL(threads, name, ...) extern "C" void name(__VA_ARGS__)
+#define KERNEL(threads, name, ...) void kernel_##name(__VA_ARGS__)
 #endif
 #define SHARED_MEMORY(type, name) type* name = reinterpret_cast<type*>(emulate::shared_memory)
 
@@ -150,6 +172,7 @@ inline bf16 __float2bfloat16_rn(float x) {
 }
 inline bf16 __ushort_as_bfloat16(unsigned short bits) { return bf16{bits}; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class V> inline V min(V a, V b) { return b < a ? b : a; }
 template <class V> inline V max(V a, V b) { return a < b ? b : a; }

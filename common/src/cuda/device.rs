@@ -7,6 +7,7 @@ use crate::kernels::gemm::Precision;
 use anyhow::{Context, Result, ensure};
 use half::bf16;
 use rayon::prelude::*;
+use std::ffi::c_void;
 use std::sync::Arc;
 
 /// A place in the device's memory.
@@ -71,15 +72,29 @@ impl Launch {
 
 /// An argument of a kernel: its bytes in the order of this machine, which is the device's.
 #[derive(Clone, Copy, Debug)]
-#[repr(align(8))]
-pub struct Arg(pub [u8; 24]);
+#[repr(C, align(8))]
+pub struct Arg {
+    bytes: [u8; 24],
+    size: usize,
+}
 
 impl Arg {
     /// A number, or a structure of numbers as the kernel declares it.
     pub fn plain<T: Plain>(value: T) -> Self {
         let mut bytes = [0; 24];
-        bytes[..size_of::<T>()].copy_from_slice(bytes_of_slice(std::slice::from_ref(&value)));
-        Self(bytes)
+        let size = size_of::<T>();
+        bytes[..size].copy_from_slice(bytes_of_slice(std::slice::from_ref(&value)));
+        Self { bytes, size }
+    }
+
+    /// How long it is, bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Where its bytes are, as launches want it.
+    pub fn pointer(&self) -> *mut c_void {
+        (&raw const self.bytes).cast_mut().cast()
     }
 }
 

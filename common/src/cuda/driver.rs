@@ -289,10 +289,7 @@ impl Backend for Driver {
     fn launch(&self, kernel: &str, launch: Launch, args: &[Arg]) -> Result<()> {
         self.bind()?;
         let function = self.kernel(kernel, launch.shared)?;
-        let mut pointers: Vec<*mut c_void> = args
-            .iter()
-            .map(|arg| (&raw const arg.0).cast_mut().cast())
-            .collect();
+        let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         let ([x, y, z], [bx, by, bz]) = (launch.grid, launch.block);
         // SAFETY: arguments are read during the call; that they fit the kernel is the caller's promise.
         unsafe {

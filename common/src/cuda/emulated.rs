@@ -149,6 +149,12 @@ impl Backend for Emulated {
 
     fn launch(&self, kernel: &str, launch: Launch, args: &[Arg]) -> Result<()> {
         let host = images::emulated(kernel).context("this build has no such kernel")?;
+        let sizes: Vec<usize> = args.iter().map(Arg::size).collect();
+        let declared = images::parameter_sizes(kernel);
+        ensure!(
+            sizes == declared,
+            "arguments of {sizes:?} bytes for parameters of {declared:?}"
+        );
         self.take(Work::Launch(host, launch, args.to_vec()))
     }
 
@@ -187,10 +193,7 @@ impl Work {
     fn run(&self) {
         match self {
             Self::Launch(host, launch, args) => {
-                let mut pointers: Vec<*mut c_void> = args
-                    .iter()
-                    .map(|arg| (&raw const arg.0).cast_mut().cast())
-                    .collect();
+                let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
                 let ([x, y, z], [bx, by, bz]) = (launch.grid, launch.block);
                 // SAFETY: as for a real launch: the arguments fit the kernel, which is the caller's promise.
                 unsafe { host(x, y, z, bx, by, bz, launch.shared, pointers.as_mut_ptr()) };

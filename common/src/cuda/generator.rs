@@ -645,8 +645,7 @@ impl Slots {
         let most_tiles = slots * heads.group().div_ceil(decoder.attention_tiles().rows);
         let layer_bytes = pages * PAGE * 2 * heads.kv_width() * decoder.size();
         Ok(Self {
-            // Rows that no token wrote must be numbers: they are multiplied by weights of zero.
-            cache: device.zeroed(layer_bytes * config.layers)?,
+            cache: device.allocate(layer_bytes * config.layers)?,
             layer_bytes,
             tables: numbers(tables * most)?,
             sequences: device.zeroed(slots * size_of::<Sequence>())?,

@@ -13,6 +13,8 @@ mod driver;
 mod emulated;
 mod generator;
 #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+#[path = "../../cuda/kernels.rs"]
+#[allow(dead_code)] // each backend, and the kernels' own tests, use some of it
 mod images;
 mod lora;
 mod optimizer;

@@ -1,0 +1,1 @@
+//! log p(target), its gradient, and rewards.

@@ -1,0 +1,3 @@
+//! Gathers and scatters, norms, SwiGLU, rotation.
+
+

@@ -1,0 +1,1 @@
+//! AdamW, clipping, rounding.
