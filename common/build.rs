@@ -43,7 +43,10 @@ mod for_gpus {
         let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
         let (home, sources) = (toolkit(), super::sources());
         let images: Vec<PathBuf> = (sources.iter())
-            .map(|source| out.join(source.file_name().expect("a file")).with_extension("fatbin"))
+            .map(|source| {
+                out.join(source.file_name().expect("a file"))
+                    .with_extension("fatbin")
+            })
             .collect();
         let next = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -69,7 +72,9 @@ mod for_gpus {
 
     fn nvcc(home: &Path, source: &Path, image: &Path) {
         let mut command = Command::new(home.join("bin/nvcc"));
-        command.env("CUDA_HOME", home).args(["-fatbin", "-std=c++17", "-O3", "-o"]);
+        command
+            .env("CUDA_HOME", home)
+            .args(["-fatbin", "-std=c++17", "-O3", "-o"]);
         command.arg(image).arg(source);
         for target in TARGETS {
             command.args(["-gencode", target]);
@@ -77,13 +82,20 @@ mod for_gpus {
         match command.status() {
             Ok(status) if status.success() => {}
             Ok(_) => fail(&format!("nvcc refuses {}", source.display())),
-            Err(error) => fail(&format!("{} does not run: {error}", home.join("bin/nvcc").display())),
+            Err(error) => fail(&format!(
+                "{} does not run: {error}",
+                home.join("bin/nvcc").display()
+            )),
         }
     }
 
     /// The folder with `bin/nvcc`: where the environment says, where `just cuda-toolkit` puts it, or the usual place.
     fn toolkit() -> PathBuf {
-        let var = |name: &str| env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let var = |name: &str| {
+            env::var_os(name)
+                .filter(|v| !v.is_empty())
+                .map(PathBuf::from)
+        };
         let cache = var("XDG_CACHE_HOME").or_else(|| var("HOME").map(|home| home.join(".cache")));
         let candidates = [
             var("CUDA_HOME"),
@@ -91,7 +103,10 @@ mod for_gpus {
             cache.map(|cache| cache.join("dice/cuda")),
             Some(PathBuf::from("/usr/local/cuda")),
         ];
-        let found = candidates.into_iter().flatten().find(|home| home.join("bin/nvcc").is_file());
+        let found = candidates
+            .into_iter()
+            .flatten()
+            .find(|home| home.join("bin/nvcc").is_file());
         found.unwrap_or_else(|| {
             fail("feature `cuda` needs nvcc: `just cuda-toolkit` fetches it (no GPU, no root), or CUDA_HOME says where it is")
         })

@@ -16,3 +16,24 @@ pub use step::{Pair, Sums};
 pub use trainer::{
     Kept, LoraSettings, Moments, Settings, State, StepMetrics, Take, Train, Trainer, order,
 };
+
+use crate::policy::Place;
+use crate::weights::Weights;
+use anyhow::Result;
+
+/// Starts training from a checkpoint, at a place. On a CPU, layer states may take `state_bytes`.
+///
+/// # Errors
+/// A tensor that cannot be read; a GPU without room; an optimiser that the place does not have.
+pub fn trainer(
+    start: &Weights,
+    settings: Settings,
+    place: &Place,
+    state_bytes: usize,
+) -> Result<Box<dyn Train>> {
+    let precision = place.precision;
+    Ok(match &place.gpu {
+        None => Box::new(Trainer::new(start, settings, precision, state_bytes)?),
+        Some(gpu) => Box::new(CudaTrainer::new(gpu, start, settings, precision)?),
+    })
+}

@@ -262,7 +262,7 @@ impl Trainer {
     ) -> Result<Self> {
         ensure!(
             settings.moments == Moments::F32,
-            "a CPU keeps the optimiser's moments in float32 alone: take --optimizer adamw, or a GPU"
+            "a CPU keeps the moments in float32 alone"
         );
         let params = Params::new(&start.config);
         let model = params.read(start)?;

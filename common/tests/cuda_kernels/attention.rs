@@ -1,6 +1,8 @@
 //! Attention over packed, prefix-shared batches, forward and backward.
 
-use crate::device::{Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide};
+use crate::device::{
+    Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
+};
 use common::kernels::attention::{Heads, Layout};
 
 #[derive(Clone, Copy)]
@@ -44,7 +46,10 @@ fn tiles<T: Element>(layout: &Layout) -> Vec<Tile> {
 
 /// The head size of the kernel that serves this one.
 pub fn made_for(dim: usize) -> usize {
-    [16, 32, 64, 96, 128, 256].into_iter().find(|&d| d >= dim).expect("a head size")
+    [16, 32, 64, 96, 128, 256]
+        .into_iter()
+        .find(|&d| d >= dim)
+        .expect("a head size")
 }
 
 /// Bytes from row to row of a tile, and of the float32 kernels' scratch.
@@ -54,7 +59,11 @@ pub fn pitch<T: Element>(dim: usize) -> usize {
 
 pub fn scratch<T: Element>() -> usize {
     let r = tile_rows::<T>();
-    if size_of::<T>() == 2 { 0 } else { r * (r + 4) * 4 }
+    if size_of::<T>() == 2 {
+        0
+    } else {
+        r * (r + 4) * 4
+    }
 }
 
 struct Run<T> {
@@ -93,7 +102,11 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
         qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale());
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
-    let positions = if window > 0 { Arg::from(&positions) } else { Arg::from(Null) };
+    let positions = if window > 0 {
+        Arg::from(&positions)
+    } else {
+        Arg::from(Null)
+    };
     let halves = if made == 256 { 2 } else { 1 };
     crate::device::run(
         &name("attention_backward_kv"),
@@ -101,8 +114,18 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
         2 * r,
         4 * tile + scratch::<T>() + 3 * r * 4,
         vec![
-            qkv.into(), (&run.lse).into(), d_out.into(), (&delta).into(), positions, (&mut run.d_qkv).into(),
-            (&tiles).into(), query.into(), kv.into(), dim.into(), window.into(), heads.scale().into(),
+            qkv.into(),
+            (&run.lse).into(),
+            d_out.into(),
+            (&delta).into(),
+            positions,
+            (&mut run.d_qkv).into(),
+            (&tiles).into(),
+            query.into(),
+            kv.into(),
+            dim.into(),
+            window.into(),
+            heads.scale().into(),
         ],
     );
     run
@@ -125,16 +148,27 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
     let scale = 1.0 / (dim as f64).sqrt();
     for segment in layout.segments() {
         for (i, token) in segment.tokens.clone().enumerate() {
-            let all: Vec<usize> = segment.prefix.clone().unwrap_or(0..0).chain(segment.tokens.start..=token).collect();
+            let all: Vec<usize> = segment
+                .prefix
+                .clone()
+                .unwrap_or(0..0)
+                .chain(segment.tokens.start..=token)
+                .collect();
             assert_eq!(all.len(), segment.position + i + 1);
             let seen = &all[all.len().saturating_sub(heads.window.unwrap_or(usize::MAX))..];
             for head in 0..heads.query {
                 let kv = head / heads.group();
-                let (q_at, o_at) = (token * width + head * dim, token * heads.q_width() + head * dim);
+                let (q_at, o_at) = (
+                    token * width + head * dim,
+                    token * heads.q_width() + head * dim,
+                );
                 let k_at = |t: usize| t * width + heads.q_width() + kv * dim;
                 let v_at = |t: usize| k_at(t) + heads.kv_width();
                 let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-                let scores: Vec<f64> = seen.iter().map(|&t| scale * dot(&qkv[q_at..][..dim], &qkv[k_at(t)..][..dim])).collect();
+                let scores: Vec<f64> = seen
+                    .iter()
+                    .map(|&t| scale * dot(&qkv[q_at..][..dim], &qkv[k_at(t)..][..dim]))
+                    .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
                 found.lse[token * heads.query + head] = lse;
@@ -161,13 +195,21 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
 }
 
 fn check<T: Element>(layout: &Layout, heads: Heads) {
-    let qkv: Vec<T> = noise::<f32>(layout.tokens() * heads.qkv_width(), 1).iter().map(|x| T::from(2.0 * x)).collect();
+    let qkv: Vec<T> = noise::<f32>(layout.tokens() * heads.qkv_width(), 1)
+        .iter()
+        .map(|x| T::from(2.0 * x))
+        .collect();
     let d_out: Vec<T> = noise(layout.tokens() * heads.q_width(), 2);
     let found = in_every_order(|| ours(layout, heads, &qkv, &d_out));
     let exact = exact(layout, heads, &wide(&qkv), &wide(&d_out));
     let what = format!("{} {heads:?}", T::NAME);
     assert_close(&format!("out of {what}"), &found.out, &exact.out, 20.0);
-    assert_close(&format!("d_qkv of {what}"), &found.d_qkv, &exact.d_qkv, 40.0);
+    assert_close(
+        &format!("d_qkv of {what}"),
+        &found.d_qkv,
+        &exact.d_qkv,
+        40.0,
+    );
     assert_close(&format!("lse of {what}"), &found.lse, &exact.lse, 20.0);
 }
 
@@ -183,19 +225,43 @@ fn every_head_size<T: Element>() {
     for dim in [6, 16, 24, 32, 64, 80, 96, 128, 256] {
         let mut layout = Layout::default();
         layout.push(33, &[20, 35]);
-        check::<T>(&layout, Heads { query: 2, kv: 1, dim, window: None });
+        check::<T>(
+            &layout,
+            Heads {
+                query: 2,
+                kv: 1,
+                dim,
+                window: None,
+            },
+        );
     }
 }
 
 fn every_group_of_heads<T: Element>() {
     for (query, kv) in [(1, 1), (3, 3), (6, 2), (7, 1)] {
-        check::<T>(&batch(), Heads { query, kv, dim: 16, window: None });
+        check::<T>(
+            &batch(),
+            Heads {
+                query,
+                kv,
+                dim: 16,
+                window: None,
+            },
+        );
     }
 }
 
 fn windows<T: Element>() {
     for window in [1, 5, 64, 90, 1000] {
-        check::<T>(&batch(), Heads { query: 2, kv: 1, dim: 16, window: Some(window) });
+        check::<T>(
+            &batch(),
+            Heads {
+                query: 2,
+                kv: 1,
+                dim: 16,
+                window: Some(window),
+            },
+        );
     }
 }
 
@@ -203,8 +269,21 @@ fn edges_of_tiles<T: Element>() {
     for len in [1, 31, 32, 33, 63, 64, 65, 129] {
         let mut layout = Layout::default();
         layout.push(len, &[len, 1]);
-        check::<T>(&layout, Heads { query: 1, kv: 1, dim: 32, window: None });
+        check::<T>(
+            &layout,
+            Heads {
+                query: 1,
+                kv: 1,
+                dim: 32,
+                window: None,
+            },
+        );
     }
 }
 
-crate::device::for_both!(every_head_size, every_group_of_heads, windows, edges_of_tiles);
+crate::device::for_both!(
+    every_head_size,
+    every_group_of_heads,
+    windows,
+    edges_of_tiles
+);

@@ -52,7 +52,10 @@ impl Plain for f64 {}
 
 impl Arg {
     pub fn value<T: Copy>(value: T) -> Self {
-        let mut arg = Self { bytes: [0; 4], size: size_of::<T>() };
+        let mut arg = Self {
+            bytes: [0; 4],
+            size: size_of::<T>(),
+        };
         assert!(arg.size <= 32 && align_of::<T>() <= 8);
         // SAFETY: the value fits, as was just checked.
         unsafe { arg.bytes.as_mut_ptr().cast::<T>().write(value) };
@@ -103,11 +106,28 @@ pub(crate) use launch;
 pub fn run(kernel: &str, grid: [usize; 3], threads: usize, shared: usize, mut args: Vec<Arg>) {
     let host = kernels::emulated(kernel).unwrap_or_else(|| panic!("no kernel {kernel}"));
     let sizes: Vec<usize> = args.iter().map(|arg| arg.size).collect();
-    assert_eq!(sizes, kernels::parameter_sizes(kernel), "parameters of {kernel}");
-    let mut pointers: Vec<*mut c_void> = (args.iter_mut()).map(|arg| arg.bytes.as_mut_ptr().cast()).collect();
+    assert_eq!(
+        sizes,
+        kernels::parameter_sizes(kernel),
+        "parameters of {kernel}"
+    );
+    let mut pointers: Vec<*mut c_void> = (args.iter_mut())
+        .map(|arg| arg.bytes.as_mut_ptr().cast())
+        .collect();
     let [x, y, z] = grid.map(|n| n as u32);
     // SAFETY: the arguments have the sizes of the kernel's parameters; vectors behind pointers outlive the call.
-    unsafe { host(x, y, z, threads as u32, 1, 1, shared as u32, pointers.as_mut_ptr()) };
+    unsafe {
+        host(
+            x,
+            y,
+            z,
+            threads as u32,
+            1,
+            1,
+            shared as u32,
+            pointers.as_mut_ptr(),
+        )
+    };
 }
 
 /// Runs it with several orders of threads, which must agree.
@@ -116,7 +136,10 @@ pub fn in_every_order<R: PartialEq + Debug>(run: impl Fn() -> R) -> R {
     let result = run();
     for order in [1, 7, 8] {
         kernels::set_order(order);
-        assert!(run() == result, "order {order} of the threads changes the result");
+        assert!(
+            run() == result,
+            "order {order} of the threads changes the result"
+        );
     }
     kernels::set_order(0);
     result

@@ -1,3 +1,1 @@
 //! Gathers and scatters, norms, SwiGLU, rotation.
-
-
