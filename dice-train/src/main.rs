@@ -7,12 +7,13 @@ use anyhow::{Result, bail, ensure};
 use clap::Parser;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    LoraSettings, LossType, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
+    LoraSettings, LossType, Moments, Objective, Scheduler, Settings, StepMetrics, Train, order,
+    trainer,
 };
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
-use common::policy::{Checkpoint, Compute, Place, Prefers};
+use common::policy::{Checkpoint, Compute, Prefers};
 use common::program::{self, Progress};
 use common::records::Split;
 use data::{Pairs, open_reference};
@@ -32,8 +33,10 @@ use tensorboard::EventFile;
 /// reference are rounded alike.
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
-/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. A killed run goes on with --resume, to the
-/// same weights as without the kill.
+/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. On a GPU (--device cuda) what is
+/// multiplied takes nothing more in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with
+/// --lora-rank there are the weights alone, 2 bytes in bf16. Activations take what is left, and less if they must. A
+/// killed run goes on with --resume, to the same weights as without the kill, on whichever device.
 ///
 /// Example: dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl
 #[derive(Parser)]
@@ -129,6 +132,8 @@ pub struct Args {
 enum Optimizer {
     /// AdamW, betas 0.9 and 0.999
     Adamw,
+    /// AdamW whose moments are bfloat16, rounded stochastically: for large models on one GPU
+    AdamwBf16,
 }
 
 fn main() -> ExitCode {
@@ -157,15 +162,11 @@ fn run(args: Args) -> Result<()> {
         );
     }
     let _claim = Claim::new(&part)?;
+    let place = args.compute.place(Prefers::Exactness)?;
     ensure!(
-        !args.compute.device.starts_with("cuda"),
-        "--device {}: training computes on the CPU alone",
-        args.compute.device
+        place.gpu.is_some() || args.optimizer == Optimizer::Adamw,
+        "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
     );
-    let place = Place {
-        gpu: None,
-        ..args.compute.place(Prefers::Exactness)?
-    };
     let model = Checkpoint::open(&args.model)?;
     let reference = args
         .reference
@@ -191,20 +192,19 @@ fn run(args: Args) -> Result<()> {
         dtype: place.dtype().to_owned(),
         settings: settings.clone(),
     };
-    let mut trainer = Trainer::new(&model.weights, settings, place.precision, STATE_BYTES)?;
     program::say(format_args!("{}: computing in {place}", args.model));
-    if pairs.needs_reference() {
-        match &reference {
-            Some(reference) => {
-                let engine = reference.engine(&place)?;
-                pairs.fill(|groups| engine.score(groups))?;
-            }
-            None => pairs.fill(|groups| trainer.score(groups))?,
-        }
+    // Another reference is gone before there is a trainer: they need not fit side by side.
+    if let (true, Some(reference)) = (pairs.needs_reference(), &reference) {
+        let engine = reference.engine(&place)?;
+        pairs.fill(|groups| engine.score(groups))?;
+    }
+    let mut trainer = trainer(&model.weights, settings, &place, STATE_BYTES)?;
+    if pairs.needs_reference() && reference.is_none() {
+        pairs.fill(|groups| trainer.score(groups))?;
     }
     drop(reference);
     let log = if args.resume {
-        resume(&args.output, &run, &mut trainer)?
+        resume(&args.output, &run, &mut *trainer)?
     } else {
         vec![]
     };
@@ -215,10 +215,10 @@ fn run(args: Args) -> Result<()> {
         chat: &model.chat,
         base: &args.model,
     };
-    train(&args, &mut trainer, &pairs, &writer, log)
+    train(&args, &mut *trainer, &pairs, &writer, log)
 }
 
-/// What layer states may take: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
+/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
 const STATE_BYTES: usize = 400 << 20;
 
 fn check(args: &Args) -> Result<()> {
@@ -238,7 +238,6 @@ fn check(args: &Args) -> Result<()> {
 
 fn settings(args: &Args, pairs: usize) -> Settings {
     let per_epoch = pairs.div_ceil(args.batch_size) as u64;
-    let Optimizer::Adamw = args.optimizer;
     Settings {
         objective: Objective {
             loss_type: args.loss,
@@ -259,13 +258,17 @@ fn settings(args: &Args, pairs: usize) -> Settings {
             rank,
             alpha: args.lora_alpha,
         }),
+        moments: match args.optimizer {
+            Optimizer::Adamw => Moments::F32,
+            Optimizer::AdamwBf16 => Moments::Bf16,
+        },
     }
 }
 
 /// Steps until the end, from wherever the trainer is. stdout receives the whole log, that of an earlier part included.
 fn train(
     args: &Args,
-    trainer: &mut Trainer,
+    trainer: &mut dyn Train,
     pairs: &Pairs,
     writer: &Writer,
     mut log: Vec<StepMetrics>,

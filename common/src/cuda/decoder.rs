@@ -2,6 +2,7 @@
 
 use super::args;
 use super::device::{Address, Buffer, Device, Form, Launch, Operand, Plain, Product, bytes_of};
+use super::lora::LowRank;
 use crate::kernels::attention::{Heads, Layout};
 use crate::kernels::gemm::Precision;
 use crate::kernels::rope::Rotary;
@@ -26,7 +27,7 @@ pub struct Decoder {
     embedding: Buffer,
     head: Option<Buffer>,
     pub(super) layers: Vec<Layer>,
-    norm: Buffer,
+    pub(super) norm: Buffer,
     rotary: Mutex<Option<Arc<Rotation>>>,
     pub(super) kernels: Kernels,
 }
@@ -42,12 +43,32 @@ pub(super) struct Layer {
     pub down: Linear,
 }
 
+impl Layer {
+    /// Its linear maps, in the order of the forward pass.
+    pub fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+
+    pub fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        let Self {
+            qkv,
+            output,
+            gate_up,
+            down,
+            ..
+        } = self;
+        [qkv, output, gate_up, down]
+    }
+}
+
 /// y = x·Wᵀ + b; W `[rows, cols]` in the decoder's format, b float32.
 pub(super) struct Linear {
     pub weight: Buffer,
     pub bias: Option<Buffer>,
     pub rows: usize,
     pub cols: usize,
+    /// Low-rank adapters in training.
+    pub adapters: Vec<LowRank>,
 }
 
 /// cos and sin of every position that was needed so far.
@@ -68,6 +89,8 @@ pub(super) struct Kernels {
     pub attention: String,
     pub decode_attention: String,
     pub decode_merge: String,
+    /// What names of kernels end in.
+    format: &'static str,
     /// The head size that attention is compiled for.
     head_size: usize,
 }
@@ -94,8 +117,21 @@ impl Kernels {
             attention: format!("attention_{format}_{head_size}"),
             decode_attention: format!("decode_attention_{format}_{head_size}"),
             decode_merge: name("decode_merge"),
+            format,
             head_size,
         })
+    }
+}
+
+impl Kernels {
+    /// A kernel that is made for the format.
+    pub fn of_format(&self, stem: &str) -> String {
+        format!("{stem}_{}", self.format)
+    }
+
+    /// A kernel that is made for the format and the head size.
+    pub fn of_heads(&self, stem: &str) -> String {
+        format!("{stem}_{}_{}", self.format, self.head_size)
     }
 }
 
@@ -136,10 +172,11 @@ pub struct Shape {
     pub tiles: Buffer,
     /// How many.
     pub tile_count: usize,
-    rotary: Arc<Rotation>,
+    pub(super) rotary: Arc<Rotation>,
 }
 
 /// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
+#[derive(Clone)]
 pub struct Pass {
     /// The residual stream, float32.
     pub x: Buffer,
@@ -157,6 +194,8 @@ pub struct Pass {
     pub gate_up: Buffer,
     /// The MLP's inner activation.
     pub inner: Buffer,
+    /// What adapters have between their factors, `[T, rank]`; none without adapters.
+    pub low_rank: Option<Buffer>,
 }
 
 /// Where keys and values go beside the batch: a layer's cache, and the row of it that each row of the batch has, int32.
@@ -177,16 +216,49 @@ impl Decoder {
         source: &(impl Source + ?Sized),
         precision: Precision,
     ) -> Result<Self> {
+        let put = |span: &Span, format| device.buffer_in(&source.get(span)?, format);
+        Self::build(device, config, precision, put)
+    }
+
+    /// A decoder over parameters that are on the device, flat as [`Params`] lays them out: it is what they become.
+    /// `masters` are float32, `working` the same in `precision`.
+    ///
+    /// # Errors
+    /// Heads that no kernel takes.
+    pub fn over(
+        device: &Device,
+        config: &Config,
+        precision: Precision,
+        masters: &Buffer,
+        working: &Buffer,
+    ) -> Result<Self> {
+        Self::build(device, config, precision, |span, format| {
+            let flat = match format {
+                Precision::F32 => masters,
+                Precision::Bf16 => working,
+            };
+            Ok(flat.part(span.range.start, span.range.len(), bytes_of(format)))
+        })
+    }
+
+    /// `put` gives the place of a span in a format.
+    fn build(
+        device: &Device,
+        config: &Config,
+        precision: Precision,
+        put: impl Fn(&Span, Precision) -> Result<Buffer>,
+    ) -> Result<Self> {
         let params = Params::new(config);
         let kernels = Kernels::new(precision, config.head_dim)?;
-        let in_format = |span: &Span| device.buffer_in(&source.get(span)?, precision);
-        let vector = |span: &Span| device.buffer_in(&source.get(span)?, Precision::F32);
+        let in_format = |span: &Span| put(span, precision);
+        let vector = |span: &Span| put(span, Precision::F32);
         let linear = |m: &Matrix| -> Result<Linear> {
             Ok(Linear {
                 weight: in_format(&m.weight)?,
                 bias: m.bias.as_ref().map(vector).transpose()?,
                 rows: m.rows,
                 cols: m.cols,
+                adapters: vec![],
             })
         };
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
@@ -259,7 +331,18 @@ impl Decoder {
             lse: rows(heads.query, size_of::<f32>())?,
             gate_up: rows(2 * c.ffn, self.size())?,
             inner: rows(c.ffn, self.size())?,
+            low_rank: match self.rank() {
+                0 => None,
+                rank => Some(rows(rank, self.size())?),
+            },
         })
+    }
+
+    /// The largest rank of its adapters; 0 where it has none.
+    pub(super) fn rank(&self) -> usize {
+        let linears = self.layers.iter().flat_map(Layer::linears);
+        let adapters = linears.flat_map(|linear| &linear.adapters);
+        adapters.map(|adapter| adapter.rank).max().unwrap_or(0)
     }
 
     /// The LM head, `[vocab, hidden]`.
@@ -381,7 +464,7 @@ impl Decoder {
         Ok(())
     }
 
-    fn project(
+    pub(super) fn project(
         &self,
         i: usize,
         shape: &Shape,
@@ -411,7 +494,7 @@ impl Decoder {
         let (layer, heads, eps) = (&self.layers[i], self.heads(i), self.config.norm_eps);
         self.norm(&pass.x, None, &layer.input_norm, count, &pass.normed)?;
         let raw = pass.qkv_raw.as_ref().unwrap_or(&pass.qkv);
-        self.product(&layer.qkv, &pass.normed, raw, count)?;
+        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
         let (q_norm, k_norm) = match &layer.head_norms {
             Some((q, k)) => (q.address(), k.address()),
             None => (0, 0),
@@ -463,20 +546,34 @@ impl Decoder {
 
     /// The part of layer `i` after attention: `pass.x` gains the output projection and the MLP.
     pub(super) fn finish(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        self.widen(i, count, pass)?;
+        self.narrow(i, count, pass, &pass.x)
+    }
+
+    /// `pass.x` gains attention's output projection; from it to `pass.gate_up`.
+    pub(super) fn widen(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
         let layer = &self.layers[i];
-        let ffn = self.config.ffn;
-        self.add(&layer.output, &pass.attention, &pass.x, count)?;
+        self.add(&layer.output, &pass.attention, &pass.x, count, pass)?;
         self.norm(&pass.x, None, &layer.mlp_norm, count, &pass.normed)?;
-        self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count)?;
-        if let Some(bias) = &layer.gate_up.bias {
-            self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, 2 * ffn)?;
+        self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count, pass)?;
+        match &layer.gate_up.bias {
+            Some(bias) => {
+                let width = 2 * self.config.ffn;
+                self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, width)
+            }
+            None => Ok(()),
         }
+    }
+
+    /// The residual stream `x` gains the MLP of `pass.gate_up`.
+    pub(super) fn narrow(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
+        let ffn = self.config.ffn;
         self.device.launch(
             &self.kernels.swiglu,
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
             args![&pass.gate_up, &pass.inner, ffn as i32],
         )?;
-        self.add(&layer.down, &pass.inner, &pass.x, count)
+        self.add(&self.layers[i].down, &pass.inner, x, count, pass)
     }
 
     /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.
@@ -512,7 +609,7 @@ impl Decoder {
         })
     }
 
-    fn norm(
+    pub(super) fn norm(
         &self,
         x: &Buffer,
         rows: Option<&Buffer>,
@@ -529,20 +626,29 @@ impl Decoder {
     }
 
     /// y = x·Wᵀ; the bias is left to whoever comes next.
-    fn product(&self, linear: &Linear, x: &Buffer, y: &Buffer, count: usize) -> Result<()> {
-        self.multiply(
-            linear,
-            x,
-            y.rows(0, linear.rows, self.precision),
-            count,
-            0.0,
-        )
+    fn product(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        y: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let y = y.rows(0, linear.rows, self.precision);
+        self.multiply(linear, x, y, count, 0.0, pass)
     }
 
     /// The residual stream gains x·Wᵀ + b.
-    fn add(&self, linear: &Linear, x: &Buffer, stream: &Buffer, count: usize) -> Result<()> {
+    fn add(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        stream: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
         let y = stream.rows(0, linear.rows, Precision::F32);
-        self.multiply(linear, x, y, count, 1.0)?;
+        self.multiply(linear, x, y, count, 1.0, pass)?;
         match &linear.bias {
             Some(bias) => self.bias("add_bias_f32", stream, bias, count, linear.rows),
             None => Ok(()),
@@ -556,18 +662,25 @@ impl Decoder {
         y: Operand,
         count: usize,
         keep: f32,
+        pass: &Pass,
     ) -> Result<()> {
+        let x = x.rows(0, linear.cols, self.precision);
         self.device.multiply(Product {
             form: Form::RowsByRows,
             m: count,
             n: linear.rows,
             k: linear.cols,
-            a: x.rows(0, linear.cols, self.precision),
+            a: x,
             b: linear.weight.rows(0, linear.cols, self.precision),
             c: y,
             scale: 1.0,
             keep,
-        })
+        })?;
+        for adapter in &linear.adapters {
+            let between = pass.low_rank.as_ref().expect("made with the adapters");
+            adapter.add(&self.device, x, y, count, between)?;
+        }
+        Ok(())
     }
 
     fn bias(

@@ -48,6 +48,15 @@ impl Launch {
         }
     }
 
+    /// The same in so many layers.
+    pub fn deep(self, z: usize) -> Self {
+        let [x, y, _] = self.grid;
+        Self {
+            grid: [x, y, z as u32],
+            ..self
+        }
+    }
+
     /// The same with dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Self {
@@ -209,7 +218,11 @@ impl Device {
             )
         })?;
         Ok(Buffer {
-            device: self.clone(),
+            block: Arc::new(Block {
+                device: self.clone(),
+                at,
+                bytes,
+            }),
             at,
             bytes,
         })
@@ -322,14 +335,33 @@ pub fn bytes_of(precision: Precision) -> usize {
     }
 }
 
-/// Memory on a device, given back when dropped. Places in it are counted in elements.
+/// Memory on a device, or a part of it; given back when the last that shares it is dropped. Places in it are counted in
+/// elements.
+#[derive(Clone)]
 pub struct Buffer {
+    block: Arc<Block>,
+    at: Address,
+    bytes: usize,
+}
+
+/// Memory as it was allocated.
+struct Block {
     device: Device,
     at: Address,
     bytes: usize,
 }
 
 impl Buffer {
+    /// A part of it: `len` elements of so many bytes each, from `first` on.
+    pub fn part(&self, first: usize, len: usize, bytes: usize) -> Self {
+        assert!((first + len) * bytes <= self.bytes, "past the end");
+        Self {
+            block: self.block.clone(),
+            at: self.element(first, bytes),
+            bytes: len * bytes,
+        }
+    }
+
     /// Where it is.
     pub fn address(&self) -> Address {
         self.at
@@ -357,14 +389,14 @@ impl Buffer {
 
     /// Sets it to zero.
     pub fn clear(&self) -> Result<()> {
-        self.device.0.clear(self.at, self.bytes)
+        self.device().0.clear(self.at, self.bytes)
     }
 
     /// Copies values to its elements from `first` on.
     pub fn write<T: Plain>(&self, first: usize, values: &[T]) -> Result<()> {
         self.check(first, values.len(), size_of::<T>())?;
         let to = self.element(first, size_of::<T>());
-        self.device.0.upload(bytes_of_slice(values), to)
+        self.device().0.upload(bytes_of_slice(values), to)
     }
 
     /// Copies numbers, rounded to `precision`, to its elements from `first` on.
@@ -393,7 +425,7 @@ impl Buffer {
         let bytes = unsafe {
             std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), len * size_of::<T>())
         };
-        self.device
+        self.device()
             .0
             .download(self.element(first, size_of::<T>()), bytes)?;
         Ok(values)
@@ -416,7 +448,11 @@ impl Buffer {
             bytes <= self.bytes && bytes <= other.bytes,
             "a copy of {bytes} bytes past the end of device memory"
         );
-        self.device.0.copy(other.at, self.at, bytes)
+        self.device().0.copy(other.at, self.at, bytes)
+    }
+
+    fn device(&self) -> &Device {
+        &self.block.device
     }
 
     fn check(&self, first: usize, len: usize, size: usize) -> Result<()> {
@@ -429,23 +465,8 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Block {
     fn drop(&mut self) {
         self.device.0.free(self.at, self.bytes);
-    }
-}
-
-/// Grows to what is asked for and stays: memory that one pass after another uses.
-#[derive(Default)]
-pub struct Room(Option<Buffer>);
-
-impl Room {
-    /// At least so many bytes.
-    pub fn fit(&mut self, device: &Device, bytes: usize) -> Result<&Buffer> {
-        if self.0.as_ref().is_none_or(|b| b.bytes < bytes) {
-            self.0 = None; // given back before more is asked for
-            self.0 = Some(device.allocate(bytes)?);
-        }
-        Ok(self.0.as_ref().expect("just made"))
     }
 }

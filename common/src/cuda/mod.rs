@@ -4,6 +4,7 @@
 //! runs on the CPU in tests (feature `cuda-emulated`); the feature `cuda` adds the driver. Batches, parameters and
 //! numbers of a sampler are those of the CPU. The residual stream, sums, norms and logits are float32 in both formats.
 
+mod backward;
 mod decoder;
 mod device;
 #[cfg(feature = "cuda")]
@@ -15,17 +16,22 @@ mod generator;
 #[path = "../../cuda/kernels.rs"]
 #[allow(dead_code)] // each backend, and the kernels' own tests, use some of it
 mod images;
+mod lora;
+mod optimizer;
 mod reward;
 mod scoring;
+mod training;
 
+pub use backward::Gradients;
 pub use decoder::{Decoder, Pass, Shape};
 pub use device::{
-    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Product, Room,
-    bytes_of,
+    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Product, bytes_of,
 };
 pub use generator::Generator;
+pub use optimizer::{Flat, Rates, Trained};
 pub use reward::{Choice, rewards};
 pub use scoring::{score, score_all, target_logps};
+pub use training::{Footprint, Forward};
 
 use anyhow::Result;
 

@@ -3,7 +3,7 @@
 
 use super::args;
 use super::decoder::{Decoder, THREADS};
-use super::device::{Buffer, Launch, Room};
+use super::device::{Buffer, Device, Launch};
 use crate::kernels::gemm::Precision;
 use crate::logprob::{Batch, Group, in_parts};
 use anyhow::Result;
@@ -46,26 +46,64 @@ pub fn score(decoder: &Decoder, groups: &[Group]) -> Result<Vec<f64>> {
     let shape = decoder.shape(&batch.layout)?;
     let pass = decoder.pass(batch.tokens.len())?;
     decoder.forward(&shape, &batch.tokens, &pass, |_| Ok(()))?;
-    let count = batch.targets.len();
-    let rows: Vec<i32> = batch.rows.iter().map(|&r| r as i32).collect();
-    let rows = device.buffer_of(&rows)?;
-    let normed = device.allocate(count * decoder.config.hidden * decoder.size())?;
-    decoder.final_norm(&pass.x, Some(&rows), count, &normed)?;
+    let predicting = Predicting::new(decoder, &batch, &pass.x)?;
     drop(pass);
-    let targets = device.buffer_of(&batch.targets)?;
-    let found = target_logps(decoder, &normed, &targets, count)?;
-    // Summed in float64 where they are: a few numbers come back.
-    let mut offsets = vec![0i32];
-    offsets.extend(batch.responses.iter().map(|r| r.end as i32));
-    let offsets = device.buffer_of(&offsets)?;
-    let responses = batch.responses.len();
-    let sums = device.allocate(responses * size_of::<f64>())?;
-    device.launch(
-        "segment_sums",
-        Launch::row(responses.div_ceil(8), THREADS),
-        args![&found.logps, &offsets, &sums, responses as i32],
-    )?;
-    sums.read(0, responses)
+    let found = predicting.target_logps(decoder)?;
+    predicting.sums(device, &found.logps)
+}
+
+/// The rows of a batch that predict its targets.
+pub(super) struct Predicting {
+    /// How many.
+    pub count: usize,
+    /// Which they are in the batch, int32.
+    pub rows: Buffer,
+    /// What they should predict, int32.
+    pub targets: Buffer,
+    /// Their hidden states after the last norm, `[count, hidden]`.
+    pub normed: Buffer,
+    /// How many responses they are of.
+    pub responses: usize,
+    /// The first target of each response, and one past the last, int32.
+    pub offsets: Buffer,
+}
+
+impl Predicting {
+    /// Gathers them from the residual stream after the last layer.
+    pub fn new(decoder: &Decoder, batch: &Batch, x: &Buffer) -> Result<Self> {
+        let device = &decoder.device;
+        let count = batch.targets.len();
+        let rows: Vec<i32> = batch.rows.iter().map(|&r| r as i32).collect();
+        let rows = device.buffer_of(&rows)?;
+        let normed = device.allocate(count * decoder.config.hidden * decoder.size())?;
+        decoder.final_norm(x, Some(&rows), count, &normed)?;
+        let mut offsets = vec![0i32];
+        offsets.extend(batch.responses.iter().map(|r| r.end as i32));
+        Ok(Self {
+            count,
+            rows,
+            targets: device.buffer_of(&batch.targets)?,
+            normed,
+            responses: batch.responses.len(),
+            offsets: device.buffer_of(&offsets)?,
+        })
+    }
+
+    /// log p of their targets.
+    pub fn target_logps(&self, decoder: &Decoder) -> Result<TargetLogps> {
+        target_logps(decoder, &self.normed, &self.targets, self.count)
+    }
+
+    /// Sums of each response, in float64 where they are: a few numbers come back.
+    pub fn sums(&self, device: &Device, logps: &Buffer) -> Result<Vec<f64>> {
+        let sums = device.allocate(self.responses * size_of::<f64>())?;
+        device.launch(
+            "segment_sums",
+            Launch::row(self.responses.div_ceil(8), THREADS),
+            args![logps, &self.offsets, &sums, self.responses as i32],
+        )?;
+        sums.read(0, self.responses)
+    }
 }
 
 /// As [`score`] for many groups, with at most `limit` tokens in a forward pass.
@@ -88,8 +126,7 @@ pub fn target_logps(
         lse: floats(count)?,
     };
     let (rows_at_once, words_at_once) = tile(count, vocab);
-    let mut logits = Room::default();
-    let logits = logits.fit(device, rows_at_once * words_at_once * size_of::<f32>())?;
+    let logits = floats(rows_at_once * words_at_once)?;
     let state = floats(3 * rows_at_once)?;
     for first in (0..count).step_by(rows_at_once) {
         let rows = (count - first).min(rows_at_once);
@@ -106,7 +143,7 @@ pub fn target_logps(
                 "logprob_update",
                 Launch::row(rows, THREADS),
                 args![
-                    logits,
+                    &logits,
                     targets.element(first, 4),
                     &state,
                     words as i32,
@@ -130,7 +167,7 @@ pub fn target_logps(
 }
 
 /// Rows and words of a tile of logits: few words and many rows, so that the head's weights are read few times.
-fn tile(rows: usize, vocab: usize) -> (usize, usize) {
+pub(super) fn tile(rows: usize, vocab: usize) -> (usize, usize) {
     let all = LOGITS / size_of::<f32>();
     let words = (all / rows.max(1)).clamp(WORDS.min(vocab), vocab);
     ((all / words).min(rows).max(1), words)
