@@ -10,13 +10,13 @@ model=models/SmolLM2-135M-Instruct.gguf
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cargo build --release -p common --features cuda --example gpu_rates
+cargo build --release --workspace --features common/cuda --example gpu_rates
 # The device's tests, which find the GPU by themselves; with the emulated device, too, since they are one program.
-tests=$(cargo test --release -p common --features cuda,cuda-emulated --test cuda --no-run --message-format=json |
-    python3 -c 'import json,sys
+tests=$(cargo test --release --workspace --features common/cuda,common/cuda-emulated --test cuda --no-run \
+    --message-format=json | python3 -c 'import json,sys
 for line in sys.stdin:
     made = json.loads(line)
-    if made.get("executable") and made["target"]["name"] == "cuda": print(made["executable"])')
+    if made.get("executable") and made["target"]["src_path"].endswith("common/tests/cuda.rs"): print(made["executable"])')
 mkdir -p "$work/bin" "$work/tests/golden" "$work/examples" "$out"
 for tool in dice-gen dice-score dice-pairs dice-train dice-eval examples/gpu_rates; do
     strip -o "$work/bin/$(basename $tool)" target/release/$tool
