@@ -61,7 +61,7 @@ pub mod logprob;
 #[cfg(feature = "model")]
 pub mod generate;
 
-// decoder, log-probs and sampling on a GPU
+// decoder, log-probs, sampling and gradients on a GPU
 #[cfg(feature = "model")]
 pub mod cuda;
 

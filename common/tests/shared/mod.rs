@@ -1,5 +1,9 @@
 //! What tests of whole models share: the families' tiny checkpoints and figures, and training that PyTorch did before.
 
+#![allow(dead_code)] // each test takes some of it
+
+#[cfg(feature = "cuda-emulated")]
+use common::cuda::{self, Device};
 use common::dpo::{LossType, Moments, Objective, Pair, Scheduler, Settings, Train};
 use common::weights::Weights;
 use serde_json::Value;
@@ -146,4 +150,15 @@ pub fn assert_trains_as_in_pytorch(
             }
         }
     }
+}
+
+/// The emulated device, and the first real one where there is one.
+#[cfg(feature = "cuda-emulated")]
+pub fn devices() -> Vec<Device> {
+    let mut devices = vec![cuda::emulated(1 << 30)];
+    match cuda::open(0) {
+        Ok(gpu) => devices.push(gpu),
+        Err(why) => eprintln!("no real GPU: {why:#}"),
+    }
+    devices
 }
