@@ -18,7 +18,8 @@ what it found at once, so that a step that runs out of time loses only itself. `
 
 Needs: the driver, and cuBLAS, which is looked for beside PyTorch's wheels and in /usr/local/cuda. How things are measured:
 
-- Rates of our tools are those of their own summary line: from the first row read to the last written, models loaded.
+- Rates of our tools are those of their own summary line: from the first row read to the last written, models loaded. Training
+  is timed from its first step's row to its last.
 - Useful FLOPs: two per weight and token, a prompt once for all that shares it, the LM head for response tokens only; training
   three times that. Attention's own products are left out. The share is of the best product `gpu_rates` measured in that format.
 - The floor of generation is the time in which all weights are read once a step, at the rate of a copy on the device.
@@ -68,6 +69,7 @@ def unpack(folder):
     if (HOME / "tools.tar.xz").exists():
         with tarfile.open(HOME / "tools.tar.xz") as tools:
             tools.extractall(HOME, filter="tar")
+    (HOME / "common").mkdir(exist_ok=True)  # from where the tests look for their figures
     parts = sorted(HOME.glob("model-*.part"))
     if len(parts) == 2 and not SMALL.exists():
         SMALL.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -183,7 +185,7 @@ def rates(_):
 def check(args):
     # The tests' device part: every family against transformers' figures and the CPU's decoder, sampling included.
     tests = [str(HOME / "bin/cuda-tests"), "--nocapture"]
-    env = {**environment(), "CARGO_MANIFEST_DIR": str(HOME / "common"), "DICE_GOLDEN": str(HOME / "tests/golden")}
+    env = {**environment(), "CARGO_MANIFEST_DIR": str(HOME / "common")}
     done = subprocess.run(tests, env=env, capture_output=True, text=True)
     note("tests", {"passed": done.returncode == 0, "end": (done.stdout + done.stderr)[-1500:]})
     if shutil.which("compute-sanitizer") and not args.quick:
@@ -215,13 +217,13 @@ def text_prompts(count):
     return [{"prompt": row["prompt"], "id": row.get("id", str(i))} for i, row in enumerate(rows[:count])]
 
 
-def stages(name, model, dtype, prompts, max_tokens, pairs):
-    """Generates, scores and trains; notes each."""
+def stages(name, model, dtype, prompts, max_tokens, slots=256):
+    """Generates with so many sequences at a time, and scores what came; notes both."""
     shape, bytes_each = SHAPES[name], {"bf16": 2, "f32": 4}[dtype]
     where = ("--device", "cuda", "--dtype", dtype)
     file, samples = write(HOME / "prompts.jsonl", text_prompts(prompts)), HOME / f"{name}-samples.jsonl"
-    made = run("dice-gen", *where, "--model", model, "--k", K, "--max-tokens", max_tokens, file, output=samples)
-    slots = min(256, prompts * K)
+    made = run("dice-gen", *where, "--model", model, "--k", K, "--max-tokens", max_tokens, "--batch-size", slots, file,
+               output=samples)
     read = results().get("rates", {}).get("read_gbps")
     if read:
         floor = slots * read * 1e9 / (shape.weights * bytes_each)
@@ -236,51 +238,76 @@ def stages(name, model, dtype, prompts, max_tokens, pairs):
     scored["share"] = share(2 * shape.flops(shared, response), scored["seconds"], dtype)
     scored["counted_per_row"] = response + shared * K
     note(f"{name} score {dtype}", scored)
-    if pairs:
-        train(name, model, dtype, pairs)
 
 
 def train(name, model, dtype, pairs, *more, label="train"):
-    shape = SHAPES[name]
-    shutil.rmtree(HOME / "trained", ignore_errors=True)
-    trained = run("dice-train", "--device", "cuda", "--dtype", dtype, "--model", model, "--output", HOME / "trained",
-                  "--save-steps", 0, *more, pairs, output=HOME / "steps.jsonl")
-    rows = rows_of(pairs)
-    tokens = rows_of(HOME / "steps.jsonl")[-1]["num_tokens"]
-    response = sum(len(row.get(f"{side}_token_ids") or []) for row in rows for side in ("chosen", "rejected"))
-    if response:
-        trained["share"] = share(3 * shape.flops(tokens - response, response), trained["seconds"], dtype)
-    note(f"{name} {label} {dtype}", trained)
+    """Timed from the first step's row to the last; then it is stopped: writing a model is no part of training."""
+    shape, rows, batch = SHAPES[name], rows_of(pairs), 8
+    shutil.rmtree(HOME / "trained.part", ignore_errors=True)
+    command = [HOME / "bin/dice-train", "--device", "cuda", "--dtype", dtype, "--model", model, "--output", HOME / "trained",
+               "--save-steps", 0, "--batch-size", batch, *more, pairs]
+    peak = Peak()
+    peak.start()
+    steps, times = [], []
+    with open(HOME / "train.log", "w") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
+        for line in process.stdout:
+            steps.append(json.loads(line))
+            times.append(time.perf_counter())
+            if len(steps) == -(-len(rows) // batch):
+                process.kill()
+        process.wait()
+    memory = peak.stop()
+    shutil.rmtree(HOME / "trained.part", ignore_errors=True)
+    if len(steps) < 2:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{(HOME / 'train.log').read_text()[-2000:]}")
+    seconds = times[-1] - times[0]
+    tokens = steps[-1]["num_tokens"] - steps[0]["num_tokens"]
+    # Each step has its share of all responses, near enough: rows come shuffled.
+    response = sum(len(row[f"{side}_token_ids"]) for row in rows for side in ("chosen", "rejected"))
+    response = response * (len(steps) - 1) / len(steps)
+    prompts = tokens - response
+    note(f"{name} {label} {dtype}", {
+        "tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "peak_gb": memory, "loss": steps[-1]["loss"],
+        "share": share(3 * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
 
 
-def with_tokens(path, model, count):
-    """Preference pairs with their token ids and their reference's log-probs, as dice-score writes them."""
-    rows = rows_of(HOME / "examples/preferences.jsonl")[:count]
-    return write(path, rows)
+def pairs_of(samples, count):
+    """Preference pairs of neighbouring samples, with their token ids; which is the better does not matter to time."""
+    rows, pairs = rows_of(samples), []
+    for a, b in zip(rows[::2], rows[1::2]):
+        if a["id"] == b["id"] and a["response"] and b["response"]:
+            pair = {"prompt": a["prompt"]}
+            for side, row in (("chosen", a), ("rejected", b)):
+                pair |= {side: row["response"], f"{side}_token_ids": row["token_ids"],
+                         f"{side}_finish_reason": row["finish_reason"]}
+            pairs.append(pair)
+    return write(HOME / "pairs.jsonl", pairs[:count])
 
 
 def small(args):
     for dtype in ("bf16",) if args.quick else ("bf16", "f32"):
-        prompts = 8 if args.quick else 64
-        pairs = with_tokens(HOME / "pairs.jsonl", SMALL, 8 if args.quick else 128)
-        stages("small", SMALL, dtype, prompts, 64 if args.quick else 512, pairs)
+        stages("small", SMALL, dtype, 8 if args.quick else 64, 64 if args.quick else 512)
+        train("small", SMALL, dtype, pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 256))
 
 
 def large(args):
     random_8b()
-    stages("large", LARGE, "bf16", 4 if args.quick else 32, 32 if args.quick else 256, None)
+    # So many that the products still wait for the weights: the floor is a floor.
+    stages("large", LARGE, "bf16", 4 if args.quick else 32, 32 if args.quick else 256, slots=128)
 
 
 def large_train(args):
     random_8b()
     rows = []
-    for i in range(4 if args.quick else 16):
+    for i in range(16 if args.quick else 32):
         ids = lambda seed: [(i * 7919 + seed * 104729 + j * 31) % 250 for j in range(1900)]
         rows.append({"prompt": "Write. " * 60, "chosen": "x", "rejected": "y", "chosen_token_ids": ids(1),
                      "rejected_token_ids": ids(2), "chosen_finish_reason": "length", "rejected_finish_reason": "length"})
     pairs = write(HOME / "long-pairs.jsonl", rows)
-    train("large", LARGE, "bf16", pairs, "--batch-size", 8, "--lora-rank", 16, label="train LoRA")
-    train("large", LARGE, "bf16", pairs, "--batch-size", 8)
+    train("large", LARGE, "bf16", pairs, "--lora-rank", 16, label="train LoRA")
+    # With float32 moments an 8B model would need 18 bytes a parameter: 144 GB before the first activation.
+    train("large", LARGE, "bf16", pairs, "--optimizer", "adamw-bf16")
 
 
 def peers(args):
@@ -289,8 +316,7 @@ def peers(args):
     if not folder.exists():
         one = write(HOME / "one.jsonl", rows_of(HOME / "examples/preferences.jsonl")[:1])
         run("dice-train", "--device", "cpu", "--model", SMALL, "--learning-rate", 0, "--max-steps", 1, "--output", folder, one)
-    small_pairs = with_tokens(HOME / "pairs.jsonl", SMALL, 8 if args.quick else 128)
-    for name, model, pairs in (("small", folder, small_pairs), ("large", LARGE, HOME / "long-pairs.jsonl")):
+    for name, model, pairs in (("small", folder, HOME / "pairs.jsonl"), ("large", LARGE, HOME / "long-pairs.jsonl")):
         work = [("generate", HOME / "prompts.jsonl", 16), ("score", HOME / f"{name}-unscored.jsonl", 16), ("train", pairs, 8)]
         for stage, rows, batch in work:
             if not (Path(model).exists() and Path(rows).exists()):
@@ -406,12 +432,10 @@ def table(_):
                 continue
             stage, dtype = " ".join(part[1:-1]), part[-1]
             peer = kept.get(f"peer {name} {part[1]}", {}) if dtype == "bf16" else {}
-            # Ours counts a prompt once; the peer, for each row: the ratio is of rows, so of tokens counted as the peer does.
-            rate = value["rate"]
-            if "counted_per_row" in value:
-                rate = value["counted_per_row"] / value["seconds"] / 2  # a peer runs one model, ours two
-                rate *= 2
-            ratio = rate / peer["rate"] * (2 if part[1] == "score" else 1) if peer.get("rate") else None
+            # Ours counts a prompt once, a peer once a row; and a peer scores with one model, ours with two.
+            rate = value.get("counted_per_row", value["tokens"]) / value["seconds"]
+            models = 2 if part[1] == "score" else 1
+            ratio = models * rate / peer["rate"] if peer.get("rate") else None
             percent = number(value["share"] * 100, "{:.0f}%") if value.get("share") is not None else "-"
             print(f"| {name} | {stage} | {dtype} | {value['rate']:.0f} | {percent} | {asked.get(part[1], '-')} | "
                   f"{value['peak_gb']:.1f} | {number(peer.get('rate'))} | {number(ratio, '{:.1f}')} |")

@@ -22,8 +22,10 @@ def rows_of(path, tokenizer, fields):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        encode = lambda field: row.get("token_ids") if field == "response" and "token_ids" in row else (
-            tokenizer(row[field], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+        def encode(field):
+            given = row.get("token_ids" if field == "response" else f"{field}_token_ids")
+            return given or tokenizer(row[field], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
         found.append((ids, *(encode(field) for field in fields)))
     return found
 

@@ -18,6 +18,8 @@ __device__ inline uint32_t order_of(float x) {
     return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+__device__ inline float logit_of(uint32_t order) { return __uint_as_float(order ^ (order >> 31 ? 0x80000000u : 0xffffffffu)); }
+
 // The logits of a sequence after the penalty, and how they become weights: exp((l − max) / temperature).
 struct Logits {
     const float* row;
@@ -51,33 +53,43 @@ template <class F> __device__ float sum_above(const Logits& logits, uint32_t abo
     return block_sum(sum);
 }
 
+// Sums of 16 values over a warp: lane l receives that of number l / 2. Each step halves what a lane carries.
+__device__ inline float warp_sums(float (&x)[16]) {
+#pragma unroll
+    for (int half = 8; half > 0; half /= 2) {
+        bool upper = lane() & 2 * half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
+            x[i] = kept + __shfl_xor_sync(ALL, given, 2 * half);
+        }
+    }
+    return x[0] + __shfl_xor_sync(ALL, x[0], 1);
+}
+
 // The highest order from which on allowed logits weigh at least `goal`; 0 if all of them do not.
 template <class F> __device__ uint32_t find(const Logits& logits, float goal, F weigh) {
-    constexpr int DIGITS = 15;  // a digit is 0 unless the sum from 1, 2, … 15 on reaches the goal
-    __shared__ float parts[DIGITS][SAMPLE_THREADS / WARP];
+    __shared__ float parts[16][SAMPLE_THREADS / WARP];
     uint32_t found = 0;
     for (int shift = 28; shift >= 0; shift -= 4) {
-        float sums[DIGITS] = {};
+        float sums[16] = {};  // from each digit 1, 2, … 15 on; the last stays 0
         for (int i = threadIdx.x; i < logits.vocab; i += SAMPLE_THREADS) {
             float l = logits.at(i);
             uint32_t order = order_of(l);
             if (order < found || !logits.allowed(l)) continue;
             float w = weigh(l);
 #pragma unroll
-            for (int d = 0; d < DIGITS; ++d) {
+            for (int d = 0; d < 15; ++d) {
                 if (order >= (found | uint32_t(d + 1) << shift)) sums[d] += w;
             }
         }
+        float sum = warp_sums(sums);
+        __syncthreads();  // the last digit's parts have been read
+        if (lane() % 2 == 0) parts[lane() / 2][warp()] = sum;
         __syncthreads();
-#pragma unroll
-        for (int d = 0; d < DIGITS; ++d) {
-            float sum = warp_sum(sums[d]);
-            if (lane() == 0) parts[d][warp()] = sum;
-        }
-        __syncthreads();
-        float sum = 0;
-        for (int w = 0; w < SAMPLE_THREADS / WARP && lane() < DIGITS; ++w) sum += parts[lane()][w];
-        unsigned reached = __ballot_sync(ALL, lane() < DIGITS && sum >= goal);
+        sum = 0;
+        for (int w = 0; w < SAMPLE_THREADS / WARP && lane() < 15; ++w) sum += parts[lane()][w];
+        unsigned reached = __ballot_sync(ALL, lane() < 15 && sum >= goal);
         found |= uint32_t(__popc(reached)) << shift;  // sums fall from digit to digit
     }
     return found;
@@ -87,7 +99,6 @@ template <class F> __device__ uint32_t find(const Logits& logits, float goal, F 
 __device__ inline Threshold truncate(const Logits& logits, const SamplingParams& how) {
     auto weight = [&](float l) { return logits.weight(l); };
     auto one = [](float) { return 1.0f; };
-    auto logit_of = [](uint32_t order) { return __uint_as_float(order ^ (order >> 31 ? 0x80000000u : 0xffffffffu)); };
     constexpr int ALL_TIES = 0x7fffffff;
     Threshold kept{0, ALL_TIES};
     if (how.top_k > 0 && how.top_k < logits.vocab) {
@@ -109,7 +120,7 @@ __device__ inline Threshold truncate(const Logits& logits, const SamplingParams&
     return kept;
 }
 
-// The weight of word i if it is kept, given how many ties came before it; counts it if it is one.
+// Where a draw falls: a chunk of words, the ties still to be kept and the weight still to be passed at its beginning.
 struct Place {
     int chunk, ties;
     double rest;
@@ -122,7 +133,6 @@ __device__ inline int pick(const Logits& logits, Threshold kept, double u) {
     int* ties = reinterpret_cast<int*>(masses + chunks);
     __shared__ Place place;
     __shared__ int token;
-    float tie_weight = 0;
     for (int chunk = warp(); chunk < chunks; chunk += SAMPLE_THREADS / WARP) {
         float sum = 0;
         int equal = 0;
@@ -136,7 +146,7 @@ __device__ inline int pick(const Logits& logits, Threshold kept, double u) {
         equal = warp_sum(equal);
         if (lane() == 0) masses[chunk] = sum, ties[chunk] = equal;
     }
-    tie_weight = logits.weight(__uint_as_float(kept.order ^ (kept.order >> 31 ? 0x80000000u : 0xffffffffu)));
+    float tie_weight = logits.weight(logit_of(kept.order));
     __syncthreads();
     if (threadIdx.x == 0) {
         auto walk = [&](double rest, bool stop) {

@@ -61,7 +61,7 @@ pub mod logprob;
 #[cfg(feature = "model")]
 pub mod generate;
 
-// decoder, log-probs, sampling and gradients on a GPU
+// the model on a GPU: decoder, log-probs, sampling, training
 #[cfg(feature = "model")]
 pub mod cuda;
 

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, anyhow, ensure};
 use common::jsonl::{Place, Row};
+use common::metrics::spread;
 use serde_json::Value;
 
 use crate::lists::list_or_lines;
@@ -38,7 +39,12 @@ pub struct Annotation {
     output: Option<u64>,
     /// Whether both outputs are the same text.
     identical: bool,
+    /// Whether the judge's two orders had different winners, where `dice-eval judge` asked for both.
+    turned: Option<bool>,
 }
+
+/// From this share of turned verdicts on, the order decides too much. (Verdicts by a coin turn half of the time.)
+const MUCH_TURNED: f64 = 0.3;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Key {
@@ -94,6 +100,16 @@ impl Annotations {
         self.model.is_some() && self.model == self.baseline
     }
 
+    /// The share of verdicts that turned with the order of the outputs, where both orders were judged.
+    pub fn turned(&self) -> Option<f64> {
+        let turned: Vec<f64> = self
+            .rows
+            .iter()
+            .filter_map(|row| Some(f64::from(u8::from(row.turned?))))
+            .collect();
+        spread(&turned).map(|turned| turned.mean)
+    }
+
     /// What to call the model: its name, else the file's.
     pub fn name(&self) -> String {
         let stem = Path::new(&self.file).file_stem();
@@ -136,6 +152,10 @@ impl Annotations {
         } else if n > 9 && texts == 0 && lengths.len() == 1 {
             remarks.push("all outputs of the model have one length: are they constant?".into());
         }
+        if let Some(share) = self.turned().filter(|share| *share >= MUCH_TURNED) {
+            let percent = 100.0 * share;
+            remarks.push(format!("{percent:.0}% of the verdicts turned with the order of the outputs: this is hardly a judge"));
+        }
         remarks
     }
 }
@@ -172,6 +192,7 @@ impl Annotation {
             win: preference(row)?,
             output: texts[1].map(hash),
             identical: texts[0].is_some() && texts[0] == texts[1],
+            turned: row.fields.get("turned").and_then(Value::as_bool),
         })
     }
 }
@@ -279,6 +300,29 @@ mod tests {
         );
         assert_eq!(got.name(), "a");
         assert_eq!(got.remarks(), ["1 of 1 outputs of the model are empty"]);
+    }
+
+    #[test]
+    fn a_judge_that_goes_by_the_order_is_pointed_out() {
+        let rows = |turned: [bool; 4]| {
+            let row = |(i, turned): (usize, bool)| {
+                format!(
+                    "{{\"id\":{i},\"len_1\":1,\"len_2\":{i},\"preference\":1.5,\"turned\":{turned}}}\n"
+                )
+            };
+            read(&turned.into_iter().enumerate().map(row).collect::<String>()).unwrap()
+        };
+        let bad = rows([true, true, false, false]);
+        assert_eq!(bad.turned(), Some(0.5));
+        assert!(
+            bad.remarks()
+                .concat()
+                .contains("50% of the verdicts turned")
+        );
+        let good = rows([true, false, false, false]);
+        assert_eq!(good.turned(), Some(0.25));
+        assert!(!good.remarks().concat().contains("turned"));
+        assert_eq!(read(ROW).unwrap().turned(), None);
     }
 
     #[test]

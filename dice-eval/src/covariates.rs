@@ -27,7 +27,7 @@ pub struct LengthControl {
     /// `variant`, `len_1`, `len_2`, such as df_gamed.csv of that data set
     #[arg(long, value_name = "FILE", requires = "difficulty")]
     pub baselines: Option<PathBuf>,
-    /// What a row's difficulty is looked up by
+    /// What a row's difficulty is looked up by; by position, only in files that lack at most one prompt in a hundred
     #[arg(long, value_enum, default_value_t = DifficultyBy::Position)]
     pub difficulty_by: DifficultyBy,
     /// The prompts in the order of the difficulties (JSON Lines with `prompt`; `dataset` and the like serve --by)
@@ -128,60 +128,72 @@ impl Covariates {
     /// `--difficulty-by prompt` with rows that do not say which prompt they are of.
     pub fn prepare(&self, annotations: &Annotations) -> Result<Prepared> {
         let mut remarks = annotations.remarks();
-        let mut judged: Vec<Judged> = annotations.rows.iter().map(unweighted).collect();
-        let Some(difficulties) = &self.difficulties else {
-            remarks.push(
-                "no instruction difficulties are given (--alpaca-eval, or --difficulty FILE): the rate is controlled for length only, \
-                 not comparable to AlpacaEval's leaderboard"
-                    .into(),
-            );
-            return Ok(Prepared {
-                pairs: judged,
-                model: LengthModel::length_only(),
-                remarks,
-            });
-        };
-        let found: Option<Vec<f64>> = annotations
-            .rows
-            .iter()
-            .enumerate()
-            .map(|(position, row)| Ok(difficulties.get(&self.index(position, row)?).copied()))
-            .collect::<Result<_>>()?;
-        let Some(found) = found else {
-            remarks.push(format!(
-                "the {} instruction difficulties do not cover these prompts: the rate is controlled for length only, \
-                 not comparable to AlpacaEval's leaderboard",
-                difficulties.len()
-            ));
-            return Ok(Prepared {
-                pairs: judged,
-                model: LengthModel::length_only(),
-                remarks,
-            });
-        };
-        for (pair, difficulty) in judged.iter_mut().zip(found) {
-            pair.difficulty = difficulty;
-        }
-        let missing = difficulties.len() - judged.len().min(difficulties.len());
-        if missing > 0 {
-            let consequence = match self.by {
-                DifficultyBy::Position => {
-                    ": those after a gap get their neighbour's difficulty, as on the leaderboard; \
-                     --difficulty-by prompt gives them their own"
+        let mut pairs: Vec<Judged> = annotations.rows.iter().map(unweighted).collect();
+        let model = match self.of(annotations)? {
+            Ok(found) => {
+                for (pair, difficulty) in pairs.iter_mut().zip(found) {
+                    pair.difficulty = difficulty;
                 }
-                DifficultyBy::Prompt => "",
-            };
-            remarks.push(format!(
-                "{missing} of {} rows are missing{consequence}",
-                difficulties.len()
-            ));
-        }
-        remarks.extend(assumptions(annotations));
+                remarks.extend(self.missing(pairs.len()));
+                remarks.extend(assumptions(annotations));
+                LengthModel::new(&self.regularisers)
+            }
+            Err(why) => {
+                remarks.push(format!(
+                    "{why}: the rate is controlled for length only, not comparable to AlpacaEval's leaderboard"
+                ));
+                LengthModel::length_only()
+            }
+        };
         Ok(Prepared {
-            pairs: judged,
-            model: LengthModel::new(&self.regularisers),
+            pairs,
+            model,
             remarks,
         })
+    }
+
+    /// The rows' difficulties, or why they have none.
+    fn of(&self, annotations: &Annotations) -> Result<Result<Vec<f64>, String>> {
+        let Some(difficulties) = &self.difficulties else {
+            return Ok(Err(
+                "no instruction difficulties are given (--alpaca-eval, or --difficulty FILE)"
+                    .into(),
+            ));
+        };
+        let (rows, all) = (annotations.rows.len(), difficulties.len());
+        // The leaderboard's own files lack at most 3 of 805. A file that lacks more is of other prompts, or of a part of these.
+        if self.by == DifficultyBy::Position && rows + all / 100 < all {
+            return Ok(Err(format!(
+                "{rows} rows cannot be told by their places from {all} instruction difficulties \
+                 (--difficulty-by prompt looks at their prompts)"
+            )));
+        }
+        let mut found = vec![];
+        for (position, row) in annotations.rows.iter().enumerate() {
+            match difficulties.get(&self.index(position, row)?) {
+                Some(difficulty) => found.push(*difficulty),
+                None => {
+                    return Ok(Err(format!(
+                        "the {all} instruction difficulties do not cover these prompts"
+                    )));
+                }
+            }
+        }
+        Ok(Ok(found))
+    }
+
+    /// What to say of difficulties that have no row.
+    fn missing(&self, rows: usize) -> Option<String> {
+        let all = self.difficulties.as_ref().map_or(0, HashMap::len);
+        let consequence = match self.by {
+            DifficultyBy::Position => {
+                ": those after a gap get their neighbour's difficulty, as on the leaderboard; \
+                 --difficulty-by prompt gives them their own"
+            }
+            DifficultyBy::Prompt => "",
+        };
+        let missing = all.saturating_sub(rows);
+        (missing > 0).then(|| format!("{missing} of {all} rows are missing{consequence}"))
     }
 
     /// Every difficulty, for predictions from weights alone.
@@ -531,32 +543,53 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let row = |i: usize| {
             format!(
-                "{{\"index\":{i},\"len_1\":10,\"len_2\":{},\"preference\":1.5}}\n",
+                "{{\"prompt_id\":{i},\"len_1\":10,\"len_2\":{},\"preference\":1.5}}\n",
                 5 + i
             )
         };
         let annotations = write(dir.path(), "a.jsonl", &(0..9).map(row).collect::<String>());
-        let difficulty = write(
-            dir.path(),
-            "d.csv",
-            "index,instruction_difficulty\n0,0.5\n1,0.1\n",
-        );
-        let got = eval(
-            "win-rate",
-            [
+        let difficulty = |count: usize| {
+            let rows = (0..count).map(|i| format!("{i},0.5\n"));
+            let table = "index,instruction_difficulty\n".to_owned() + &rows.collect::<String>();
+            write(dir.path(), &format!("{count}.csv"), &table)
+        };
+        for (difficulties, by, form, warning) in [
+            (
+                2,
+                "position",
+                "minimal",
+                "the 2 instruction difficulties do not cover",
+            ),
+            (
+                2,
+                "prompt",
+                "minimal",
+                "the 2 instruction difficulties do not cover",
+            ),
+            (9, "position", "noreg", ""),
+            // Nine prompts of somebody's own are not the first nine of a hundred.
+            (
+                100,
+                "position",
+                "minimal",
+                "9 rows cannot be told by their places from 100",
+            ),
+            (100, "prompt", "noreg", "91 of 100 rows are missing"),
+        ] {
+            let table = difficulty(difficulties);
+            let words = [
                 "--difficulty",
-                &difficulty,
+                &table,
+                "--difficulty-by",
+                by,
                 "--bootstrap",
                 "0",
                 &annotations,
-            ],
-        )
-        .unwrap();
-        assert_eq!(got[0]["lc_form"], "length_controlled_minimal");
-        let warnings = got[0]["warnings"].to_string();
-        assert!(
-            warnings.contains("the 2 instruction difficulties do not cover"),
-            "{warnings}"
-        );
+            ];
+            let got = &eval("win-rate", words).unwrap()[0];
+            assert_eq!(got["lc_form"], format!("length_controlled_{form}"));
+            let warnings = got["warnings"].to_string();
+            assert!(warnings.contains(warning), "{warnings}");
+        }
     }
 }

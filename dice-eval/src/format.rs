@@ -148,12 +148,23 @@ pub fn number(value: Option<f64>, decimals: usize) -> String {
 }
 
 /// A percentage with its interval, where there is one.
-pub fn points(value: Option<f64>, interval: Option<[f64; 2]>) -> String {
+pub fn points(value: Option<f64>, interval: Option<[f64; 2]>, decimals: usize) -> String {
     match (value, interval) {
         (None, _) => NONE.into(),
-        (Some(value), None) => format!("{value:.2}"),
-        (Some(value), Some([low, high])) => format!("{value:.2} ({low:.2} … {high:.2})"),
+        (Some(value), None) => format!("{value:.decimals$}"),
+        (Some(value), Some([low, high])) => {
+            format!("{value:.decimals$} ({low:.decimals$} … {high:.decimals$})")
+        }
     }
+}
+
+/// A figure of any magnitude, to so many digits that count.
+pub fn significant(value: Option<f64>, digits: i32) -> String {
+    let decimals = |v: f64| match v {
+        0.0 => 0,
+        v => (digits - 1 - v.abs().log10().floor() as i32).max(0) as usize,
+    };
+    value.map_or(NONE.into(), |v| format!("{v:.*}", decimals(v)))
 }
 
 /// Mean of a spread.
@@ -212,5 +223,18 @@ mod tests {
             [percent(None), estimate(None), number(None, 2)],
             [NONE; 3].map(String::from)
         );
+    }
+
+    #[test]
+    fn digits_that_count() {
+        for (value, text) in [
+            (0.0019939, "0.00199"),
+            (-12.345, "-12.3"),
+            (1234.5, "1234"),
+            (0.0, "0"),
+            (1.0, "1.00"),
+        ] {
+            assert_eq!(significant(Some(value), 3), text);
+        }
     }
 }

@@ -1,8 +1,13 @@
 //! Figures of preference pairs under a reward: how often it prefers the chosen response, and how much of that is length.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, ensure};
 use common::jsonl::Row;
-use common::metrics::{Estimate, Spread, correlation, mean, preferences, share, spread};
+use common::metrics::bootstrap::{interval, resample};
+use common::metrics::{
+    Estimate, Preferences, Spread, counted_correlation, hit, preferences, spread,
+};
 use common::policy::Logps;
 use common::reward::implicit_reward;
 use serde::Serialize;
@@ -14,6 +19,8 @@ use crate::samples::name;
 /// A preference pair as the figures see it.
 #[derive(Clone, Copy)]
 pub struct Pair {
+    /// Tells its prompt from others.
+    prompt: u64,
     /// Implicit rewards of chosen and rejected.
     rewards: [f64; 2],
     /// Characters of chosen and rejected.
@@ -37,10 +44,21 @@ impl Pair {
     /// A row with the rewards of its chosen and its rejected response.
     pub fn new(row: &Row, rewards: [f64; 2]) -> Result<Self> {
         let chars = |field| Ok::<_, anyhow::Error>(row.response(field)?.chars().count() as f64);
+        let key = row.prompt()?.key();
         Ok(Self {
+            prompt: u64::from_le_bytes(key.as_bytes()[..8].try_into().expect("32 bytes")),
             rewards,
             chars: [chars("chosen")?, chars("rejected")?],
         })
+    }
+
+    fn margin(&self) -> f64 {
+        self.rewards[0] - self.rewards[1]
+    }
+
+    /// How much longer the chosen response is.
+    fn longer(&self) -> f64 {
+        self.chars[0] - self.chars[1]
     }
 }
 
@@ -88,14 +106,26 @@ impl Groups {
         Ok(lines)
     }
 
-    /// RewardBench's summary: the mean of the groups' accuracies, each group counting once.
-    pub fn mean_accuracy(&self) -> Option<f64> {
-        let accuracies: Vec<f64> = self
+    /// RewardBench's summary: the mean of the groups' accuracies, each group counting once. Its interval is that of a sum of
+    /// independent errors, each half the width of its group's interval.
+    pub fn mean_accuracy(&self) -> Option<Estimate> {
+        let accuracies: Vec<Estimate> = self
             .parts
             .iter()
-            .filter_map(|(_, group)| Some(group.figures().accuracy?.value))
+            .filter_map(|(_, group)| Some(group.of(|_| true, Pair::margin)?.accuracy))
             .collect();
-        spread(&accuracies).map(|s| s.mean)
+        let groups = accuracies.len() as f64;
+        let value = accuracies.iter().map(|e| e.value).sum::<f64>() / groups;
+        let squares: f64 = accuracies
+            .iter()
+            .map(|e| ((e.high - e.low) / 2.0).powi(2))
+            .sum();
+        let half = squares.sqrt() / groups;
+        (groups > 0.0).then(|| Estimate {
+            value,
+            low: (value - half).max(0.0),
+            high: (value + half).min(1.0),
+        })
     }
 }
 
@@ -117,57 +147,97 @@ struct Figures {
     accuracy_chosen_longer: Option<Estimate>,
     accuracy_chosen_shorter: Option<Estimate>,
     /// The mean of those two: what is left of the accuracy where length says nothing. 0.5 of a reward that is length.
-    accuracy_length_balanced: Option<f64>,
+    accuracy_length_balanced: Option<Estimate>,
     /// Pearson's, of reward and length over all responses.
-    reward_length_correlation: Option<f64>,
+    reward_length_correlation: Option<Estimate>,
     /// Pearson's, of the margin and the difference in length: 0 where the reward does not look at length.
-    margin_length_correlation: Option<f64>,
+    margin_length_correlation: Option<Estimate>,
 }
 
+/// Resamples behind an interval that no formula gives.
+const RESAMPLES: u64 = 1000;
+
 impl Group {
+    /// How often and how far a value is above 0, over some of the pairs.
+    fn of(&self, is: fn(&Pair) -> bool, value: fn(&Pair) -> f64) -> Option<Preferences> {
+        let there = self.0.iter().filter(|pair| is(pair));
+        let (values, prompts): (Vec<_>, Vec<_>) = there.map(|p| (value(p), p.prompt)).unzip();
+        preferences(&values, &prompts)
+    }
+
     fn figures(&self) -> Figures {
-        let side = |f: fn(&Pair) -> f64| self.0.iter().map(f).collect::<Vec<_>>();
-        let margins = side(|p| p.rewards[0] - p.rewards[1]);
-        let longer = side(|p| p.chars[0] - p.chars[1]);
-        let hits = longer.iter().map(|&d| match d {
-            d if d > 0.0 => 1.0,
-            0.0 => 0.5,
-            _ => 0.0,
-        });
-        let where_length = |is: fn(f64) -> bool| {
-            let there = margins.iter().zip(&longer).filter(|(_, d)| is(**d));
-            let margins: Vec<f64> = there.map(|(margin, _)| *margin).collect();
-            preferences(&margins).map(|p| p.accuracy)
+        let all = |value| self.of(|_| true, value);
+        let chars = |side: usize| {
+            let chars: Vec<f64> = self.0.iter().map(|pair| pair.chars[side]).collect();
+            spread(&chars)
         };
-        let [if_longer, if_shorter] = [where_length(|d| d > 0.0), where_length(|d| d < 0.0)];
-        let responses: Vec<(f64, f64)> = self
-            .0
-            .iter()
-            .flat_map(|p| [0, 1].map(|side| (p.rewards[side], p.chars[side])))
-            .collect();
-        let preferences = preferences(&margins);
-        let points: Vec<_> = margins
-            .iter()
-            .copied()
-            .zip(longer.iter().copied())
-            .collect();
+        let margins = all(Pair::margin);
+        let [balanced, reward_length, margin_length] = self.of_length();
         Figures {
             pairs: self.0.len() as u64,
-            accuracy: preferences.map(|p| p.accuracy),
-            margin: preferences.map(|p| p.margin),
-            rewards_chosen: mean(&side(|p| p.rewards[0])),
-            rewards_rejected: mean(&side(|p| p.rewards[1])),
-            chars_chosen: spread(&side(|p| p.chars[0])),
-            chars_rejected: spread(&side(|p| p.chars[1])),
-            chosen_longer: share(hits.sum(), self.0.len() as u64),
-            accuracy_chosen_longer: if_longer,
-            accuracy_chosen_shorter: if_shorter,
-            accuracy_length_balanced: if_longer
-                .zip(if_shorter)
-                .map(|(longer, shorter)| (longer.value + shorter.value) / 2.0),
-            reward_length_correlation: correlation(&responses),
-            margin_length_correlation: correlation(&points),
+            accuracy: margins.map(|p| p.accuracy),
+            margin: margins.map(|p| p.margin),
+            rewards_chosen: all(|p| p.rewards[0]).map(|p| p.margin),
+            rewards_rejected: all(|p| p.rewards[1]).map(|p| p.margin),
+            chars_chosen: chars(0),
+            chars_rejected: chars(1),
+            chosen_longer: all(Pair::longer).map(|p| p.accuracy),
+            accuracy_chosen_longer: self
+                .of(|p| p.longer() > 0.0, Pair::margin)
+                .map(|p| p.accuracy),
+            accuracy_chosen_shorter: self
+                .of(|p| p.longer() < 0.0, Pair::margin)
+                .map(|p| p.accuracy),
+            accuracy_length_balanced: balanced,
+            reward_length_correlation: reward_length,
+            margin_length_correlation: margin_length,
         }
+    }
+
+    /// Length-balanced accuracy, correlation of reward and length, of margin and difference in length; the intervals from
+    /// resampled prompts.
+    fn of_length(&self) -> [Option<Estimate>; 3] {
+        let mut places: BTreeMap<u64, usize> = BTreeMap::new();
+        let prompts: Vec<usize> = self
+            .0
+            .iter()
+            .map(|pair| {
+                let next = places.len();
+                *places.entry(pair.prompt).or_insert(next)
+            })
+            .collect();
+        let figures = |counts: &[f64]| {
+            let pairs = self.0.iter().zip(prompts.iter().map(|at| counts[*at]));
+            let accuracy = |is: fn(f64) -> bool| {
+                let there = pairs.clone().filter(|(pair, _)| is(pair.longer()));
+                let (hits, count) = there.fold((0.0, 0.0), |(hits, all), (pair, count)| {
+                    (hits + count * hit(pair.margin()), all + count)
+                });
+                (count > 0.0).then(|| hits / count)
+            };
+            let responses = pairs.clone().flat_map(|(p, count)| {
+                [0, 1].map(|side| ((p.rewards[side], p.chars[side]), count))
+            });
+            let margins = pairs
+                .clone()
+                .map(|(p, count)| ((p.margin(), p.longer()), count));
+            let balanced = accuracy(|d| d > 0.0).zip(accuracy(|d| d < 0.0));
+            [
+                balanced.map(|(longer, shorter)| (longer + shorter) / 2.0),
+                counted_correlation(responses),
+                counted_correlation(margins),
+            ]
+        };
+        let values = figures(&vec![1.0; places.len()]);
+        let drawn = resample(places.len(), RESAMPLES, 0, |counts| Some(figures(counts)));
+        std::array::from_fn(|which| {
+            let [low, high] = interval(drawn.iter().filter_map(|figures| figures[which]))?;
+            Some(Estimate {
+                value: values[which]?,
+                low,
+                high,
+            })
+        })
     }
 
     fn line(&self, name: &str) -> Result<Line> {
@@ -194,11 +264,11 @@ impl Group {
             ("chosen longer", percent(figures.chosen_longer)),
             (
                 "accuracy, length-balanced",
-                number(figures.accuracy_length_balanced, 3),
+                percent(figures.accuracy_length_balanced),
             ),
             (
                 "margin ~ length",
-                number(figures.margin_length_correlation, 2),
+                estimate(figures.margin_length_correlation),
             ),
         ];
         Ok(Line { json, cells })

@@ -9,7 +9,7 @@ use common::program::{self, Progress};
 use common::records::Split;
 use serde_json::json;
 
-use crate::format::{Line, To, number};
+use crate::format::{Line, To, percent};
 use crate::implicit::{Models, Scorer};
 use crate::preference::{Groups, Pair};
 
@@ -93,7 +93,7 @@ fn named(reward: &str, groups: Groups) -> Result<Vec<Line>> {
         let of_all = mean.filter(|_| at == 0);
         line.cells.push((
             "mean accuracy of groups",
-            of_all.map_or(String::new(), |m| number(Some(m), 3)),
+            of_all.map_or(String::new(), |m| percent(Some(m))),
         ));
         if at == 0 {
             line.json
@@ -176,15 +176,21 @@ mod tests {
         assert_eq!(got[0]["accuracy"]["value"], 0.75);
         assert_eq!(got[3]["accuracy"]["value"], 0.25, "the other way round");
         // Chat 2/3, code 1.
-        let mean = got[0]["accuracy_mean_of_groups"].as_f64().unwrap();
-        assert!((mean - 5.0 / 6.0).abs() < 1e-12);
+        let mean = |side| got[0]["accuracy_mean_of_groups"][side].as_f64().unwrap();
+        assert!((mean("value") - 5.0 / 6.0).abs() < 1e-12);
+        assert!(mean("low") < 5.0 / 6.0 && mean("high") == 1.0);
         assert_eq!(got[0]["accuracy_chosen_longer"]["value"], 1.0);
         assert_eq!(got[0]["accuracy_chosen_shorter"]["value"], 0.5);
-        assert_eq!(got[0]["accuracy_length_balanced"], 0.75);
+        assert_eq!(got[0]["accuracy_length_balanced"]["value"], 0.75);
         // Length as a reward is length and nothing else.
-        assert_eq!(got[6]["accuracy_length_balanced"], 0.5);
-        assert!((got[6]["margin_length_correlation"].as_f64().unwrap() - 1.0).abs() < 1e-12);
-        assert!((got[6]["reward_length_correlation"].as_f64().unwrap() - 1.0).abs() < 1e-12);
+        assert_eq!(got[6]["accuracy_length_balanced"]["value"], 0.5);
+        for name in ["margin_length_correlation", "reward_length_correlation"] {
+            let correlation = &got[6][name];
+            assert!(
+                (correlation["value"].as_f64().unwrap() - 1.0).abs() < 1e-12,
+                "{correlation}"
+            );
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub fn lines(file: &Path, covariates: &Covariates) -> Result<Vec<Line>> {
         json.insert("glm_weights".into(), to_value(weights)?);
         let cells = vec![
             ("model", model),
-            ("length-controlled", points(Some(lc), None)),
+            ("length-controlled", points(Some(lc), None, 2)),
         ];
         Ok(Line { json, cells })
     });

@@ -206,6 +206,9 @@ impl Fitted {
             if self.form() != Form::LengthOnly {
                 json.insert("difficulty_by".into(), json!(control.difficulty_by.name()));
             }
+            if let Some(turned) = annotations.turned() {
+                json.insert("turned".into(), json!(turned));
+            }
             let warnings = self.warnings(raw, lc);
             for warning in &warnings {
                 program::say(format_args!("{}: {warning}", annotations.file));
@@ -215,8 +218,8 @@ impl Fitted {
         let cells = vec![
             ("model", model),
             ("group", group.name.clone()),
-            ("win rate", points(raw.map(|r| r.win_rate), raw_interval)),
-            ("length-controlled", points(Some(lc), lc_interval)),
+            ("win rate", points(raw.map(|r| r.win_rate), raw_interval, 2)),
+            ("length-controlled", points(Some(lc), lc_interval, 2)),
             (
                 "C",
                 if group.whole {
@@ -605,10 +608,10 @@ mod tests {
     fn other_baselines_and_judges_are_pointed_out() {
         let Some(data) = alpaca_eval() else { return };
         let row = |i: usize| {
-            json!({"instruction": i.to_string(), "output_1": "a", "output_2": "ab".repeat(i), "generator_1": "base",
+            json!({"instruction": i.to_string(), "output_1": "a", "output_2": "ab".repeat(i % 30), "generator_1": "base",
                 "generator_2": "m", "preference": 1.0 + (i % 3) as f64 / 2.0, "annotator": "mine"})
         };
-        let rows: Vec<Value> = (0..30).map(row).collect();
+        let rows: Vec<Value> = (0..805).map(row).collect();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.json");
         std::fs::write(&file, json!(rows).to_string()).unwrap();
@@ -618,7 +621,7 @@ mod tests {
         for warning in [
             "the baseline is base",
             "the judge is mine",
-            "1 of 30 outputs of the model are empty",
+            "27 of 805 outputs of the model are empty",
         ] {
             assert!(warnings.contains(warning), "{warnings}");
         }

@@ -21,7 +21,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 /// prompt leave together, in the order of the prompts, as soon as they are done.
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
-/// and resuming do not change it. Memory: the model, and keys and values of --batch-size responses.
+/// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
+/// Memory: the model, and keys and values of --batch-size responses.
 ///
 /// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
 #[derive(Parser)]

@@ -1,9 +1,11 @@
-//! What the tests share: the built programs, tiny checkpoints, rows in and out.
+//! What the tests share: the built programs, tiny checkpoints, a judge, rows in and out.
 
 mod checkpoint;
+mod judge;
 mod tool;
 
 pub use checkpoint::{Tiny, copy_folder, edit_json};
+pub use judge::{Act, JudgeServer};
 pub use tool::{Finished, Tool, bin_folder, pipe};
 
 use serde_json::{Map, Value};

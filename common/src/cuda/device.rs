@@ -470,18 +470,3 @@ impl Drop for Block {
         self.device.0.free(self.at, self.bytes);
     }
 }
-
-/// Grows to what is asked for and stays: memory that one pass after another uses.
-#[derive(Default)]
-pub struct Room(Option<Buffer>);
-
-impl Room {
-    /// At least so many bytes.
-    pub fn fit(&mut self, device: &Device, bytes: usize) -> Result<&Buffer> {
-        if self.0.as_ref().is_none_or(|b| b.bytes < bytes) {
-            self.0 = None; // given back before more is asked for
-            self.0 = Some(device.allocate(bytes)?);
-        }
-        Ok(self.0.as_ref().expect("just made"))
-    }
-}

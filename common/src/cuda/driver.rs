@@ -143,7 +143,13 @@ impl Driver {
             let exact = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
             blas_sys::cublasSetMathMode(blas, exact).result()?;
             let modules = images::for_capability(capability)
-                .map(|image| Ok(cuda::module::load_data(image.as_ptr().cast())?))
+                .map(|image| {
+                    // Aligned as the driver reads it, which bytes in a program are not.
+                    let mut aligned = vec![0u64; image.len().div_ceil(8)];
+                    let bytes: *mut u8 = aligned.as_mut_ptr().cast();
+                    std::ptr::copy_nonoverlapping(image.as_ptr(), bytes, image.len());
+                    Ok(cuda::module::load_data(aligned.as_ptr().cast())?)
+                })
                 .collect::<Result<_>>()
                 .with_context(|| {
                     format!(

@@ -571,6 +571,8 @@ struct Sizes {
     /// Pages of a prompt of the longest kind.
     prompt_pages: usize,
     slot: usize,
+    /// Bytes for a prompt to run in.
+    run: usize,
 }
 
 impl Sizes {
@@ -584,6 +586,7 @@ impl Sizes {
             page: PAGE * row * config.layers,
             own_pages: capacity.div_ceil(PAGE),
             prompt_pages: config.context.div_ceil(PAGE),
+            run: config.context.min(PROMPT) * decoder.pass_bytes(),
             slot: decoder.pass_bytes()
                 + (2 * config.vocab + partials + 2 * capacity) * float
                 + if seen { config.vocab / 8 } else { 0 },
@@ -592,7 +595,7 @@ impl Sizes {
 
     /// How many slots, and how many pages for them and their prompts.
     fn share_out(&self, free: usize, wanted: Option<usize>) -> Result<(usize, usize)> {
-        let usable = free / 10 * 8; // prompts run in the rest
+        let usable = free.saturating_sub(self.run.max(free / 5)); // prompts run in the rest
         let prompt = self.prompt_pages.min(PROMPT.div_ceil(PAGE));
         let each = self.slot + (self.own_pages + prompt) * self.page;
         let most = wanted.unwrap_or(MOST_SLOTS).max(1);

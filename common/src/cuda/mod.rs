@@ -25,8 +25,7 @@ mod training;
 pub use backward::Gradients;
 pub use decoder::{Decoder, Pass, Shape};
 pub use device::{
-    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Product, Room,
-    bytes_of,
+    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Product, bytes_of,
 };
 pub use generator::Generator;
 pub use optimizer::{Flat, Rates, Trained};
@@ -50,13 +49,17 @@ pub fn count() -> usize {
     0
 }
 
-/// Opens the GPU with this number, from 0.
+/// Opens the GPU with this number, from 0. In a build for tests alone, 0 is the emulated one.
 ///
 /// # Errors
 /// A build without the feature `cuda`; no driver, no such GPU, one that is too old, or no cuBLAS.
 pub fn open(ordinal: usize) -> Result<Device> {
     #[cfg(feature = "cuda")]
     return driver::open(ordinal);
+    #[cfg(all(feature = "cuda-emulated", not(feature = "cuda")))]
+    if ordinal == 0 {
+        return Ok(emulated(4 << 30));
+    }
     #[cfg(not(feature = "cuda"))]
     anyhow::bail!(
         "this build computes on the CPU alone (GPU {ordinal} needs one with --features cuda)"

@@ -3,7 +3,7 @@
 
 use super::args;
 use super::decoder::{Decoder, THREADS};
-use super::device::{Buffer, Device, Launch, Room};
+use super::device::{Buffer, Device, Launch};
 use crate::kernels::gemm::Precision;
 use crate::logprob::{Batch, Group, in_parts};
 use anyhow::Result;
@@ -126,8 +126,7 @@ pub fn target_logps(
         lse: floats(count)?,
     };
     let (rows_at_once, words_at_once) = tile(count, vocab);
-    let mut logits = Room::default();
-    let logits = logits.fit(device, rows_at_once * words_at_once * size_of::<f32>())?;
+    let logits = floats(rows_at_once * words_at_once)?;
     let state = floats(3 * rows_at_once)?;
     for first in (0..count).step_by(rows_at_once) {
         let rows = (count - first).min(rows_at_once);
@@ -144,7 +143,7 @@ pub fn target_logps(
                 "logprob_update",
                 Launch::row(rows, THREADS),
                 args![
-                    logits,
+                    &logits,
                     targets.element(first, 4),
                     &state,
                     words as i32,

@@ -8,7 +8,7 @@ pub mod bootstrap;
 pub mod length_control;
 pub mod win_rate;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::Serialize;
@@ -26,34 +26,68 @@ pub struct Estimate {
     pub high: f64,
 }
 
-/// A share with Wilson's score interval, which stays within [0, 1] and is sound for few trials and shares near the
-/// ends (Wilson 1927). `hits` may hold halves (ties).
-pub fn share(hits: f64, trials: u64) -> Option<Estimate> {
-    if trials == 0 {
-        return None;
-    }
-    let n = trials as f64;
-    let p = hits / n;
+/// A share of n trials with Wilson's score interval, which stays within [0, 1] and is sound for few trials and shares
+/// near the ends (Wilson 1927).
+fn wilson(p: f64, n: f64) -> Estimate {
     let z2 = Z95 * Z95;
     let centre = (p + z2 / (2.0 * n)) / (1.0 + z2 / n);
     let half = Z95 / (1.0 + z2 / n) * (p * (1.0 - p) / n + z2 / (4.0 * n * n)).sqrt();
-    Some(Estimate {
+    Estimate {
         value: p,
         low: (centre - half).max(0.0),
         high: (centre + half).min(1.0),
-    })
+    }
 }
 
-/// A mean with the normal interval ±1.96 s/√n; s has n − 1 in its denominator. Of one value, the interval is the
-/// value: nothing is known of its spread.
-pub fn mean(values: &[f64]) -> Option<Estimate> {
-    let spread = spread(values)?;
-    let half = Z95 * spread.standard_deviation / (spread.count as f64).sqrt();
-    Some(Estimate {
-        value: spread.mean,
-        low: spread.mean - half,
-        high: spread.mean + half,
-    })
+/// Values of which those of one cluster go together, such as pairs of one prompt: they say less than as many values
+/// of clusters of their own.
+struct Clusters {
+    values: f64,
+    clusters: f64,
+    mean: f64,
+    /// Variance of the mean, each cluster's deviations summed first.
+    variance: f64,
+}
+
+impl Clusters {
+    /// `of[i]` is the cluster of `values[i]`. `None` of no values.
+    fn new(values: &[f64], of: &[u64]) -> Option<Self> {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let mut sums: BTreeMap<u64, f64> = BTreeMap::new();
+        for (value, cluster) in values.iter().zip(of) {
+            *sums.entry(*cluster).or_default() += value - mean;
+        }
+        (n > 0.0).then(|| Self {
+            values: n,
+            clusters: sums.len() as f64,
+            mean,
+            variance: sums.values().map(|sum| sum * sum).sum::<f64>() / (n * n),
+        })
+    }
+
+    /// Normal interval, ±1.96 standard errors. Of one cluster, the interval is the mean: nothing is known of its spread.
+    fn mean(&self) -> Estimate {
+        let correction = self.clusters / (self.clusters - 1.0).max(1.0);
+        let half = Z95 * (self.variance * correction).sqrt();
+        Estimate {
+            value: self.mean,
+            low: self.mean - half,
+            high: self.mean + half,
+        }
+    }
+
+    /// Wilson's interval at the number of independent values that would vary as much (Korn and Graubard 1998).
+    fn share(&self) -> Estimate {
+        let alike = self.mean * (1.0 - self.mean) / self.variance;
+        let n = if self.variance > 0.0 {
+            alike.min(self.values)
+        } else {
+            // All hits or none: nothing tells how much values of a cluster are alike.
+            self.clusters
+        };
+        wilson(self.mean, n)
+    }
 }
 
 /// Where values lie.
@@ -89,15 +123,24 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
 
 /// Pearson's correlation; `None` of fewer than two points, or where one side does not vary.
 pub fn correlation(points: &[(f64, f64)]) -> Option<f64> {
-    let n = points.len() as f64;
-    let mean_x = points.iter().map(|p| p.0).sum::<f64>() / n;
-    let mean_y = points.iter().map(|p| p.1).sum::<f64>() / n;
+    counted_correlation(points.iter().map(|point| (*point, 1.0)))
+}
+
+/// The same where each point counts so many times.
+pub fn counted_correlation(points: impl Iterator<Item = ((f64, f64), f64)> + Clone) -> Option<f64> {
+    let mean = |side: fn((f64, f64)) -> f64| {
+        let sum = |f: &dyn Fn((f64, f64)) -> f64| -> f64 {
+            points.clone().map(|(p, count)| count * f(p)).sum()
+        };
+        sum(&side) / sum(&|_| 1.0)
+    };
+    let (mean_x, mean_y) = (mean(|p| p.0), mean(|p| p.1));
     let (mut xx, mut yy, mut xy) = (0.0, 0.0, 0.0);
-    for (x, y) in points {
+    for ((x, y), count) in points {
         let (dx, dy) = (x - mean_x, y - mean_y);
-        xx += dx * dx;
-        yy += dy * dy;
-        xy += dx * dy;
+        xx += count * dx * dx;
+        yy += count * dy * dy;
+        xy += count * dx * dy;
     }
     let scale = xx.sqrt() * yy.sqrt();
     (scale > 0.0).then(|| (xy / scale).clamp(-1.0, 1.0))
@@ -113,18 +156,23 @@ pub struct Preferences {
     pub margin: Estimate,
 }
 
-/// From each pair's reward(chosen) − reward(rejected).
-pub fn preferences(margins: &[f64]) -> Option<Preferences> {
-    let hit = |margin: &f64| match margin {
-        m if *m > 0.0 => 1.0,
-        m if *m == 0.0 => 0.5,
+/// 1 of a margin above 0, 0 of one below, a half of none.
+pub fn hit(margin: f64) -> f64 {
+    match margin {
+        m if m > 0.0 => 1.0,
+        0.0 => 0.5,
         _ => 0.0,
-    };
-    let pairs = margins.len() as u64;
+    }
+}
+
+/// From each pair's reward(chosen) − reward(rejected). `prompts[i]` tells the prompt of `margins[i]` from others: the
+/// intervals take pairs of one prompt for what they are, no independent witnesses.
+pub fn preferences(margins: &[f64], prompts: &[u64]) -> Option<Preferences> {
+    let hits: Vec<f64> = margins.iter().map(|margin| hit(*margin)).collect();
     Some(Preferences {
-        pairs,
-        accuracy: share(margins.iter().map(hit).sum(), pairs)?,
-        margin: mean(margins)?,
+        pairs: margins.len() as u64,
+        accuracy: Clusters::new(&hits, prompts)?.share(),
+        margin: Clusters::new(margins, prompts)?.mean(),
     })
 }
 
@@ -182,17 +230,23 @@ pub struct Sample<'a> {
 /// Samples of one group (a round, a model), taken in one at a time. Holds numbers and hashes, not texts.
 #[derive(Clone, Debug)]
 pub struct SampleSet {
+    /// Which prompt each sample is of, in the order of their first samples.
+    of: Vec<u64>,
     chars: Vec<f64>,
     tokens: Vec<f64>,
-    truncated: u64,
+    /// 1 of a truncated sample, 0 of others.
+    truncated: Vec<f64>,
     distinct_1: Distinct,
     distinct_2: Distinct,
     prompts: HashMap<String, OfPrompt>,
-    rewards: Vec<f64>,
+    /// Rewards, and which prompts they are of.
+    rewards: (Vec<f64>, Vec<u64>),
 }
 
 #[derive(Clone, Debug, Default)]
 struct OfPrompt {
+    /// Its number in the order of first samples.
+    number: u64,
     samples: u64,
     responses: HashSet<u64>,
     /// (length in characters, reward)
@@ -206,6 +260,8 @@ pub struct SampleFigures {
     pub prompts: u64,
     /// Length in characters.
     pub chars: Option<Spread>,
+    /// Its mean. This interval and the others take samples of one prompt for what they are, no independent witnesses.
+    pub mean_chars: Option<Estimate>,
     /// Length in tokens, of the samples that have token ids.
     pub tokens: Option<Spread>,
     /// Share of samples cut at the token limit.
@@ -224,13 +280,14 @@ pub struct SampleFigures {
 impl Default for SampleSet {
     fn default() -> Self {
         Self {
+            of: Vec::new(),
             chars: Vec::new(),
             tokens: Vec::new(),
-            truncated: 0,
+            truncated: Vec::new(),
             distinct_1: Distinct::new(1),
             distinct_2: Distinct::new(2),
             prompts: HashMap::new(),
-            rewards: Vec::new(),
+            rewards: Default::default(),
         }
     }
 }
@@ -240,18 +297,24 @@ impl SampleSet {
         let chars = sample.response.chars().count() as f64;
         self.chars.push(chars);
         self.tokens.extend(sample.tokens.map(|n| n as f64));
-        self.truncated += u64::from(sample.finish == FinishReason::Length);
+        let truncated = sample.finish == FinishReason::Length;
+        self.truncated.push(f64::from(u8::from(truncated)));
         self.distinct_1.add(sample.response);
         self.distinct_2.add(sample.response);
         if !self.prompts.contains_key(sample.prompt) {
-            self.prompts
-                .insert(sample.prompt.to_owned(), OfPrompt::default());
+            let prompt = OfPrompt {
+                number: self.prompts.len() as u64,
+                ..OfPrompt::default()
+            };
+            self.prompts.insert(sample.prompt.to_owned(), prompt);
         }
         let prompt = self.prompts.get_mut(sample.prompt).expect("just made");
+        self.of.push(prompt.number);
         prompt.samples += 1;
         prompt.responses.insert(hash(sample.response));
         if let Some(reward) = sample.reward {
-            self.rewards.push(reward);
+            self.rewards.0.push(reward);
+            self.rewards.1.push(prompt.number);
             prompt.points.push((chars, reward));
         }
     }
@@ -272,12 +335,13 @@ impl SampleSet {
             samples,
             prompts: prompts.len() as u64,
             chars: spread(&self.chars),
+            mean_chars: Clusters::new(&self.chars, &self.of).map(|c| c.mean()),
             tokens: spread(&self.tokens),
-            truncated: share(self.truncated as f64, samples),
+            truncated: Clusters::new(&self.truncated, &self.of).map(|c| c.share()),
             distinct_1: self.distinct_1.share(),
             distinct_2: self.distinct_2.share(),
             distinct_responses: spread(&different).map(|s| s.mean),
-            reward: mean(&self.rewards),
+            reward: Clusters::new(&self.rewards.0, &self.rewards.1).map(|c| c.mean()),
             reward_length_correlation: correlation(&all),
             reward_length_correlation_within_prompts: correlation(&within),
         }
@@ -303,16 +367,15 @@ mod tests {
     #[test]
     fn wilson_agrees_with_hand_worked_intervals() {
         // 8 of 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.716739, half 0.226577.
-        let got = share(8.0, 10).unwrap();
+        let got = wilson(0.8, 10.0);
         assert!(near(got.value, 0.8));
         assert!((got.low - 0.490162).abs() < 1e-5, "{got:?}");
         assert!((got.high - 0.943318).abs() < 1e-5, "{got:?}");
         // 0 of n: [0, z² / (n + z²)].
-        let none = share(0.0, 10).unwrap();
+        let none = wilson(0.0, 10.0);
         assert_eq!((none.value, none.low), (0.0, 0.0));
         assert!(near(none.high, Z95 * Z95 / (10.0 + Z95 * Z95)));
-        assert_eq!(share(3.0, 3).unwrap().high, 1.0);
-        assert_eq!(share(0.0, 0), None);
+        assert_eq!(wilson(1.0, 3.0).high, 1.0);
     }
 
     #[test]
@@ -325,10 +388,11 @@ mod tests {
         assert!(near(got.standard_deviation, (5.0_f64 / 3.0).sqrt()));
         assert_eq!(spread(&[7.0, 1.0, 2.0]).unwrap().median, 2.0);
         assert_eq!(spread(&[]), None);
-        let got = mean(&[1.0, 3.0]).unwrap();
+        let got = Clusters::new(&[1.0, 3.0], &[0, 1]).unwrap().mean();
         assert_eq!(got.value, 2.0);
+        // s = √2 over √2 values.
         assert!(near(got.high - 2.0, Z95) && near(2.0 - got.low, Z95));
-        let one = mean(&[5.0]).unwrap();
+        let one = Clusters::new(&[5.0], &[7]).unwrap().mean();
         assert_eq!((one.low, one.high), (5.0, 5.0));
     }
 
@@ -351,12 +415,35 @@ mod tests {
 
     #[test]
     fn preferences_count_ties_half() {
-        let got = preferences(&[1.0, 0.0, -3.0, 4.0]).unwrap();
+        let got = preferences(&[1.0, 0.0, -3.0, 4.0], &[0, 1, 2, 3]).unwrap();
         assert_eq!(
             (got.pairs, got.accuracy.value, got.margin.value),
             (4, 0.625, 0.5)
         );
-        assert_eq!(preferences(&[]), None);
+        assert_eq!(preferences(&[], &[]), None);
+    }
+
+    #[test]
+    fn pairs_of_one_prompt_are_no_independent_witnesses() {
+        let margins = [1.0, 2.0, -1.0, 3.0, -2.0, 1.5, 0.5, -0.5];
+        let apart = preferences(&margins, &[0, 1, 2, 3, 4, 5, 6, 7]).unwrap();
+        let alone = wilson(5.0 / 8.0, 8.0);
+        assert!(near(apart.accuracy.low, alone.low) && near(apart.accuracy.high, alone.high));
+        // The same pairs four times over know nothing more.
+        let repeated: Vec<f64> = margins.iter().flat_map(|m| [*m; 4]).collect();
+        let prompts: Vec<u64> = (0..32).map(|i| i / 4).collect();
+        let got = preferences(&repeated, &prompts).unwrap();
+        for (one, other) in [(got.accuracy, apart.accuracy), (got.margin, apart.margin)] {
+            assert!(
+                near(one.low, other.low) && near(one.high, other.high),
+                "{one:?} {other:?}"
+            );
+        }
+        let naive = wilson(20.0 / 32.0, 32.0);
+        assert!(got.accuracy.low < naive.low && got.accuracy.high > naive.high);
+        // Nothing but hits: as many witnesses as prompts.
+        let sure = preferences(&[1.0; 12], &[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]).unwrap();
+        assert_eq!(sure.accuracy, wilson(1.0, 4.0));
     }
 
     #[test]
@@ -419,6 +506,6 @@ mod tests {
         assert_eq!(got.samples, 0);
         let json = serde_json::to_value(&got).unwrap();
         let absent = json.as_object().unwrap().values().filter(|v| v.is_null());
-        assert_eq!(absent.count(), 9);
+        assert_eq!(absent.count(), 10);
     }
 }

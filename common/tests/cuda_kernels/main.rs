@@ -6,7 +6,9 @@
 mod kernels;
 
 mod attention;
+mod decode;
 mod device;
 mod logprob;
 mod rows;
+mod sample;
 mod training;

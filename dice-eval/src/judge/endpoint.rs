@@ -1,6 +1,6 @@
 //! A judge behind an OpenAI-compatible server: one question, one reply, however often the server has to be asked.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -13,6 +13,9 @@ use super::verdict::{self, Verdict};
 /// Replies are a few words; what is longer is not one.
 const MAX_REPLY_BYTES: u64 = 16 << 20;
 
+/// However long a server asks to wait, it is asked again after this time.
+const LONGEST_ASKED: Duration = Duration::from_secs(600);
+
 /// Where and how to ask.
 pub struct Endpoint {
     agent: Agent,
@@ -23,18 +26,61 @@ pub struct Endpoint {
     max_tokens: u32,
     labels: [String; 2],
     patience: Patience,
-    /// How often the server has refused a number of log-probs: the place in [`TOP`].
-    refused: AtomicUsize,
+    form: Mutex<Form>,
 }
 
-/// Likeliest tokens to ask for: OpenAI's bound, then a common older one, then none at all.
-const TOP: [u32; 3] = [20, 5, 0];
+/// How a question is put: everything that one would like, until the server refuses a part of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Form {
+    /// Likeliest tokens of the first position; 0: no log-probs.
+    top_logprobs: u32,
+    /// The bound on the reply's length goes by two names: this one, or OpenAI's newer `max_completion_tokens`.
+    max_tokens: bool,
+    /// Without it the server's default holds.
+    temperature: bool,
+}
+
+impl Form {
+    const WHOLE: Self = Self {
+        // OpenAI's bound.
+        top_logprobs: 20,
+        max_tokens: true,
+        temperature: true,
+    };
+
+    /// What to ask after a refusal in these words; `None` where they name nothing that could be left out.
+    fn without(self, refusal: &str) -> Option<Self> {
+        match self {
+            Self { top_logprobs, .. } if top_logprobs > 0 && refusal.contains("logprob") => {
+                Some(Self {
+                    // Five is what older servers give.
+                    top_logprobs: if top_logprobs > 5 { 5 } else { 0 },
+                    ..self
+                })
+            }
+            Self {
+                max_tokens: true, ..
+            } if refusal.contains("max_completion_tokens") => Some(Self {
+                max_tokens: false,
+                ..self
+            }),
+            Self {
+                temperature: true, ..
+            } if refusal.contains("temperature") => Some(Self {
+                temperature: false,
+                ..self
+            }),
+            _ => None,
+        }
+    }
+}
 
 /// How often a failed request is repeated, and after how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
     pub retries: u32,
-    /// Before the first repetition; doubled before each further one.
+    /// Before the first repetition; doubled before each further one, up to the longest. A server that names a longer
+    /// time (`Retry-After`) gets it.
     pub wait: Duration,
     pub longest_wait: Duration,
     /// For one request, from connecting to the reply's last byte.
@@ -70,7 +116,7 @@ impl Endpoint {
             max_tokens,
             labels,
             patience,
-            refused: AtomicUsize::new(0),
+            form: Mutex::new(Form::WHOLE),
         }
     }
 
@@ -86,7 +132,7 @@ impl Endpoint {
     /// Asks until there is a reply.
     ///
     /// # Errors
-    /// A refusal (4xx but 429), a failure that outlives all retries, a signal.
+    /// A refusal (4xx but 408 and 429), a failure that outlives all retries, a signal.
     pub fn ask(&self, message: &str) -> Result<Verdict> {
         let mut wait = self.patience.wait;
         for attempt in 0.. {
@@ -98,8 +144,9 @@ impl Endpoint {
                     return Err(err.context(format!("gave up after {} attempts", attempt + 1)));
                 }
                 Err(Failure::Passing(_, asked)) => {
-                    let wait = asked.unwrap_or(wait).min(self.patience.longest_wait);
-                    sleep(scattered(wait, message, attempt))?;
+                    // Half of our own time is chance: requests that failed together do not come back together.
+                    let least = asked.unwrap_or(wait / 2).min(LONGEST_ASKED);
+                    sleep(least + (wait / 2).mul_f64(chance(message, attempt)))?;
                 }
             }
             wait = (wait * 2).min(self.patience.longest_wait);
@@ -108,43 +155,55 @@ impl Endpoint {
     }
 
     fn once(&self, message: &str) -> Result<Verdict, Failure> {
-        let refused = self.refused.load(Ordering::Relaxed);
+        let form = *self.form();
         let (status, wait, text) = self
-            .post(&self.body(message, TOP[refused]))
+            .post(&self.body(message, form))
             .map_err(|err| Failure::Passing(err.context(self.url.clone()), None))?;
-        match status {
-            200..300 => {
-                let reply: Option<Value> = serde_json::from_str(&text).ok();
-                let verdict = reply.and_then(|reply| verdict::read(&reply, &self.labels));
-                verdict.ok_or_else(|| {
-                    let what = anyhow!("{}: not a chat completion: {}", self.url, excerpt(&text));
-                    Failure::Passing(what, None)
-                })
-            }
-            400 | 422 if TOP[refused] > 0 && text.contains("logprob") => {
-                self.refused.fetch_max(refused + 1, Ordering::Relaxed);
-                self.once(message)
-            }
-            _ => {
-                let what = anyhow!("{}: status {status}: {}", self.url, excerpt(&text));
-                Err(match status {
-                    408 | 429 | 500.. => Failure::Passing(what, wait),
-                    _ => Failure::Final(what),
-                })
-            }
+        if let 200..300 = status {
+            let reply: Option<Value> = serde_json::from_str(&text).ok();
+            let verdict = reply.and_then(|reply| verdict::read(&reply, &self.labels));
+            return verdict.ok_or_else(|| {
+                let what = anyhow!("{}: not a chat completion: {}", self.url, excerpt(&text));
+                Failure::Passing(what, None)
+            });
         }
+        // Some servers refuse with 400, some with 403, and llama.cpp's Python server with 500.
+        if let (true, Some(less)) = (status != 429, form.without(&text)) {
+            // Another thread may have been refused the same meanwhile.
+            let mut now = self.form();
+            if *now == form {
+                *now = less;
+            }
+            drop(now);
+            return self.once(message);
+        }
+        let what = anyhow!("{}: status {status}: {}", self.url, excerpt(&text));
+        Err(match status {
+            408 | 429 | 500.. => Failure::Passing(what, wait),
+            _ => Failure::Final(what),
+        })
     }
 
-    fn body(&self, message: &str, top: u32) -> Value {
+    fn form(&self) -> std::sync::MutexGuard<'_, Form> {
+        self.form.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn body(&self, message: &str, form: Form) -> Value {
         let mut body = json!({
             "model": self.model,
             "messages": [{"role": "user", "content": message}],
-            "max_tokens": self.max_tokens,
-            "temperature": 0,
         });
-        if top > 0 {
+        let bound = match form.max_tokens {
+            true => "max_tokens",
+            false => "max_completion_tokens",
+        };
+        body[bound] = json!(self.max_tokens);
+        if form.temperature {
+            body["temperature"] = json!(0);
+        }
+        if form.top_logprobs > 0 {
             body["logprobs"] = json!(true);
-            body["top_logprobs"] = json!(top);
+            body["top_logprobs"] = json!(form.top_logprobs);
         }
         body
     }
@@ -162,7 +221,7 @@ impl Endpoint {
         let wait = response.headers().get("retry-after");
         let wait = wait
             .and_then(|seconds| seconds.to_str().ok()?.parse().ok())
-            .map(Duration::from_secs);
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let text = response
             .body_mut()
             .with_config()
@@ -182,13 +241,12 @@ fn excerpt(text: &str) -> String {
     }
 }
 
-/// Between half and all of the time: requests that failed together do not come back together.
-fn scattered(wait: Duration, message: &str, attempt: u32) -> Duration {
+/// From 0 to 1, another for each question and attempt.
+fn chance(message: &str, attempt: u32) -> f64 {
     let mut hash = blake3::Hasher::new();
     hash.update(message.as_bytes())
         .update(&attempt.to_le_bytes());
-    let share = f64::from(hash.finalize().as_bytes()[0]) / 255.0;
-    wait.mul_f64(0.5 + 0.5 * share)
+    f64::from(hash.finalize().as_bytes()[0]) / 255.0
 }
 
 /// Waits, but hears a signal.

@@ -5,8 +5,6 @@ mod endpoint;
 mod journal;
 mod outputs;
 mod scores;
-#[cfg(test)]
-mod server;
 mod verdict;
 
 use std::collections::BTreeMap;
@@ -457,9 +455,9 @@ impl Job {
 
 #[cfg(test)]
 mod tests {
-    use super::server::{Act, Server};
     use super::*;
     use clap::Parser;
+    use dice_tests::{Act, JudgeServer};
     use std::path::Path;
 
     const SHORT: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(4)];
@@ -503,9 +501,9 @@ mod tests {
             .collect())
     }
 
-    fn ask(acts: &[Act], more: &[&str]) -> (Server, Result<Vec<Value>>) {
+    fn ask(acts: &[Act], more: &[&str]) -> (JudgeServer, Result<Vec<Value>>) {
         let dir = tempfile::tempdir().unwrap();
-        let server = Server::start(acts);
+        let server = JudgeServer::start(acts);
         let words = [&["--endpoint", &server.url, "--judge", "j"], more].concat();
         let rows = run_in(dir.path(), &words);
         (server, rows)
@@ -564,17 +562,25 @@ mod tests {
             Act::Status(500),
             Act::Half,
             Act::Garbage,
-            Act::Status(429),
+            Act::Later(0),
             Act::Status(503),
             Act::Weigh,
-            Act::Reset,
-            Act::Half,
+            Act::Close,
+            Act::Noise,
+            Act::Status(408),
             Act::Weigh,
         ];
         let (server, rows) = ask(&acts, &["--in-flight", "2"]);
         near(&wins(&rows.unwrap()), &expected(0.9));
-        assert_eq!(server.asked(), 22 + 8);
+        assert_eq!(server.asked(), 22 + 9);
         assert!(server.most_at_a_time() <= 2);
+        // One that is too slow, and one that asks for a second's rest.
+        let start = std::time::Instant::now();
+        let acts = [Act::Hang(1500), Act::Later(1), Act::Weigh];
+        let (server, rows) = ask(&acts, &["--in-flight", "1", "--timeout", "1"]);
+        near(&wins(&rows.unwrap()), &expected(0.9));
+        assert_eq!(server.asked(), 22 + 2);
+        assert!(start.elapsed() > Duration::from_secs(2));
     }
 
     #[test]
@@ -591,7 +597,7 @@ mod tests {
         assert!(message.contains("status 401: {\"error\""), "{message}");
         assert_eq!(server.asked(), 1, "a refusal is not asked again");
         let (_, rows) = ask(
-            &[Act::Hang],
+            &[Act::Hang(30_000)],
             &["--retries", "0", "--timeout", "1", "--in-flight", "1"],
         );
         let message = format!("{:#}", rows.unwrap_err());
@@ -599,12 +605,40 @@ mod tests {
     }
 
     #[test]
-    fn words_serve_where_log_probs_are_refused() {
-        for act in [Act::Plain, Act::Say] {
-            let (_, rows) = ask(&[act], &[]);
+    fn what_a_server_refuses_is_left_out() {
+        // In the words of OpenAI's service, for its newer models, and of llama.cpp's Python server.
+        for act in [
+            Act::Say,
+            Act::Refuse(
+                "logprobs",
+                403,
+                "You are not allowed to request logprobs from this model.",
+            ),
+            Act::Refuse(
+                "logprobs",
+                500,
+                "logprobs is not supported for models created with logits_all=False",
+            ),
+            Act::Refuse(
+                "temperature",
+                400,
+                "'temperature' does not support 0 with this model.",
+            ),
+            Act::Refuse(
+                "max_tokens",
+                400,
+                "'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+            ),
+        ] {
+            let (server, rows) = ask(&[act], &["--in-flight", "1"]);
             let rows = rows.unwrap();
             near(&wins(&rows), &expected(1.0));
             assert_eq!(rows[0]["verdict_from"], "text");
+            assert!(
+                server.asked() <= 22 + 2,
+                "refused once, for good: {}",
+                server.asked()
+            );
         }
         let (_, rows) = ask(&[Act::Mumble], &[]);
         let rows = rows.unwrap();
@@ -635,7 +669,7 @@ mod tests {
         let journal = dir.path().join("journal").display().to_string();
         // The ninth request and all after it are refused.
         let acts = [&[Act::Weigh; 8][..], &[Act::Status(403)]].concat();
-        let broken = Server::start(&acts);
+        let broken = JudgeServer::start(&acts);
         let words = [
             "--judge",
             "j",
@@ -672,7 +706,7 @@ mod tests {
 
         let part = std::fs::read_to_string(dir.path().join("out.jsonl.part")).unwrap();
         assert_eq!(part.lines().count(), 4);
-        let server = Server::start(&[Act::Weigh]);
+        let server = JudgeServer::start(&[Act::Weigh]);
         let rows = run_in(
             dir.path(),
             &[&["--endpoint", &server.url], &words[..]].concat(),

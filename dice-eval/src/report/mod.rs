@@ -1,7 +1,10 @@
 //! `dice-eval report`: a run of any number of rounds as one HTML file that needs nothing else.
 
+mod figures;
+mod overview;
 mod plot;
 mod rounds;
+mod texts;
 
 use std::fs;
 use std::io::Write;
@@ -9,13 +12,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use common::files::write_aside;
-use common::metrics::{Estimate, SampleFigures};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use serde_json::Value;
 
-use crate::format::{average, estimate, number, percent, points};
-use plot::{Mark, Plot, Series, histogram};
-use rounds::{Round, Samples, Shown};
+use rounds::Round;
 
 /// A report of a whole run to look at: one HTML file, with tables, figures and sampled responses
 ///
@@ -50,11 +49,11 @@ pub fn run(args: Args) -> Result<()> {
 
 fn page(name: &str, rounds: &[Round]) -> Result<Markup> {
     let parts = [
-        ("rounds", "Round by round", overview(rounds)?),
-        ("training", "Training", training(rounds)?),
-        ("pairs", "Pairs, α and γ", pairs(rounds)?),
-        ("responses", "Responses", responses(rounds)),
-        ("settings", "Settings", settings(rounds)?),
+        ("rounds", "Round by round", overview::part(rounds)?),
+        ("training", "Training", figures::training(rounds)?),
+        ("pairs", "Pairs, α and γ", figures::pairs(rounds)?),
+        ("responses", "Responses", texts::responses(rounds)),
+        ("settings", "Settings", texts::settings(rounds)?),
     ];
     Ok(html! {
         (DOCTYPE)
@@ -68,472 +67,12 @@ fn page(name: &str, rounds: &[Round]) -> Result<Markup> {
                 style { (PreEscaped(include_str!("style.css"))) }
             }
             body {
-                header {
-                    h1 { "DICE run " (name) }
-                    nav aria-label="Parts" { @for (id, title, _) in &parts { a href={ "#" (id) } { (title) } } }
-                }
+                h1 { "DICE run " (name) }
+                // It stays in sight: the page is long.
+                nav aria-label="Parts" { @for (id, title, _) in &parts { a href={ "#" (id) } { (title) } } }
                 main { @for (id, title, part) in &parts { section id=(id) { h2 { (title) } (part) } } }
             }
         }
-    })
-}
-
-fn table(caption: &str, heads: &[&str], rows: &[Vec<String>]) -> Markup {
-    html! {
-        // Wide tables scroll in their own frame, which the keyboard reaches.
-        div.scroll tabindex="0" role="region" aria-label=(caption) {
-            table {
-                caption { (caption) }
-                thead { tr { @for head in heads { th scope="col" { (head) } } } }
-                tbody { @for row in rows { tr {
-                    @for (at, cell) in row.iter().enumerate() {
-                        @if at == 0 { th scope="row" { (cell) } } @else { td { (cell) } }
-                    }
-                } } }
-            }
-        }
-    }
-}
-
-fn figures(plots: Vec<Plot>) -> Result<Markup> {
-    let drawn: Vec<Markup> = plots.iter().map(Plot::markup).collect::<Result<_>>()?;
-    Ok(html! { div.figures { @for figure in drawn { (figure) } } })
-}
-
-fn overview(rounds: &[Round]) -> Result<Markup> {
-    let heads = [
-        "samples",
-        "count",
-        "prompts",
-        "reward",
-        "characters",
-        "tokens",
-        "truncated",
-        "distinct-1",
-        "distinct-2",
-        "reward ~ length",
-    ];
-    let row = |name: String, f: &SampleFigures| {
-        vec![
-            name,
-            f.samples.to_string(),
-            f.prompts.to_string(),
-            estimate(f.reward),
-            average(f.chars),
-            average(f.tokens),
-            percent(f.truncated),
-            number(f.distinct_1, 3),
-            number(f.distinct_2, 3),
-            number(f.reward_length_correlation, 2),
-        ]
-    };
-    let mut rows = vec![];
-    for round in rounds {
-        for (what, samples) in [
-            ("samples that became pairs", &round.samples),
-            ("check prompts, before", &round.before),
-            ("check prompts, after", &round.after),
-        ] {
-            if let Some(samples) = samples {
-                rows.push(row(format!("{}: {what}", round.name), &samples.figures));
-            }
-        }
-    }
-    let drift = drift(rounds);
-    let drift_heads = [
-        "round",
-        "steps",
-        "loss",
-        "margin",
-        "chosen log-prob",
-        "rejected log-prob",
-    ];
-    let wins = win_rates(rounds);
-    let win_heads = [
-        "win rate",
-        "raw",
-        "length-controlled",
-        "form",
-        "judged",
-        "average length",
-    ];
-    Ok(html! {
-        (table("Samples; each round's reward has its own policy and reference, so rewards compare within a round only", &heads, &rows))
-        @if !drift.is_empty() {
-            (table("Training, first → last step; log-probs: mean change since the start of the round, nats", &drift_heads, &drift))
-        }
-        @if !wins.is_empty() { (table("Win rates, percent, with 95% intervals", &win_heads, &wins)) }
-        (figures(vec![lengths(rounds), rewards(rounds)])?)
-    })
-}
-
-/// Rows of the table of training.
-fn drift(rounds: &[Round]) -> Vec<Vec<String>> {
-    let trained = rounds.iter().filter(|round| !round.steps.is_empty());
-    let row = |round: &Round| {
-        let ends = |column: &str, scale: f64, decimals: usize| {
-            let course = round.course(column);
-            let (first, last) = (course.first(), course.last());
-            let ends = first.zip(last).map(|(a, b)| (a.1 * scale, b.1 * scale));
-            ends.map_or("–".into(), |(a, b)| {
-                format!("{a:.decimals$} → {b:.decimals$}")
-            })
-        };
-        // rewards/… are β times the change of the log-prob.
-        let beta = round
-            .trainer
-            .as_ref()
-            .and_then(|t| t.pointer("/settings/objective/beta")?.as_f64());
-        let log_prob = |column: &str| match beta {
-            Some(beta) if beta > 0.0 => ends(column, 1.0 / beta, 2),
-            _ => "–".into(),
-        };
-        vec![
-            round.name.clone(),
-            round.steps.len().to_string(),
-            ends("loss", 1.0, 4),
-            ends("rewards/margins", 1.0, 3),
-            log_prob("rewards/chosen"),
-            log_prob("rewards/rejected"),
-        ]
-    };
-    trained.map(row).collect()
-}
-
-fn win_rates(rounds: &[Round]) -> Vec<Vec<String>> {
-    let all = rounds
-        .iter()
-        .flat_map(|round| round.win_rates.iter().map(move |row| (round, row)));
-    all.map(|(round, row)| {
-        let number = |field: &str| row.get(field).and_then(Value::as_f64);
-        let text = |field: &str| {
-            row.get(field)
-                .and_then(Value::as_str)
-                .unwrap_or("–")
-                .to_owned()
-        };
-        let interval = |name: &str| {
-            Some([
-                number(&format!("{name}_low"))?,
-                number(&format!("{name}_high"))?,
-            ])
-        };
-        let count = |field: &str| number(field).map_or("–".into(), |n| format!("{n:.0}"));
-        vec![
-            format!("{}: {}, {}", round.name, text("model"), text("group")),
-            points(number("win_rate"), interval("win_rate")),
-            points(
-                number("length_controlled_winrate"),
-                interval("length_controlled"),
-            ),
-            text("lc_form"),
-            count("n_total"),
-            count("avg_length"),
-        ]
-    })
-    .collect()
-}
-
-/// Intervals by round of a figure of the check prompts (else of all samples), before and after.
-fn by_round(rounds: &[Round], of: fn(&SampleFigures) -> Option<Estimate>) -> Vec<Series> {
-    let series = |at: usize, name: &str, shift: f64, samples: fn(&Round) -> Option<&Samples>| {
-        let all = rounds.iter().enumerate().filter_map(|(i, round)| {
-            let e = of(&samples(round)?.figures)?;
-            Some((1.0 + i as f64 + shift, e.low, e.value, e.high))
-        });
-        Series::new(at, name, Mark::Intervals(all.collect()))
-    };
-    vec![
-        series(0, "samples that became pairs", -0.1, |round| {
-            round.samples.as_ref()
-        }),
-        series(1, "check prompts, before training", 0.0, |round| {
-            round.before.as_ref()
-        }),
-        series(2, "check prompts, after training", 0.1, |round| {
-            round.after.as_ref()
-        }),
-    ]
-}
-
-fn lengths(rounds: &[Round]) -> Plot<'static> {
-    let mean = |f: &SampleFigures| {
-        let spread = f.chars?;
-        let half = 1.96 * spread.standard_deviation / (spread.count as f64).sqrt();
-        Some(Estimate {
-            value: spread.mean,
-            low: spread.mean - half,
-            high: spread.mean + half,
-        })
-    };
-    Plot {
-        title: "Length of responses",
-        axes: ["round", "mean characters"],
-        series: by_round(rounds, mean),
-        note: "Mean and 95% interval.".into(),
-    }
-}
-
-fn rewards(rounds: &[Round]) -> Plot<'static> {
-    Plot {
-        title: "Implicit reward",
-        axes: ["round", "mean reward"],
-        series: by_round(rounds, |f| f.reward),
-        note: "Mean and 95% interval; before and after training are scored by the same pair of models.".into(),
-    }
-}
-
-fn training(rounds: &[Round]) -> Result<Markup> {
-    let course = |title, axis, column: &str, note: &str| Plot {
-        title,
-        axes: ["step", axis],
-        series: rounds
-            .iter()
-            .enumerate()
-            .map(|(i, round)| Series::new(i, round.name.clone(), Mark::Line(round.course(column))))
-            .collect(),
-        note: note.to_owned(),
-    };
-    let mut plots = vec![
-        course(
-            "Loss",
-            "loss",
-            "loss",
-            "ln 2 = 0.693 is where DPO's sigmoid loss starts.",
-        ),
-        course("Margin", "reward margin", "rewards/margins", ""),
-        course(
-            "Accuracy",
-            "share of pairs",
-            "rewards/accuracies",
-            "Pairs of the batch whose chosen response has the higher reward.",
-        ),
-        course("Gradient norm", "norm", "grad_norm", "Before clipping."),
-    ];
-    for round in rounds {
-        let side = |at, name: &str, column| Series::new(at, name, Mark::Line(round.course(column)));
-        plots.push(Plot {
-            title: "Drift of chosen and rejected",
-            axes: ["step", "β × change of log-prob"],
-            series: vec![
-                side(0, "chosen", "rewards/chosen"),
-                side(1, "rejected", "rewards/rejected"),
-            ],
-            note: format!(
-                "{}. Both falling means that the model unlearns both.",
-                round.name
-            ),
-        });
-    }
-    figures(plots)
-}
-
-fn pairs(rounds: &[Round]) -> Result<Markup> {
-    let mut plots = vec![mix(rounds)];
-    for round in rounds {
-        if let Some(pairs) = &round.pairs {
-            let sides = |values: &[Vec<f64>; 2]| {
-                histogram([
-                    ("chosen", values[0].clone()),
-                    ("rejected", values[1].clone()),
-                ])
-            };
-            for (title, axis, values) in [
-                ("Lengths at α = 0", "characters", &pairs.lengths_without),
-                ("Lengths as trained on", "characters", &pairs.lengths),
-                ("Scores at α = 0", "reward", &pairs.scores_without),
-                (
-                    "Scores as trained on",
-                    "reward less α times length",
-                    &pairs.scores,
-                ),
-            ] {
-                plots.push(Plot {
-                    title,
-                    axes: [axis, "pairs"],
-                    series: sides(values),
-                    note: format!("{}, generated pairs.", round.name),
-                });
-            }
-        }
-        plots.extend(round.stats.as_ref().and_then(|stats| curve(round, stats)));
-        if let Some(samples) = &round.samples {
-            plots.push(scatter(round, samples));
-        }
-    }
-    figures(plots)
-}
-
-fn mix(rounds: &[Round]) -> Plot<'static> {
-    let bars = |shift: f64, count: fn(&rounds::Pairs) -> usize| {
-        let all = rounds.iter().enumerate().filter_map(|(i, round)| {
-            let at = 1.0 + i as f64 + shift;
-            Some((at, at + 0.35, count(round.pairs.as_ref()?) as f64))
-        });
-        Mark::Bars(all.collect())
-    };
-    Plot {
-        title: "Mix of pairs",
-        axes: ["round", "pairs"],
-        series: vec![
-            Series::new(0, "generated", bars(-0.35, |p| p.generated)),
-            Series::new(1, "replayed", bars(0.0, |p| p.replayed)),
-        ],
-        note: "γ is the replayed share.".into(),
-    }
-}
-
-/// The mean length gap as a step function of α, with the α that was taken.
-fn curve(round: &Round, stats: &Value) -> Option<Plot<'static>> {
-    let alpha = stats.get("alpha")?.as_f64()?;
-    let steps = stats.get("curve")?.as_array()?.iter();
-    let steps: Vec<(f64, f64)> = steps
-        .filter_map(|step| Some((step.get(0)?.as_f64()?, step.get(1)?.as_f64()?)))
-        .collect();
-    // The last corners are far out, where the gap hardly moves: they would press the rest against the axis.
-    let far = steps.get(steps.len() * 9 / 10)?.0.max(3.0 * alpha);
-    let steps = steps.into_iter().filter(|step| step.0 <= far).collect();
-    let gap = stats.get("gap").and_then(Value::as_f64);
-    Some(Plot {
-        title: "Length gap by α",
-        axes: ["α", "chosen − rejected, mean"],
-        series: vec![
-            Series::new(0, "gap", Mark::Steps(steps)),
-            Series::new(1, "α of this round", Mark::At(alpha)),
-        ],
-        note: format!("{}: α = {alpha}, gap {}.", round.name, number(gap, 2)),
-    })
-}
-
-fn scatter(round: &Round, samples: &Samples) -> Plot<'static> {
-    // More dots than this make a blot and a heavy file.
-    let every = samples.points.len().div_ceil(1500).max(1);
-    Plot {
-        title: "Reward against length",
-        axes: ["characters", "reward"],
-        series: vec![Series::new(
-            0,
-            "samples",
-            Mark::Points(samples.points.iter().step_by(every).copied().collect()),
-        )],
-        note: format!(
-            "{}: correlation {} over all, {} within prompts{}.",
-            round.name,
-            number(samples.figures.reward_length_correlation, 2),
-            number(samples.figures.reward_length_correlation_within_prompts, 2),
-            match every {
-                1 => String::new(),
-                n => format!("; every {n}th sample is drawn"),
-            }
-        ),
-    }
-}
-
-/// Prompts that are shown.
-const SHOWN: usize = 4;
-
-/// The first response to a few prompts, stage by stage: the policy before the first round, then after each.
-fn responses(rounds: &[Round]) -> Markup {
-    let mut stages: Vec<(String, &Samples)> = vec![];
-    for round in rounds {
-        if let (Some(before), true) = (&round.before, stages.is_empty()) {
-            stages.push((format!("before {}", round.name), before));
-        }
-        if let Some(after) = &round.after {
-            stages.push((format!("after {}", round.name), after));
-        }
-    }
-    if stages.is_empty() {
-        let samples = rounds
-            .iter()
-            .filter_map(|r| Some((format!("in {}", r.name), r.samples.as_ref()?)));
-        stages.extend(samples);
-    }
-    let shown = |samples: &Samples, id: &str| -> Option<Shown> {
-        let found = samples.first.iter().find(|(other, _)| other == id);
-        found.map(|(_, shown)| shown.clone())
-    };
-    let Some((_, last)) = stages.last() else {
-        return html! { p { "There are no samples." } };
-    };
-    // Those that most stages answer come first.
-    let mut ids: Vec<&String> = last.first.iter().map(|(id, _)| id).collect();
-    ids.sort_by_key(|id| {
-        stages
-            .iter()
-            .filter(|(_, s)| shown(s, id).is_none())
-            .count()
-    });
-    html! {
-        p.note { "The first sample of each prompt: not picked." }
-        @for (at, id) in ids.into_iter().take(SHOWN).enumerate() {
-            @let prompt = shown(last, id).map(|s| s.prompt).unwrap_or_default();
-            details open[at == 0] {
-                summary { (prompt) }
-                div.stages {
-                    @for (name, samples) in &stages {
-                        @if let Some(shown) = shown(samples, id) {
-                            article {
-                                h4 {
-                                    (name)
-                                    @if let Some(reward) = shown.reward { ", reward " (number(Some(reward), 3)) }
-                                    @if shown.truncated { ", cut at the token limit" }
-                                }
-                                p.text tabindex="0" { (shown.response) }
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn settings(rounds: &[Round]) -> Result<Markup> {
-    let pretty = |value: &Value| serde_json::to_string_pretty(value);
-    let mut parts = vec![];
-    for round in rounds {
-        let mut texts: Vec<(&str, String)> = vec![];
-        if let Some(trainer) = &round.trainer {
-            let mut trainer = trainer.clone();
-            if let Some(fields) = trainer.as_object_mut() {
-                // The steps are drawn above.
-                fields.remove("log_history");
-            }
-            texts.push(("training (trainer_state.json)", pretty(&trainer)?));
-        }
-        if let Some(stats) = &round.stats {
-            let mut stats = stats.clone();
-            if let Some(fields) = stats.as_object_mut() {
-                fields.remove("curve");
-            }
-            texts.push(("choice of pairs (pairs.stats.json)", pretty(&stats)?));
-        }
-        let fingerprints = round
-            .samples
-            .iter()
-            .flat_map(|samples| &samples.fingerprints);
-        let fingerprints: Vec<String> = fingerprints
-            .map(|(role, print)| format!("{role}: {print}"))
-            .collect();
-        if !fingerprints.is_empty() {
-            texts.push((
-                "fingerprints of the models in scored.jsonl",
-                fingerprints.join("\n"),
-            ));
-        }
-        if let Some(commands) = &round.commands {
-            texts.push(("commands", commands.clone()));
-        }
-        parts.push((round, texts));
-    }
-    Ok(html! {
-        @for (round, texts) in parts {
-            @for (title, text) in texts {
-                details { summary { (round.name) ": " (title) } pre tabindex="0" { (text) } }
-            }
-        }
-        p.note { "Made by dice-eval " (env!("CARGO_PKG_VERSION")) "." }
     })
 }
 
@@ -600,6 +139,7 @@ mod tests {
         for title in [
             "Length of responses",
             "Implicit reward",
+            "Win rate of after against before",
             "Loss",
             "Margin",
             "Accuracy",
@@ -622,14 +162,14 @@ mod tests {
             page.matches("<figure>").count(),
             page.matches("<svg").count()
         );
-        assert_eq!(page.matches("<figure>").count(), 2 + 4 + 2 + 1 + 4 + 1 + 2);
+        assert_eq!(page.matches("<figure>").count(), 3 + 4 + 2 + 1 + 4 + 1 + 2);
         for text in [
+            // The summary: win rates, lengths, drift of chosen and rejected over β, α, γ.
+            "<td>51.5 (45.0 … 58.0)</td><td>49.2</td>",
+            "<td>1.00</td><td>−2.00</td><td>0.250</td><td>0.50</td>",
+            // The details.
             "51.50 (45.00 … 58.00)",
-            "49.25",
-            "0.6900 → 0.6500",
-            "1.00 → 1.00",
-            "-2.00 → -2.00",
-            "α = 0.25, gap 0.50",
+            "α = 0.2500, where the gap is 0.50",
             "policy: abc",
             "&lt;done&gt;",
             "prompt &lt;0&gt;",
@@ -672,22 +212,30 @@ mod tests {
             text("report", [dir.path().to_str().unwrap()]).unwrap(),
         )
         .unwrap();
-        // Sums up what was drawn, in the page's own words: the title is printed with the page.
-        let check = "<script>addEventListener('load', () => { \
-            const drawn = [...document.querySelectorAll('figure svg')].filter(s => s.getBoundingClientRect().width > 100 \
-                && s.querySelectorAll('polyline, circle, rect, line').length > 3).length; \
-            const wide = document.documentElement.scrollWidth > innerWidth; \
-            document.title = `drawn ${drawn} wide ${wide}`; })</script>";
+        // Sums up what was drawn, in the page's own words: the title is printed with the page. Browsers make no window as
+        // narrow as a phone, so that one is a frame.
+        let check = "<script>addEventListener('load', () => {
+            const figures = [...document.querySelectorAll('figure svg')];
+            const drawn = figures.filter(s => s.getBoundingClientRect().width > 100
+                && s.querySelectorAll('polyline, circle, rect, line').length > 3).length;
+            const letters = figures.flatMap(s => [...s.querySelectorAll('text')].map(t =>
+                t.getAttribute('font-size') * s.getBoundingClientRect().width / s.viewBox.baseVal.width));
+            const legible = Math.min(...letters) > 8;
+            const wide = document.documentElement.scrollWidth > innerWidth;
+            const [r] = getComputedStyle(document.body).backgroundColor.match(/\\d+/);
+            const found = `drawn ${drawn} legible ${legible} wide ${wide} dark ${r < 128}`;
+            if (top === self) document.title = found; else top.postMessage(found, '*');
+            })</script>";
         let text = fs::read_to_string(&page).unwrap();
         let figures = text.matches("<figure>").count();
-        let checked = dir.path().join("checked.html");
-        fs::write(
-            &checked,
-            text.replace("</body>", &format!("{check}</body>")),
-        )
-        .unwrap();
-        for width in [360, 1400] {
-            let profile = dir.path().join(format!("profile-{width}"));
+        let [checked, framed] = ["checked.html", "framed.html"].map(|name| dir.path().join(name));
+        let with_check = text.replace("</body>", &format!("{check}</body>"));
+        fs::write(&checked, with_check).unwrap();
+        let frame = "<script>onmessage = event => document.title = event.data</script>\
+            <iframe width=360 height=800 src=checked.html></iframe>";
+        fs::write(&framed, frame).unwrap();
+        for (page, dark) in [(&checked, true), (&checked, false), (&framed, false)] {
+            let profile = tempfile::tempdir().unwrap();
             let output = Command::new(browser)
                 .args([
                     "--headless=new",
@@ -695,20 +243,30 @@ mod tests {
                     "--disable-gpu",
                     "--enable-logging=stderr",
                     "--dump-dom",
+                    "--window-size=1400,900",
+                    "--virtual-time-budget=3000",
                 ])
-                .arg(format!("--user-data-dir={}", profile.display()))
-                .arg(format!("--window-size={width},900"))
-                .arg(format!("file://{}", checked.display()))
+                .arg(format!(
+                    "--blink-settings=preferredColorScheme={}",
+                    u8::from(!dark)
+                ))
+                .arg(format!("--user-data-dir={}", profile.path().display()))
+                .arg(format!("file://{}", page.display()))
                 .output()
                 .unwrap();
             let (dom, log) = (
                 String::from_utf8_lossy(&output.stdout),
                 String::from_utf8_lossy(&output.stderr),
             );
-            assert!(
-                dom.contains(&format!("<title>drawn {figures} wide false</title>")),
-                "{width}: {log}"
-            );
+            let title =
+                format!("<title>drawn {figures} legible true wide false dark {dark}</title>");
+            let got = dom
+                .split("<title>")
+                .nth(1)
+                .unwrap_or("no title")
+                .split("</title>")
+                .next();
+            assert!(dom.contains(&title), "{got:?}, not {title}: {log}");
             assert!(!log.contains("CONSOLE"), "{log}");
         }
     }

@@ -18,7 +18,8 @@ pub const COLOURS: [RGBColor; 5] = [
     RGBColor(0xd6, 0x4b, 0x5f),
 ];
 
-const SIZE: (u32, u32) = (560, 300);
+/// On a phone it shrinks to two thirds, on a wide screen it grows by a sixth: letters are sized for both.
+const SIZE: (u32, u32) = (480, 280);
 
 /// A figure to draw.
 pub struct Plot<'a> {
@@ -31,13 +32,15 @@ pub struct Plot<'a> {
 }
 
 pub struct Series {
+    /// For the legend; without one it is not in it.
     pub name: String,
     pub colour: RGBColor,
     pub mark: Mark,
 }
 
 pub enum Mark {
-    Line(Vec<(f64, f64)>),
+    /// A figure that scatters from step to step: a faint line, and its moving mean over it.
+    Course(Vec<(f64, f64)>),
     /// A line that keeps its value until the next point.
     Steps(Vec<(f64, f64)>),
     Points(Vec<(f64, f64)>),
@@ -47,6 +50,8 @@ pub enum Mark {
     Intervals(Vec<(f64, f64, f64, f64)>),
     /// A line from bottom to top.
     At(f64),
+    /// A line from side to side: what the others are to be compared with.
+    Level(f64),
 }
 
 impl Series {
@@ -58,13 +63,22 @@ impl Series {
             mark,
         }
     }
+
+    /// A thin line to compare with.
+    pub fn level(at: f64) -> Self {
+        Self {
+            name: String::new(),
+            colour: INK,
+            mark: Mark::Level(at),
+        }
+    }
 }
 
 impl Mark {
     /// Every point that must be within the axes.
     fn extent(&self) -> Vec<(f64, f64)> {
         match self {
-            Self::Line(points) | Self::Steps(points) | Self::Points(points) => points.clone(),
+            Self::Course(points) | Self::Steps(points) | Self::Points(points) => points.clone(),
             Self::Bars(bars) => bars
                 .iter()
                 .flat_map(|&(from, to, height)| [(from, 0.0), (to, height)])
@@ -73,23 +87,21 @@ impl Mark {
                 .iter()
                 .flat_map(|&(x, low, _, high)| [(x - 0.5, low), (x + 0.5, high)])
                 .collect(),
-            Self::At(_) => vec![],
+            Self::At(x) => vec![(*x, f64::NAN)],
+            Self::Level(y) => vec![(f64::NAN, *y)],
         }
     }
 
-    fn is_empty(&self) -> bool {
-        !matches!(self, Self::At(_)) && self.extent().is_empty()
+    /// Whether it has data of its own.
+    fn is_data(&self) -> bool {
+        !matches!(self, Self::At(_) | Self::Level(_)) && !self.extent().is_empty()
     }
 }
 
 impl Plot<'_> {
     /// The figure with its legend and note; nothing where there is nothing to draw.
     pub fn markup(&self) -> Result<Markup> {
-        if self
-            .series
-            .iter()
-            .all(|series| series.mark.extent().is_empty())
-        {
+        if !self.series.iter().any(|series| series.mark.is_data()) {
             return Ok(html! {});
         }
         let svg = self
@@ -100,15 +112,18 @@ impl Plot<'_> {
             self.title, self.axes[1], self.axes[0], self.note
         );
         let hex = |c: RGBColor| format!("color:#{:02x}{:02x}{:02x}", c.0, c.1, c.2);
+        let named = |series: &&Series| {
+            !series.name.is_empty() && (series.mark.is_data() || matches!(series.mark, Mark::At(_)))
+        };
         Ok(html! {
             figure {
                 figcaption { strong { (self.title) } }
-                div role="img" aria-label=(label) { (PreEscaped(svg)) }
                 p.legend {
-                    @for series in self.series.iter().filter(|series| !series.mark.is_empty()) {
+                    @for series in self.series.iter().filter(named) {
                         span { span.swatch style=(hex(series.colour)) aria-hidden="true" { "■" } " " (series.name) } " "
                     }
                 }
+                div role="img" aria-label=(label) { (PreEscaped(svg)) }
                 @if !self.note.is_empty() { p.note { (self.note) } }
             }
         })
@@ -135,20 +150,21 @@ impl Plot<'_> {
         );
         let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
         let mut chart = ChartBuilder::on(area)
-            .margin(8)
-            .margin_right(16)
-            .x_label_area_size(42)
-            .y_label_area_size(64)
+            .margin(6)
+            .margin_right(18)
+            .x_label_area_size(48)
+            .y_label_area_size(72)
             .build_cartesian_2d(x.0..x.1, y.0..y.1)?;
         chart
             .configure_mesh()
             .light_line_style(INK.mix(0.0))
             .bold_line_style(INK.mix(0.15))
             .axis_style(INK.mix(0.6))
-            .label_style(text(13))
-            .axis_desc_style(text(14))
+            // The library's sizes are 1.24 times those of the letters.
+            .label_style(text(17))
+            .axis_desc_style(text(18))
             .x_labels(6)
-            .y_labels(6)
+            .y_labels(5)
             .x_label_formatter(&|v| match self.axes[0] {
                 // There is no half of a round or a step.
                 "round" | "step" if v.fract().abs() > 1e-9 => String::new(),
@@ -162,11 +178,14 @@ impl Plot<'_> {
             let colour = series.colour;
             let line = colour.stroke_width(2);
             match &series.mark {
-                Mark::Line(points) => {
-                    chart.draw_series(LineSeries::new(points.iter().copied(), line))?;
-                    // A single step would be no line at all.
-                    let dots = points.iter().map(|p| Circle::new(*p, 2, colour.filled()));
-                    chart.draw_series(dots)?;
+                Mark::Course(points) => {
+                    let faint = colour.mix(0.35).stroke_width(1);
+                    chart.draw_series(LineSeries::new(points.iter().copied(), faint))?;
+                    chart.draw_series(LineSeries::new(moving_mean(points), line))?;
+                    if let [only] = points[..] {
+                        // A single step would be no line at all.
+                        chart.draw_series([Circle::new(only, 3, colour.filled())])?;
+                    }
                 }
                 Mark::Steps(points) => {
                     let last = points.last().map(|p| (x.1, p.1));
@@ -199,10 +218,26 @@ impl Plot<'_> {
                     let ends = [(*at, y.0), (*at, y.1)];
                     chart.draw_series([PathElement::new(ends, line)])?;
                 }
+                Mark::Level(at) => {
+                    let ends = [(x.0, *at), (x.1, *at)];
+                    let thin = colour.mix(0.6).stroke_width(1);
+                    chart.draw_series([PathElement::new(ends, thin)])?;
+                }
             }
         }
         Ok(())
     }
+}
+
+/// The mean of each point's neighbourhood, a tenth of the whole; fewer than twenty points stay as they are.
+fn moving_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let reach = points.len() / 20;
+    let mean = |at: usize| {
+        let around = &points[at.saturating_sub(reach)..(at + reach + 1).min(points.len())];
+        let sum: f64 = around.iter().map(|p| p.1).sum();
+        (points[at].0, sum / around.len() as f64)
+    };
+    (0..points.len()).map(mean).collect()
 }
 
 /// From the least to the greatest value, with a little air; never empty.
@@ -233,26 +268,30 @@ fn label(value: f64, width: f64) -> String {
     }
 }
 
-/// Bars of both sides over the same bins.
-pub fn histogram(sides: [(&str, Vec<f64>); 2]) -> Vec<Series> {
+/// Bars of both sides over the same bins, from the least to the greatest of `over`.
+pub fn histogram(names: [&str; 2], sides: &[Vec<f64>; 2], over: &[f64]) -> Vec<Series> {
     const BINS: usize = 24;
-    let (low, high) = range(sides.iter().flat_map(|(_, values)| values.iter().copied()));
+    let (low, high) = range(over.iter().copied());
     let width = (high - low) / BINS as f64;
-    let bars = |values: &[f64]| {
+    let bars = |values: &[f64]| -> Vec<_> {
         let mut counts = [0.0; BINS];
-        for value in values.iter().filter(|v| v.is_finite()) {
+        let finite: Vec<f64> = values.iter().copied().filter(|v| v.is_finite()).collect();
+        for value in &finite {
             counts[(((value - low) / width) as usize).min(BINS - 1)] += 1.0;
         }
         let bar = |(i, count): (usize, f64)| {
             let from = low + i as f64 * width;
             (from, from + width, count)
         };
-        let drawn = counts.into_iter().enumerate().map(bar);
-        drawn.filter(|(_, _, count)| *count > 0.0).collect()
+        match finite[..] {
+            [] => vec![],
+            // Empty bins, too: they hold the axis at its whole length.
+            _ => counts.into_iter().enumerate().map(bar).collect(),
+        }
     };
-    let sides = sides.iter().enumerate();
+    let sides = names.into_iter().zip(sides).enumerate();
     sides
-        .map(|(at, (name, values))| Series::new(at, *name, Mark::Bars(bars(values))))
+        .map(|(at, (name, values))| Series::new(at, name, Mark::Bars(bars(values))))
         .collect()
 }
 
@@ -263,12 +302,13 @@ mod tests {
     #[test]
     fn every_mark_is_drawn_in_the_pages_ink() {
         let marks = [
-            Mark::Line(vec![(0.0, 1.0), (1.0, 2.0)]),
+            Mark::Course(vec![(0.0, 1.0), (1.0, 2.0)]),
             Mark::Steps(vec![(0.0, 3.0), (0.5, 1.0)]),
             Mark::Points(vec![(0.2, 0.2)]),
             Mark::Bars(vec![(0.0, 0.5, 2.0)]),
             Mark::Intervals(vec![(1.0, 0.5, 1.0, 1.5)]),
             Mark::At(0.7),
+            Mark::Level(0.4),
         ];
         let series = marks
             .into_iter()
@@ -300,11 +340,11 @@ mod tests {
         let plot = Plot {
             title: "t",
             axes: ["x", "y"],
-            series: histogram([("a", vec![]), ("b", vec![f64::NAN])]),
+            series: histogram(["a", "b"], &[vec![], vec![f64::NAN]], &[f64::NAN]),
             note: String::new(),
         };
         assert_eq!(plot.markup().unwrap().into_string(), "");
-        let same = histogram([("a", vec![3.0, 3.0]), ("b", vec![])]);
+        let same = histogram(["a", "b"], &[vec![3.0, 3.0], vec![]], &[3.0]);
         assert!(
             matches!(&same[0].mark, Mark::Bars(bars) if bars.iter().map(|b| b.2).sum::<f64>() == 2.0)
         );

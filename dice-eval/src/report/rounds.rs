@@ -221,6 +221,11 @@ fn prompt_text(row: &Row) -> Result<String> {
 }
 
 impl Pairs {
+    /// The share of replayed pairs; NaN of none.
+    pub fn gamma(&self) -> f64 {
+        self.replayed as f64 / (self.generated + self.replayed) as f64
+    }
+
     fn read(path: &Path, samples: Option<&Samples>) -> Result<Self> {
         let mut found = Self::default();
         for row in rows(&[path.to_owned()]) {

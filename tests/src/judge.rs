@@ -1,4 +1,4 @@
-//! A judge for the tests: a small HTTP server on loopback that misbehaves on request.
+//! A judge for the tests: a small HTTP server on loopback that speaks as OpenAI's does, and misbehaves on request.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -19,17 +19,27 @@ pub enum Act {
     First,
     Mumble,
     /// Closes the connection without a word.
+    Close,
+    /// Closes it before it has read the question, which resets it.
     Reset,
     Status(u16),
+    /// 429, to be asked again after so many seconds.
+    Later(u64),
     /// Promises more than it sends.
     Half,
+    /// No chat completion.
     Garbage,
-    /// Refuses log-probs, and says so.
-    Plain,
-    Hang,
+    /// No HTTP.
+    Noise,
+    /// Refuses questions with this part, with this status and in these words; others are answered in words.
+    Refuse(&'static str, u16, &'static str),
+    /// Says nothing for so many milliseconds, then closes.
+    Hang(u64),
 }
 
-pub struct Server {
+/// Serves until the tests' process ends.
+pub struct JudgeServer {
+    /// The address that ends before `/chat/completions`.
     pub url: String,
     state: Arc<State>,
 }
@@ -43,7 +53,8 @@ struct State {
     keys: Mutex<Vec<String>>,
 }
 
-impl Server {
+impl JudgeServer {
+    /// Does these things with the first requests, the last of them with all others.
     pub fn start(acts: &[Act]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/v1/", listener.local_addr().unwrap());
@@ -55,7 +66,6 @@ impl Server {
             keys: Mutex::default(),
         });
         let shared = state.clone();
-        // Ends with the tests' process.
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let state = shared.clone();
@@ -76,20 +86,29 @@ impl Server {
         Self { url, state }
     }
 
+    /// Requests so far.
     pub fn asked(&self) -> usize {
         self.state.asked.load(Ordering::SeqCst)
     }
 
+    /// The most requests that were open at once.
     pub fn most_at_a_time(&self) -> usize {
         self.state.most.load(Ordering::SeqCst)
     }
 
+    /// The `Authorization` of every request that had one.
     pub fn keys(&self) -> Vec<String> {
         self.state.keys.lock().unwrap().clone()
     }
 }
 
+/// What is to be sent, and where to.
 fn answer(stream: TcpStream, act: Act, state: &State) -> Option<(TcpStream, Vec<u8>)> {
+    if act == Act::Reset {
+        // With a byte unread, closing is a reset.
+        stream.peek(&mut [0]).ok()?;
+        return None;
+    }
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     let mut length = 0;
     loop {
@@ -109,30 +128,32 @@ fn answer(stream: TcpStream, act: Act, state: &State) -> Option<(TcpStream, Vec<
     reader.read_exact(&mut body).ok()?;
     let body: Value = serde_json::from_slice(&body).ok()?;
     let reply = match act {
-        Act::Reset => return None,
-        Act::Hang => {
-            std::thread::sleep(Duration::from_secs(30));
+        Act::Reset | Act::Close => return None,
+        Act::Hang(milliseconds) => {
+            std::thread::sleep(Duration::from_millis(milliseconds));
             return None;
         }
-        Act::Status(status) => http(status, "{\"error\": \"not now\"}"),
-        Act::Plain if body["logprobs"] == true => {
-            http(400, "{\"error\": \"logprobs are not supported\"}")
+        Act::Noise => b"\x15\x03\x01\0\x02\x02\x46".to_vec(),
+        Act::Status(status) => http(status, 0, "{\"error\": \"not now\"}"),
+        Act::Later(seconds) => http(429, seconds, "{\"error\": \"slow down\"}"),
+        Act::Refuse(part, status, words) if body.get(part).is_some() => {
+            http(status, 0, &json!({"error": {"message": words}}).to_string())
         }
-        Act::Garbage => http(200, "<html>busy</html>"),
+        Act::Garbage => http(200, 0, "<html>busy</html>"),
         Act::Half => {
-            let whole = http(200, &chat("m", None).to_string());
+            let whole = http(200, 0, &chat("m", None).to_string());
             whole[..whole.len() - 20].to_vec()
         }
-        Act::Mumble => http(200, &chat("Both are fine.", None).to_string()),
-        Act::First => http(200, &chat("m", None).to_string()),
-        Act::Say | Act::Plain => http(
-            200,
-            &chat(&format!("**{}**.", better(&body)), None).to_string(),
-        ),
+        Act::Mumble => http(200, 0, &chat("Both are fine.", None).to_string()),
+        Act::First => http(200, 0, &chat("m", None).to_string()),
+        Act::Say | Act::Refuse(..) => {
+            let said = format!("**{}**.", better(&body));
+            http(200, 0, &chat(&said, None).to_string())
+        }
         Act::Weigh => {
             // Someone else in between, so that requests overlap.
             std::thread::sleep(Duration::from_millis(5));
-            http(200, &chat(better(&body), Some(0.9)).to_string())
+            http(200, 0, &chat(better(&body), Some(0.9)).to_string())
         }
     };
     Some((stream, reply))
@@ -158,8 +179,11 @@ fn chat(text: &str, share: Option<f64>) -> Value {
     json!({"choices": [choice]})
 }
 
-fn http(status: u16, body: &str) -> Vec<u8> {
+fn http(status: u16, retry_after: u64, body: &str) -> Vec<u8> {
     let length = body.len();
-    format!("HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nretry-after: 0\r\nconnection: close\r\n\r\n{body}")
-        .into_bytes()
+    let head = format!(
+        "HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nretry-after: {retry_after}\r\n\
+         connection: close\r\n\r\n"
+    );
+    (head + body).into_bytes()
 }
