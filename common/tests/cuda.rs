@@ -1,6 +1,8 @@
 //! The GPU's decoder, scoring and sampling, run with its own kernels on the CPU (feature `cuda-emulated`) and held to
 //! transformers' figures and to the CPU's decoder; on a real GPU, too, where there is one.
 
+mod shared;
+
 use common::cuda::{self, Device};
 use common::generate::{Generate, Generator, Request, Sample, Sampling};
 use common::kernels::gemm::Precision;
@@ -8,51 +10,7 @@ use common::logprob::{self, Group};
 use common::model::Decoder;
 use common::weights::Weights;
 use serde_json::Value;
-use std::path::PathBuf;
-
-const FAMILIES: [&str; 10] = [
-    "llama",
-    "llama3",
-    "llama-linear",
-    "llama-bias",
-    "llama-bf16-sharded",
-    "smollm",
-    "mistral",
-    "qwen2",
-    "qwen2-sliding",
-    "qwen3",
-];
-
-fn folder(family: &str) -> PathBuf {
-    // As it is when the test runs, which may be on another machine than it was built on.
-    let here = std::env::var_os("CARGO_MANIFEST_DIR");
-    let here = here.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
-    here.join("../tests/golden/families").join(family)
-}
-
-fn open(family: &str) -> (Weights, Value) {
-    let folder = folder(family);
-    let figures = std::fs::read(folder.join("figures.json")).unwrap();
-    (
-        Weights::open(folder.to_str().unwrap()).unwrap(),
-        serde_json::from_slice(&figures).unwrap(),
-    )
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    let ids = value.as_array().unwrap().iter();
-    ids.map(|x| x.as_u64().unwrap() as u32).collect()
-}
-
-/// The emulated device, and the first real one where there is one.
-fn devices() -> Vec<Device> {
-    let mut devices = vec![cuda::emulated(1 << 30)];
-    match cuda::count() {
-        0 => eprintln!("skipped on a real GPU: there is none, or the feature `cuda` is off"),
-        _ => devices.push(cuda::open(0).unwrap()),
-    }
-    devices
-}
+use shared::{FAMILIES, devices, ids, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()

@@ -15,21 +15,11 @@ use common::model::{Lora, Params};
 use common::weights::{Config, Weights};
 use serde_json::json;
 use shared::{
-    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, golden, objective, open, settings,
+    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, devices, golden, objective, open, settings,
     tiny_pairs,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// The emulated device, and the first real one where there is one.
-fn devices() -> Vec<Device> {
-    let mut devices = vec![cuda::emulated(1 << 30)];
-    match cuda::open(0) {
-        Ok(gpu) => devices.push(gpu),
-        Err(why) => eprintln!("no real GPU: {why:#}"),
-    }
-    devices
-}
 
 /// Pairs of all sorts for a vocabulary: long and short, one-token responses, shared beginnings.
 fn pairs(vocab: usize) -> Vec<Pair> {
@@ -41,16 +31,22 @@ fn pairs(vocab: usize) -> Vec<Pair> {
         };
         (0..n).map(|i| token(i) % vocab as u32).collect()
     };
-    [(1, 5, 9), (40, 37, 3), (6, 1, 1), (33, 12, 40)]
-        .into_iter()
-        .zip(0..)
-        .map(|((prompt, chosen, rejected), seed)| Pair {
-            prompt: ids(3 * seed, prompt),
-            chosen: ids(3 * seed + 1, chosen),
-            rejected: ids(3 * seed + 2, rejected),
-            reference: (-3.0 * f64::from(chosen), -3.2 * f64::from(rejected)),
-        })
-        .collect()
+    [
+        (1, 5, 9),
+        (40, 37, 3),
+        (6, 1, 1),
+        (33, 12, 40),
+        (24, 20, 20),
+    ]
+    .into_iter()
+    .zip(0..)
+    .map(|((prompt, chosen, rejected), seed)| Pair {
+        prompt: ids(3 * seed, prompt),
+        chosen: ids(3 * seed + 1, chosen),
+        rejected: ids(3 * seed + 2, rejected),
+        reference: (-3.0 * f64::from(chosen), -3.2 * f64::from(rejected)),
+    })
+    .collect()
 }
 
 fn adapted(settings: Settings) -> Settings {
@@ -401,40 +397,40 @@ fn the_same_state_is_saved_as_the_same_files() {
     }
 }
 
-/// What a device needs for a batch of these pairs in one part, with some layers' activations kept.
+/// What a device needs for a part of so many tokens, with some layers' activations kept.
 fn needs(
     weights: &Weights,
     settings: &Settings,
     precision: Precision,
-    pairs: &[Pair],
+    tokens: usize,
     whole: usize,
 ) -> usize {
-    let targets: usize = (pairs.iter())
-        .map(|p| p.chosen.len() + p.rejected.len())
-        .sum();
-    let tokens = pairs.iter().map(|p| p.group().tokens()).sum();
     let footprint = Footprint {
         config: &weights.config,
         precision,
         rank: settings.lora.map_or(0, |s| s.rank),
     };
     resident_bytes(&weights.config, settings, precision)
-        + footprint.part(tokens, targets, whole) * 100 / 95
+        + footprint.part(tokens, tokens, whole) * 100 / 95
 }
 
 #[test]
 fn less_memory_changes_no_bit_and_is_counted_right() {
     // What is not worth counting: bookkeeping of the optimiser, tables of positions.
     let little = 100_000;
+    // A part is at least that large, or a pair.
+    let least = 256;
     for family in ["llama-bias", "qwen3"] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
+        let tokens: usize = pairs.iter().map(Pair::tokens).sum();
+        assert!((least * 9 / 10..=least).contains(&tokens), "{tokens}");
         let layers = weights.config.layers;
         for (settings, precision) in kinds() {
             let roomy = gpu(&cuda::emulated(1 << 30), &weights, &settings, precision);
             let (_, exact) = roomy.gradient(&refs(&pairs)).unwrap();
             for whole in 0..=layers {
-                let bytes = needs(&weights, &settings, precision, &pairs, whole);
+                let bytes = needs(&weights, &settings, precision, least, whole);
                 let device = cuda::emulated(bytes + little);
                 let tight = gpu(&device, &weights, &settings, precision);
                 let (_, found) = tight.gradient(&refs(&pairs)).unwrap();
@@ -443,15 +439,13 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
                     "{family} in {precision:?}, {whole} layers kept"
                 );
             }
-            let least = needs(&weights, &settings, precision, &pairs, 0);
-            let device = cuda::emulated(least * 3 / 4);
-            let refused = CudaTrainer::new(&device, &weights, settings.clone(), precision)
-                .and_then(|trainer| trainer.gradient(&refs(&pairs)).map(|_| ()));
+            // The longest pair has 85.
+            let device = cuda::emulated(needs(&weights, &settings, precision, 50, 0));
+            let tight = CudaTrainer::new(&device, &weights, settings.clone(), precision);
+            let refused = tight.and_then(|t| t.gradient(&refs(&pairs)).map(|_| ()));
             let line = format!("{:#}", refused.unwrap_err());
-            assert!(
-                line.contains("--max-length") || line.contains("no room"),
-                "{line}"
-            );
+            let told = ["--max-length", "--lora-rank", "no room"];
+            assert!(told.iter().any(|part| line.contains(part)), "{line}");
         }
     }
 }

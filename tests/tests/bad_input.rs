@@ -603,6 +603,8 @@ fn settings_that_make_no_sense() {
         ("dice-train", "--learning-rate", "NaN"),
         ("dice-train", "--label-smoothing", "0.7"),
         ("dice-train", "--lora-rank", "0"),
+        ("dice-train", "--device", "cuda"),
+        ("dice-train", "--optimizer", "adamw-bf16"),
     ] {
         let run = world
             .tool(tool, "rows.jsonl")

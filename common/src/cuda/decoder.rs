@@ -224,7 +224,7 @@ impl Decoder {
     /// `masters` are float32, `working` the same in `precision`.
     ///
     /// # Errors
-    /// Heads that no kernel takes.
+    /// Heads that no kernel takes; sizes so odd that parameters do not begin where kernels can read four at once.
     pub fn over(
         device: &Device,
         config: &Config,
@@ -233,6 +233,11 @@ impl Decoder {
         working: &Buffer,
     ) -> Result<Self> {
         Self::build(device, config, precision, |span, format| {
+            ensure!(
+                span.range.start.is_multiple_of(4),
+                "{:?} does not begin at a multiple of 16 bytes, as training on a GPU wants it: use --device cpu",
+                span.tensors[0].0
+            );
             let flat = match format {
                 Precision::F32 => masters,
                 Precision::Bf16 => working,

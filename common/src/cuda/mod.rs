@@ -1,4 +1,4 @@
-//! The model on an NVIDIA GPU: the same decoder, scoring and sampling as on the CPU, over device memory.
+//! The model on an NVIDIA GPU: the same decoder, scoring, sampling and gradients as on the CPU, over device memory.
 //!
 //! What a GPU is to the rest is in `device`; the kernels are in `common/cuda`. Everything here is compiled always, and
 //! runs on the CPU in tests (feature `cuda-emulated`); the feature `cuda` adds the driver. Batches, parameters and

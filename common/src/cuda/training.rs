@@ -348,13 +348,17 @@ impl Footprint<'_> {
         (left / (tokens * self.layer()).max(1)).min(self.config.layers)
     }
 
-    /// Tokens of a part of which all activations can be kept in `free` bytes, in whole thousands: a little more or less
-    /// free memory does not change how a batch is cut, and with that the order of sums.
+    /// Tokens of a part of which all activations can be kept in `free` bytes; where that is too few to be worth it, of one
+    /// whose activations are made again. In round numbers: a little more or less free memory does not change how a batch
+    /// is cut, and with that the order of sums.
     pub fn tokens_at_once(&self, free: usize) -> usize {
-        let fits = |tokens: usize| self.part(tokens, tokens, self.config.layers) <= free;
-        let mut thousands = (LEAST_TOKENS >> 10..=MOST_TOKENS >> 10).rev();
-        let most = thousands.find(|&thousands| fits(thousands << 10));
-        most.map_or(LEAST_TOKENS, |thousands| thousands << 10)
+        let largest = |shift: usize, (least, most): (usize, usize), whole: usize| {
+            let mut sizes = (least >> shift..=most >> shift).rev().map(|n| n << shift);
+            sizes.find(|&tokens| self.part(tokens, tokens, whole) <= free)
+        };
+        largest(10, (LEAST_TOKENS, MOST_TOKENS), self.config.layers)
+            .or_else(|| largest(8, (1 << 8, LEAST_TOKENS), 0))
+            .unwrap_or(1)
     }
 }
 

@@ -14,7 +14,6 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -425,12 +424,7 @@ impl Train for Trainer {
     }
 
     fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
-        let places: HashMap<&str, Range<usize>> = self
-            .params
-            .tensors()
-            .into_iter()
-            .map(|(name, _, range)| (name, range))
-            .collect();
+        let places = self.params.places();
         let tensors = start.config.parameters().into_iter().map(|(name, shape)| {
             let values = &self.model[places[name.as_str()].clone()];
             Ok((name, shape, Cow::Borrowed(values)))

@@ -1,5 +1,9 @@
 //! What tests of whole models share: the families' tiny checkpoints and figures, and training that PyTorch did before.
 
+#![allow(dead_code)] // each test takes some of it
+
+#[cfg(feature = "cuda-emulated")]
+use common::cuda::{self, Device};
 use common::dpo::{LossType, Moments, Objective, Pair, Scheduler, Settings, Train};
 use common::weights::Weights;
 use serde_json::Value;
@@ -21,9 +25,10 @@ pub const FAMILIES: [&str; 10] = [
 
 /// A file of golden figures.
 pub fn golden(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/golden")
-        .join(file)
+    // As it is when the test runs, which may be on another machine than it was built on.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR");
+    let here = here.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    here.join("../tests/golden").join(file)
 }
 
 /// A JSON file.
@@ -146,4 +151,15 @@ pub fn assert_trains_as_in_pytorch(
             }
         }
     }
+}
+
+/// The emulated device, and the first real one where there is one.
+#[cfg(feature = "cuda-emulated")]
+pub fn devices() -> Vec<Device> {
+    let mut devices = vec![cuda::emulated(1 << 30)];
+    match cuda::count() {
+        0 => eprintln!("skipped on a real GPU: there is none, or the feature `cuda` is off"),
+        _ => devices.push(cuda::open(0).unwrap()),
+    }
+    devices
 }
