@@ -153,7 +153,7 @@ impl<'a> Generator<'a> {
         let pages = self.pages.take(own);
         self.memory.tables.write(slot * self.pages.most, &pages)?;
         let number = self.groups.start(group);
-        let entry = self.groups.group_mut(group);
+        let entry = self.groups.group(group);
         let table = entry.own.table.expect("the prompt ran");
         let key = stream_key(self.how.seed, &entry.request.key, number);
         let prefix_len = prompt as i32;
