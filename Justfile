@@ -47,6 +47,7 @@ steps := if max_steps == "" { "" } else { "--max-steps " + max_steps }
 default_model := "models/SmolLM2-135M-Instruct.gguf"
 model_sha256 := "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 cache := env("XDG_CACHE_HOME", env("HOME") / ".cache") / "dice"
+on_gpus := "dice-gen/cuda,dice-score/cuda,dice-train/cuda,dice-eval/cuda"
 bin := justfile_directory() / "target/release"
 
 # List the recipes
@@ -57,14 +58,35 @@ default:
 build:
     cargo build --release --workspace
 
-# Run every test, those on the real model included
-test: build model
-    cargo test --release --workspace
+# Build all tools with NVIDIA GPUs; the same binaries run where there is none
+build-cuda:
+    cargo build --release --workspace --features {{ on_gpus }}
+
+# Fetch nvcc (105 MB, once; kept in the user's cache): no GPU, driver or root needed
+cuda-toolkit:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    home="{{ cache }}/cuda"
+    # Newer compilers emit PTX that the drivers of today's machines refuse.
+    packages="nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
+    [ "$(cat "$home/packages" 2> /dev/null)" = "$packages" ] && exit 0
+    mkdir -p "{{ cache }}"
+    work=$(mktemp -d "{{ cache }}/fetch.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    python3 -m pip install --quiet --no-deps --target "$work" $packages
+    echo "$packages" > "$work/nvidia/cu13/packages"
+    rm -rf "$home"
+    mv "$work/nvidia/cu13" "$home"
+
+# Run every test, those on the real model and on the emulated GPU included
+test: model
+    cargo build --release --workspace --features common/cuda-emulated
+    cargo test --release --workspace --features common/cuda-emulated
 
 # Formatting and lints, as CI checks them
 lint:
     cargo fmt --all --check
-    cargo clippy --release --workspace --all-targets -- -D warnings
+    cargo clippy --release --workspace --all-targets --features common/cuda-emulated -- -D warnings
 
 # Licences, sources and versions of what we depend on; its known holes too, where their data base is to be had
 deny:

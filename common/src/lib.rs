@@ -64,6 +64,10 @@ pub mod logprob;
 #[cfg(feature = "model")]
 pub mod generate;
 
+// the model on a GPU: decoder, log-probs, sampling, training
+#[cfg(feature = "model")]
+pub mod cuda;
+
 // weights, chat and decoder together; rows to token ids
 #[cfg(feature = "model")]
 pub mod policy;

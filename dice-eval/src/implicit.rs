@@ -31,6 +31,8 @@ pub struct Scorer {
     /// Pairs that wait until there are tokens enough for a forward pass; without tokens if they are too long for one.
     waiting: Vec<(Row, Option<Group>)>,
     tokens: usize,
+    /// Tokens enough.
+    limit: usize,
 }
 
 /// A pair with its log-probs; none where it is left out, which has been said.
@@ -46,7 +48,12 @@ impl Scorer {
             }
             _ => None,
         };
+        let limit = match &models {
+            Some((models, _)) => models.tokens_at_once()?,
+            None => 0,
+        };
         Ok(Self {
+            limit,
             models,
             on_nan: args.compute.on_nan,
             waiting: vec![],
@@ -93,7 +100,7 @@ impl Scorer {
             row.error("chosen", "or \"rejected\" is missing")
         );
         let tokens = group.as_ref().map_or(0, Group::tokens);
-        let ready = if self.tokens + tokens > models.tokens_at_once() {
+        let ready = if self.tokens + tokens > self.limit {
             self.finish()?
         } else {
             vec![]
@@ -117,7 +124,7 @@ impl Scorer {
             .iter()
             .filter_map(|(_, group)| group.clone())
             .collect();
-        let mut scores = models.score(&groups, vec![None; groups.len()]).into_iter();
+        let mut scores = models.score(&groups, vec![None; groups.len()])?.into_iter();
         let mut done = vec![];
         for (row, group) in waiting {
             let logps = match group.and_then(|_| scores.next()).as_deref() {

@@ -2,10 +2,9 @@
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use common::budget;
-use common::generate::{Finish, Generator, Limits, Request, Sample, Sampling};
+use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
-use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong, dtype_name};
+use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use common::run::settings;
@@ -23,8 +22,9 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 /// prompt leave together, in the order of the prompts, as soon as they are done.
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
-/// and resuming do not change it. Memory: the model, and keys and values of --batch-size responses, or of as many as
-/// --memory-budget has room for. A prompt that is longer than the context or the memory is left out, named and counted.
+/// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
+/// Memory: the model, and keys and values of --batch-size responses, or of as many as --memory-budget has room for. A
+/// prompt that is longer than the context or the memory is left out, named and counted.
 ///
 /// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
 #[derive(Parser)]
@@ -66,9 +66,9 @@ struct Args {
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Responses that run at the same time
-    #[arg(long, default_value_t = 64)]
-    batch_size: usize,
+    /// Responses that run at the same time: 64 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
+    #[arg(long)]
+    batch_size: Option<usize>,
     #[command(flatten)]
     compute: Compute,
     #[command(flatten)]
@@ -103,22 +103,14 @@ fn run(args: Args) -> Result<()> {
     else {
         return Ok(());
     };
-    let precision = args.compute.precision(Prefers::Speed)?;
+    let place = args.compute.place(Prefers::Speed)?;
     let model = Checkpoint::open(&args.model)?;
-    let decoder = model.decoder(precision)?;
-    program::say(format_args!(
-        "{}: computing in {}",
-        args.model,
-        dtype_name(precision)
-    ));
-    let limits = Limits {
-        sequences: args.batch_size,
-        bytes: budget::left(args.compute.memory_budget)?,
-    };
+    let engine = model.engine(&place)?;
+    program::say(format_args!("{}: computing in {place}", args.model));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
-        dtype: dtype_name(precision),
-        generator: Generator::new(&decoder, how, model.chat.end_ids(), limits),
+        dtype: place.dtype(),
+        generator: engine.generator(how, model.chat.end_ids(), args.batch_size, place.budget)?,
         model: &model,
         args: &args,
         output,
@@ -159,7 +151,7 @@ struct Job<'a> {
     fingerprint: String,
     /// What the matrix products ran in: `logp` holds for these weights in this format.
     dtype: &'static str,
-    generator: Generator<'a>,
+    generator: Box<dyn Generate + 'a>,
     output: Output,
     /// The rows of the prompts at work, in order.
     waiting: VecDeque<Row>,
@@ -247,7 +239,7 @@ impl Job<'_> {
             let before = self.generator.tokens();
             let (model, args) = (self.model, self.args);
             self.generator
-                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some());
+                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some())?;
             self.progress.add(0, self.generator.tokens() - before);
             self.write_finished()?;
             program::check()?;

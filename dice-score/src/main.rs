@@ -23,7 +23,8 @@ use std::process::ExitCode;
 ///
 /// Neighbouring rows of one prompt share its forward pass. Rows leave in their order, a few thousand tokens at a time.
 /// Memory: both models, and the activations of those tokens; --memory-budget bounds it. A row that is longer than the
-/// models' context or the memory is left out, named and counted.
+/// models' context or the memory is left out, named and counted. A GPU that cannot hold both models runs one after the
+/// other, over millions of tokens each.
 ///
 /// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
 #[derive(Parser)]
@@ -56,6 +57,7 @@ fn run(args: Args) -> Result<()> {
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("dice-score", "rows", None);
     let mut job = Job {
+        limit: models.tokens_at_once()?,
         models,
         policy,
         reference,
@@ -108,6 +110,8 @@ struct Job {
     /// Prompts that wait until there are tokens enough for a forward pass.
     batch: Vec<Encoded>,
     tokens: usize,
+    /// Tokens enough.
+    limit: usize,
     /// Responses whose log-probs under the policy came from the sampler.
     known: u64,
 }
@@ -183,7 +187,7 @@ impl Job {
 
     fn push(&mut self, prompt: Encoded) -> Result<()> {
         let tokens = prompt.group.tokens();
-        if self.tokens + tokens > self.models.tokens_at_once() {
+        if self.tokens + tokens > self.limit {
             self.score_batch()?;
         }
         self.tokens += tokens;
@@ -204,7 +208,7 @@ impl Job {
             .flatten()
             .map(|logps| logps.len() as u64)
             .sum::<u64>();
-        let scores = self.models.score(&groups, known);
+        let scores = self.models.score(&groups, known)?;
         for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
             let mut scores = scores.into_iter();
             let mut written = 0;

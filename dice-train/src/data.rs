@@ -4,9 +4,8 @@ use crate::Args;
 use anyhow::{Context, Result, anyhow, ensure};
 use common::dpo::Pair;
 use common::jsonl::{Place, Row};
-use common::logprob::{Group, score_all};
-use common::model::Decoder;
-use common::policy::{CHOSEN, Checkpoint, OnNan, REJECTED, TOKENS_AT_ONCE, TooLong};
+use common::logprob::Group;
+use common::policy::{CHOSEN, Checkpoint, OnNan, REJECTED, TooLong};
 use common::program::{self, Progress};
 use common::records::Prompt;
 
@@ -79,17 +78,21 @@ impl Pairs {
         self.pairs.len() - self.missing.len()
     }
 
-    /// Runs the reference on the pairs that miss its log-probs.
+    /// Runs the reference, `score`, on the pairs that miss its log-probs.
     ///
     /// # Errors
     /// A log-prob that is not a number, unless such pairs are to be skipped.
-    pub fn fill(&mut self, decoder: &Decoder, on_nan: OnNan) -> Result<()> {
+    pub fn fill(
+        &mut self,
+        score: impl Fn(&[Group]) -> Result<Vec<Vec<f64>>>,
+        on_nan: OnNan,
+    ) -> Result<()> {
         let mut broken = 0;
         // A few at a time, so that a signal is heard.
         for part in self.missing.chunks(32) {
             program::check()?;
             let groups: Vec<Group> = part.iter().map(|&i| self.pairs[i].group()).collect();
-            for (&i, logps) in part.iter().zip(score_all(decoder, &groups, TOKENS_AT_ONCE)) {
+            for (&i, logps) in part.iter().zip(score(&groups)?) {
                 self.pairs[i].reference = (logps[0], logps[1]);
                 if !self.is_usable(i) {
                     let err = anyhow!(

@@ -8,13 +8,14 @@ use clap::Parser;
 use common::budget;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    LoraSettings, LossType, NotFinite, Objective, Scheduler, Settings, StepMetrics, Trainer, order,
+    LoraSettings, LossType, Moments, NotFinite, Objective, Scheduler, Settings, StepMetrics, Train,
+    order, trainer,
 };
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
 use common::model::Params;
-use common::policy::{Checkpoint, Compute, OnNan, Prefers, dtype_name};
+use common::policy::{Checkpoint, Compute, OnNan, Place, Prefers};
 use common::program::{self, Progress};
 use common::records::Split;
 use common::run;
@@ -37,8 +38,10 @@ use tensorboard::EventFile;
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
 /// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations, or what --memory-budget leaves. A pair
-/// that is longer than the context or the memory is left out, named and counted. A killed run goes on with --resume, to
-/// the same weights as without the kill.
+/// that is longer than the context or the memory is left out, named and counted. On a GPU (--device cuda) what is
+/// multiplied takes nothing more in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with
+/// --lora-rank there are the weights alone, 2 bytes in bf16. Activations take what is left, and less if they must. A
+/// killed run goes on with --resume, to the same weights as without the kill, on whichever device.
 ///
 /// Example: dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl
 #[derive(Parser)]
@@ -134,6 +137,8 @@ pub struct Args {
 enum Optimizer {
     /// AdamW, betas 0.9 and 0.999
     Adamw,
+    /// AdamW whose moments are bfloat16, rounded stochastically: for large models on one GPU
+    AdamwBf16,
 }
 
 fn main() -> ExitCode {
@@ -164,7 +169,11 @@ fn run(args: Args) -> Result<()> {
         );
     }
     let _claim = Claim::new(&part)?;
-    let precision = args.compute.precision(Prefers::Exactness)?;
+    let place = args.compute.place(Prefers::Exactness)?;
+    ensure!(
+        place.gpu.is_some() || args.optimizer == Optimizer::Adamw,
+        "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
+    );
     let model = Checkpoint::open(&args.model)?;
     let reference = args
         .reference
@@ -175,9 +184,9 @@ fn run(args: Args) -> Result<()> {
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
-    let exact = precision == Precision::F32;
+    let exact = place.precision == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
-    let memory = Memory::new(&args, &model, precision)?;
+    let memory = Memory::new(&args, &model, &place)?;
     let mut pairs = Pairs::read(&args, &model, given_by, memory.longest, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
@@ -188,26 +197,25 @@ fn run(args: Args) -> Result<()> {
         model: fingerprint(&model)?,
         reference: reference_print,
         pairs: pairs.hash(),
-        dtype: dtype_name(precision).to_owned(),
+        dtype: place.dtype().to_owned(),
         date: model.chat.date(),
         settings: settings.clone(),
         state_bytes: memory.state_bytes,
     };
-    let mut trainer = Trainer::new(&model.weights, settings, precision, memory.state_bytes)?;
-    program::say(format_args!(
-        "{}: computing in {}",
-        args.model,
-        dtype_name(precision)
-    ));
+    program::say(format_args!("{}: computing in {place}", args.model));
     let on_nan = args.compute.on_nan;
-    match &reference {
-        _ if !pairs.needs_reference() => {}
-        Some(reference) => pairs.fill(&reference.decoder(precision)?, on_nan)?,
-        None => pairs.fill(trainer.decoder(), on_nan)?,
+    // Another reference is gone before there is a trainer: they need not fit side by side.
+    if let (true, Some(reference)) = (pairs.needs_reference(), &reference) {
+        let engine = reference.engine(&place)?;
+        pairs.fill(|groups| engine.score(groups, memory.longest), on_nan)?;
+    }
+    let mut trainer = trainer(&model.weights, settings, &place, memory.state_bytes)?;
+    if pairs.needs_reference() && reference.is_none() {
+        pairs.fill(|groups| trainer.score(groups), on_nan)?;
     }
     drop(reference);
     let log = if args.resume {
-        resume(&args.output, &run, &mut trainer)?
+        resume(&args.output, &run, &mut *trainer)?
     } else {
         vec![]
     };
@@ -218,10 +226,10 @@ fn run(args: Args) -> Result<()> {
         chat: &model.chat,
         base: &args.model,
     };
-    train(&args, &mut trainer, &pairs, &writer, log)
+    train(&args, &mut *trainer, &pairs, &writer, log)
 }
 
-/// What layer states may take: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
+/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
 const STATE_BYTES: usize = 400 << 20;
 
 /// What memory is left beside weights, gradients and moments.
@@ -233,10 +241,17 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(args: &Args, model: &Checkpoint, precision: Precision) -> Result<Self> {
+    fn new(args: &Args, model: &Checkpoint, place: &Place) -> Result<Self> {
+        if place.gpu.is_some() {
+            // The trainer there cuts its parts by what the GPU has free.
+            return Ok(Self {
+                state_bytes: 0,
+                longest: usize::MAX,
+            });
+        }
         let config = &model.weights.config;
         let params = Params::new(config).len;
-        let packed = match precision {
+        let packed = match place.precision {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
@@ -290,7 +305,6 @@ fn known_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
 
 fn settings(args: &Args, pairs: usize) -> Settings {
     let per_epoch = pairs.div_ceil(args.batch_size) as u64;
-    let Optimizer::Adamw = args.optimizer;
     Settings {
         objective: Objective {
             loss_type: args.loss,
@@ -311,13 +325,17 @@ fn settings(args: &Args, pairs: usize) -> Settings {
             rank,
             alpha: args.lora_alpha,
         }),
+        moments: match args.optimizer {
+            Optimizer::Adamw => Moments::F32,
+            Optimizer::AdamwBf16 => Moments::Bf16,
+        },
     }
 }
 
 /// Steps until the end, from wherever the trainer is. stdout receives the whole log, that of an earlier part included.
 fn train(
     args: &Args,
-    trainer: &mut Trainer,
+    trainer: &mut dyn Train,
     pairs: &Pairs,
     writer: &Writer,
     mut log: Vec<StepMetrics>,
@@ -359,8 +377,8 @@ fn train(
                 }
                 log.push(metrics);
             }
-            Some(Err(broken)) => {
-                let err = named(broken, &indices, pairs);
+            Some(Err(err)) => {
+                let err = named(err.downcast::<NotFinite>()?, &indices, pairs);
                 ensure!(
                     args.compute.on_nan == OnNan::Skip,
                     "{err:#}; lower --learning-rate"

@@ -562,14 +562,15 @@ fn settings_that_make_no_sense() {
         ("dice-gen", "--min-p", "2"),
         ("dice-gen", "--repetition-penalty", "0"),
         ("dice-gen", "--stop", ""),
-        ("dice-gen", "--dtype", "f16"),
-        ("dice-score", "--device", "cuda"),
+        ("dice-score", "--device", "cuda:99"),
         ("dice-train", "--batch-size", "0"),
         ("dice-train", "--beta", "0"),
         ("dice-train", "--beta", "NaN"),
         ("dice-train", "--learning-rate", "NaN"),
         ("dice-train", "--label-smoothing", "0.7"),
         ("dice-train", "--lora-rank", "0"),
+        ("dice-train", "--device", "cuda:99"),
+        ("dice-train", "--optimizer", "adamw-bf16"),
     ] {
         let run = world
             .tool(tool, "rows.jsonl")

@@ -12,7 +12,7 @@ mod save;
 pub use adapter::{LoraModule, save_adapter};
 pub use config::{Activation, Config, FAMILIES};
 pub use rope::{Rope, RopeScaling};
-pub use save::save;
+pub use save::{Given, save, save_vectors};
 
 use crate::run;
 use adapter::Adapter;

@@ -1,0 +1,77 @@
+// Causal attention over a packed, prefix-shared batch: a block for a tile of queries and a head, passing over the keys
+// that any of its rows sees (FlashAttention-2, arXiv 2307.08691, on the layout of common/src/kernels/attention.rs).
+//
+// Keys are numbered by position: those of the root first, then the segment's own. A tile of keys may hold both, so the
+// seam costs nothing, and tiles that nobody sees are never loaded.
+//
+// Shared memory holds one tile each of queries, keys and values. While scores are formed the values arrive, and while
+// they are weighed the next keys; at D = 128 in bf16 that is 52 KiB, so that three blocks (the registers' limit) share
+// an SM and hide what remains.
+#include "kernels.h"
+#include "positions.h"
+#include "tile.h"
+
+namespace device {
+
+template <class T, int D>
+__device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, int query, int kv, int dim, int window,
+                          float scale) {
+    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
+    SHARED_MEMORY(T, q);
+    T *k = q + R * P, *v = k + R * P;
+    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    int head = blockIdx.x;
+    const Heads<T> heads{qkv, query, kv, dim};
+    const Visible visible{tile, window};
+
+    auto load_keys = [&](int from) {
+        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.k(visible.row(from + i), head) : nullptr; });
+        copy_commit();
+    };
+    auto load_values = [&](int from) {
+        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.v(visible.row(from + i), head) : nullptr; });
+        copy_commit();
+    };
+
+    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? heads.q(tile.first + i, head) : nullptr; });
+    load_keys(visible.begin());
+    Online<D / 8> state;
+    state.begin();
+    for (int from = visible.begin(); from < visible.end(); from += R) {
+        copy_wait<0>();
+        __syncthreads();  // these keys are here, and nobody reads the last values any more
+        load_values(from);
+        float s[N][4];
+        clear(s);
+        multiply_rows<N, D>(s, q + warp() * 16 * P, k);
+        visible.mask(s, from, warp() * 16, scale * LOG2E);
+        copy_wait<0>();
+        __syncthreads();  // the values are here, and nobody reads the keys any more
+        if (from + R < visible.end()) load_keys(from + R);
+        state.weigh(s);
+        multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
+    }
+    state.finish();
+    for (int half = 0; half < 2; ++half) {
+        int r = warp() * 16 + lane() / 4 + 8 * half;
+        if (r >= tile.rows) continue;
+        long long token = tile.first + r;
+        float share = 1.0f / state.sum[half];
+        T* to = out + (token * query + head) * dim;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            int c = j * 8 + lane() % 4 * 2;
+            if (c < dim) {
+                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(state.o[j][2 * half] * share),
+                                                       narrow<T>(state.o[j][2 * half + 1] * share)};
+            }
+        }
+        if (lane() % 4 == 0) lse[token * query + head] = state.lse(half);
+    }
+}
+
+}  // namespace device
+
+#define DEFINE(name, T, D) \
+    ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], query, kv, dim, window, scale); }
+ATTENTION_VARIANTS(DEFINE, attention);

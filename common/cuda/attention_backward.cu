@@ -1,0 +1,173 @@
+// The gradient of attention. With P = exp(S − lse) and δ = Σ dO∘O: dV = Pᵀ·dO, dS = P∘(dO·Vᵀ − δ), dQ = dS·K·scale,
+// dK = dSᵀ·Q·scale (FlashAttention-2, algorithm 2).
+//
+// Two kernels, each making the scores again: one for dQ with a block for a tile of queries, one for dK and dV with a
+// block for a tile of keys. Seven products in place of five, but no sum is shared between blocks: no atomics, no float32
+// copy of dQ, and the same bits every time. The keys of a root meet the queries of all branches in their own block.
+#include "kernels.h"
+#include "positions.h"
+#include "tile.h"
+
+namespace device {
+
+template <class T, int D>
+__device__ void backward_q(const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv,
+                           AttentionTile tile, int query, int kv, int dim, int window, float scale) {
+    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
+    SHARED_MEMORY(T, q);
+    T *d_o = q + R * P, *k = d_o + R * P, *v = k + R * P;
+    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    int head = blockIdx.x, first = warp() * 16;
+    const Heads<T> heads{qkv, query, kv, dim};
+    const Visible visible{tile, window};
+    auto at = [&](int i) { return (long long)(tile.first + i) * query + head; };
+
+    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? heads.q(tile.first + i, head) : nullptr; });
+    load_rows<T, D, R>(d_o, dim, qkv, [&](int i) { return i < tile.rows ? d_out + at(i) * dim : nullptr; });
+    copy_commit();
+
+    // δ of the warp's rows, from memory while the tiles arrive; the lanes of rows g and g + 8 keep theirs.
+    float row_delta[2] = {}, row_lse[2] = {};
+    for (int i = 0; i < 16; ++i) {
+        float sum = 0;
+        bool there = first + i < tile.rows;
+        for (int c = lane(); there && c < dim; c += WARP) sum += widen(out[at(first + i) * dim + c]) * widen(d_out[at(first + i) * dim + c]);
+        sum = warp_sum(sum);
+        if (there && lane() == 0) delta[at(first + i)] = sum;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (lane() / 4 + 8 * half != i || !there) continue;
+            row_delta[half] = sum;
+            row_lse[half] = lse[at(first + i)] * LOG2E;
+        }
+    }
+
+    float d_q[D / 8][4];
+    clear(d_q);
+    for (int from = visible.begin(); from < visible.end(); from += R) {
+        __syncthreads();  // nobody reads the last tiles any more
+        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.k(visible.row(from + i), head) : nullptr; });
+        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.v(visible.row(from + i), head) : nullptr; });
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        float s[N][4], d[N][4];
+        clear(s);
+        clear(d);
+        multiply_rows<N, D>(s, q + first * P, k);
+        multiply_rows<N, D>(d, d_o + first * P, v);
+        visible.mask(s, from, first, scale * LOG2E);
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] - row_lse[i / 2]) * (d[j][i] - row_delta[i / 2]);
+        multiply_columns<N, D / 8, D>(d_q, s, k, scratch);
+    }
+    for (int half = 0; half < 2; ++half) {
+        int r = first + lane() / 4 + 8 * half;
+        if (r >= tile.rows) continue;
+        T* to = d_qkv + heads.row(tile.first + r) + head * dim;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            int c = j * 8 + lane() % 4 * 2;
+            if (c < dim) {
+                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scale), narrow<T>(d_q[j][2 * half + 1] * scale)};
+            }
+        }
+    }
+}
+
+// A block takes a tile of keys of one key head, W of its D columns, and passes over the query heads that it serves and
+// the queries that see it: the rows of the batch from its own on to `tile.end`, across the branches of a root.
+template <class T, int D>
+__device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, T* d_qkv,
+                            AttentionTile tile, int query, int kv, int dim, int window, float scale) {
+    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
+    constexpr int W = D == 256 ? 128 : D;  // two times 16 × 128 float32 sums a warp is what registers hold
+    SHARED_MEMORY(T, k);
+    T *v = k + R * P, *q = v + R * P, *d_o = q + R * P;
+    float *q_lse = reinterpret_cast<float*>(d_o + R * P), *q_delta = q_lse + R;
+    int* q_at = reinterpret_cast<int*>(q_delta + R);
+    float* scratch = reinterpret_cast<float*>(q_at + R) + warp() * 16 * scratch_pitch<R>;
+    int group = query / kv, kv_head = blockIdx.x, first = warp() * 16, columns = blockIdx.z * W;
+    const Heads<T> heads{qkv, query, kv, dim};
+    int tile_at = tile.prefix_len + tile.first - tile.start;  // the position of the tile's first key
+
+    load_rows<T, D, R>(k, dim, qkv, [&](int i) { return i < tile.rows ? heads.k(tile.first + i, kv_head * group) : nullptr; });
+    load_rows<T, D, R>(v, dim, qkv, [&](int i) { return i < tile.rows ? heads.v(tile.first + i, kv_head * group) : nullptr; });
+    copy_commit();
+
+    float d_k[W / 8][4], d_v[W / 8][4];
+    clear(d_k);
+    clear(d_v);
+    for (int from = tile.first; from < tile.end; from += R) {
+        int mine = from + int(threadIdx.x);  // the query that this thread looks after, if it has one
+        bool there = int(threadIdx.x) < R && mine < tile.end;
+        int at = window > 0 && there ? positions[mine] : 0;
+        // (A barrier as well: nobody reads the last queries any more.)
+        if (!__syncthreads_or(there && (window <= 0 || at - (tile_at + tile.rows - 1) < window))) continue;
+        for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            __syncthreads();
+            load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? heads.q(from + i, head) : nullptr; });
+            load_rows<T, D, R>(d_o, dim, qkv,
+                               [&](int i) { return from + i < tile.end ? d_out + ((long long)(from + i) * query + head) * dim : nullptr; });
+            copy_commit();
+            if (int(threadIdx.x) < R) {
+                long long row = (long long)mine * query + head;
+                q_lse[threadIdx.x] = there ? lse[row] * LOG2E : INFINITY;  // weighs nothing
+                q_delta[threadIdx.x] = there ? delta[row] : 0;
+                q_at[threadIdx.x] = at;
+            }
+            copy_wait<0>();
+            __syncthreads();
+            // Transposed: rows are keys, columns queries.
+            float p[N][4], d[N][4];
+            clear(p);
+            multiply_rows<N, D>(p, k + first * P, q);
+            bool whole = window <= 0 && from >= tile.first + R;
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int c = j * 8 + lane() % 4 * 2 + i % 2, r = first + lane() / 4 + i / 2 * 8;
+                    bool seen = whole || (from + c >= tile.first + r && (window <= 0 || q_at[c] - (tile_at + r) < window));
+                    p[j][i] = seen ? exp2_fast(p[j][i] * (scale * LOG2E) - q_lse[c]) : 0.0f;
+                }
+            multiply_columns<N, W / 8, D>(d_v, p, d_o + columns, scratch);
+            clear(d);
+            multiply_rows<N, D>(d, v + first * P, d_o);
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) p[j][i] *= d[j][i] - q_delta[j * 8 + lane() % 4 * 2 + i % 2];
+            multiply_columns<N, W / 8, D>(d_k, p, q + columns, scratch);
+        }
+    }
+    copy_wait<0>();
+    for (int half = 0; half < 2; ++half) {
+        int r = first + lane() / 4 + 8 * half;
+        if (r >= tile.rows) continue;
+        T* to = d_qkv + heads.row(tile.first + r) + (query + kv_head) * dim;
+#pragma unroll
+        for (int j = 0; j < W / 8; ++j) {
+            int c = columns + j * 8 + lane() % 4 * 2;
+            if (c < dim) {
+                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_k[j][2 * half] * scale), narrow<T>(d_k[j][2 * half + 1] * scale)};
+                *reinterpret_cast<Pair<T>*>(to + kv * dim + c) = {narrow<T>(d_v[j][2 * half]), narrow<T>(d_v[j][2 * half + 1])};
+            }
+        }
+    }
+}
+
+}  // namespace device
+
+#define DEFINE_Q(name, T, D)                                                                                               \
+    ATTENTION_BACKWARD_Q(name, T, D) {                                                                                     \
+        device::backward_q<T, D>(qkv, out, lse, d_out, delta, d_qkv, tiles[blockIdx.y], query, kv, dim, window, scale);    \
+    }
+#define DEFINE_KV(name, T, D)                                                                                              \
+    ATTENTION_BACKWARD_KV(name, T, D) {                                                                                    \
+        device::backward_kv<T, D>(qkv, lse, d_out, delta, positions, d_qkv, tiles[blockIdx.y], query, kv, dim, window, scale); \
+    }
+ATTENTION_VARIANTS(DEFINE_Q, attention_backward_q);
+ATTENTION_VARIANTS(DEFINE_KV, attention_backward_kv);

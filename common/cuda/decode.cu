@@ -1,0 +1,214 @@
+// Attention of one new token of each of many sequences, whose keys and values lie in pages.
+//
+// The time goes into reading keys and values, so each is read once where it can be. The prompt's are shared by its
+// samples: their query heads are the rows of one tensor core tile, 64 at a time (16 samples × 4 heads of Llama-3-8B are
+// just that). A sequence's own keys serve its `group` heads alone: 16 rows, some empty, and the block's warps take
+// different keys. Both parts are split along the sequence, so that a few sequences fill the device too; the parts meet
+// in decode_merge by their log-sum-exps (base 2 here).
+#include "kernels.h"
+#include "tile.h"
+
+namespace device {
+
+// What all blocks of a launch share.
+template <class T> struct Decode {
+    const T *qkv, *cache;
+    float *partial, *partial_lse;
+    const Sequence* sequences;
+    const int *positions, *pages;
+    int max_pages, count, prefix_splits, own_splits, query, kv, dim, window;
+    float scale;
+
+    __device__ int group() const { return query / kv; }
+    __device__ const T* q(int sequence, int head) const { return qkv + ((long long)sequence * (query + 2 * kv) + head) * dim; }
+    // The keys of row i of a table; the values lie kv·dim further on.
+    __device__ const T* key(int table, int i, int kv_head) const {
+        long long row = (long long)pages[(long long)table * max_pages + i / PAGE] * PAGE + i % PAGE;
+        return cache + (row * 2 * kv + kv_head) * dim;
+    }
+    __device__ long long part(int split, int sequence, int head) const {
+        return ((long long)split * count + sequence) * query + head;
+    }
+};
+
+// The keys first … last − 1 of a split: whole tiles, shared out evenly.
+struct Keys {
+    int first, last;
+    __device__ Keys(int len, int rows, int split, int splits) {
+        int tiles = (len + rows - 1) / rows, each = (tiles + splits - 1) / splits * rows;
+        first = split * each;
+        last = min(first + each, len);
+    }
+};
+
+// Loads the tiles of keys and values from row `from` of a table on.
+template <class T, int D>
+__device__ void load_tile(const Decode<T>& d, T* k, T* v, int table, int from, int last, int kv_head) {
+    constexpr int R = attention_rows<T>;
+    load_rows<T, D, R>(k, d.dim, d.cache, [&](int i) { return from + i < last ? d.key(table, from + i, kv_head) : nullptr; });
+    load_rows<T, D, R>(v, d.dim, d.cache, [&](int i) { return from + i < last ? d.key(table, from + i, kv_head) + d.kv * d.dim : nullptr; });
+    copy_commit();
+}
+
+// The prompt's part of a tile of rows.
+template <class T, int D> __device__ void prompt_part(const Decode<T>& d, DecodeTile tile, int split, int kv_head) {
+    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
+    SHARED_MEMORY(T, q);
+    T *k = q + R * P, *v = k + R * P;
+    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    int group = d.group();
+    Keys keys(tile.prefix_len, R, split, d.prefix_splits);
+    load_rows<T, D, R>(q, d.dim, d.qkv, [&](int i) {
+        int row = tile.first + i;
+        return i < tile.rows ? d.q(row / group, kv_head * group + row % group) : nullptr;
+    });
+    copy_commit();
+    int start[2];  // the first position that rows g and g + 8 see
+    for (int half = 0; half < 2; ++half) {
+        int i = warp() * 16 + lane() / 4 + 8 * half;
+        start[half] = d.window > 0 && i < tile.rows ? d.positions[(tile.first + i) / group] - d.window + 1 : 0;
+    }
+    Online<D / 8> state;
+    state.begin();
+    for (int from = keys.first; from < keys.last; from += R) {
+        __syncthreads();
+        load_tile<T, D>(d, k, v, tile.prefix_table, from, keys.last, kv_head);
+        copy_wait<0>();
+        __syncthreads();
+        float s[N][4];
+        clear(s);
+        multiply_rows<N, D>(s, q + warp() * 16 * P, k);
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int key = from + j * 8 + lane() % 4 * 2 + i % 2;
+                s[j][i] = key < keys.last && key >= start[i / 2] ? s[j][i] * (d.scale * LOG2E) : -INFINITY;
+            }
+        state.weigh(s);
+        multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
+    }
+    copy_wait<0>();
+    state.finish();
+    for (int half = 0; half < 2; ++half) {
+        int i = warp() * 16 + lane() / 4 + 8 * half, row = tile.first + i;
+        if (i >= tile.rows) continue;
+        long long at = d.part(split, row / group, kv_head * group + row % group);
+        bool any = state.sum[half] > 0;
+        float share = any ? 1.0f / state.sum[half] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            int c = j * 8 + lane() % 4 * 2;
+            if (c < d.dim) {
+                *reinterpret_cast<Pair<float>*>(d.partial + at * d.dim + c) = {state.o[j][2 * half] * share,
+                                                                               state.o[j][2 * half + 1] * share};
+            }
+        }
+        if (lane() % 4 == 0) d.partial_lse[at] = any ? state.max[half] + log2f(state.sum[half]) : -INFINITY;
+    }
+}
+
+// A sequence's own part, for up to 16 heads from `first_head` on.
+template <class T, int D> __device__ void own_part(const Decode<T>& d, int sequence, int split, int kv_head, int first_head, int heads) {
+    constexpr int R = attention_rows<T>, P = pitch<T, D>, WARPS = R / 16;
+    SHARED_MEMORY(T, q);
+    T *k = q + R * P, *v = k + R * P;
+    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    Sequence own = d.sequences[sequence];
+    int len = d.positions[sequence] + 1 - own.prefix_len;
+    int start = d.window > 0 ? max(len - d.window, 0) : 0;
+    Keys keys(len, R, split, d.own_splits);
+    load_rows<T, D, 16>(q, d.dim, d.qkv, [&](int i) { return i < heads ? d.q(sequence, first_head + i) : nullptr; });
+    copy_commit();
+    Online<D / 8> state;
+    state.begin();
+    for (int from = keys.first; from < keys.last; from += R) {
+        if (from + R <= start) continue;
+        __syncthreads();
+        load_tile<T, D>(d, k, v, own.own_table, from, keys.last, kv_head);
+        copy_wait<0>();
+        __syncthreads();
+        int mine = warp() * 16;
+        float s[2][4];
+        clear(s);
+        multiply_rows<2, D>(s, q, k + mine * P);
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int key = from + mine + j * 8 + lane() % 4 * 2 + i % 2;
+                s[j][i] = key < keys.last && key >= start ? s[j][i] * (d.scale * LOG2E) : -INFINITY;
+            }
+        state.weigh(s);
+        multiply_columns<2, D / 8, D>(state.o, s, v + mine * P, scratch);
+    }
+    copy_wait<0>();
+    state.finish();
+    // The warps' results meet where the keys and values were: [warp][16][D], then each row's maximum and sum.
+    __syncthreads();
+    float *o = reinterpret_cast<float*>(k), *top = o + WARPS * 16 * D, *sum = top + WARPS * 16;
+    for (int half = 0; half < 2; ++half) {
+        int row = warp() * 16 + lane() / 4 + 8 * half;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            *reinterpret_cast<Pair<float>*>(o + row * D + j * 8 + lane() % 4 * 2) = {state.o[j][2 * half], state.o[j][2 * half + 1]};
+        }
+        if (lane() % 4 == 0) top[row] = state.max[half], sum[row] = state.sum[half];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * D; i += blockDim.x) {
+        int row = i / D, c = i % D;
+        float highest = -INFINITY, total = 0, value = 0;
+        for (int w = 0; w < WARPS; ++w) highest = fmaxf(highest, top[w * 16 + row]);
+        for (int w = 0; w < WARPS && highest > -INFINITY; ++w) {
+            float weight = exp2_fast(top[w * 16 + row] - highest);
+            total += weight * sum[w * 16 + row];
+            value += weight * o[(w * 16 + row) * D + c];
+        }
+        long long at = d.part(d.prefix_splits + split, sequence, first_head + row);
+        if (c < d.dim) d.partial[at * d.dim + c] = total > 0 ? value / total : 0.0f;
+        if (c == 0) d.partial_lse[at] = total > 0 ? highest + log2f(total) : -INFINITY;
+    }
+}
+
+template <class T, int D> __device__ void decode_attention(const Decode<T>& d, const DecodeTile* tiles, int tile_count) {
+    int prompts = tile_count * d.prefix_splits, b = blockIdx.x, y = blockIdx.y;
+    if (b < prompts) {
+        if (y < d.kv) prompt_part<T, D>(d, tiles[b / d.prefix_splits], b % d.prefix_splits, y);
+        return;
+    }
+    b -= prompts;
+    int parts = (d.group() + 15) / 16, kv_head = y / parts, skipped = y % parts * 16;
+    own_part<T, D>(d, b / d.own_splits, b % d.own_splits, kv_head, kv_head * d.group() + skipped, min(d.group() - skipped, 16));
+}
+
+// A warp for a row, its lanes for the columns.
+template <class T> __device__ void decode_merge(const float* partial, const float* partial_lse, T* out, int parts, int rows, int dim) {
+    int row = blockIdx.x * 8 + warp();
+    if (row >= rows) return;
+    float highest = -INFINITY, total = 0;
+    for (int p = 0; p < parts; ++p) highest = fmaxf(highest, partial_lse[(long long)p * rows + row]);
+    for (int p = 0; p < parts; ++p) total += exp2_fast(partial_lse[(long long)p * rows + row] - highest);
+    for (int c = lane(); c < dim; c += WARP) {
+        float value = 0;
+        for (int p = 0; p < parts; ++p) {
+            long long at = (long long)p * rows + row;
+            float weight = exp2_fast(partial_lse[at] - highest);
+            if (weight > 0) value += weight * partial[at * dim + c];
+        }
+        out[(long long)row * dim + c] = narrow<T>(value / total);
+    }
+}
+
+}  // namespace device
+
+#define DEFINE(name, T, D)                                                                                                      \
+    DECODE_ATTENTION(name, T, D) {                                                                                              \
+        device::Decode<T> all{qkv, cache, partial, partial_lse, sequences, positions, pages, max_pages, count, prefix_splits,  \
+                              own_splits, query, kv, dim, window, scale};                                                      \
+        device::decode_attention<T, D>(all, tiles, tile_count);                                                                 \
+    }
+ATTENTION_VARIANTS(DEFINE, decode_attention);
+
+DECODE_MERGE(decode_merge_f32, float) { device::decode_merge(partial, partial_lse, out, parts, rows, dim); }
+DECODE_MERGE(decode_merge_bf16, bf16) { device::decode_merge(partial, partial_lse, out, parts, rows, dim); }

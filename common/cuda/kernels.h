@@ -1,0 +1,267 @@
+// Every kernel of the device: its name, parameters, and how it is launched. The truth for whoever launches one; the
+// `.cu` files define what is declared here, so that a definition cannot differ.
+//
+// Conventions
+// - Names end in the storage type of the activations: `_f32` or `_bf16` (T below). Sums are float32 always.
+// - All matrices are row-major without gaps unless a stride is named. `int` is 32 bits, `long long` 64.
+// - The residual stream and its gradient are float32 in both modes: products add to it (GEMM with beta = 1), norms read
+//   it and write T. Vectors (norm weights, biases) and all gradients of parameters are float32, logits too.
+// - A pointer marked "or null" may be null; what it stands for is then left out.
+// - Launch: grid (x, y, z), block (threads, 1, 1) with `threads` the first argument of KERNEL, dynamic shared memory 0
+//   unless a rule is given. A grid with a zero is not to be launched. Over 48 KiB of dynamic shared memory needs
+//   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES on the device.
+// - No kernel uses atomics on floats: the same input gives the same bits.
+#pragma once
+#include "device.h"
+
+// ---- Rows -----------------------------------------------------------------------------------------------------------
+
+// out[r] = float32(table[tokens[r]]): `table` [vocab, width], `out` [count, width].
+// Grid (count).
+#define EMBED(name, T) KERNEL(256, name, const T* table, const int* tokens, float* out, int width)
+EMBED(embed_f32, float);
+EMBED(embed_bf16, bf16);
+
+// target[rows[u]] += Σ x[order[i]] for i in starts[u] .. starts[u+1], in that order: the gradient of any gather, each
+// target row given once. For an embedding: rows = the distinct tokens, order = the batch's rows sorted by token.
+// `x` [*, width], `rows` [distinct], `starts` [distinct + 1], `order` [starts[distinct]].
+// Grid (distinct).
+KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width);
+
+// out[r] = x[i] / √(mean(x[i]²) + eps) · weight with i = rows[r] (or r where `rows` is null): `out` [count, width].
+// Grid (count).
+#define RMS_NORM(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, T* out, int width)
+RMS_NORM(rms_norm_f32, float);
+RMS_NORM(rms_norm_bf16, bf16);
+
+// Its gradient: dx[r] = (add ? dx[r] : 0) + ∂L/∂x[i], `dx` [count, width] (not gathered: with `rows`, follow with
+// add_rows). `dx_copy` [count, width] or null receives dx[r] as T. `partial` [blocks, width] or null receives each
+// block's part of ∂L/∂weight: add them up with sum_columns_f32(…, add = 1). A block takes ceil(count / blocks) rows.
+// Grid (blocks): min(count, 264). Shared memory: width · 4 bytes.
+#define RMS_NORM_BACKWARD(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, \
+    const T* dy, float* dx, T* dx_copy, float* partial, int count, int width, int add)
+RMS_NORM_BACKWARD(rms_norm_backward_f32, float);
+RMS_NORM_BACKWARD(rms_norm_backward_bf16, bf16);
+
+// x[r] += bias: `x` [count, width]. Grid (count). Type: that of x (bias is float32).
+#define ADD_BIAS(name, T) KERNEL(256, name, T* x, const float* bias, int width)
+ADD_BIAS(add_bias_f32, float);
+ADD_BIAS(add_bias_bf16, bf16);
+
+// out[b, c] = (add ? out[b, c] : 0) + Σ x[r, c] over the rows r of part b of ceil(count / parts): `x` [count, width],
+// `out` [parts, width]. A gradient of a bias: once into parts of some 64 rows, then once more with parts = 1, add = 1.
+// Grid (ceil(width / 256), parts).
+#define SUM_COLUMNS(name, T) KERNEL(256, name, const T* x, float* out, int count, int width, int add)
+SUM_COLUMNS(sum_columns_f32, float);
+SUM_COLUMNS(sum_columns_bf16, bf16);
+
+// out = silu(gate) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn].
+// Grid (count, ceil(ffn / 1024)).
+#define SWIGLU(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn)
+SWIGLU(swiglu_f32, float);
+SWIGLU(swiglu_bf16, bf16);
+
+// Replaces `gate_up` by its gradient, given that of the output, `dy` [count, ffn]; `inner` [count, ffn] or null
+// receives the output again (the down projection's gradient wants it); it may be `dy` itself.
+// Grid (count, ceil(ffn / 1024)).
+#define SWIGLU_BACKWARD(name, T) KERNEL(256, name, T* gate_up, const T* dy, T* inner, int ffn)
+SWIGLU_BACKWARD(swiglu_backward_f32, float);
+SWIGLU_BACKWARD(swiglu_backward_bf16, bf16);
+
+// ---- Queries, keys and values ---------------------------------------------------------------------------------------
+// A row of the fused projection is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
+// A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
+
+// qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
+// [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2]. `in` may be `qkv` (but is
+// wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`, `k_norm` both
+// or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none.
+// Grid (count).
+#define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
+    const float* k_norm, float eps, const float* cos, const float* sin, const int* positions, T* cache, \
+    const int* cache_rows, int query, int kv, int dim)
+QKV_ROPE(qkv_rope_f32, float);
+QKV_ROPE(qkv_rope_bf16, bf16);
+
+// Its gradient, in place: `d_qkv` [count, width] becomes that of `in`. `in`, `bias`, `q_norm`, `k_norm` as above (`in`
+// is read only where there are head norms). `partial` [blocks, 2·dim] or null receives each block's part of the
+// gradients of [q_norm | k_norm]: add them up with sum_columns_f32. A block takes ceil(count / blocks) rows.
+// (The gradient of `bias` is sum_columns of the result.)
+// Grid (blocks): min(count, 1056). Shared memory: 16·dim · 4 bytes with head norms, else 0.
+#define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
+    const float* k_norm, float eps, const float* cos, const float* sin, const int* positions, float* partial, \
+    int count, int query, int kv, int dim)
+QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float);
+QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16);
+
+// ---- Attention over a packed, prefix-shared batch -------------------------------------------------------------------
+// Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256 (D). Take the
+// smallest that is at least `dim`; any even `dim` works (multiples of 8 load in vectors).
+// The batch is cut into tiles: ATTENTION_ROWS(T) = R rows of one segment, fewer at its end. 64 in bf16, 32 in f32.
+// Order does not matter; those with the most visible keys first balance best.
+// Row pitch in shared memory: P(T, D) = (D + 16 / sizeof(T)) · sizeof(T) bytes. Extra for f32 only: X = R·(R + 4)·4.
+
+struct AttentionTile {
+    int first;      // its first row in the batch
+    int rows;       // 1 … R
+    int start;      // the first row of its segment
+    int prefix;     // the first row of the root that the segment continues
+    int prefix_len; // the root's length, which is the position of row `start`; 0 for a root
+    int end;        // one past the last row that can see this tile: the segment's end; for a root, its last branch's
+};
+
+// `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scaled scores).
+// `window`: how many positions back a token sees, itself included; 0 for all. scale = 1/√dim.
+// Grid (query, tiles). Shared: 3·R·P + X.
+#define ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, T* out, float* lse, \
+    const AttentionTile* tiles, int query, int kv, int dim, int window, float scale)
+
+// The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
+// Grid (query, tiles). Shared: 4·R·P + X.
+#define ATTENTION_BACKWARD_Q(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* out, \
+    const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, int query, int kv, int dim, \
+    int window, float scale)
+
+// The keys' and values' gradients: columns k and v of `d_qkv` are set. Run after ATTENTION_BACKWARD_Q, which makes
+// `delta`. `positions` [T] of every row in its sequence (read with a window only, else null will do). Sums over query
+// heads and branches run inside a block, in one order.
+// Grid (kv, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
+#define ATTENTION_BACKWARD_KV(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const float* lse, \
+    const T* d_out, const float* delta, const int* positions, T* d_qkv, const AttentionTile* tiles, int query, int kv, \
+    int dim, int window, float scale)
+
+#define ATTENTION_VARIANTS(kind, stem) \
+    kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
+    kind(stem##_f32_96, float, 96); kind(stem##_f32_128, float, 128); kind(stem##_f32_256, float, 256); \
+    kind(stem##_bf16_16, bf16, 16); kind(stem##_bf16_32, bf16, 32); kind(stem##_bf16_64, bf16, 64); \
+    kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256)
+
+ATTENTION_VARIANTS(ATTENTION, attention);
+ATTENTION_VARIANTS(ATTENTION_BACKWARD_Q, attention_backward_q);
+ATTENTION_VARIANTS(ATTENTION_BACKWARD_KV, attention_backward_kv);
+
+// ---- Decoding: one token of each of `count` sequences ---------------------------------------------------------------
+// Keys and values lie in pages of PAGE = 64 rows of a layer's cache. `pages` [tables, max_pages] gives the pages of
+// each table: row i of table t is cache row pages[t, i / 64]·64 + i % 64. A group's prompt has a table that all of its
+// samples read; each sequence has its own for what it generated.
+
+struct Sequence {
+    int prefix_table; // of its prompt's keys
+    int prefix_len;   // tokens of the prompt: the position of its first own token
+    int own_table;    // of its own tokens' keys
+    int limit;        // it ends after so many tokens
+};
+
+// Rows of queries that read one prompt together: row f of kv head h is query head h·group + f % group of sequence
+// f / group, group = query / kv. The sequences of a prompt should be neighbours. At most R rows (64 bf16, 32 f32).
+struct DecodeTile {
+    int first;        // its first row
+    int rows;         // 1 … R
+    int prefix_table;
+    int prefix_len;
+};
+
+// The last token of sequence s is at positions[s], its key already in the cache (own row positions[s] − prefix_len).
+// Writes partial results of the prompt's part and of the own part: `partial` [parts, count, query, dim] float32 and
+// `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole tiles.
+// `tiles` [tile_count] cover all rows of all sequences whose prompt is to be read.
+// Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
+// Shared: 3·R·P + X with R, P, X as above.
+#define DECODE_ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* cache, float* partial, \
+    float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \
+    int max_pages, int count, int tile_count, int prefix_splits, int own_splits, int query, int kv, int dim, int window, \
+    float scale)
+ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
+
+// out [count, query·dim] from the parts. Grid (ceil(count·query / 8)).
+#define DECODE_MERGE(name, T) KERNEL(256, name, const float* partial, const float* partial_lse, T* out, int parts, \
+    int rows, int dim)  /* rows = count·query */
+DECODE_MERGE(decode_merge_f32, float);
+DECODE_MERGE(decode_merge_bf16, bf16);
+
+// How tokens are drawn, as `Sampling` of common/src/generate/sampler.rs says it.
+struct SamplingParams {
+    float temperature; // 0 is greedy
+    float top_p;       // 1 keeps all
+    float min_p;       // 0 drops none
+    float repetition_penalty; // 1 changes nothing
+    int top_k;         // 0 keeps all
+};
+
+// Draws a token for each sequence that is not finished. Sequence s reads row logit_rows[s] of `logits` [*, vocab] (or
+// row s where null) and draws its number positions[s] + 1 − prefix_len (the first is drawn at the prompt's last token)
+// with ChaCha8 under keys[s] (8 words: the hash that `sampler::stream` seeds its generator with): the numbers that the
+// CPU draws. `seen` [count, ceil(vocab / 32)] or null: bit per token that occurred, prompt included; the drawn token's
+// is set (null unless repetition_penalty ≠ 1). `ends` [end_count]: tokens that end a response.
+// Then, for that draw number n: drawn[s, n] = token and logps[s, n] = its log-probability at temperature 1 before any
+// penalty ([count, capacity] each); finished[s] = 1 if it is an end token, else 2 if n + 1 = limit; tokens[s] = token;
+// and unless finished, positions[s] += 1 and cache_rows[s] = the cache row of its key by `pages` (finished: −1).
+// Grid (count). Shared: 8·ceil(vocab / 1024) bytes.
+KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, SamplingParams how, const unsigned* keys,
+    unsigned* seen, const int* ends, int end_count, const Sequence* sequences, const int* pages, int max_pages,
+    int* drawn, float* logps, int capacity, int* tokens, int* positions, int* cache_rows, int* finished);
+
+// ---- log p(target) --------------------------------------------------------------------------------------------------
+// The logits of some rows for words first … first + words − 1 come from a GEMM, chunk after chunk of the vocabulary.
+
+// The running state of each row: {max, Σ exp(l − max), the target's logit}, [rows, 3]. `begin` starts it afresh.
+// `logits` [rows, words], `targets` [rows]. Grid (rows).
+KERNEL(256, logprob_update, const float* logits, const int* targets, float* state, int words, int first, int begin);
+
+// logps[r] = log p(target), lse[r] = log Σ exp(logits). Grid (ceil(rows / 256)).
+KERNEL(256, logprob_finish, const float* state, float* logps, float* lse, int rows);
+
+// d_logits = d_logps[r]·(onehot(target) − softmax): `d_logits` [rows, words] as T; in float32 it may be `logits` itself.
+// Grid (ceil(words / 1024), rows) — rows at most 65535.
+#define LOGPROB_BACKWARD(name, T) KERNEL(256, name, const float* logits, const int* targets, const float* lse, \
+    const float* d_logps, T* d_logits, int words, int first)
+LOGPROB_BACKWARD(logprob_backward_f32, float);
+LOGPROB_BACKWARD(logprob_backward_bf16, bf16);
+
+// sums[i] = Σ values[offsets[i] .. offsets[i+1]] in float64, `offsets` [count + 1]. Grid (ceil(count / 8)).
+KERNEL(256, segment_sums, const float* values, const int* offsets, double* sums, int count);
+
+// values[offsets[i] .. offsets[i+1]] = coefficients[i]: what each token's log-prob gains from its response's gradient.
+// Grid (ceil(count / 8)).
+KERNEL(256, spread, const float* coefficients, const int* offsets, float* values, int count);
+
+// ---- Rewards --------------------------------------------------------------------------------------------------------
+
+// rewards = β(policy − reference) over all responses, and per prompt p the best and the worst of r − α·length among
+// offsets[p] .. offsets[p+1], exactly as common/src/reward.rs chooses (ties too); −1 where there are none. `best` and
+// `worst` count from the prompt's first. All [responses] but `best`, `worst` [prompts] and `offsets` [prompts + 1].
+// Grid (ceil(prompts / 8)).
+KERNEL(256, rewards, const double* policy, const double* reference, const long long* lengths, const int* offsets,
+    double beta, double alpha, double* rewards, int* best, int* worst, int prompts);
+
+// ---- Training -------------------------------------------------------------------------------------------------------
+
+// y = bfloat16(x): to the nearest, or (dithered) stochastically by the fixed noise of element number first + i, as
+// `Mat::dithered` does. Grid (min(ceil(n / 1024), 8192)).
+KERNEL(256, round_bf16, const float* x, bf16* y, long long n, long long first, int dithered);
+// y = float32(x). Grid as above.
+KERNEL(256, widen_bf16, const bf16* x, float* y, long long n);
+// x *= factor. Grid as above.
+KERNEL(256, scale_f32, float* x, long long n, float factor);
+
+// partial[b] = Σ x² over block b's run of ceil(n / blocks) elements. Grid (blocks), any; 1024 serves.
+KERNEL(256, square_sum, const float* x, long long n, double* partial);
+// norm[0] = √Σ partial; factor[0] = limit > 0 ? min(1, limit / (norm + 1e-6)) : 1. Grid (1).
+KERNEL(256, clip, const double* partial, int blocks, double limit, double* norm, float* factor);
+
+// A run of parameters of one kind; runs of at most 65536 elements balance well.
+struct Run {
+    long long first; // its first element in the flat buffers
+    int len;
+    int decayed;     // whether weight decay applies: matrices yes, norms and biases no
+};
+
+// AdamW as common/src/dpo/optimizer.rs computes it, on every run: p, g, m, v and `copy` are whole flat buffers. The
+// gradient is taken times factor[0] and left zero. rate = learning rate / (1 − β₁ᵗ), root = √(1 − β₂ᵗ), keep = 1 −
+// learning rate·λ. `copy` or null receives p as bfloat16, dithered by element number. `step` t is the counter of the
+// noise that moments are rounded with. Moments: float32 (adamw_f32) or bfloat16 rounded stochastically (adamw_bf16).
+// Grid (runs).
+#define ADAMW(name, M) KERNEL(256, name, const Run* runs, float* p, float* g, M* m, M* v, bf16* copy, \
+    const float* factor, float rate, float root, float keep, int step)
+ADAMW(adamw_f32, float);
+ADAMW(adamw_bf16, bf16);

@@ -1,0 +1,48 @@
+// Rows of tables: gathered, scattered with a fixed order of sums, added up by columns.
+#include "kernels.h"
+
+namespace device {
+
+template <class T> __device__ void embed(const T* table, const int* tokens, float* out, int width) {
+    const T* from = table + (long long)tokens[blockIdx.x] * width;
+    float* to = out + (long long)blockIdx.x * width;
+    for (int c = threadIdx.x; c < width; c += blockDim.x) to[c] = widen(from[c]);
+}
+
+template <class T> __device__ void add_bias(T* x, const float* bias, int width) {
+    T* row = x + (long long)blockIdx.x * width;
+    for (int c = threadIdx.x; c < width; c += blockDim.x) row[c] = narrow<T>(widen(row[c]) + bias[c]);
+}
+
+// A thread keeps one column, so that a warp reads neighbours and each sum has the order of the rows.
+template <class T> __device__ void sum_columns(const T* x, float* out, int count, int width, int add) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= width) return;
+    int rows = (count + gridDim.y - 1) / gridDim.y;
+    int first = blockIdx.y * rows, last = min(first + rows, count);
+    float sum = 0;
+    for (int r = first; r < last; ++r) sum += widen(x[(long long)r * width + c]);
+    float* to = out + (long long)blockIdx.y * width + c;
+    *to = add ? *to + sum : sum;
+}
+
+}  // namespace device
+
+EMBED(embed_f32, float) { device::embed(table, tokens, out, width); }
+EMBED(embed_bf16, bf16) { device::embed(table, tokens, out, width); }
+
+KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width) {
+    float* to = target + (long long)rows[blockIdx.x] * width;
+    int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        float sum = 0;
+        for (int i = first; i < last; ++i) sum += x[(long long)order[i] * width + c];
+        to[c] += sum;
+    }
+}
+
+ADD_BIAS(add_bias_f32, float) { device::add_bias(x, bias, width); }
+ADD_BIAS(add_bias_bf16, bf16) { device::add_bias(x, bias, width); }
+
+SUM_COLUMNS(sum_columns_f32, float) { device::sum_columns(x, out, count, width, add); }
+SUM_COLUMNS(sum_columns_bf16, bf16) { device::sum_columns(x, out, count, width, add); }

@@ -1,0 +1,289 @@
+//! Attention over packed, prefix-shared batches, forward and backward.
+
+use crate::device::{
+    Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
+};
+use common::kernels::attention::{Heads, Layout};
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Tile {
+    first: i32,
+    rows: i32,
+    start: i32,
+    prefix: i32,
+    prefix_len: i32,
+    end: i32,
+}
+
+/// Rows of a tile.
+pub fn tile_rows<T: Element>() -> usize {
+    if size_of::<T>() == 2 { 64 } else { 32 }
+}
+
+fn tiles<T: Element>(layout: &Layout) -> Vec<Tile> {
+    let (segments, rows) = (layout.segments(), tile_rows::<T>());
+    let mut tiles = vec![];
+    for (i, s) in segments.iter().enumerate() {
+        let end = match s.prefix {
+            Some(_) => s.tokens.end,
+            None => (segments[i + 1..].iter().take_while(|b| b.prefix.is_some()))
+                .fold(s.tokens.end, |_, branch| branch.tokens.end),
+        };
+        for first in s.tokens.clone().step_by(rows) {
+            tiles.push(Tile {
+                first: first as i32,
+                rows: rows.min(s.tokens.end - first) as i32,
+                start: s.tokens.start as i32,
+                prefix: s.prefix.as_ref().map_or(0, |p| p.start as i32),
+                prefix_len: s.position as i32,
+                end: end as i32,
+            });
+        }
+    }
+    tiles
+}
+
+/// The head size of the kernel that serves this one.
+pub fn made_for(dim: usize) -> usize {
+    [16, 32, 64, 96, 128, 256]
+        .into_iter()
+        .find(|&d| d >= dim)
+        .expect("a head size")
+}
+
+/// Bytes from row to row of a tile, and of the float32 kernels' scratch.
+pub fn pitch<T: Element>(dim: usize) -> usize {
+    (made_for(dim) + 16 / size_of::<T>()) * size_of::<T>()
+}
+
+pub fn scratch<T: Element>() -> usize {
+    let r = tile_rows::<T>();
+    if size_of::<T>() == 2 {
+        0
+    } else {
+        r * (r + 4) * 4
+    }
+}
+
+struct Run<T> {
+    out: Vec<T>,
+    lse: Vec<f32>,
+    d_qkv: Vec<T>,
+}
+
+impl<T: Element> PartialEq for Run<T> {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.out, &self.lse, &self.d_qkv) == (&other.out, &other.lse, &other.d_qkv)
+    }
+}
+
+impl<T: Element> std::fmt::Debug for Run<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} results", self.out.len())
+    }
+}
+
+fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>) -> Run<T> {
+    let (tokens, tiles) = (layout.tokens(), tiles::<T>(layout));
+    let (query, kv, dim) = (heads.query as i32, heads.kv as i32, heads.dim as i32);
+    let window = heads.window.map_or(0, |w| w as i32);
+    let made = made_for(heads.dim);
+    let name = |stem: &str| format!("{stem}_{}_{made}", T::NAME);
+    let (r, tile) = (tile_rows::<T>(), tile_rows::<T>() * pitch::<T>(heads.dim));
+    let mut run = Run {
+        out: unwritten(tokens * heads.q_width()),
+        lse: unwritten(tokens * heads.query),
+        d_qkv: unwritten(tokens * heads.qkv_width()),
+    };
+    let mut delta: Vec<f32> = unwritten(tokens * heads.query);
+    launch!(name("attention"), [heads.query, tiles.len(), 1], 2 * r, 3 * tile + scratch::<T>();
+        qkv, &mut run.out, &mut run.lse, &tiles, query, kv, dim, window, heads.scale());
+    launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
+        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale());
+    let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
+    let positions = if window > 0 {
+        Arg::from(&positions)
+    } else {
+        Arg::from(Null)
+    };
+    let halves = if made == 256 { 2 } else { 1 };
+    crate::device::run(
+        &name("attention_backward_kv"),
+        [heads.kv, tiles.len(), halves],
+        2 * r,
+        4 * tile + scratch::<T>() + 3 * r * 4,
+        vec![
+            qkv.into(),
+            (&run.lse).into(),
+            d_out.into(),
+            (&delta).into(),
+            positions,
+            (&mut run.d_qkv).into(),
+            (&tiles).into(),
+            query.into(),
+            kv.into(),
+            dim.into(),
+            window.into(),
+            heads.scale().into(),
+        ],
+    );
+    run
+}
+
+struct Exact {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    d_qkv: Vec<f64>,
+}
+
+/// The definition, in float64, token by token.
+fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
+    let (tokens, dim, width) = (layout.tokens(), heads.dim, heads.qkv_width());
+    let mut found = Exact {
+        out: vec![0.0; tokens * heads.q_width()],
+        lse: vec![0.0; tokens * heads.query],
+        d_qkv: vec![0.0; qkv.len()],
+    };
+    let scale = 1.0 / (dim as f64).sqrt();
+    for segment in layout.segments() {
+        for (i, token) in segment.tokens.clone().enumerate() {
+            let all: Vec<usize> = segment
+                .prefix
+                .clone()
+                .unwrap_or(0..0)
+                .chain(segment.tokens.start..=token)
+                .collect();
+            assert_eq!(all.len(), segment.position + i + 1);
+            let seen = &all[all.len().saturating_sub(heads.window.unwrap_or(usize::MAX))..];
+            for head in 0..heads.query {
+                let kv = head / heads.group();
+                let (q_at, o_at) = (
+                    token * width + head * dim,
+                    token * heads.q_width() + head * dim,
+                );
+                let k_at = |t: usize| t * width + heads.q_width() + kv * dim;
+                let v_at = |t: usize| k_at(t) + heads.kv_width();
+                let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                let scores: Vec<f64> = seen
+                    .iter()
+                    .map(|&t| scale * dot(&qkv[q_at..][..dim], &qkv[k_at(t)..][..dim]))
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+                found.lse[token * heads.query + head] = lse;
+                let weights: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
+                for (w, &t) in weights.iter().zip(seen) {
+                    for c in 0..dim {
+                        found.out[o_at + c] += w * qkv[v_at(t) + c];
+                    }
+                }
+                let d = &d_out[o_at..][..dim];
+                let delta = dot(d, &found.out[o_at..][..dim]);
+                for (w, &t) in weights.iter().zip(seen) {
+                    let ds = w * (dot(d, &qkv[v_at(t)..][..dim]) - delta) * scale;
+                    for c in 0..dim {
+                        found.d_qkv[v_at(t) + c] += w * d[c];
+                        found.d_qkv[q_at + c] += ds * qkv[k_at(t) + c];
+                        found.d_qkv[k_at(t) + c] += ds * qkv[q_at + c];
+                    }
+                }
+            }
+        }
+    }
+    found
+}
+
+fn check<T: Element>(layout: &Layout, heads: Heads) {
+    let qkv: Vec<T> = noise::<f32>(layout.tokens() * heads.qkv_width(), 1)
+        .iter()
+        .map(|x| T::from(2.0 * x))
+        .collect();
+    let d_out: Vec<T> = noise(layout.tokens() * heads.q_width(), 2);
+    let found = in_every_order(|| ours(layout, heads, &qkv, &d_out));
+    let exact = exact(layout, heads, &wide(&qkv), &wide(&d_out));
+    let what = format!("{} {heads:?}", T::NAME);
+    assert_close(&format!("out of {what}"), &found.out, &exact.out, 20.0);
+    assert_close(
+        &format!("d_qkv of {what}"),
+        &found.d_qkv,
+        &exact.d_qkv,
+        40.0,
+    );
+    assert_close(&format!("lse of {what}"), &found.lse, &exact.lse, 20.0);
+}
+
+fn batch() -> Layout {
+    let mut layout = Layout::default();
+    layout.push(3, &[]);
+    layout.push(70, &[1, 0, 41, 100]);
+    layout.push(1, &[2]);
+    layout
+}
+
+fn every_head_size<T: Element>() {
+    for dim in [6, 16, 24, 32, 64, 80, 96, 128, 256] {
+        let mut layout = Layout::default();
+        layout.push(33, &[20, 35]);
+        check::<T>(
+            &layout,
+            Heads {
+                query: 2,
+                kv: 1,
+                dim,
+                window: None,
+            },
+        );
+    }
+}
+
+fn every_group_of_heads<T: Element>() {
+    for (query, kv) in [(1, 1), (3, 3), (6, 2), (7, 1)] {
+        check::<T>(
+            &batch(),
+            Heads {
+                query,
+                kv,
+                dim: 16,
+                window: None,
+            },
+        );
+    }
+}
+
+fn windows<T: Element>() {
+    for window in [1, 5, 64, 90, 1000] {
+        check::<T>(
+            &batch(),
+            Heads {
+                query: 2,
+                kv: 1,
+                dim: 16,
+                window: Some(window),
+            },
+        );
+    }
+}
+
+fn edges_of_tiles<T: Element>() {
+    for len in [1, 31, 32, 33, 63, 64, 65, 129] {
+        let mut layout = Layout::default();
+        layout.push(len, &[len, 1]);
+        check::<T>(
+            &layout,
+            Heads {
+                query: 1,
+                kv: 1,
+                dim: 32,
+                window: None,
+            },
+        );
+    }
+}
+
+crate::device::for_both!(
+    every_head_size,
+    every_group_of_heads,
+    windows,
+    edges_of_tiles
+);

@@ -1,0 +1,14 @@
+//! Every kernel of the device, run on the CPU (feature `cuda-emulated`) and held to plain float64 references: both
+//! storage types, all head sizes, ragged batches, sizes of one and beside the tiles. Each runs with the threads of a block
+//! in several orders, which must not change a bit: where they would, a barrier is missing.
+
+#[path = "../../cuda/kernels.rs"]
+mod kernels;
+
+mod attention;
+mod decode;
+mod device;
+mod logprob;
+mod rows;
+mod sample;
+mod training;

@@ -1,0 +1,362 @@
+//! Gathers and scatters, norms, SwiGLU, rotation.
+
+use crate::device::{
+    Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
+};
+
+fn embeddings<T: Element>() {
+    let (vocab, width, tokens) = (7, 300, vec![3, 0, 6, 3i32]);
+    let table: Vec<T> = noise(vocab * width, 1);
+    let out = in_every_order(|| {
+        let mut out: Vec<f32> = unwritten(tokens.len() * width);
+        launch!(format!("embed_{}", T::NAME), [tokens.len(), 1, 1], 256, 0; &table, &tokens, &mut out, width as i32);
+        out
+    });
+    for (row, &token) in out.chunks_exact(width).zip(&tokens) {
+        let expected: Vec<f32> = table[token as usize * width..][..width]
+            .iter()
+            .map(|x| x.to())
+            .collect();
+        assert_eq!(row, expected);
+    }
+}
+
+#[test]
+fn rows_are_added_in_their_order() {
+    let width = 300;
+    let x: Vec<f32> = noise(5 * width, 1);
+    let before: Vec<f32> = noise(4 * width, 2);
+    let (rows, starts, order) = (vec![3, 0i32], vec![0, 3, 5i32], vec![0, 2, 4, 1, 3i32]);
+    let target = in_every_order(|| {
+        let mut target = before.clone();
+        launch!("add_rows", [2, 1, 1], 256, 0; &x, &rows, &starts, &order, &mut target, width as i32);
+        target
+    });
+    let mut expected = before.clone();
+    for (to, from) in [(3, [0, 2, 4].as_slice()), (0, &[1, 3])] {
+        for c in 0..width {
+            let sum = from.iter().fold(0.0, |sum, r| sum + x[r * width + c]);
+            expected[to * width + c] += sum;
+        }
+    }
+    assert_eq!(target, expected);
+}
+
+fn biases_and_sums_of_columns<T: Element>() {
+    let (count, width) = (70, 300);
+    let (x, bias): (Vec<T>, Vec<f32>) = (noise(count * width, 1), noise(width, 2));
+    let out = in_every_order(|| {
+        let mut out = x.clone();
+        launch!(format!("add_bias_{}", T::NAME), [count, 1, 1], 256, 0; &mut out, &bias, width as i32);
+        out
+    });
+    let exact: Vec<f64> = (wide(&x).iter().enumerate())
+        .map(|(i, x)| x + bias[i % width] as f64)
+        .collect();
+    assert_close("bias", &out, &exact, 1.0);
+
+    let parts = 3;
+    let sums = in_every_order(|| {
+        let mut partial: Vec<f32> = unwritten(parts * width);
+        let mut sums = bias.clone();
+        launch!(format!("sum_columns_{}", T::NAME), [width.div_ceil(256), parts, 1], 256, 0;
+            &x, &mut partial, count as i32, width as i32, 0i32);
+        launch!("sum_columns_f32", [width.div_ceil(256), 1, 1], 256, 0;
+            &partial, &mut sums, parts as i32, width as i32, 1i32);
+        sums
+    });
+    let exact: Vec<f64> = (0..width)
+        .map(|c| {
+            bias[c] as f64
+                + (0..count)
+                    .map(|r| x[r * width + c].to() as f64)
+                    .sum::<f64>()
+        })
+        .collect();
+    assert_close("sums", &sums, &exact, 10.0);
+}
+
+const EPS: f32 = 1e-5;
+
+/// RMSNorm of one row, and its gradients (dx, dw).
+fn norm(x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let n = x.len() as f64;
+    let s = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / n + EPS as f64).sqrt();
+    let mean = (0..x.len()).map(|i| dy[i] * w[i] * x[i] * s).sum::<f64>() / n;
+    (
+        (0..x.len()).map(|i| x[i] * s * w[i]).collect(),
+        (0..x.len())
+            .map(|i| s * (dy[i] * w[i] - x[i] * s * mean))
+            .collect(),
+        (0..x.len()).map(|i| dy[i] * x[i] * s).collect(),
+    )
+}
+
+fn norms<T: Element>() {
+    for (count, width, gathered) in [(1, 5, false), (5, 300, true), (67, 64, false)] {
+        let rows: Option<Vec<i32>> =
+            gathered.then(|| (0..count as i32).map(|i| (i * 3) % 4).collect());
+        let (x, w): (Vec<f32>, Vec<f32>) = (noise(count.max(4) * width, 1), noise(width, 2));
+        let dy: Vec<T> = noise(count * width, 3);
+        let before: Vec<f32> = noise(count * width, 4);
+        let y = in_every_order(|| {
+            let mut y: Vec<T> = unwritten(count * width);
+            launch!(format!("rms_norm_{}", T::NAME), [count, 1, 1], 256, 0; &x, rows.as_ref(), &w, EPS, &mut y, width as i32);
+            y
+        });
+        let blocks = count.min(4);
+        let (dx, copy, dw) = in_every_order(|| {
+            let (mut dx, mut copy, mut partial): (_, Vec<T>, Vec<f32>) = (
+                before.clone(),
+                unwritten(count * width),
+                unwritten(blocks * width),
+            );
+            launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
+                &x, rows.as_ref(), &w, EPS, &dy, &mut dx, &mut copy, &mut partial, count as i32, width as i32, 1i32);
+            let mut dw = vec![0.0f32; width];
+            launch!("sum_columns_f32", [width.div_ceil(256), 1, 1], 256, 0; &partial, &mut dw, blocks as i32, width as i32, 1i32);
+            (dx, copy, dw)
+        });
+        let (mut y_exact, mut dx_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
+        for r in 0..count {
+            let from = rows.as_ref().map_or(r, |rows| rows[r] as usize);
+            let (y, dx, dw) = norm(
+                &wide(&x[from * width..][..width]),
+                &wide(&w),
+                &wide(&dy[r * width..][..width]),
+            );
+            y_exact.extend(y);
+            dx_exact.extend(
+                dx.iter()
+                    .zip(&before[r * width..])
+                    .map(|(d, b)| d + *b as f64),
+            );
+            dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
+        }
+        assert_close("y", &y, &y_exact, 5.0);
+        assert_close("dx", &dx, &dx_exact, 10.0);
+        assert_close("dx copy", &copy, &dx_exact, 5.0);
+        assert_close("dw", &dw, &dw_exact, 20.0);
+
+        // Without what is optional, the gradient is set.
+        let mut alone: Vec<f32> = unwritten(count * width);
+        launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
+            &x, rows.as_ref(), &w, EPS, &dy, &mut alone, Null, Null, count as i32, width as i32, 0i32);
+        let exact: Vec<f64> = dx_exact
+            .iter()
+            .zip(&before)
+            .map(|(d, b)| d - *b as f64)
+            .collect();
+        assert_close("dx alone", &alone, &exact, 10.0);
+    }
+}
+
+fn swiglu<T: Element>() {
+    for (count, ffn) in [(1, 1), (3, 1030), (2, 40)] {
+        let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1)
+            .iter()
+            .map(|x| T::from(x * 8.0))
+            .collect();
+        let dy: Vec<T> = noise(count * ffn, 2);
+        let grid = [count, ffn.div_ceil(1024), 1];
+        let (out, d, inner) = in_every_order(|| {
+            let (mut out, mut d, mut inner): (Vec<T>, _, _) =
+                (unwritten(count * ffn), gate_up.clone(), dy.clone());
+            launch!(format!("swiglu_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32);
+            let shared: *mut T = inner.as_mut_ptr(); // the output may take the place of dy
+            crate::device::run(
+                &format!("swiglu_backward_{}", T::NAME),
+                grid,
+                256,
+                0,
+                vec![
+                    Arg::from(&mut d),
+                    Arg::value(shared),
+                    Arg::value(shared),
+                    Arg::from(ffn as i32),
+                ],
+            );
+            let mut again = gate_up.clone();
+            launch!(format!("swiglu_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32);
+            assert_eq!(again, d);
+            (out, d, inner)
+        });
+        assert_eq!(out, inner);
+        let (mut out_exact, mut d_exact) = (vec![0.0; count * ffn], vec![0.0; gate_up.len()]);
+        for r in 0..count {
+            for c in 0..ffn {
+                let (g, u) = (
+                    gate_up[r * 2 * ffn + c].to() as f64,
+                    gate_up[(r * 2 + 1) * ffn + c].to() as f64,
+                );
+                let (s, d) = (1.0 / (1.0 + (-g).exp()), dy[r * ffn + c].to() as f64);
+                out_exact[r * ffn + c] = g * s * u;
+                d_exact[r * 2 * ffn + c] = d * u * s * (1.0 + g * (1.0 - s));
+                d_exact[(r * 2 + 1) * ffn + c] = d * g * s;
+            }
+        }
+        assert_close("swiglu", &out, &out_exact, 4.0);
+        assert_close("its gradient", &d, &d_exact, 8.0);
+    }
+}
+
+/// Everything between the projection and attention, with and without biases and head norms.
+fn rotation<T: Element>() {
+    for (dim, biased, normed, cached) in [
+        (64, true, true, true),
+        (6, false, false, true),
+        (16, false, true, false),
+        (96, true, false, false),
+    ] {
+        let (query, kv, count) = (3, 1, 5);
+        let width = (query + 2 * kv) * dim;
+        let input: Vec<T> = noise(count * width, 1);
+        let bias = biased.then(|| noise::<f32>(width, 2));
+        let norms = normed.then(|| (noise::<f32>(dim, 3), noise::<f32>(dim, 4)));
+        let positions = vec![0, 3, 1, 7, 3i32];
+        let angle = |p: usize, i: usize| p as f64 * 0.9f64.powi(i as i32 % 40);
+        let table = |f: fn(f64) -> f64| -> Vec<f32> {
+            (0..8)
+                .flat_map(|p| (0..dim / 2).map(move |i| f(angle(p, i)) as f32))
+                .collect()
+        };
+        let (cos, sin) = (table(f64::cos), table(f64::sin));
+        let cache_rows = vec![4, -1, 0, 6, 2i32];
+        let d_out: Vec<T> = noise(count * width, 5);
+        let sizes = [query as i32, kv as i32, dim as i32];
+        let (q_norm, k_norm) = (norms.as_ref().map(|n| &n.0), norms.as_ref().map(|n| &n.1));
+        let blocks = 2;
+        let (out, cache, d_in, d_norms) = in_every_order(|| {
+            let (mut out, mut cache): (Vec<T>, Vec<T>) = (
+                unwritten(count * width),
+                vec![T::default(); 8 * 2 * kv * dim],
+            );
+            let cache_arg = if cached {
+                Arg::from(&mut cache)
+            } else {
+                Arg::from(Null)
+            };
+            crate::device::run(
+                &format!("qkv_rope_{}", T::NAME),
+                [count, 1, 1],
+                256,
+                0,
+                vec![
+                    (&input).into(),
+                    (&mut out).into(),
+                    bias.as_ref().into(),
+                    q_norm.into(),
+                    k_norm.into(),
+                    EPS.into(),
+                    (&cos).into(),
+                    (&sin).into(),
+                    (&positions).into(),
+                    cache_arg,
+                    (&cache_rows).into(),
+                    sizes[0].into(),
+                    sizes[1].into(),
+                    sizes[2].into(),
+                ],
+            );
+            let mut in_place = input.clone();
+            let shared: *mut T = in_place.as_mut_ptr();
+            crate::device::run(
+                &format!("qkv_rope_{}", T::NAME),
+                [count, 1, 1],
+                256,
+                0,
+                vec![
+                    Arg::value(shared),
+                    Arg::value(shared),
+                    bias.as_ref().into(),
+                    q_norm.into(),
+                    k_norm.into(),
+                    EPS.into(),
+                    (&cos).into(),
+                    (&sin).into(),
+                    (&positions).into(),
+                    Null.into(),
+                    Null.into(),
+                    sizes[0].into(),
+                    sizes[1].into(),
+                    sizes[2].into(),
+                ],
+            );
+            assert_eq!(in_place, out);
+            let mut d = d_out.clone();
+            let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
+            launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 16 * dim * 4 } else { 0 };
+                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, &cos, &sin, &positions, &mut partial,
+                count as i32, sizes[0], sizes[1], sizes[2]);
+            let mut d_norms = vec![0.0f32; 2 * dim];
+            if normed {
+                launch!("sum_columns_f32", [1, 1, 1], 256, 0; &partial, &mut d_norms, blocks as i32, 2 * dim as i32, 1i32);
+            }
+            (out, cache, d, d_norms)
+        });
+        let (mut exact, mut d_exact, mut d_norms_exact) = (vec![], vec![], vec![0.0; 2 * dim]);
+        for r in 0..count {
+            for head in 0..query + 2 * kv {
+                let at = r * width + head * dim;
+                let shift = |i: usize| bias.as_ref().map_or(0.0, |b| b[head * dim + i] as f64);
+                let x: Vec<f64> = (0..dim)
+                    .map(|i| input[at + i].to() as f64 + shift(i))
+                    .collect();
+                let d = wide(&d_out[at..][..dim]);
+                if head >= query + kv {
+                    exact.extend(x);
+                    d_exact.extend(d);
+                    continue;
+                }
+                let turn = |v: &[f64], sign: f64| -> Vec<f64> {
+                    let half = dim / 2;
+                    let mut out = vec![0.0; dim];
+                    for i in 0..half {
+                        let (s, c) = angle(positions[r] as usize, i).sin_cos();
+                        out[i] = v[i] * c - v[i + half] * s * sign;
+                        out[i + half] = v[i + half] * c + v[i] * s * sign;
+                    }
+                    out
+                };
+                let d = turn(&d, -1.0);
+                match &norms {
+                    Some((q, k)) => {
+                        let (w, to) = if head < query { (q, 0) } else { (k, dim) };
+                        let (y, dx, dw) = norm(&x, &wide(w), &d);
+                        exact.extend(turn(&y, 1.0));
+                        d_exact.extend(dx);
+                        (0..dim).for_each(|i| d_norms_exact[to + i] += dw[i]);
+                    }
+                    None => {
+                        exact.extend(turn(&x, 1.0));
+                        d_exact.extend(d);
+                    }
+                }
+            }
+        }
+        assert_close("qkv", &out, &exact, 8.0);
+        assert_close("d_qkv", &d_in, &d_exact, 8.0);
+        if normed {
+            assert_close("d_norms", &d_norms, &d_norms_exact, 40.0);
+        }
+        let kv_width = 2 * kv * dim;
+        let mut expected = vec![T::default(); 8 * kv_width];
+        for (r, &to) in cache_rows
+            .iter()
+            .enumerate()
+            .filter(|(_, to)| cached && **to >= 0)
+        {
+            let tail = &out[r * width + query * dim..(r + 1) * width];
+            expected[to as usize * kv_width..][..kv_width].copy_from_slice(tail);
+        }
+        assert_eq!(cache, expected);
+    }
+}
+
+crate::device::for_both!(
+    embeddings,
+    biases_and_sums_of_columns,
+    norms,
+    swiglu,
+    rotation
+);
