@@ -183,14 +183,14 @@ def rates(_):
 
 
 def check(args):
-    # The tests' device part: every family against transformers' figures and the CPU's decoder, sampling included.
-    tests = [str(HOME / "bin/cuda-tests"), "--nocapture"]
+    # Every family against transformers' figures and the CPU's decoder, sampling and training included.
     env = {**environment(), "CARGO_MANIFEST_DIR": str(HOME / "common")}
-    done = subprocess.run(tests, env=env, capture_output=True, text=True)
-    note("tests", {"passed": done.returncode == 0, "end": (done.stdout + done.stderr)[-1500:]})
+    for test in ("cuda", "cuda_training"):
+        done = subprocess.run([HOME / f"bin/test-{test}"], env=env, capture_output=True, text=True)
+        note(f"tests {test}", {"passed": done.returncode == 0, "end": (done.stdout + done.stderr)[-1500:]})
     if shutil.which("compute-sanitizer") and not args.quick:
         for tool in ("memcheck", "racecheck"):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "scores_are_the_cpus"]
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", HOME / "bin/test-cuda", "ragged"]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             note(f"sanitizer {tool}", {"clean": done.returncode == 0, "end": done.stdout[-600:]})
     # SmolLM2 against float64.
@@ -439,7 +439,7 @@ def table(_):
             percent = number(value["share"] * 100, "{:.0f}%") if value.get("share") is not None else "-"
             print(f"| {name} | {stage} | {dtype} | {value['rate']:.0f} | {percent} | {asked.get(part[1], '-')} | "
                   f"{value['peak_gb']:.1f} | {number(peer.get('rate'))} | {number(ratio, '{:.1f}')} |")
-    for key in ("tests", "sanitizer memcheck", "sanitizer racecheck", "log-probs f32", "log-probs bf16", "samples"):
+    for key in ("tests cuda", "tests cuda_training", "sanitizer memcheck", "sanitizer racecheck", "log-probs f32", "log-probs bf16", "samples"):
         if key in kept:
             print(f"- {key}: " + json.dumps({k: v for k, v in kept[key].items() if k != "end"}))
 

@@ -10,19 +10,25 @@ model=models/SmolLM2-135M-Instruct.gguf
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cargo build --release -p common --features cuda --example gpu_rates
+cargo build --release --workspace --features common/cuda --example gpu_rates
 # The device's tests, which find the GPU by themselves; with the emulated device, too, since they are one program.
-tests=$(cargo test --release -p common --features cuda,cuda-emulated --test cuda --no-run --message-format=json |
-    python3 -c 'import json,sys
+tests() {
+    cargo test --release --workspace --features common/cuda,common/cuda-emulated --test "$1" --no-run \
+        --message-format=json | python3 -c '
+import json, sys
 for line in sys.stdin:
     made = json.loads(line)
-    if made.get("executable") and made["target"]["name"] == "cuda": print(made["executable"])')
+    if made.get("executable") and made["target"]["src_path"].endswith(f"common/tests/{sys.argv[1]}.rs"):
+        print(made["executable"])' "$1"
+}
 mkdir -p "$work/bin" "$work/tests/golden" "$work/examples" "$out"
 for tool in dice-gen dice-score dice-pairs dice-train dice-eval examples/gpu_rates; do
     strip -o "$work/bin/$(basename $tool)" target/release/$tool
 done
-strip -o "$work/bin/cuda-tests" "$tests"
-cp -r tests/golden/families tests/golden/smollm2_logps.jsonl "$work/tests/golden/"
+for test in cuda cuda_training; do
+    strip -o "$work/bin/test-$test" "$(tests $test)"
+done
+cp -r tests/golden/{families,tiny_chat,smollm2_logps.jsonl,tiny_dpo.json} "$work/tests/golden/"
 cp examples/prompts.jsonl examples/preferences.jsonl "$work/examples/"
 cp benches/gpu/bench.py benches/gpu/peer.py "$work/"
 tar -C "$work" -cJf "$out/tools.tar.xz" .

@@ -34,9 +34,11 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         for (int c = lane(); there && c < dim; c += WARP) sum += widen(out[at(first + i) * dim + c]) * widen(d_out[at(first + i) * dim + c]);
         sum = warp_sum(sum);
         if (there && lane() == 0) delta[at(first + i)] = sum;
-        if (there && lane() / 4 == i % 8) {
-            row_delta[i / 8] = sum;
-            row_lse[i / 8] = lse[at(first + i)] * LOG2E;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (lane() / 4 + 8 * half != i || !there) continue;
+            row_delta[half] = sum;
+            row_lse[half] = lse[at(first + i)] * LOG2E;
         }
     }
 

@@ -90,6 +90,37 @@ template <class T> struct alignas(16) Vector {
     T at[LENGTH];
 };
 
+// N neighbours as float32, read and written in one access: four at a time keep memory busy where a kernel only passes
+// over it.
+template <int N> struct Few {
+    float at[N];
+
+    template <class T> struct alignas(N * sizeof(T)) Stored { T at[N]; };
+    template <class T> __device__ static Few load(const T* from) {
+        Stored<T> stored = *reinterpret_cast<const Stored<T>*>(from);
+        Few x;
+#pragma unroll
+        for (int i = 0; i < N; ++i) x.at[i] = widen(stored.at[i]);
+        return x;
+    }
+    template <class T> __device__ void store(T* to) const {
+        Stored<T> stored;
+#pragma unroll
+        for (int i = 0; i < N; ++i) stored.at[i] = narrow<T>(at[i]);
+        *reinterpret_cast<Stored<T>*>(to) = stored;
+    }
+};
+
+// Visits the columns first … last − 1 of rows that are `width` long, by the whole block: visit(c, Few<4>{}) for four
+// at once where every row begins at a multiple of four, else visit(c, Few<1>{}).
+template <class F> __device__ inline void for_columns(int first, int last, int width, F visit) {
+    if (width % 4 == 0) {
+        for (int c = first + 4 * int(threadIdx.x); c < last; c += 4 * blockDim.x) visit(c, Few<4>{});
+    } else {
+        for (int c = first + int(threadIdx.x); c < last; c += blockDim.x) visit(c, Few<1>{});
+    }
+}
+
 // Sums over a warp: every lane receives the same bits.
 template <class F> __device__ inline F warp_sum(F x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);

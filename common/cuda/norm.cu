@@ -8,9 +8,16 @@ __device__ void rms_norm(const float* x, const int* rows, const float* weight, f
     const float* from = x + (long long)(rows ? rows[blockIdx.x] : blockIdx.x) * width;
     T* to = out + (long long)blockIdx.x * width;
     float squares = 0;
-    for (int c = threadIdx.x; c < width; c += blockDim.x) squares += from[c] * from[c];
+    for_columns(0, width, width, [&](int c, auto few) {
+        auto v = few.load(from + c);
+        for (float y : v.at) squares += y * y;
+    });
     float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
-    for (int c = threadIdx.x; c < width; c += blockDim.x) to[c] = narrow<T>(from[c] * scale * weight[c]);
+    for_columns(0, width, width, [&](int c, auto few) {
+        auto v = few.load(from + c), w = few.load(weight + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] *= scale * w.at[i];
+        v.store(to + c);
+    });
 }
 
 // With x̂ = x·s, s = 1/rms, g = dy·w: dx = s·(g − x̂·mean(g·x̂)); dw = Σ dy·x̂, summed here over the block's rows in
@@ -19,30 +26,36 @@ template <class T>
 __device__ void rms_norm_backward(const float* x, const int* rows, const float* weight, float eps, const T* dy, float* dx,
                                   T* dx_copy, float* partial, int count, int width, int add) {
     SHARED_MEMORY(float, d_weight);
-    for (int c = threadIdx.x; c < width; c += blockDim.x) d_weight[c] = 0;
+    for_columns(0, width, width, [&](int c, auto few) {
+        for (int i = 0; i < int(sizeof few / 4); ++i) d_weight[c + i] = 0;
+    });
     int step = (count + gridDim.x - 1) / gridDim.x;
     int last = min(int(blockIdx.x + 1) * step, count);
     for (int r = blockIdx.x * step; r < last; ++r) {
         const float* from = x + (long long)(rows ? rows[r] : r) * width;
-        long long at = (long long)r * width;
+        const T* dy_row = dy + (long long)r * width;
+        float* dx_row = dx + (long long)r * width;
         float squares = 0, product = 0;
-        for (int c = threadIdx.x; c < width; c += blockDim.x) {
-            squares += from[c] * from[c];
-            product += from[c] * weight[c] * widen(dy[at + c]);
-        }
+        for_columns(0, width, width, [&](int c, auto few) {
+            auto v = few.load(from + c), w = few.load(weight + c), d = few.load(dy_row + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) squares += v.at[i] * v.at[i], product += v.at[i] * w.at[i] * d.at[i];
+        });
         float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
         float mean = block_sum(product) * scale / width;
-        for (int c = threadIdx.x; c < width; c += blockDim.x) {
-            float normed = from[c] * scale, d = widen(dy[at + c]);
-            float gradient = scale * (d * weight[c] - normed * mean);
-            if (add) gradient += dx[at + c];
-            dx[at + c] = gradient;
-            if (dx_copy) dx_copy[at + c] = narrow<T>(gradient);
-            d_weight[c] += d * normed;
-        }
+        for_columns(0, width, width, [&](int c, auto few) {
+            auto v = few.load(from + c), w = few.load(weight + c), d = few.load(dy_row + c);
+            if (add) few = few.load(dx_row + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) {
+                float normed = v.at[i] * scale;
+                few.at[i] = (add ? few.at[i] : 0.0f) + scale * (d.at[i] * w.at[i] - normed * mean);
+                d_weight[c + i] += d.at[i] * normed;
+            }
+            few.store(dx_row + c);
+            if (dx_copy) few.store(dx_copy + (long long)r * width + c);
+        });
     }
     if (partial) {
-        for (int c = threadIdx.x; c < width; c += blockDim.x) partial[(long long)blockIdx.x * width + c] = d_weight[c];
+        for_columns(0, width, width, [&](int c, auto few) { few.load(d_weight + c).store(partial + (long long)blockIdx.x * width + c); });
     }
 }
 

@@ -1,36 +1,42 @@
-// SwiGLU on rows [gate | up], and its gradient in place. Four columns a thread.
+// SwiGLU on rows [gate | up], and its gradient in place.
 #include "kernels.h"
 
 namespace device {
 
 constexpr int SWIGLU_COLUMNS = 1024;  // of a block
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-x * LOG2E)); }
 
-// Calls f(column) for this thread's columns of the block's part of a row.
-template <class F> __device__ void for_columns(int width, F f) {
-    int first = blockIdx.y * SWIGLU_COLUMNS, last = min(first + SWIGLU_COLUMNS, width);
-    for (int c = first + int(threadIdx.x); c < last; c += blockDim.x) f(c);
+// Visits the block's part of a row.
+template <class F> __device__ inline void for_part(int ffn, F visit) {
+    int first = blockIdx.y * SWIGLU_COLUMNS;
+    for_columns(first, min(first + SWIGLU_COLUMNS, ffn), ffn, visit);
 }
 
 template <class T> __device__ void swiglu(const T* gate_up, T* out, int ffn) {
     const T* gate = gate_up + (long long)blockIdx.x * 2 * ffn;
     T* to = out + (long long)blockIdx.x * ffn;
-    for_columns(ffn, [=](int c) {
-        float g = widen(gate[c]);
-        to[c] = narrow<T>(g * sigmoid(g) * widen(gate[ffn + c]));
+    for_part(ffn, [=](int c, auto few) {
+        auto g = few.load(gate + c), u = few.load(gate + ffn + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(g.at[i]) * u.at[i];
+        few.store(to + c);
     });
 }
 
 template <class T> __device__ void swiglu_backward(T* gate_up, const T* dy, T* inner, int ffn) {
     T* gate = gate_up + (long long)blockIdx.x * 2 * ffn;
     long long row = (long long)blockIdx.x * ffn;
-    for_columns(ffn, [=](int c) {
-        float g = widen(gate[c]), u = widen(gate[ffn + c]), d = widen(dy[row + c]);
-        float s = sigmoid(g);
-        gate[c] = narrow<T>(d * u * s * (1.0f + g * (1.0f - s)));
-        gate[ffn + c] = narrow<T>(d * g * s);
-        if (inner) inner[row + c] = narrow<T>(g * s * u);
+    for_part(ffn, [=](int c, auto few) {
+        auto g = few.load(gate + c), u = few.load(gate + ffn + c), d = few.load(dy + row + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) {
+            float x = g.at[i], s = sigmoid(x), up = u.at[i];
+            few.at[i] = x * s * up;
+            g.at[i] = d.at[i] * up * s * (1.0f + x * (1.0f - s));
+            u.at[i] = d.at[i] * x * s;
+        }
+        g.store(gate + c);
+        u.store(gate + ffn + c);
+        if (inner) few.store(inner + row + c);
     });
 }
 

@@ -603,7 +603,7 @@ fn settings_that_make_no_sense() {
         ("dice-train", "--learning-rate", "NaN"),
         ("dice-train", "--label-smoothing", "0.7"),
         ("dice-train", "--lora-rank", "0"),
-        ("dice-train", "--device", "cuda"),
+        ("dice-train", "--device", "cuda:99"),
         ("dice-train", "--optimizer", "adamw-bf16"),
     ] {
         let run = world

@@ -426,43 +426,20 @@ impl Decoder {
         )
     }
 
-    /// The residual stream after the last layer is left in `pass.x`. `seen` is called after each layer.
-    pub fn forward(
+    /// The residual stream after the last layer is left in `pass.x`. `cache` says where a layer's keys and values go
+    /// beside the pass.
+    pub(super) fn forward<'c>(
         &self,
         shape: &Shape,
         tokens: &[u32],
         pass: &Pass,
-        mut seen: impl FnMut(usize) -> Result<()>,
+        cache: impl Fn(usize) -> Option<CacheRows<'c>>,
     ) -> Result<()> {
         assert_eq!(shape.tokens, tokens.len());
         let tokens = self.device.buffer_of(tokens)?;
         self.embed(&tokens, shape.tokens, &pass.x)?;
         for i in 0..self.layers.len() {
-            self.project(i, shape, pass, None)?;
-            self.attend(i, shape, pass)?;
-            self.finish(i, shape.tokens, pass)?;
-            seen(i)?;
-        }
-        Ok(())
-    }
-
-    /// As [`Self::forward`], and every layer's keys and values go into the caches, of which layer `i` has `cache(i)`.
-    pub(super) fn prefill(
-        &self,
-        shape: &Shape,
-        tokens: &[u32],
-        pass: &Pass,
-        cache: impl Fn(usize) -> Address,
-        rows: &Buffer,
-    ) -> Result<()> {
-        let tokens = self.device.buffer_of(tokens)?;
-        self.embed(&tokens, shape.tokens, &pass.x)?;
-        for i in 0..self.layers.len() {
-            let rows = CacheRows {
-                cache: cache(i),
-                rows,
-            };
-            self.project(i, shape, pass, Some(rows))?;
+            self.project(i, shape, pass, cache(i))?;
             self.attend(i, shape, pass)?;
             self.finish(i, shape.tokens, pass)?;
         }

@@ -20,6 +20,7 @@ mod lora;
 mod optimizer;
 mod reward;
 mod scoring;
+mod slots;
 mod training;
 
 pub use backward::Gradients;

@@ -45,7 +45,7 @@ pub fn score(decoder: &Decoder, groups: &[Group]) -> Result<Vec<f64>> {
     let batch = Batch::new(groups);
     let shape = decoder.shape(&batch.layout)?;
     let pass = decoder.pass(batch.tokens.len())?;
-    decoder.forward(&shape, &batch.tokens, &pass, |_| Ok(()))?;
+    decoder.forward(&shape, &batch.tokens, &pass, |_| None)?;
     let predicting = Predicting::new(decoder, &batch, &pass.x)?;
     drop(pass);
     let found = predicting.target_logps(decoder)?;
