@@ -157,11 +157,12 @@ fn gradients_of_every_parameter_are_the_cpus() {
                 assert!(apart < 3e-5, "{family}: {name} is off by {apart}");
                 let apart = off_by(&roughly);
                 assert!(
-                    apart < 0.08,
+                    apart < 0.2,
                     "{family} in bfloat16: {name} is off by {apart}"
                 );
             }
-            assert!(off(&roughly, &theirs) < 0.04, "{}", off(&roughly, &theirs));
+            let apart = off(&roughly, &theirs);
+            assert!(apart < 0.1, "{family} in bfloat16: off by {apart}");
         }
     }
 }
