@@ -589,11 +589,13 @@ mod tests {
         assert!(server.most_at_a_time() <= 2);
         // One that is too slow, and one that asks for a second's rest.
         let start = std::time::Instant::now();
-        let acts = [Act::Hang(1500), Act::Later(1), Act::Weigh];
-        let (server, rows) = ask(&acts, &["--in-flight", "1", "--timeout", "1"]);
+        let acts = [Act::Hang(3000), Act::Later(1), Act::Weigh];
+        let words = ["--in-flight", "1", "--timeout", "2", "--retries", "30"];
+        let (server, rows) = ask(&acts, &words);
         near(&wins(&rows.unwrap()), &expected(0.9));
-        assert_eq!(server.asked(), 22 + 2);
-        assert!(start.elapsed() > Duration::from_secs(2));
+        // On a busy machine even the others may be too slow at first.
+        assert!(server.asked() >= 22 + 2);
+        assert!(start.elapsed() > Duration::from_secs(3));
     }
 
     #[test]
