@@ -347,4 +347,4 @@ impl RewardModel {
 }
 
 /// Tokens of one forward pass when scoring: enough to fill the matrix kernels, few enough for the caches.
-pub const TOKENS_AT_ONCE: usize = 2048;
+pub const TOKENS_AT_ONCE: usize = 1024;

@@ -64,7 +64,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Responses that run at the same time
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 128)]
     batch_size: usize,
     #[command(flatten)]
     compute: Compute,

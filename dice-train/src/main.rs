@@ -183,7 +183,7 @@ fn run(args: Args) -> Result<()> {
         dtype: dtype_name(precision).to_owned(),
         settings: settings.clone(),
     };
-    let mut trainer = Trainer::new(&model.weights, settings, precision, STATE_BYTES)?;
+    let mut trainer = Trainer::new(&model.weights, settings, precision, state_bytes(precision))?;
     program::say(format_args!(
         "{}: computing in {}",
         args.model,
@@ -212,7 +212,13 @@ fn run(args: Args) -> Result<()> {
 }
 
 /// What layer states may take: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
-const STATE_BYTES: usize = 400 << 20;
+/// In bfloat16 the packed weights leave room for more.
+const fn state_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => 400 << 20,
+        Precision::Bf16 => 640 << 20,
+    }
+}
 
 fn check(args: &Args) -> Result<()> {
     ensure!(args.batch_size > 0, "--batch-size must be at least 1");
