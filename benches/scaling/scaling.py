@@ -53,27 +53,26 @@ class Bench:
     def ids(self, length):
         return [self.random.randrange(100, 40000) for _ in range(length)]
 
-    def net(self, name, options, rows):
-        """Seconds of a run less those of a run on its first row alone."""
-        files = [write(self.work / "all.jsonl", rows), write(self.work / "one.jsonl", rows[:1])]
-        command = [name, *options, "--dtype", self.dtype]
+    def net(self, command, rows, least=()):
+        """Seconds of a run on the rows less those of the command, or of `least`, on the first row alone."""
+        name = command[0]
         if name not in self.starts:
-            short = ["--k", 1, "--max-tokens", 1] if name == "dice-gen" else []
-            self.starts[name] = statistics.median(ours.run(*command, *short, files[1]) for _ in range(3))
-        return ours.run(*command, files[0]) - self.starts[name]
+            one = write(self.work / "one.jsonl", rows[:1])
+            self.starts[name] = statistics.median(ours.run(*(least or command), one) for _ in range(3))
+        return ours.run(*command, write(self.work / "all.jsonl", rows)) - self.starts[name]
 
     def generate(self, responses, length, k, words=1):
         """So hot that no response ends early."""
         prompts = [self.prompt(i, words) for i in range(responses // k)]
-        options = ["--model", self.model, "--k", k, "--max-tokens", length, "--temperature", 5]
-        seconds = self.net("dice-gen", options, [{"prompt": text} for text, _ in prompts])
+        sample = lambda k, length: ["dice-gen", "--model", self.model, "--dtype", self.dtype, "--temperature", 5, "--k", k, "--max-tokens", length]
+        seconds = self.net(sample(k, length), [{"prompt": text} for text, _ in prompts], least=sample(1, 1))
         return seconds, sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts)
 
     def score(self, responses, length, k, words=1):
         prompts = [self.prompt(i, words) for i in range(responses // k)]
         rows = [{"prompt": text, "response": "", "finish_reason": "length", "token_ids": self.ids(length)}
                 for text, _ in prompts for _ in range(k)]
-        seconds = self.net("dice-score", ["--policy", self.model, "--ref", self.model], rows)
+        seconds = self.net(["dice-score", "--policy", self.model, "--ref", self.model, "--dtype", self.dtype], rows)
         return seconds, 2 * sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts)
 
     def train(self, pairs, length, batch):
