@@ -228,7 +228,7 @@ impl Engine {
         Ok(match self {
             Self::Cpu(decoder) => {
                 let limits = Limits {
-                    sequences: slots.unwrap_or(64),
+                    sequences: slots.unwrap_or(128),
                     bytes: budget::left(budget)?,
                 };
                 Box::new(Generator::new(decoder, how, end_ids, limits))
@@ -563,4 +563,4 @@ fn fit_together(policy: &Checkpoint, reference: &Checkpoint, place: &Place) -> R
 const TOKENS_IN_TURN: usize = 8 << 20;
 
 /// Tokens of one forward pass when scoring on a CPU: enough to fill the matrix kernels, few enough for the caches.
-pub const TOKENS_AT_ONCE: usize = 2048;
+pub const TOKENS_AT_ONCE: usize = 1024;

@@ -66,7 +66,7 @@ struct Args {
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Responses that run at the same time: 64 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
+    /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
     #[arg(long)]
     batch_size: Option<usize>,
     #[command(flatten)]

@@ -229,8 +229,14 @@ fn run(args: Args) -> Result<()> {
     train(&args, &mut *trainer, &pairs, &writer, log)
 }
 
-/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
-const STATE_BYTES: usize = 400 << 20;
+/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making
+/// them again. In bfloat16 the packed weights leave room for more.
+const fn state_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => 400 << 20,
+        Precision::Bf16 => 640 << 20,
+    }
+}
 
 /// What memory is left beside weights, gradients and moments.
 struct Memory {
@@ -258,15 +264,16 @@ impl Memory {
         // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
         let trained = if args.lora_rank.is_some() { 4 } else { 12 };
         let fixed = params * (4 + packed + trained);
+        let states = state_bytes(place.precision);
         let (left, state_bytes) = match args.compute.memory_budget {
             Some(budget) => {
                 let left = budget::beyond(budget, fixed)?;
-                (left, STATE_BYTES.min(left / 2))
+                (left, states.min(left / 2))
             }
             // What the machine seems to lack now may be there when it is wanted.
             None => (
-                budget::left(None)?.saturating_sub(fixed).max(STATE_BYTES),
-                STATE_BYTES,
+                budget::left(None)?.saturating_sub(fixed).max(states),
+                states,
             ),
         };
         // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
