@@ -22,7 +22,7 @@ pub fn size(text: &str) -> Result<usize> {
         .parse()
         .context("expected a size such as 8G")?;
     let bytes = number * f64::from(2_u32.pow(10)).powi(unit / 10);
-    if !(bytes >= 1.0 && bytes < 1e18) {
+    if !(1.0..1e18).contains(&bytes) {
         bail!("expected a size such as 8G, 512M or a number of bytes");
     }
     Ok(bytes as usize)

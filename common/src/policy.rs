@@ -60,7 +60,7 @@ impl std::error::Error for TooLong {}
 
 impl TooLong {
     /// What is said of a row's field.
-    pub fn new(row: &Row, field: &str, message: impl std::fmt::Display) -> anyhow::Error {
+    pub fn of(row: &Row, field: &str, message: impl std::fmt::Display) -> anyhow::Error {
         Self(row.error(field, message).to_string()).into()
     }
 
@@ -295,7 +295,7 @@ impl Checkpoint {
                 "has {} tokens, but the model's context is {context}",
                 ids.len()
             );
-            return Err(TooLong::new(row, "prompt", message));
+            return Err(TooLong::of(row, "prompt", message));
         }
         Ok(ids)
     }
@@ -545,7 +545,7 @@ impl RewardModel {
         } else {
             return Ok(());
         };
-        Err(TooLong::new(row, field, message))
+        Err(TooLong::of(row, field, message))
     }
 }
 

@@ -130,7 +130,7 @@ pub const IN_FOLDER: &str = "run.json";
 /// An object of settings, from `json!({…})` or anything that serialises to an object.
 ///
 /// # Panics
-/// It does not.
+/// On what is no object.
 pub fn settings(of: impl Serialize) -> Map<String, Value> {
     match serde_json::to_value(of) {
         Ok(Value::Object(fields)) => fields,

@@ -255,7 +255,7 @@ impl Job<'_> {
         let ids = self.model.prompt_ids(row, &prompt)?;
         if !self.generator.has_room_for(ids.len()) {
             let message = format!("has {} tokens, more than there is memory for", ids.len());
-            return Err(TooLong::new(row, "prompt", message));
+            return Err(TooLong::of(row, "prompt", message));
         }
         Ok((prompt, ids))
     }

@@ -157,7 +157,7 @@ fn encode(row: &Row, prompt: &Prompt, model: &Checkpoint, longest: usize) -> Res
     } else {
         return Ok(pair);
     };
-    Err(TooLong::new(row, "chosen", message))
+    Err(TooLong::of(row, "chosen", message))
 }
 
 /// The reference's log-probs from a row, if they are of this very model: as `ref`, or as the `policy` that scored it.

@@ -399,8 +399,8 @@ fn start_pipe(world: &World, limited: Option<usize>) -> Vec<Child> {
         let mut command = match limited {
             Some(limited) if limited == i => {
                 let mut command = Command::new("bash");
-                // Enough to start, too little for the model's work.
-                let script = "ulimit -v 120000; exec \"$@\"";
+                // Too little for a program of ours with its threads and its model.
+                let script = "ulimit -v 30000; exec \"$@\"";
                 command.args(["-c", script, "bash"]).arg(program);
                 command
                     .env("RAYON_NUM_THREADS", "2")

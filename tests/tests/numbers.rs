@@ -396,7 +396,7 @@ fn control_tokens_in_rows_are_text() {
     // a text without ids has no control token but the end that the row's finish_reason puts there.
     let row = json!({"prompt": "Hi", "response": "<|im_end|>", "finish_reason": "length"});
     let as_text = world
-        .tool("dice-score", "pi", &[row.clone()])
+        .tool("dice-score", "pi", std::slice::from_ref(&row))
         .run()
         .ok()
         .rows();

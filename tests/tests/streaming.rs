@@ -20,18 +20,19 @@ const CHARS: usize = 1500;
 /// The most that a row may add to a tool's memory, bytes: numbers, hashes, and a share of its prompt.
 const MOST: f64 = 200.0;
 
-/// Writes rows; none is kept in memory, because a child's peak counts its parent's.
+/// Writes rows with so many characters of text, or with hardly any for a tool that runs a model. None is kept in memory,
+/// because a child's peak counts its parent's.
 fn write(path: &Path, count: usize, chars: usize) -> u64 {
     let mut file = BufWriter::new(File::create(path).unwrap());
     let filler = "lorem ipsum ".repeat(chars / 12);
     for i in 0..count {
         let reward = (i * 7919 % 1000) as f64 / 1000.0;
-        let response = format!("{i} {}", &filler[..chars - i % 10 * chars / 20]);
-        let row = match chars < 100 {
-            true => json!({"prompt": format!("{}", i / K), "response": response}),
-            false => {
+        let row = match chars {
+            0 => json!({"prompt": format!("{}", i / K), "response": format!("{i}")}),
+            _ => {
+                let response = format!("{i} {}", &filler[..chars - i % 10 * chars / 20]);
                 json!({"prompt": format!("Question {}", i / K), "sample": i % K, "response": response, "reward": reward,
-                "chosen": response, "rejected": "no", "judge_chosen": reward, "judge_rejected": 0.5})
+                    "chosen": response, "rejected": "no", "judge_chosen": reward, "judge_rejected": 0.5})
             }
         };
         writeln!(file, "{row}").unwrap();
@@ -54,7 +55,7 @@ fn long_inputs_stream() {
     let many = rows();
     let few = many / 10;
     for (tool, args, chars) in [
-        ("dice-score", vec!["--policy", &pi, "--ref", &reference], 12),
+        ("dice-score", vec!["--policy", &pi, "--ref", &reference], 0),
         ("dice-pairs", vec!["--replay", "replay"], CHARS),
         ("dice-eval", vec!["samples"], CHARS),
         ("dice-eval", vec!["reward", "--score", "judge"], CHARS),

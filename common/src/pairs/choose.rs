@@ -125,7 +125,7 @@ impl Samples {
             let hash = *blake3::hash(sample.response.as_bytes()).as_bytes();
             hash.iter()
                 .take(16)
-                .fold(0, |sum, &byte| sum << 8 | u128::from(byte))
+                .fold(0, |sum, &byte| (sum << 8) | u128::from(byte))
         };
         let reason = if truncated && !self.rules.keep_truncated {
             "truncated"
