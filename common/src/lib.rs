@@ -12,7 +12,7 @@ pub mod program;
 // files and folders that appear whole or not at all
 pub mod files;
 
-// what a run is: resumed only as what it was
+// what made an output and of what: its manifest; resumed only as what it was
 pub mod run;
 
 // prompts and their ids
@@ -22,6 +22,9 @@ pub mod records;
 pub mod jsonl;
 
 // Floor 2: arithmetic, text and weights.
+
+// how much memory batches may take
+pub mod budget;
 
 // huge pages for big buffers
 #[cfg(feature = "model")]
@@ -60,6 +63,10 @@ pub mod logprob;
 // sampling K responses of a prompt
 #[cfg(feature = "model")]
 pub mod generate;
+
+// the model on a GPU: decoder, log-probs, sampling, training
+#[cfg(feature = "model")]
+pub mod cuda;
 
 // weights, chat and decoder together; rows to token ids
 #[cfg(feature = "model")]

@@ -8,6 +8,7 @@ use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::{rows, softmax};
 use crate::model::{Decoder, Model};
+use anyhow::Result;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -255,9 +256,21 @@ pub fn target_logps_backward(
     }
 }
 
-/// Scores many groups with at most `limit` tokens in a forward pass; a group of more is cut between its responses.
-/// Gives Σ log p of each response, group by group.
+/// Scores many groups on the CPU with at most `limit` tokens in a forward pass; see [`in_parts`].
 pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Vec<Vec<f64>> {
+    in_parts(groups, limit, |part| Ok(score(decoder, part))).expect("a CPU does not fail")
+}
+
+/// Scores many groups with at most `limit` tokens in a forward pass, `score`; a group of more is cut between its
+/// responses. Gives Σ log p of each response, group by group.
+///
+/// # Errors
+/// Those of `score`.
+pub fn in_parts(
+    groups: &[Group],
+    limit: usize,
+    mut score: impl FnMut(&[Group]) -> Result<Vec<f64>>,
+) -> Result<Vec<Vec<f64>>> {
     let mut parts: Vec<(usize, Group)> = vec![];
     for (i, group) in groups.iter().enumerate() {
         let mut part = Group {
@@ -286,13 +299,13 @@ pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Vec<Vec<f
         });
         let (now, later) = rest.split_at(fits.count().max(1));
         let batch: Vec<Group> = now.iter().map(|(_, part)| part.clone()).collect();
-        let mut found = score(decoder, &batch).into_iter();
+        let mut found = score(&batch)?.into_iter();
         for (i, part) in now {
             scores[*i].extend(found.by_ref().take(part.responses.len()));
         }
         rest = later;
     }
-    scores
+    Ok(scores)
 }
 
 fn tiles(vocab: usize) -> impl Iterator<Item = Range<usize>> {

@@ -1,6 +1,10 @@
-//! A language model as the tools use it: weights, tokenizer and decoder together, and rows turned into token ids.
+//! A language model as the tools use it: weights, tokenizer and decoder together, wherever it computes, and rows turned
+//! into token ids.
 
+use crate::budget;
 use crate::chat::Chat;
+use crate::cuda;
+use crate::generate::{Generate, Generator, Limits, Sampling};
 use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
@@ -9,7 +13,7 @@ use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
@@ -21,6 +25,49 @@ pub struct Compute {
     /// Number format of the matrix products (sums, losses and saved weights are float32 always)
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+
+    /// Most memory to use (8G, 512M): batches are made to fit, and a row that does not fit even alone is left out and
+    /// named. Without it, three quarters of what the machine has left when the models are loaded. (A GPU's memory is used
+    /// as far as it is free)
+    #[arg(long, value_name = "SIZE", value_parser = budget::size)]
+    pub memory_budget: Option<usize>,
+
+    /// What to do with a row or a step whose numbers are not finite: fail, or leave it out and name it
+    #[arg(long, value_enum, value_name = "stop|skip", default_value_t = OnNan::Stop)]
+    pub on_nan: OnNan,
+}
+
+/// What is done about log-probs, losses and gradients that are NaN or infinite. They are never averaged into anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnNan {
+    /// End with an error that names the row or the step
+    Stop,
+    /// Leave the row or the step out, name it and count it
+    Skip,
+}
+
+/// A row that is sound, but longer than the model or the memory takes: left out, and no reason to fail.
+#[derive(Debug)]
+pub struct TooLong(String);
+
+impl std::fmt::Display for TooLong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for TooLong {}
+
+impl TooLong {
+    /// What is said of a row's field.
+    pub fn new(row: &Row, field: &str, message: impl std::fmt::Display) -> anyhow::Error {
+        Self(row.error(field, message).to_string()).into()
+    }
+
+    /// Whether an error is one of these.
+    pub fn is(err: &anyhow::Error) -> bool {
+        err.is::<Self>()
+    }
 }
 
 /// A choice of number format.
@@ -32,8 +79,6 @@ pub enum Dtype {
     F32,
     /// Bfloat16 operands, float32 sums
     Bf16,
-    /// Float16: on a GPU only
-    F16,
 }
 
 /// What a stage wants of `--dtype auto`.
@@ -57,33 +102,139 @@ fn device(text: &str) -> Result<String, String> {
 }
 
 impl Compute {
-    /// The number format to compute in.
+    /// Settles where and in which number format to compute. `auto` takes the first GPU where this build can use one.
     ///
     /// # Errors
-    /// A device or a format that this build does not have.
-    pub fn precision(&self, prefers: Prefers) -> Result<Precision> {
-        if self.device.starts_with("cuda") {
-            bail!(
-                "--device {}: this build computes on the CPU alone; use --device cpu",
-                self.device
-            );
-        }
-        let fast_bf16 = Isa::current() == Isa::Avx512 { bf16: true };
-        Ok(match (self.dtype, prefers) {
-            (Dtype::F16, _) => bail!("--dtype f16 is for a GPU: on a CPU use f32 or bf16"),
+    /// A GPU that was asked for and cannot be used.
+    pub fn place(&self, prefers: Prefers) -> Result<Place> {
+        let gpu = match self.device.as_str() {
+            "cpu" => None,
+            "auto" if cuda::count() == 0 => None,
+            "auto" => match cuda::open(0) {
+                Ok(gpu) => Some(gpu),
+                Err(err) => {
+                    program::say(format_args!("the GPU is left alone: {err:#}"));
+                    None
+                }
+            },
+            named => {
+                let number = named.strip_prefix("cuda:").map_or(Ok(0), str::parse)?;
+                let gpu = cuda::open(number).with_context(|| format!("--device {named}"))?;
+                Some(gpu)
+            }
+        };
+        Ok(Place {
+            precision: self.precision(prefers, gpu.is_some()),
+            gpu,
+            budget: self.memory_budget,
+        })
+    }
+
+    fn precision(&self, prefers: Prefers, on_gpu: bool) -> Precision {
+        let fast_bf16 = on_gpu || Isa::current() == Isa::Avx512 { bf16: true };
+        match (self.dtype, prefers) {
             (Dtype::F32, _) | (Dtype::Auto, Prefers::Exactness) => Precision::F32,
             (Dtype::Bf16, _) => Precision::Bf16,
             (Dtype::Auto, Prefers::Speed) if fast_bf16 => Precision::Bf16,
             (Dtype::Auto, Prefers::Speed) => Precision::F32,
-        })
+        }
     }
 }
 
-/// The name of a number format, as `--dtype` takes it.
-pub fn dtype_name(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
+/// Where and in which number format a tool computes.
+#[derive(Clone)]
+pub struct Place {
+    /// The GPU; none is the CPU.
+    pub gpu: Option<cuda::Device>,
+    /// The format of the matrix products' operands.
+    pub precision: Precision,
+    /// What the user lets a CPU's computation take, bytes; a GPU's takes what is free there.
+    pub budget: Option<usize>,
+}
+
+impl Place {
+    /// The name of the number format, as `--dtype` takes it.
+    pub fn dtype(&self) -> &'static str {
+        match self.precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
+/// For people: "f32", "bf16 on NVIDIA H200".
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.dtype())?;
+        match &self.gpu {
+            Some(gpu) => write!(f, " on {}", gpu.name()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A model that is ready to run, on a CPU or a GPU.
+pub enum Engine {
+    /// With the CPU's kernels.
+    Cpu(Decoder),
+    /// With CUDA's.
+    Cuda(cuda::Decoder),
+}
+
+impl Engine {
+    /// Σ log p of each response of each group, nats; at most `longest` tokens in a forward pass.
+    ///
+    /// # Errors
+    /// A GPU that fails or has no room.
+    pub fn score(&self, groups: &[Group], longest: usize) -> Result<Vec<Vec<f64>>> {
+        let limit = self.tokens_at_once()?.min(longest);
+        match self {
+            Self::Cpu(decoder) => Ok(score_all(decoder, groups, limit)),
+            Self::Cuda(decoder) => cuda::score_all(decoder, groups, limit),
+        }
+    }
+
+    /// Most tokens of a forward pass that there is memory for: of a budget on a CPU; a GPU knows what it has.
+    ///
+    /// # Errors
+    /// A model that is larger than the budget.
+    fn longest(&self, budget: Option<usize>) -> Result<usize> {
+        match self {
+            Self::Cpu(decoder) => Ok(budget::left(budget)? / decoder.forward_bytes(1)),
+            Self::Cuda(_) => Ok(usize::MAX),
+        }
+    }
+
+    /// Tokens that are worth to be gathered for a call of [`Self::score`].
+    pub fn tokens_at_once(&self) -> Result<usize> {
+        match self {
+            Self::Cpu(_) => Ok(TOKENS_AT_ONCE),
+            Self::Cuda(decoder) => decoder.tokens_at_once(),
+        }
+    }
+
+    /// A generator of which at most `slots` sequences run at a time, or what `budget` has room for; without a number,
+    /// what suits the machine.
+    ///
+    /// # Errors
+    /// A model that is larger than the budget; a GPU without room for a single response.
+    pub fn generator<'a>(
+        &'a self,
+        how: Sampling,
+        end_ids: &[u32],
+        slots: Option<usize>,
+        budget: Option<usize>,
+    ) -> Result<Box<dyn Generate + 'a>> {
+        Ok(match self {
+            Self::Cpu(decoder) => {
+                let limits = Limits {
+                    sequences: slots.unwrap_or(64),
+                    bytes: budget::left(budget)?,
+                };
+                Box::new(Generator::new(decoder, how, end_ids, limits))
+            }
+            Self::Cuda(decoder) => Box::new(cuda::Generator::new(decoder, how, end_ids, slots)?),
+        })
     }
 }
 
@@ -107,15 +258,32 @@ impl Checkpoint {
         Ok(Self { weights, chat })
     }
 
-    /// Packs the weights for forward passes.
-    pub fn decoder(&self, precision: Precision) -> Result<Decoder> {
-        Decoder::new(&self.weights.config, &self.weights, precision)
+    /// Makes the weights ready for forward passes.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read; a GPU without room.
+    pub fn engine(&self, place: &Place) -> Result<Engine> {
+        let (weights, precision) = (&self.weights, place.precision);
+        Ok(match &place.gpu {
+            None => Engine::Cpu(Decoder::new(&weights.config, weights, precision)?),
+            Some(gpu) => Engine::Cuda(cuda::Decoder::new(
+                gpu,
+                &weights.config,
+                weights,
+                precision,
+            )?),
+        })
+    }
+
+    /// The bytes that the weights take on a GPU.
+    fn gpu_bytes(&self, place: &Place) -> usize {
+        cuda::Decoder::weight_bytes(&self.weights.config, place.precision)
     }
 
     /// The rendered prompt of a row.
     ///
     /// # Errors
-    /// A prompt that is missing, that the template refuses, or that leaves no room for a response.
+    /// A prompt that is missing, that the template refuses, or ([`TooLong`]) that leaves no room for a response.
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
@@ -124,10 +292,10 @@ impl Checkpoint {
         let context = self.weights.config.context;
         if ids.len() >= context {
             let message = format!(
-                "has {} tokens, but the model's context is {context}: shorten or drop it",
+                "has {} tokens, but the model's context is {context}",
                 ids.len()
             );
-            return Err(row.error("prompt", message));
+            return Err(TooLong::new(row, "prompt", message));
         }
         Ok(ids)
     }
@@ -204,17 +372,16 @@ pub fn responses(row: &Row) -> &'static [Response] {
     }
 }
 
-/// Two checkpoints and their decoders, for implicit rewards: the policy and its reference.
+/// Two checkpoints, for implicit rewards: the policy and its reference.
 pub struct RewardModel {
     /// π and its tokenizer, which renders the rows for both.
     pub policy: Checkpoint,
-    policy_decoder: Decoder,
     reference: Checkpoint,
-    reference_decoder: Decoder,
-    /// What both compute in.
-    dtype: &'static str,
-    /// Tokens of one forward pass.
-    limit: usize,
+    place: Place,
+    /// Both models, ready; none where a GPU holds only one at a time.
+    engines: Option<(Engine, Engine)>,
+    /// Most tokens of a prompt and its response that memory is left for.
+    longest: usize,
 }
 
 /// log π and log π_ref of a response, nats.
@@ -230,27 +397,48 @@ impl RewardModel {
     /// Opens both models.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`]; or two models with different vocabularies.
-    pub fn open(policy: &str, reference: &str, precision: Precision) -> Result<Self> {
+    /// As [`Checkpoint::open`]; or two models with different vocabularies, or larger than the memory budget.
+    pub fn open(policy: &str, reference: &str, compute: &Compute) -> Result<Self> {
+        let place = compute.place(Prefers::Exactness)?;
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
         policy.weights.check_same_vocabulary(&reference.weights)?;
-        let (policy_decoder, reference_decoder) =
-            (policy.decoder(precision)?, reference.decoder(precision)?);
+        let engines = match fit_together(&policy, &reference, &place)? {
+            true => Some((policy.engine(&place)?, reference.engine(&place)?)),
+            false => {
+                program::say("the GPU holds one of the two models at a time: they take turns");
+                None
+            }
+        };
         if policy.weights.fingerprint()? == reference.weights.fingerprint()? {
             program::say(
                 "the policy and the reference are the same model: every implicit reward will be 0",
             );
         }
+        program::say(format_args!("computing in {place}"));
+        let longest = match &engines {
+            Some((a, b)) => a.longest(place.budget)?.min(b.longest(place.budget)?),
+            None => usize::MAX,
+        };
         Ok(Self {
             policy,
-            policy_decoder,
             reference,
-            reference_decoder,
-            dtype: dtype_name(precision),
-            limit: TOKENS_AT_ONCE,
+            place,
+            engines,
+            longest,
         })
+    }
+
+    /// Tokens that are worth to be gathered for a call of [`Self::score`].
+    ///
+    /// # Errors
+    /// A GPU that does not answer.
+    pub fn tokens_at_once(&self) -> Result<usize> {
+        match &self.engines {
+            Some((policy, _)) => Ok(policy.tokens_at_once()?.min(self.longest)),
+            None => Ok(TOKENS_IN_TURN),
+        }
     }
 
     /// The fingerprints of policy and reference.
@@ -261,10 +449,15 @@ impl RewardModel {
         ))
     }
 
+    /// The number format that both compute in, as `--dtype` takes it.
+    pub fn dtype(&self) -> &'static str {
+        self.place.dtype()
+    }
+
     /// The token ids of rows of one prompt: one response per sample row, two per pair row.
     ///
     /// # Errors
-    /// A row that cannot be encoded, or does not fit both models' contexts.
+    /// A row that cannot be encoded; or ([`TooLong`]) that does not fit both models' contexts or the memory.
     pub fn encode(&self, rows: &[Row]) -> Result<Group> {
         let mut group = Group {
             prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
@@ -281,16 +474,32 @@ impl RewardModel {
     }
 
     /// Log-probs of every response of every group. `known` has the policy's of a group that need not be computed again.
-    pub fn score(&self, groups: &[Group], known: Vec<Option<Vec<f64>>>) -> Vec<Vec<Logps>> {
+    ///
+    /// # Errors
+    /// A GPU that fails or has no room.
+    pub fn score(&self, groups: &[Group], known: Vec<Option<Vec<f64>>>) -> Result<Vec<Vec<Logps>>> {
         let open: Vec<Group> = groups
             .iter()
             .zip(&known)
             .filter(|(_, known)| known.is_none())
             .map(|(group, _)| group.clone())
             .collect();
-        let mut scored = score_all(&self.policy_decoder, &open, self.limit).into_iter();
-        let reference = score_all(&self.reference_decoder, groups, self.limit);
-        known
+        let (scored, reference) = match &self.engines {
+            Some((policy, reference)) => (
+                policy.score(&open, self.longest)?,
+                reference.score(groups, self.longest)?,
+            ),
+            None => (
+                self.policy
+                    .engine(&self.place)?
+                    .score(&open, self.longest)?,
+                self.reference
+                    .engine(&self.place)?
+                    .score(groups, self.longest)?,
+            ),
+        };
+        let mut scored = scored.into_iter();
+        Ok(known
             .into_iter()
             .zip(reference)
             .map(|(known, reference)| {
@@ -303,7 +512,7 @@ impl RewardModel {
                     .map(|(policy, reference)| Logps { policy, reference })
                     .collect()
             })
-            .collect()
+            .collect())
     }
 
     /// The policy's log-probs that the sampler wrote into the rows of a prompt, if it ran these very weights in this
@@ -318,7 +527,7 @@ impl RewardModel {
             .map(|(row, response)| {
                 // A row that calls a cut response finished is scored with an end that the sampler did not draw.
                 let same = row.opt_string("model")? == Some(fingerprint)
-                    && row.opt_string("dtype")? == Some(self.dtype)
+                    && row.opt_string("dtype")? == Some(self.place.dtype())
                     && row.opt_ids(RESPONSE.token_ids)?.as_ref() == Some(response);
                 Ok(row.opt_number("logp")?.filter(|_| same))
             })
@@ -326,25 +535,32 @@ impl RewardModel {
     }
 
     fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
-        let context = self
-            .policy
-            .weights
-            .config
-            .context
-            .min(self.reference.weights.config.context);
-        ensure!(
-            prompt + response <= context,
-            row.error(
-                field,
-                format!(
-                    "and its prompt have {} tokens, but the context is {context}",
-                    prompt + response
-                )
-            )
-        );
-        Ok(())
+        let contexts = [&self.policy, &self.reference].map(|m| m.weights.config.context);
+        let (tokens, context) = (prompt + response, contexts[0].min(contexts[1]));
+        let message = if tokens > context {
+            format!("and its prompt have {tokens} tokens, but the context is {context}")
+        } else if tokens > self.longest {
+            let longest = self.longest;
+            format!("and its prompt have {tokens} tokens, but there is memory for {longest}")
+        } else {
+            return Ok(());
+        };
+        Err(TooLong::new(row, field, message))
     }
 }
 
-/// Tokens of one forward pass when scoring: enough to fill the matrix kernels, few enough for the caches.
+/// Whether both models can be ready at once: on a CPU always, on a GPU where a tenth of its memory is left for batches.
+fn fit_together(policy: &Checkpoint, reference: &Checkpoint, place: &Place) -> Result<bool> {
+    let Some(gpu) = &place.gpu else {
+        return Ok(true);
+    };
+    let memory = gpu.memory()?;
+    let weights = policy.gpu_bytes(place) + reference.gpu_bytes(place);
+    Ok(weights + memory.total / 10 <= memory.free)
+}
+
+/// Tokens that are gathered when models take turns: so many that loading them does not matter.
+const TOKENS_IN_TURN: usize = 8 << 20;
+
+/// Tokens of one forward pass when scoring on a CPU: enough to fill the matrix kernels, few enough for the caches.
 pub const TOKENS_AT_ONCE: usize = 2048;

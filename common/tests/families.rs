@@ -1,81 +1,16 @@
 //! Every family of models against transformers: log-probs and DPO gradients of tiny checkpoints, in float64 there
 //! (tests/golden/make_families.py).
 
-use common::dpo::{LossType, Objective, Pair, Scheduler, Settings, Trainer};
+mod shared;
+
+use common::dpo::{Pair, Trainer};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
 use common::model::Decoder;
-use common::weights::Weights;
-use serde_json::Value;
-use std::path::{Path, PathBuf};
-
-const FAMILIES: [&str; 10] = [
-    "llama",
-    "llama3",
-    "llama-linear",
-    "llama-bias",
-    "llama-bf16-sharded",
-    "smollm",
-    "mistral",
-    "qwen2",
-    "qwen2-sliding",
-    "qwen3",
-];
-
-fn golden(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/golden")
-        .join(file)
-}
-
-fn json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|x| x.as_u64().unwrap() as u32)
-        .collect()
-}
-
-fn open(family: &str) -> (Weights, Value) {
-    let folder = golden("families").join(family);
-    (
-        Weights::open(folder.to_str().unwrap()).unwrap(),
-        json(&folder.join("figures.json")),
-    )
-}
-
-fn pair(value: &Value, suffix: &str) -> Pair {
-    let field = |name: &str| ids(&value[format!("{name}{suffix}")]);
-    Pair {
-        prompt: field("prompt"),
-        chosen: field("chosen"),
-        rejected: field("rejected"),
-        reference: (0.0, 0.0),
-    }
-}
-
-fn settings(objective: Objective, learning_rate: f64) -> Settings {
-    Settings {
-        objective,
-        learning_rate,
-        scheduler: Scheduler::Constant,
-        warmup_steps: 0,
-        total_steps: 100,
-        batch_size: 2,
-        max_grad_norm: 1.0,
-        weight_decay: 0.0,
-        seed: 0,
-        shuffle: false,
-        lora: None,
-    }
-}
-
-const STATE_BYTES: usize = 1 << 30;
+use shared::{
+    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, ids, objective, open, pair, settings,
+    tiny_pairs,
+};
 
 #[test]
 fn log_probs_are_transformers() {
@@ -117,19 +52,8 @@ fn dpo_gradients_are_pytorchs() {
             reference,
             ..pair(dpo, "")
         };
-        let objective = Objective {
-            loss_type: LossType::Sigmoid,
-            beta: number("beta"),
-            label_smoothing: 0.0,
-            rpo_alpha: 0.0,
-        };
-        let trainer = Trainer::new(
-            &weights,
-            settings(objective, 1e-3),
-            Precision::F32,
-            STATE_BYTES,
-        )
-        .unwrap();
+        let settings = settings(objective(number("beta")), 1e-3);
+        let trainer = Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap();
         let (sums, gradient) = trainer.gradient(&[&pair]);
         assert!(
             (sums.loss - number("loss")).abs() < 1e-5,
@@ -169,56 +93,15 @@ fn dpo_gradients_are_pytorchs() {
     }
 }
 
-/// Two steps of every loss on the tiny llama, in float64 there (tests/golden/make_tiny_dpo.py).
 #[test]
 fn every_loss_trains_as_in_pytorch() {
-    let golden = json(&golden("tiny_dpo.json"));
     let (weights, _) = open("llama");
     let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
-    let mut pairs: Vec<Pair> = golden["pairs"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|p| pair(p, "_ids"))
-        .collect();
-    for pair in &mut pairs {
+    let pairs = tiny_pairs(|pair| {
         let logps = score(&decoder, &[pair.group()]);
-        pair.reference = (logps[0], logps[1]);
-    }
-    for run in golden["runs"].as_array().unwrap() {
-        let given = &run["settings"];
-        let number = |field: &str| given[field].as_f64().unwrap_or(0.0);
-        let objective = Objective {
-            loss_type: serde_json::from_value(given["loss_type"].clone()).unwrap(),
-            beta: number("beta"),
-            label_smoothing: number("label_smoothing"),
-            rpo_alpha: number("rpo_alpha"),
-        };
-        let settings = Settings {
-            scheduler: serde_json::from_value(given["scheduler"].clone()).unwrap(),
-            warmup_steps: number("warmup_steps") as u64,
-            total_steps: run["steps"].as_array().unwrap().len() as u64,
-            max_grad_norm: number("max_grad_norm"),
-            weight_decay: number("weight_decay"),
-            ..settings(objective, number("learning_rate"))
-        };
-        let mut trainer = Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap();
-        let batch_size = number("batch_size") as usize;
-        for (batch, step) in pairs
-            .chunks(batch_size)
-            .zip(run["steps"].as_array().unwrap())
-        {
-            let found = trainer
-                .step(&batch.iter().collect::<Vec<_>>(), 0.0)
-                .unwrap();
-            let found = serde_json::to_value(found).unwrap();
-            for (field, exact) in step.as_object().unwrap() {
-                let (ours, exact) = (found[field].as_f64().unwrap(), exact.as_f64().unwrap());
-                assert!(
-                    (ours - exact).abs() < 1e-3 * exact.abs().max(0.05),
-                    "{given}: {field} {ours}, not {exact}"
-                );
-            }
-        }
-    }
+        (logps[0], logps[1])
+    });
+    assert_trains_as_in_pytorch(&pairs, |settings| {
+        Box::new(Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap())
+    });
 }

@@ -3,19 +3,22 @@
 //! While training to DIR, the newest whole checkpoint is `DIR.part/checkpoint-N`; it appears by a rename, and the one
 //! before it goes only then. The last one becomes DIR.
 
-use super::trainer::{Settings, StepMetrics, Trainer};
+use super::trainer::{Kept, Settings, State, StepMetrics, Take, Train};
 use crate::chat::Chat;
 use crate::files::{part_path, publish, write_aside};
+use crate::mapped::Mapped;
 use crate::model::Params;
-use crate::run::check_same;
-use crate::weights::Weights;
+use crate::run::{IN_FOLDER, Manifest, settings};
+use crate::weights::{Weights, save_vectors};
 use anyhow::{Context, Result, ensure};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a run is: it may be resumed only as what it was. Also the head of `trainer_state.json`.
+/// What a run is: it may be resumed only as what it was. The settings of its manifest, and the head of
+/// `trainer_state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// Of the tool that trains.
@@ -29,13 +32,19 @@ pub struct Run {
     pub pairs: String,
     /// Number format of the products.
     pub dtype: String,
+    /// The day that the chat template writes into prompts, if it writes one.
+    #[serde(default)]
+    pub date: Option<String>,
     /// All settings.
     pub settings: Settings,
+    /// What layer states may take, bytes: it decides in which order a batch is summed.
+    #[serde(default)]
+    pub state_bytes: usize,
 }
 
 /// `trainer_state.json`; the names are transformers'.
 #[derive(Serialize, Deserialize)]
-struct State {
+struct Record {
     #[serde(flatten)]
     run: Run,
     global_step: u64,
@@ -61,7 +70,7 @@ pub struct Writer<'a> {
 
 impl Writer<'_> {
     /// Writes `DIR.part/checkpoint-N` and removes the checkpoint before it.
-    pub fn save(&self, trainer: &Trainer, log: &[StepMetrics]) -> Result<()> {
+    pub fn save(&self, trainer: &dyn Train, log: &[StepMetrics]) -> Result<()> {
         let folder = part_path(self.output);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let path = folder.join(format!("checkpoint-{}", trainer.steps()));
@@ -79,7 +88,7 @@ impl Writer<'_> {
     }
 
     /// Makes DIR of the trainer's last state, with adapters folded into the weights if `merge`.
-    pub fn finish(&self, trainer: &Trainer, log: &[StepMetrics], merge: bool) -> Result<()> {
+    pub fn finish(&self, trainer: &dyn Train, log: &[StepMetrics], merge: bool) -> Result<()> {
         let folder = part_path(self.output);
         let last = folder.join("last");
         if last.is_dir() {
@@ -96,7 +105,7 @@ impl Writer<'_> {
     fn write(
         &self,
         dir: &Path,
-        trainer: &Trainer,
+        trainer: &dyn Train,
         log: &[StepMetrics],
         adapters: bool,
     ) -> Result<()> {
@@ -107,23 +116,25 @@ impl Writer<'_> {
             trainer.save_model(dir, self.start)?;
         }
         self.chat.save(dir)?;
-        // All weights trained: they are in the model's file already.
-        let skipped = usize::from(trainer.settings().lora.is_none());
-        let state = trainer.state();
-        let views = state[skipped..]
-            .iter()
-            .map(|(name, values)| Ok((*name, view(values)?)));
-        let file = dir.join(OPTIMIZER);
-        safetensors::serialize_to_file(views.collect::<Result<Vec<_>>>()?, None, &file)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-        let state = State {
+        let mut kept = vec![Kept::FirstMoment, Kept::SecondMoment];
+        if trainer.settings().lora.is_some() {
+            kept.push(Kept::Trained); // all weights are in the model's file already
+        }
+        let vectors: Vec<_> = (kept.iter())
+            .map(|kept| (kept.name(), trainer.trained()))
+            .collect();
+        save_vectors(&dir.join(OPTIMIZER), &vectors, |i, take| {
+            trainer.runs(kept[i], take)
+        })?;
+        let state = Record {
             run: self.run.clone(),
             global_step: trainer.steps(),
             log_history: log.to_vec(),
         };
         let file = dir.join(STATE);
         fs::write(&file, serde_json::to_vec_pretty(&state)?)
-            .with_context(|| format!("cannot write {}", file.display()))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        Manifest::new(settings(self.run)).write(&dir.join(IN_FOLDER))
     }
 }
 
@@ -131,27 +142,29 @@ impl Writer<'_> {
 ///
 /// # Errors
 /// The run was another one, or the checkpoint cannot be read.
-pub fn resume(output: &Path, run: &Run, trainer: &mut Trainer) -> Result<Vec<StepMetrics>> {
+pub fn resume(output: &Path, run: &Run, trainer: &mut dyn Train) -> Result<Vec<StepMetrics>> {
     let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else {
         return Ok(vec![]);
     };
+    if let Some(begun) = Manifest::read(&path.join(IN_FOLDER))? {
+        begun.check_same(&settings(run), &path)?;
+    }
     let state = state(&path)?;
-    check_same(
-        &serde_json::to_value(&state.run)?,
-        &serde_json::to_value(run)?,
-        &path,
-    )?;
-    let numbers = numbers(&path, trainer)?;
+    let saved = Saved::open(&path, trainer.settings().lora.is_none())?;
     let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
-    trainer.restore(numbers, state.global_step, tokens)?;
+    trainer.restore(&saved, state.global_step, tokens)?;
     Ok(state.log_history)
 }
 
 /// The log of a finished run to `output`; empty where it has none. Clears away what a kill in the last moment left.
 ///
 /// # Errors
-/// The log is there but cannot be read, or the leftover cannot be removed.
-pub fn finished(output: &Path) -> Result<Vec<StepMetrics>> {
+/// The run had other settings than those known of ours; the log is there but cannot be read, or the leftover cannot be
+/// removed.
+pub fn finished(output: &Path, ours: &Map<String, Value>) -> Result<Vec<StepMetrics>> {
+    if let Some(made) = Manifest::read(&output.join(IN_FOLDER))? {
+        made.check_same(ours, output)?;
+    }
     let part = part_path(output);
     if part.is_dir() {
         fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;
@@ -163,41 +176,59 @@ pub fn finished(output: &Path) -> Result<Vec<StepMetrics>> {
 }
 
 /// What a checkpoint says of its run.
-fn state(checkpoint: &Path) -> Result<State> {
+fn state(checkpoint: &Path) -> Result<Record> {
     let file = checkpoint.join(STATE);
     let text = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a state", file.display()))
 }
 
-fn numbers(path: &Path, trainer: &Trainer) -> Result<[Vec<f32>; 3]> {
-    let file = path.join(OPTIMIZER);
-    let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-    let tensors = SafeTensors::deserialize(&bytes)
-        .with_context(|| format!("cannot read {}", file.display()))?;
-    let read = |name: &str| -> Result<Vec<f32>> {
-        let tensor = tensors
-            .tensor(name)
-            .with_context(|| format!("cannot read {}", file.display()))?;
+/// The numbers of a checkpoint.
+struct Saved {
+    optimizer: Mapped,
+    /// All weights, where all were trained.
+    weights: Option<Weights>,
+}
+
+impl Saved {
+    fn open(path: &Path, all_trained: bool) -> Result<Self> {
+        let weights = || Weights::open(path.to_str().context("the path is not UTF-8")?);
+        Ok(Self {
+            optimizer: Mapped::open(&path.join(OPTIMIZER))?,
+            weights: all_trained.then(weights).transpose()?,
+        })
+    }
+}
+
+impl State for Saved {
+    fn runs(&self, kept: Kept, take: &mut Take) -> Result<()> {
+        if let (Kept::Trained, Some(weights)) = (kept, &self.weights) {
+            for (name, shape, _) in Params::new(&weights.config).tensors() {
+                take(&weights.tensor(name, shape)?)?;
+            }
+            return Ok(());
+        }
+        let at = || self.optimizer.path.display().to_string();
+        let tensors = SafeTensors::deserialize(&self.optimizer.bytes).with_context(at)?;
+        let tensor = tensors.tensor(kept.name()).with_context(at)?;
         ensure!(
             tensor.dtype() == Dtype::F32,
-            "{}: {name} is not float32",
-            file.display()
+            "{}: {} is not float32",
+            at(),
+            kept.name()
         );
-        Ok(tensor
-            .data()
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect())
-    };
-    let trained = match trainer.settings().lora {
-        Some(_) => read("trained")?,
-        None => {
-            let weights = Weights::open(path.to_str().context("the path is not UTF-8")?)?;
-            Params::new(&weights.config).read(&weights)?
+        for run in tensor.data().chunks(RUN) {
+            let floats = run.chunks_exact(4);
+            let floats: Vec<f32> = floats
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect();
+            take(&floats)?;
         }
-    };
-    Ok([trained, read("exp_avg")?, read("exp_avg_sq")?])
+        Ok(())
+    }
 }
+
+/// Bytes that are read at a time.
+const RUN: usize = 16 << 20;
 
 /// The whole checkpoints in a folder, with their steps.
 fn checkpoints(folder: &Path) -> Vec<(u64, PathBuf)> {
@@ -212,12 +243,4 @@ fn checkpoints(folder: &Path) -> Vec<(u64, PathBuf)> {
     entries
         .filter_map(|entry| Some((step(&entry.path())?, entry.path())))
         .collect()
-}
-
-/// Floats as a one-dimensional tensor.
-fn view(values: &[f32]) -> Result<TensorView<'_>> {
-    // SAFETY: any f32 is four valid bytes; safetensors are little-endian, as are the machines this runs on.
-    let bytes =
-        unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
-    Ok(TensorView::new(Dtype::F32, vec![values.len()], bytes)?)
 }

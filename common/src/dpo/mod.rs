@@ -1,14 +1,40 @@
 //! DPO (arXiv 2305.18290): the losses as pure functions, the optimiser, and the trainer that ties them to the decoder.
 
 pub mod checkpoint;
+mod cuda;
 mod loss;
 mod optimizer;
 mod step;
 mod trainer;
 
+pub use cuda::{CudaTrainer, resident_bytes};
 pub use loss::{LossType, Objective, PairLogps, PairLoss};
 pub use optimizer::{AdamW, Scheduler};
 #[cfg(test)]
 pub(crate) use step::Forward;
 pub use step::{Pair, Sums};
-pub use trainer::{LoraSettings, Settings, StepMetrics, Trainer, order};
+pub use trainer::{
+    Kept, LoraSettings, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, Trainer,
+    order,
+};
+
+use crate::policy::Place;
+use crate::weights::Weights;
+use anyhow::Result;
+
+/// Starts training from a checkpoint, at a place. On a CPU, layer states may take `state_bytes`.
+///
+/// # Errors
+/// A tensor that cannot be read; a GPU without room; an optimiser that the place does not have.
+pub fn trainer(
+    start: &Weights,
+    settings: Settings,
+    place: &Place,
+    state_bytes: usize,
+) -> Result<Box<dyn Train>> {
+    let precision = place.precision;
+    Ok(match &place.gpu {
+        None => Box::new(Trainer::new(start, settings, precision, state_bytes)?),
+        Some(gpu) => Box::new(CudaTrainer::new(gpu, start, settings, precision)?),
+    })
+}

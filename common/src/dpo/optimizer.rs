@@ -47,21 +47,15 @@ impl AdamW {
         learning_rate: f64,
     ) {
         self.steps += 1;
-        let (b1, b2) = BETAS;
         if self.weight_decay != 0.0 {
-            let keep = (1.0 - learning_rate * self.weight_decay as f64) as f32;
+            let keep = kept(learning_rate, self.weight_decay as f64);
             for range in &self.decayed {
                 parameters[range.clone()]
                     .par_iter_mut()
                     .for_each(|p| *p *= keep);
             }
         }
-        let correction1 = 1.0 - (b1 as f64).powi(self.steps as i32);
-        let correction2 = 1.0 - (b2 as f64).powi(self.steps as i32);
-        let (rate, root) = (
-            (learning_rate / correction1) as f32,
-            correction2.sqrt() as f32,
-        );
+        let (rate, root) = corrections(self.steps, learning_rate);
         let moments = self
             .m
             .par_chunks_mut(CHUNK)
@@ -72,6 +66,20 @@ impl AdamW {
             .zip(moments)
             .for_each(|((p, g), (m, v))| update(p, g, m, v, (scale, rate, root)));
     }
+}
+
+/// The learning rate over 1 − β₁ᵗ, and √(1 − β₂ᵗ), for step t from 1.
+pub(super) fn corrections(step: u64, learning_rate: f64) -> (f32, f32) {
+    let correction = |beta: f32| 1.0 - (beta as f64).powi(step as i32);
+    (
+        (learning_rate / correction(BETAS.0)) as f32,
+        correction(BETAS.1).sqrt() as f32,
+    )
+}
+
+/// What weight decay leaves of a parameter.
+pub(super) fn kept(learning_rate: f64, weight_decay: f64) -> f32 {
+    (1.0 - learning_rate * weight_decay) as f32
 }
 
 multiversion! {

@@ -26,6 +26,11 @@ impl Pair {
         }
     }
 
+    /// Tokens of prompt and both responses.
+    pub fn tokens(&self) -> usize {
+        self.prompt.len() + self.chosen.len() + self.rejected.len()
+    }
+
     /// Tokens of the longer of the two sequences.
     pub fn length(&self) -> usize {
         self.prompt.len() + self.chosen.len().max(self.rejected.len())
@@ -49,6 +54,10 @@ pub struct Sums {
     pub logp_rejected: f64,
     /// Tokens of the forward passes.
     pub tokens: u64,
+    /// Pairs so far.
+    pub pairs: usize,
+    /// The batch's first pair whose loss is not a number.
+    pub broken: Option<usize>,
 }
 
 /// How much of a batch runs at once.
@@ -80,11 +89,7 @@ pub fn accumulate(
     gradients: &mut Gradients,
     workspace: &mut Workspace,
 ) -> Sums {
-    let mean = Mean {
-        objective,
-        pairs: pairs.len(),
-        chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
-    };
+    let mean = Mean::new(objective, pairs);
     let mut sums = Sums::default();
     for part in parts(pairs, limits.tokens) {
         accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums);
@@ -94,18 +99,62 @@ pub fn accumulate(
 
 /// The loss of a batch: the mean over its pairs.
 #[derive(Clone, Copy)]
-struct Mean<'a> {
+pub(super) struct Mean<'a> {
     objective: &'a Objective,
     pairs: usize,
     chosen_tokens: usize,
 }
 
+impl<'a> Mean<'a> {
+    /// Over these pairs, which may be run in parts.
+    pub fn new(objective: &'a Objective, pairs: &[&Pair]) -> Self {
+        Self {
+            objective,
+            pairs: pairs.len(),
+            chosen_tokens: pairs.iter().map(|p| p.chosen.len()).sum(),
+        }
+    }
+
+    /// Adds a part's pairs to the sums and gives ∂L/∂ log π of their responses, chosen and rejected in turn, as `logps`
+    /// has log π of them.
+    pub fn slopes(self, pairs: &[&Pair], logps: &[f64], sums: &mut Sums) -> Vec<f32> {
+        let rpo = self.objective.rpo_alpha / self.chosen_tokens as f64;
+        let n = self.pairs as f64;
+        let mut slopes = vec![];
+        for (pair, logps) in pairs.iter().zip(logps.chunks_exact(2)) {
+            let (chosen, rejected) = (logps[0], logps[1]);
+            let found = self.objective.pair(&PairLogps {
+                policy_chosen: chosen,
+                policy_rejected: rejected,
+                ref_chosen: pair.reference.0,
+                ref_rejected: pair.reference.1,
+                chosen_tokens: pair.chosen.len(),
+                rejected_tokens: pair.rejected.len(),
+            });
+            slopes.push((found.d_chosen / n - rpo) as f32);
+            slopes.push((found.d_rejected / n) as f32);
+            let loss = found.loss - rpo * n * chosen;
+            if !loss.is_finite() {
+                sums.broken = sums.broken.or(Some(sums.pairs));
+            }
+            sums.pairs += 1;
+            sums.loss += loss;
+            sums.reward_chosen += found.reward_chosen;
+            sums.reward_rejected += found.reward_rejected;
+            sums.correct += f64::from(found.reward_chosen > found.reward_rejected);
+            sums.logp_chosen += chosen;
+            sums.logp_rejected += rejected;
+        }
+        slopes
+    }
+}
+
 /// Cuts a batch into runs of pairs of at most so many tokens.
-fn parts<'a, 'b>(pairs: &'a [&'b Pair], limit: usize) -> Vec<&'a [&'b Pair]> {
+pub(super) fn parts<'a, 'b>(pairs: &'a [&'b Pair], limit: usize) -> Vec<&'a [&'b Pair]> {
     let mut out = vec![];
     let (mut start, mut tokens) = (0, 0);
     for (i, pair) in pairs.iter().enumerate() {
-        let more = pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
+        let more = pair.tokens();
         if i > start && tokens + more > limit {
             out.push(&pairs[start..i]);
             (start, tokens) = (i, 0);
@@ -130,26 +179,8 @@ fn accumulate_part(
     let pass = Forward::new(model.decoder, &batch, limits.state_bytes, workspace);
     let logps = pass.batch.sums(&pass.found.logps);
     let mut d_logps = vec![0.0; pass.batch.targets.len()];
-    let rpo = mean.objective.rpo_alpha / mean.chosen_tokens as f64;
-    for (i, pair) in pairs.iter().enumerate() {
-        let (chosen, rejected) = (logps[2 * i], logps[2 * i + 1]);
-        let found = mean.objective.pair(&PairLogps {
-            policy_chosen: chosen,
-            policy_rejected: rejected,
-            ref_chosen: pair.reference.0,
-            ref_rejected: pair.reference.1,
-            chosen_tokens: pair.chosen.len(),
-            rejected_tokens: pair.rejected.len(),
-        });
-        let n = mean.pairs as f64;
-        d_logps[pass.batch.responses[2 * i].clone()].fill((found.d_chosen / n - rpo) as f32);
-        d_logps[pass.batch.responses[2 * i + 1].clone()].fill((found.d_rejected / n) as f32);
-        sums.loss += found.loss - rpo * n * chosen;
-        sums.reward_chosen += found.reward_chosen;
-        sums.reward_rejected += found.reward_rejected;
-        sums.correct += f64::from(found.reward_chosen > found.reward_rejected);
-        sums.logp_chosen += chosen;
-        sums.logp_rejected += rejected;
+    for (response, slope) in (pass.batch.responses.iter()).zip(mean.slopes(pairs, &logps, sums)) {
+        d_logps[response.clone()].fill(slope);
     }
     sums.tokens += pass.batch.tokens.len() as u64;
     pass.backward(model, &d_logps, gradients, workspace);

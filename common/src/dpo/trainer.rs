@@ -1,17 +1,19 @@
-//! The trainer: float32 masters, their packed working copy, and one optimiser step after another.
+//! What training is wherever it runs, and the trainer on the CPU: float32 masters, their packed working copy, and one
+//! optimiser step after another.
 
 use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Limits, Pair, Sums, accumulate};
 use crate::kernels::gemm::Precision;
+use crate::logprob::{Group, score_all};
 use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
+use crate::policy::TOKENS_AT_ONCE;
 use crate::weights::{self, Weights};
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -49,6 +51,33 @@ pub struct Settings {
     pub shuffle: bool,
     /// Adapters, or none for all weights.
     pub lora: Option<LoraSettings>,
+    /// The format of the optimiser's moments.
+    #[serde(default, skip_serializing_if = "Moments::are_exact")]
+    pub moments: Moments,
+}
+
+/// How the optimiser's moments are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// Float32.
+    #[default]
+    F32,
+    /// Bfloat16, rounded stochastically in every step: 4 bytes a parameter less.
+    Bf16,
+}
+
+impl Moments {
+    fn are_exact(&self) -> bool {
+        *self == Self::F32
+    }
+}
+
+impl Settings {
+    /// The learning rate of a step, from 0.
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        self.learning_rate * (self.scheduler).factor(step, self.warmup_steps, self.total_steps)
+    }
 }
 
 /// A step's figures, averaged over its pairs; the names are TRL's.
@@ -86,7 +115,152 @@ pub struct StepMetrics {
     pub num_tokens: u64,
 }
 
-/// Training in progress.
+/// A step whose loss or gradient is not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NotFinite {
+    /// From 1.
+    pub step: u64,
+    /// The sum over the batch.
+    pub loss: f64,
+    /// Of the gradient.
+    pub norm: f64,
+    /// The batch's first pair that it comes from, where a pair's loss is not a number already.
+    pub pair: Option<usize>,
+}
+
+impl NotFinite {
+    /// Of a step's sums and its gradient's norm.
+    pub(super) fn check(step: u64, sums: &Sums, norm: f64) -> Result<(), Self> {
+        if sums.loss.is_finite() && norm.is_finite() {
+            return Ok(());
+        }
+        Err(Self {
+            step,
+            loss: sums.loss,
+            norm,
+            pair: sums.broken,
+        })
+    }
+}
+
+impl std::fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            step, loss, norm, ..
+        } = self;
+        let wrong =
+            format_args!("the loss ({loss}) or the gradient's norm ({norm}) is not a number");
+        write!(f, "step {step}: {wrong}")
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
+impl StepMetrics {
+    /// The means over a step's pairs; `step` counts from 1, `tokens` are those of all steps so far.
+    pub(crate) fn new(
+        sums: &Sums,
+        pairs: usize,
+        (step, epoch): (u64, f64),
+        grad_norm: f64,
+        learning_rate: f64,
+        tokens: u64,
+    ) -> Self {
+        let mean = |sum: f64| sum / pairs as f64;
+        Self {
+            step,
+            epoch,
+            loss: mean(sums.loss),
+            rewards_chosen: mean(sums.reward_chosen),
+            rewards_rejected: mean(sums.reward_rejected),
+            rewards_margins: mean(sums.reward_chosen - sums.reward_rejected),
+            rewards_accuracies: mean(sums.correct),
+            logps_chosen: mean(sums.logp_chosen),
+            logps_rejected: mean(sums.logp_rejected),
+            grad_norm,
+            learning_rate,
+            num_tokens: tokens,
+        }
+    }
+}
+
+/// Flat buffers of numbers that training goes on from, as long as what is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// The weights, or the adapters.
+    Trained,
+    /// The optimiser's first moments.
+    FirstMoment,
+    /// Its second moments.
+    SecondMoment,
+}
+
+impl Kept {
+    /// PyTorch's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Trained => "trained",
+            Self::FirstMoment => "exp_avg",
+            Self::SecondMoment => "exp_avg_sq",
+        }
+    }
+}
+
+/// Takes the runs of a flat buffer.
+pub type Take<'a> = dyn FnMut(&[f32]) -> Result<()> + 'a;
+
+/// A state of training: in a trainer, or in a checkpoint.
+pub trait State {
+    /// Hands over a flat buffer, run after run: the whole of a large one is never held twice.
+    ///
+    /// # Errors
+    /// Those of `take`; numbers that cannot be read.
+    fn runs(&self, kept: Kept, take: &mut Take) -> Result<()>;
+}
+
+/// Training in progress, on a CPU or a GPU.
+pub trait Train: State {
+    /// The settings.
+    fn settings(&self) -> &Settings;
+
+    /// Steps taken so far.
+    fn steps(&self) -> u64;
+
+    /// How many numbers are trained.
+    fn trained(&self) -> usize;
+
+    /// Σ log p of each response of each group under the model in its present state, nats.
+    ///
+    /// # Errors
+    /// A GPU that fails or has no room.
+    fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>>;
+
+    /// One optimiser step on a batch.
+    ///
+    /// # Errors
+    /// [`NotFinite`]: nothing is changed then, and [`Self::skip`] goes on without this batch. A GPU that fails.
+    fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics>;
+
+    /// Counts a step that is not taken; weights and moments stay as they are.
+    fn skip(&mut self);
+
+    /// Goes back to a state of this trainer or of another with the same settings, after `steps` steps and `tokens` tokens.
+    ///
+    /// # Errors
+    /// Numbers of another length; those of `state`.
+    fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()>;
+
+    /// Writes the model (adapters merged) into the folder `dir` as transformers reads it.
+    fn save_model(&self, dir: &Path, start: &Weights) -> Result<()>;
+
+    /// Writes the adapters into the folder `dir` as PEFT reads them; `base` is what they belong to.
+    ///
+    /// # Errors
+    /// There are none: all weights were trained.
+    fn save_adapter(&self, dir: &Path, base: &str) -> Result<()>;
+}
+
+/// Training in progress on the CPU.
 pub struct Trainer {
     settings: Settings,
     limits: Limits,
@@ -113,19 +287,22 @@ impl Trainer {
     /// Starts from a checkpoint. Layer states may take `state_bytes` (see [`Limits`]).
     ///
     /// # Errors
-    /// A tensor that cannot be read.
+    /// A tensor that cannot be read; moments in bfloat16, which only a GPU keeps.
     pub fn new(
         start: &Weights,
         settings: Settings,
         precision: Precision,
         state_bytes: usize,
     ) -> Result<Self> {
+        ensure!(
+            settings.moments == Moments::F32,
+            "a CPU keeps the moments in float32 alone"
+        );
         let params = Params::new(&start.config);
         let model = params.read(start)?;
         let adapters = settings.lora.map(|s| {
             let lora = Lora::new(&params, s.rank, s.alpha);
-            let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-            let values = lora.initial(|| (rng.next_u32() >> 8) as f32 / (1 << 24) as f32);
+            let values = initial_adapters(&lora, settings.seed);
             Adapters {
                 lora,
                 values,
@@ -158,53 +335,6 @@ impl Trainer {
     /// The model in its present state.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
-    }
-
-    /// The settings.
-    pub fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    /// Steps taken so far.
-    pub fn steps(&self) -> u64 {
-        self.optimizer.steps
-    }
-
-    /// One optimiser step on a batch.
-    ///
-    /// # Errors
-    /// A loss or gradient that is not finite: no parameter is changed then, and the trainer is of no further use.
-    pub fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
-        let step = self.optimizer.steps;
-        let mut gradient = std::mem::take(&mut self.gradient);
-        let none = Workspace::new(self.decoder.precision);
-        let mut workspace = std::mem::replace(&mut self.workspace, none);
-        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
-        (self.gradient, self.workspace) = (gradient, workspace);
-        let grad_norm = norm(&self.gradient);
-        ensure!(
-            sums.loss.is_finite() && grad_norm.is_finite(),
-            "step {}: the loss ({}) or the gradient's norm ({grad_norm}) is not a number; lower --learning-rate",
-            step + 1,
-            sums.loss
-        );
-        let s = &self.settings;
-        let learning_rate =
-            s.learning_rate * s.scheduler.factor(step, s.warmup_steps, s.total_steps);
-        let factor = clip_factor(grad_norm, s.max_grad_norm);
-        match &mut self.adapters {
-            None => self
-                .optimizer
-                .step(&mut self.model, &mut self.gradient, factor, learning_rate),
-            Some(a) => {
-                self.optimizer
-                    .step(&mut a.values, &mut self.gradient, factor, learning_rate);
-                a.lora.merge(&a.values, &a.base, &mut self.model);
-            }
-        }
-        self.decoder.update(&self.model, &self.params);
-        self.tokens += sums.tokens;
-        Ok(self.metrics(&sums, pairs.len(), epoch, grad_norm, learning_rate))
     }
 
     /// The sums over a batch and the gradient of its mean loss, flat like [`Self::params`] (or like the adapters).
@@ -241,108 +371,147 @@ impl Trainer {
     pub fn params(&self) -> &Params {
         &self.params
     }
+}
 
-    fn metrics(
-        &self,
-        sums: &Sums,
-        pairs: usize,
-        epoch: f64,
-        grad_norm: f64,
-        learning_rate: f64,
-    ) -> StepMetrics {
-        let mean = |sum: f64| sum / pairs as f64;
-        StepMetrics {
-            step: self.optimizer.steps,
-            epoch,
-            loss: mean(sums.loss),
-            rewards_chosen: mean(sums.reward_chosen),
-            rewards_rejected: mean(sums.reward_rejected),
-            rewards_margins: mean(sums.reward_chosen - sums.reward_rejected),
-            rewards_accuracies: mean(sums.correct),
-            logps_chosen: mean(sums.logp_chosen),
-            logps_rejected: mean(sums.logp_rejected),
-            grad_norm,
-            learning_rate,
-            num_tokens: self.tokens,
+impl State for Trainer {
+    fn runs(&self, kept: Kept, take: &mut Take) -> Result<()> {
+        take(match kept {
+            Kept::Trained => self.adapters.as_ref().map_or(&self.model, |a| &a.values),
+            Kept::FirstMoment => &self.optimizer.m,
+            Kept::SecondMoment => &self.optimizer.v,
+        })
+    }
+}
+
+impl Train for Trainer {
+    fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn steps(&self) -> u64 {
+        self.optimizer.steps
+    }
+
+    fn trained(&self) -> usize {
+        self.gradient.len()
+    }
+
+    fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
+        Ok(score_all(&self.decoder, groups, TOKENS_AT_ONCE))
+    }
+
+    fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
+        let step = self.optimizer.steps;
+        let mut gradient = std::mem::take(&mut self.gradient);
+        let none = Workspace::new(self.decoder.precision);
+        let mut workspace = std::mem::replace(&mut self.workspace, none);
+        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
+        (self.gradient, self.workspace) = (gradient, workspace);
+        let grad_norm = norm(&self.gradient);
+        if let Err(broken) = NotFinite::check(step + 1, &sums, grad_norm) {
+            self.gradient.fill(0.0);
+            return Err(broken.into());
         }
-    }
-
-    /// Writes the model (adapters merged) into the folder `dir` as transformers reads it.
-    pub fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
-        let places: HashMap<&str, Range<usize>> = self
-            .params
-            .tensors()
-            .into_iter()
-            .map(|(name, _, range)| (name, range))
-            .collect();
-        let tensors = start.config.parameters().into_iter().map(|(name, shape)| {
-            let values = &self.model[places[name.as_str()].clone()];
-            (name, shape, Cow::Borrowed(values))
-        });
-        weights::save(dir, &start.config, Some(start), tensors)
-    }
-
-    /// Writes the adapters into the folder `dir` as PEFT reads them; `base` is what they belong to.
-    ///
-    /// # Errors
-    /// There are none: all weights were trained.
-    pub fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {
-        let Some(a) = &self.adapters else {
-            anyhow::bail!("no adapters were trained")
-        };
-        let modules: Vec<_> = a
-            .lora
-            .adapters
-            .iter()
-            .map(|x| weights::LoraModule {
-                name: x.module.clone(),
-                input: x.cols,
-                output: x.rows,
-                a: Cow::Borrowed(&a.values[x.a.clone()]),
-                b: Cow::Borrowed(&a.values[x.b.clone()]),
-            })
-            .collect();
-        weights::save_adapter(dir, base, a.lora.rank, a.lora.alpha, &modules)
-    }
-
-    /// The numbers that training goes on from: what is trained, and the optimiser's moments.
-    pub fn state(&self) -> [(&'static str, &[f32]); 3] {
-        let trained = self.adapters.as_ref().map_or(&self.model, |a| &a.values);
-        [
-            ("trained", trained),
-            ("exp_avg", &self.optimizer.m),
-            ("exp_avg_sq", &self.optimizer.v),
-        ]
-    }
-
-    /// Goes back to a state that [`Self::state`] gave after `steps` steps and `tokens` tokens.
-    ///
-    /// # Errors
-    /// Numbers of another length.
-    pub fn restore(&mut self, state: [Vec<f32>; 3], steps: u64, tokens: u64) -> Result<()> {
-        ensure!(
-            state
-                .iter()
-                .all(|values| values.len() == self.gradient.len()),
-            "the saved state is of another model or of other adapters"
-        );
-        let [trained, m, v] = state;
+        let learning_rate = self.settings.learning_rate(step);
+        let factor = clip_factor(grad_norm, self.settings.max_grad_norm);
         match &mut self.adapters {
-            None => self.model = trained,
+            None => self
+                .optimizer
+                .step(&mut self.model, &mut self.gradient, factor, learning_rate),
             Some(a) => {
-                a.values = trained;
+                self.optimizer
+                    .step(&mut a.values, &mut self.gradient, factor, learning_rate);
                 a.lora.merge(&a.values, &a.base, &mut self.model);
             }
         }
-        (self.optimizer.m, self.optimizer.v, self.optimizer.steps) = (m, v, steps);
+        self.decoder.update(&self.model, &self.params);
+        self.tokens += sums.tokens;
+        let at = (self.optimizer.steps, epoch);
+        Ok(StepMetrics::new(
+            &sums,
+            pairs.len(),
+            at,
+            grad_norm,
+            learning_rate,
+            self.tokens,
+        ))
+    }
+
+    fn skip(&mut self) {
+        self.optimizer.steps += 1;
+    }
+
+    fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {
+        let trained = match &mut self.adapters {
+            None => &mut self.model,
+            Some(a) => &mut a.values,
+        };
+        for (target, kept) in [
+            (trained, Kept::Trained),
+            (&mut self.optimizer.m, Kept::FirstMoment),
+            (&mut self.optimizer.v, Kept::SecondMoment),
+        ] {
+            fill(target.len(), state, kept, |at, run| {
+                target[at..at + run.len()].copy_from_slice(run);
+                Ok(())
+            })?;
+        }
+        if let Some(a) = &self.adapters {
+            a.lora.merge(&a.values, &a.base, &mut self.model);
+        }
+        self.optimizer.steps = steps;
         self.tokens = tokens;
         self.decoder.update(&self.model, &self.params);
         Ok(())
     }
+
+    fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
+        let places = self.params.places();
+        let tensors = start.config.parameters().into_iter().map(|(name, shape)| {
+            let values = &self.model[places[name.as_str()].clone()];
+            Ok((name, shape, Cow::Borrowed(values)))
+        });
+        weights::save(dir, &start.config, Some(start), tensors)
+    }
+
+    fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {
+        let Some(a) = &self.adapters else {
+            anyhow::bail!("no adapters were trained")
+        };
+        a.lora.save(&a.values, dir, base)
+    }
+}
+
+/// Puts a state's `len` numbers where they belong: `put` takes a run and the place of its first.
+///
+/// # Errors
+/// More or fewer numbers; those of both sides.
+pub(super) fn fill(
+    len: usize,
+    state: &dyn State,
+    kept: Kept,
+    mut put: impl FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<()> {
+    const OTHER: &str = "the saved state is of another model or of other adapters";
+    let mut at = 0;
+    state.runs(kept, &mut |run| {
+        ensure!(at + run.len() <= len, OTHER);
+        put(at, run)?;
+        at += run.len();
+        Ok(())
+    })?;
+    ensure!(at == len, OTHER);
+    Ok(())
+}
+
+/// The adapters that training starts from.
+pub(super) fn initial_adapters(lora: &Lora, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    lora.initial(|| (rng.next_u32() >> 8) as f32 / (1 << 24) as f32)
 }
 
 /// The places of all matrices: what weight decay applies to.
-fn matrices(params: &Params) -> Vec<Range<usize>> {
+pub(super) fn matrices(params: &Params) -> Vec<Range<usize>> {
     params
         .tensors()
         .into_iter()

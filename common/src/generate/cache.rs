@@ -33,6 +33,14 @@ impl LayerCache {
         }
     }
 
+    /// The bytes that so many tokens take: storage doubles as it grows.
+    pub fn bytes(heads: Heads, precision: Precision, tokens: usize) -> usize {
+        let capacity = tokens.next_power_of_two().max(panel_width());
+        let stride = heads.dim.next_multiple_of(panel_width());
+        let keys = capacity * words(heads.dim, precision);
+        heads.kv * (keys + words(capacity, precision) * stride) * size_of::<f32>()
+    }
+
     /// Appends a token: its row of the fused projection, after rotation.
     pub fn push(&mut self, heads: Heads, qkv: &[f32]) {
         let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());

@@ -1,14 +1,15 @@
 //! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
 
 use super::cache::LayerCache;
+use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, logits_of};
 use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
 use crate::model::Decoder;
+use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use std::collections::VecDeque;
 
 /// Fewer sequences than this are no share of their own: reading the weights would cost more than waiting.
 const LEAST_SHARE: usize = 32;
@@ -44,32 +45,68 @@ pub struct Sample {
     pub logp: f64,
 }
 
-/// Generates for many prompts at once.
+/// How much runs at a time. What comes out does not depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences.
+    pub sequences: usize,
+    /// Memory for keys, values and activations; a single sequence that needs more runs all the same, alone.
+    pub bytes: usize,
+}
+
+/// What ends a response besides the model: sees its tokens after each draw.
+pub type Stopped<'a> = &'a (dyn Fn(&[u32]) -> bool + Sync);
+
+/// Something that answers many prompts at once, a step at a time.
+pub trait Generate {
+    /// Whether another prompt would find work to do now.
+    fn wants_prompt(&self) -> bool;
+    /// Whether nothing is left to do.
+    fn is_idle(&self) -> bool;
+    /// Tokens generated so far.
+    fn tokens(&self) -> u64;
+    /// Whether a prompt of so many tokens and one response to it fit into the memory.
+    fn has_room_for(&self, prompt: usize) -> bool;
+    /// Takes a prompt, of at least one token and shorter than the context. It is run when its first sample starts.
+    fn push(&mut self, request: Request);
+    /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
+    /// own.
+    ///
+    /// # Errors
+    /// A device that fails or has no room.
+    fn step(&mut self, stopped: Stopped) -> Result<()>;
+    /// The finished groups at the head of the line, each with its samples in order.
+    fn finished(&mut self) -> Vec<(Request, Vec<Sample>)>;
+}
+
+/// Generates on the CPU.
 pub struct Generator<'a> {
     decoder: &'a Decoder,
     how: Sampling,
     end_ids: Vec<u32>,
-    slots: usize,
+    limits: Limits,
     rotary: Rotary,
-    /// Prompts whose samples are not all out, oldest first.
-    groups: VecDeque<Group>,
-    /// How many groups left `groups` at its front.
-    retired: usize,
+    groups: Queue<Prefix>,
     running: Vec<Sequence>,
     tokens: u64,
     /// Storage for a step's logits, `[sequences, vocab]` of each share.
     logits: Vec<Vec<f32>>,
 }
 
-/// A prompt at work.
-pub(super) struct Group {
-    pub request: Request,
-    /// Keys and values of the prompt, layer by layer.
-    pub prefix: Vec<LayerCache>,
-    /// The logits after the prompt.
+/// What a prompt leaves behind: from the start of its first sample to the end of the last, else nothing.
+#[derive(Default)]
+pub(super) struct Prefix {
+    /// Its keys and values, layer by layer.
+    pub cache: Vec<LayerCache>,
+    /// The logits after it.
     first: Vec<f32>,
-    started: usize,
-    done: Vec<Option<Sample>>,
+}
+
+impl Prefix {
+    /// Whether the prompt has run.
+    fn is_ready(&self) -> bool {
+        !self.cache.is_empty()
+    }
 }
 
 /// A response at work.
@@ -85,63 +122,32 @@ pub(super) struct Sequence {
 }
 
 impl<'a> Generator<'a> {
-    /// At most `slots` sequences run at a time.
-    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], slots: usize) -> Self {
+    /// Nothing to do yet.
+    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], limits: Limits) -> Self {
         let rotary = decoder.rotary(0);
         let end_ids = end_ids.to_vec();
+        let sequences = limits.sequences.max(1);
         Self {
             decoder,
             how,
             end_ids,
-            slots: slots.max(1),
+            limits: Limits {
+                sequences,
+                ..limits
+            },
             rotary,
-            groups: VecDeque::new(),
-            retired: 0,
+            groups: Queue::new(),
             running: vec![],
             tokens: 0,
             logits: vec![],
         }
     }
 
-    /// Whether another prompt would find work to do now.
-    pub fn wants_prompt(&self) -> bool {
-        let waiting: usize = self.groups.iter().map(|g| g.request.k - g.started).sum();
-        self.running.len() + waiting < self.slots
-    }
-
-    /// Whether nothing is left to do.
-    pub fn is_idle(&self) -> bool {
-        self.groups.is_empty()
-    }
-
-    /// Tokens generated so far.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
-    }
-
-    /// Takes a prompt, of at least one token and shorter than the context, and runs it.
-    pub fn push(&mut self, request: Request) {
-        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
-        let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
-        if needed > self.rotary.positions() {
-            self.rotary = self.decoder.rotary(needed);
-        }
-        let (prefix, first) = self.prefill(&request.prompt);
-        let done = vec![None; request.k];
-        self.groups.push_back(Group {
-            request,
-            prefix,
-            first,
-            started: 0,
-            done,
-        });
-    }
-
     /// Runs a prompt; gives its keys and values and the logits after its last token.
-    fn prefill(&self, prompt: &[u32]) -> (Vec<LayerCache>, Vec<f32>) {
+    fn prefill(&self, prompt: &[u32]) -> Prefix {
         let mut layout = Layout::default();
         layout.push(prompt.len(), &[]);
-        let mut prefix = vec![];
+        let mut caches = vec![];
         let hidden = self.decoder.forward(&layout, prompt, |i, state| {
             let heads = self.decoder.heads(i);
             let mut cache = LayerCache::new(heads, self.decoder.precision);
@@ -149,100 +155,91 @@ impl<'a> Generator<'a> {
                 .qkv
                 .chunks_exact(heads.qkv_width())
                 .for_each(|row| cache.push(heads, row));
-            prefix.push(cache);
+            caches.push(cache);
         });
         let last = &hidden[hidden.len() - self.decoder.config.hidden..];
         let mut logits = vec![];
         logits_of(self.decoder, last, &mut logits);
-        (prefix, logits)
-    }
-
-    /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
-    /// own; it sees the response's tokens after each draw.
-    pub fn step(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
-        self.fill(stopped);
-        if self.running.is_empty() {
-            return;
+        Prefix {
+            cache: caches,
+            first: logits,
         }
-        let step = Step {
-            decoder: self.decoder,
-            how: &self.how,
-            rotary: &self.rotary,
-            groups: &self.groups,
-            retired: self.retired,
-        };
-        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
-        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
-        let share = self.running.len().div_ceil(shares);
-        self.logits.resize_with(shares, Vec::new);
-        (self.running.par_chunks_mut(share))
-            .zip(&mut self.logits)
-            .for_each(|(running, logits)| step.run(running, logits));
-        self.tokens += self.running.len() as u64;
-        for i in (0..self.running.len()).rev() {
-            if let Some(finish) = self.ended(&self.running[i], stopped) {
-                let sequence = self.running.remove(i); // in order: neighbours share a prompt
-                self.retire(sequence, finish);
-            }
-        }
-    }
-
-    /// The finished groups at the head of the line, each with its samples in order.
-    pub fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
-        let mut out = vec![];
-        while self
-            .groups
-            .front()
-            .is_some_and(|g| g.done.iter().all(Option::is_some))
-        {
-            let group = self.groups.pop_front().expect("there is a front");
-            self.retired += 1;
-            out.push((group.request, group.done.into_iter().flatten().collect()));
-        }
-        out
     }
 
     /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
-    fn fill(&mut self, stopped: &(impl Fn(&[u32]) -> bool + Sync)) {
-        for at in 0..self.groups.len() {
-            while self.running.len() < self.slots
-                && self.groups[at].started < self.groups[at].request.k
-            {
-                let group = &mut self.groups[at];
-                let number = group.started;
-                group.started += 1;
-                let layers = self.decoder.config.layers;
-                let mut sequence = Sequence {
-                    group: self.retired + at,
-                    number,
-                    rng: stream(self.how.seed, &group.request.key, number),
-                    token_ids: vec![],
-                    logp: 0.0,
-                    cache: (0..layers)
-                        .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
-                        .collect(),
-                };
-                sequence.draw(&mut group.first.clone(), &group.request.prompt, &self.how);
-                self.tokens += 1;
-                match self.ended(&sequence, stopped) {
-                    Some(finish) => self.retire(sequence, finish),
-                    None => self.running.push(sequence),
-                }
+    fn fill(&mut self, stopped: Stopped) {
+        while let Some(number) = self.groups.next() {
+            if !self.running.is_empty() && !self.has_room_to_start(number) {
+                return;
+            }
+            if !self.groups.group(number).own.is_ready() {
+                let prefix = self.prefill(&self.groups.group(number).request.prompt);
+                self.groups.group_mut(number).own = prefix;
+            }
+            let sample = self.groups.start(number);
+            let Group { request, own, .. } = self.groups.group(number);
+            let layers = self.decoder.config.layers;
+            let mut sequence = Sequence {
+                group: number,
+                number: sample,
+                rng: stream(self.how.seed, &request.key, sample),
+                token_ids: vec![],
+                logp: 0.0,
+                cache: (0..layers)
+                    .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
+                    .collect(),
+            };
+            sequence.draw(&mut own.first.clone(), &request.prompt, &self.how);
+            self.tokens += 1;
+            match self.ended(&sequence, stopped) {
+                Some(finish) => self.retire(sequence, finish),
+                None => self.running.push(sequence),
             }
         }
     }
 
-    fn ended(
-        &self,
-        sequence: &Sequence,
-        stopped: &(impl Fn(&[u32]) -> bool + Sync),
-    ) -> Option<Finish> {
+    /// Whether a sample of a group may start beside what is running.
+    fn has_room_to_start(&self, group: usize) -> bool {
+        let prompt_of = |group: &Group<Prefix>| group.request.prompt.len();
+        let running = self.running.iter().map(|s| self.groups.group(s.group));
+        let running = running.map(|group| self.response_bytes(prompt_of(group)));
+        let prompts = self.groups.iter().filter(|group| group.own.is_ready());
+        let prompts = prompts.map(|group| self.prompt_bytes(prompt_of(group)));
+        let group = self.groups.group(group);
+        let prefill = match group.own.is_ready() {
+            false => {
+                self.prompt_bytes(prompt_of(group)) + self.decoder.forward_bytes(prompt_of(group))
+            }
+            true => 0,
+        };
+        let taken = running.sum::<usize>() + prompts.sum::<usize>();
+        self.running.len() < self.limits.sequences
+            && taken + prefill + self.response_bytes(prompt_of(group)) <= self.limits.bytes
+    }
+
+    /// What a prompt holds while it is at work: keys, values and logits.
+    fn prompt_bytes(&self, prompt: usize) -> usize {
+        self.cache_bytes(prompt) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    /// What a response to a prompt may come to hold: keys, values and logits.
+    fn response_bytes(&self, prompt: usize) -> usize {
+        let longest = (self.decoder.config.context.saturating_sub(prompt)).min(self.how.max_tokens);
+        self.cache_bytes(longest) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        let layers = 0..self.decoder.config.layers;
+        let precision = self.decoder.precision;
+        layers
+            .map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens))
+            .sum()
+    }
+
+    fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<Finish> {
         let last = sequence.token_ids.last().expect("a token was drawn");
-        let length = self.groups[sequence.group - self.retired]
-            .request
-            .prompt
-            .len()
-            + sequence.token_ids.len();
+        let prompt = &self.groups.group(sequence.group).request.prompt;
+        let length = prompt.len() + sequence.token_ids.len();
         if self.end_ids.contains(last) || stopped(&sequence.token_ids) {
             Some(Finish::Stop)
         } else if sequence.token_ids.len() >= self.how.max_tokens
@@ -260,7 +257,69 @@ impl<'a> Generator<'a> {
             finish,
             logp: sequence.logp,
         };
-        self.groups[sequence.group - self.retired].done[sequence.number] = Some(sample);
+        if (self.groups).finish(sequence.group, sequence.number, sample) {
+            self.groups.group_mut(sequence.group).own = Prefix::default();
+        }
+    }
+}
+
+impl Generate for Generator<'_> {
+    fn wants_prompt(&self) -> bool {
+        self.running.len() + self.groups.waiting() < self.limits.sequences
+    }
+
+    fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn has_room_for(&self, prompt: usize) -> bool {
+        self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt) + self.response_bytes(prompt)
+            <= self.limits.bytes
+    }
+
+    fn push(&mut self, request: Request) {
+        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
+        let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
+        if needed > self.rotary.positions() {
+            self.rotary = self.decoder.rotary(needed);
+        }
+        self.groups.push(request, Prefix::default());
+    }
+
+    fn step(&mut self, stopped: Stopped) -> Result<()> {
+        self.fill(stopped);
+        if self.running.is_empty() {
+            return Ok(());
+        }
+        let step = Step {
+            decoder: self.decoder,
+            how: &self.how,
+            rotary: &self.rotary,
+            groups: &self.groups,
+        };
+        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
+        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
+        let share = self.running.len().div_ceil(shares);
+        self.logits.resize_with(shares, Vec::new);
+        (self.running.par_chunks_mut(share))
+            .zip(&mut self.logits)
+            .for_each(|(running, logits)| step.run(running, logits));
+        self.tokens += self.running.len() as u64;
+        for i in (0..self.running.len()).rev() {
+            if let Some(finish) = self.ended(&self.running[i], stopped) {
+                let sequence = self.running.remove(i); // in order: neighbours share a prompt
+                self.retire(sequence, finish);
+            }
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
+        self.groups.finished()
     }
 }
 
@@ -335,18 +394,31 @@ mod tests {
         requests: Vec<Request>,
         slots: usize,
     ) -> Vec<(String, Vec<Sample>)> {
-        let mut generator = Generator::new(decoder, how, &[0, 7], slots);
+        let limits = Limits {
+            sequences: slots,
+            bytes: usize::MAX,
+        };
+        let mut generator = Generator::new(decoder, how, &[0, 7], limits);
+        all(&mut generator, requests).0
+    }
+
+    /// What comes of requests, and the most sequences that ran at a time.
+    fn all(
+        generator: &mut Generator,
+        requests: Vec<Request>,
+    ) -> (Vec<(String, Vec<Sample>)>, usize) {
         let mut waiting = requests.into_iter();
-        let mut out = vec![];
+        let (mut out, mut most) = (vec![], 0);
         loop {
             while generator.wants_prompt() {
                 let Some(request) = waiting.next() else { break };
                 generator.push(request);
             }
             if generator.is_idle() {
-                return out;
+                return (out, most);
             }
-            generator.step(&|_| false);
+            generator.step(&|_| false).unwrap();
+            most = most.max(generator.running.len());
             out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
         }
     }
@@ -373,6 +445,28 @@ mod tests {
             assert_eq!(alone[0], all[2]);
             let other_seed = run(&decoder, Sampling { seed: 8, ..how() }, requests(), 64);
             assert_ne!(other_seed, all);
+        }
+    }
+
+    #[test]
+    fn little_memory_makes_it_slower_and_nothing_else() {
+        let decoder = decoder(None, Precision::F32);
+        let expected = run(&decoder, how(), requests(), 64);
+        let of = |bytes: usize| {
+            let limits = Limits {
+                sequences: 64,
+                bytes,
+            };
+            Generator::new(&decoder, how(), &[0, 7], limits)
+        };
+        let one = of(0).prompt_bytes(41) + decoder.forward_bytes(41) + of(0).response_bytes(41);
+        assert!(of(one).has_room_for(41) && !of(one - 1).has_room_for(41));
+        let mut before = 0;
+        for bytes in [0, one, 4 * one, usize::MAX] {
+            let (samples, most) = all(&mut of(bytes), requests());
+            assert_eq!(samples, expected, "{bytes} bytes");
+            assert!(before < most, "{most} at a time in {bytes} bytes");
+            before = most;
         }
     }
 

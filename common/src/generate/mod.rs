@@ -6,8 +6,11 @@
 
 mod cache;
 mod engine;
+mod queue;
 mod sampler;
 mod step;
 
-pub use engine::{Finish, Generator, Request, Sample};
+pub use engine::{Finish, Generate, Generator, Limits, Request, Sample, Stopped};
+pub(crate) use queue::Queue;
 pub use sampler::Sampling;
+pub(crate) use sampler::stream_key;

@@ -50,11 +50,16 @@ impl Sampling {
 
 /// The random numbers of one sample: one draw per token, from a stream that no other sample shares.
 pub(super) fn stream(seed: u64, key: &str, sample: usize) -> ChaCha8Rng {
+    ChaCha8Rng::from_seed(stream_key(seed, key, sample))
+}
+
+/// The key of that stream.
+pub(crate) fn stream_key(seed: u64, key: &str, sample: usize) -> [u8; 32] {
     let mut hash = blake3::Hasher::new();
     hash.update(&seed.to_le_bytes())
         .update(&(sample as u64).to_le_bytes())
         .update(key.as_bytes());
-    ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
+    *hash.finalize().as_bytes()
 }
 
 /// Uniform in [0, 1), of 53 bits.

@@ -1,7 +1,8 @@
 //! One step of some of the running sequences: their last tokens through the model, and a draw from the logits.
 
 use super::cache::LayerCache;
-use super::engine::{Group, Sequence};
+use super::engine::{Prefix, Sequence};
+use super::queue::{Group, Queue};
 use super::sampler::Sampling;
 use crate::kernels::attention::Heads;
 use crate::kernels::gemm::{Left, Mat, Threads, Write, matmul};
@@ -9,21 +10,18 @@ use crate::kernels::rope::Rotary;
 use crate::kernels::softmax;
 use crate::model::{Decoder, LayerState};
 use rayon::prelude::*;
-use std::collections::VecDeque;
 
 /// What all sequences share.
 pub(super) struct Step<'a> {
     pub decoder: &'a Decoder,
     pub how: &'a Sampling,
     pub rotary: &'a Rotary,
-    pub groups: &'a VecDeque<Group>,
-    /// The number of the first of the groups.
-    pub retired: usize,
+    pub groups: &'a Queue<Prefix>,
 }
 
 impl Step<'_> {
-    fn group(&self, sequence: &Sequence) -> &Group {
-        &self.groups[sequence.group - self.retired]
+    fn group(&self, sequence: &Sequence) -> &Group<Prefix> {
+        self.groups.group(sequence.group)
     }
 
     /// Draws the next token of each sequence. `logits` is storage.
@@ -83,7 +81,7 @@ impl Step<'_> {
         tasks
             .into_par_iter()
             .for_each_init(Scratch::default, |scratch, (members, qkv, out)| {
-                let prefix = &self.group(&members[0]).prefix[layer];
+                let prefix = &self.group(&members[0]).own.cache[layer];
                 for head in 0..heads.kv {
                     scratch.attend(heads, head, prefix, (layer, members), qkv, out);
                 }

@@ -22,6 +22,11 @@ impl Rotary {
         }
     }
 
+    /// cos and sin, `[positions, half]` each.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// How many positions the table holds.
     pub fn positions(&self) -> usize {
         self.cos.len() / self.half.max(1)

@@ -5,8 +5,12 @@
 
 use super::params::{Matrix, Params};
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use crate::weights::{LoraModule, save_adapter};
+use anyhow::Result;
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 
 /// The projections that are adapted: all linear maps of the layers.
 pub const PROJECTIONS: [&str; 7] = [
@@ -35,7 +39,7 @@ pub struct Adapter {
     /// B in the adapters' flat buffer.
     pub b: Range<usize>,
     /// The projection's first column in the fused output.
-    column: usize,
+    pub column: usize,
 }
 
 /// All adapters of a model, in one flat buffer of their own.
@@ -109,26 +113,49 @@ impl Lora {
 
     /// Writes base + (α/r)·B·A into `merged`, both flat like the model's parameters.
     pub fn merge(&self, adapters: &[f32], base: &[f32], merged: &mut [f32]) {
-        let mut scaled = vec![];
         for adapter in &self.adapters {
-            scaled.clear();
-            scaled.extend(adapters[adapter.b.clone()].iter().map(|b| b * self.scale()));
-            let a = Packed::from_columns(
-                Mat::new(&adapters[adapter.a.clone()], self.rank, adapter.cols),
-                Precision::F32,
-            );
             let target = &mut merged[adapter.weight.clone()];
             target.copy_from_slice(&base[adapter.weight.clone()]);
-            let b = Left::Rows(Mat::new(&scaled, adapter.rows, self.rank));
-            matmul(
-                b,
-                a.panels(),
-                target,
-                adapter.cols,
-                Write::Add,
-                Threads::All,
-            );
+            self.add(adapter, adapters, target);
         }
+    }
+
+    /// Adds (α/r)·B·A of one adapter to its projection's weight.
+    pub fn add(&self, adapter: &Adapter, adapters: &[f32], weight: &mut [f32]) {
+        let b = adapters[adapter.b.clone()].iter();
+        let scaled: Vec<f32> = b.map(|b| b * self.scale()).collect();
+        let a = Packed::from_columns(
+            Mat::new(&adapters[adapter.a.clone()], self.rank, adapter.cols),
+            Precision::F32,
+        );
+        let b = Left::Rows(Mat::new(&scaled, adapter.rows, self.rank));
+        matmul(
+            b,
+            a.panels(),
+            weight,
+            adapter.cols,
+            Write::Add,
+            Threads::All,
+        );
+    }
+
+    /// The adapters of a fused matrix.
+    pub fn of(&self, matrix: &Matrix) -> &[Adapter] {
+        &self.adapters[self.by_matrix[&matrix.weight.range.start].clone()]
+    }
+
+    /// Writes adapters into the folder `dir` as PEFT reads them; `base` is what they belong to.
+    pub fn save(&self, values: &[f32], dir: &Path, base: &str) -> Result<()> {
+        let modules: Vec<_> = (self.adapters.iter())
+            .map(|x| LoraModule {
+                name: x.module.clone(),
+                input: x.cols,
+                output: x.rows,
+                a: Cow::Borrowed(&values[x.a.clone()]),
+                b: Cow::Borrowed(&values[x.b.clone()]),
+            })
+            .collect();
+        save_adapter(dir, base, self.rank, self.alpha, &modules)
     }
 
     /// Adds the gradients of the adapters of one fused matrix, for its input `x` `[T, in]` (its columns packed, too) and
@@ -142,7 +169,7 @@ impl Lora {
         dy: &[f32],
     ) {
         let precision = x_columns.precision();
-        let adapters = &self.adapters[self.by_matrix[&matrix.weight.range.start].clone()];
+        let adapters = self.of(matrix);
         let (tokens, rank) = (x.len() / matrix.cols, self.rank);
         for adapter in adapters {
             let dy = Mat::strided(&dy[adapter.column..], tokens, adapter.rows, matrix.rows);

@@ -139,6 +139,12 @@ impl Params {
         all
     }
 
+    /// The place of every tensor in the flat buffer, by its name.
+    pub fn places(&self) -> HashMap<&str, Range<usize>> {
+        let tensors = self.tensors().into_iter();
+        tensors.map(|(name, _, range)| (name, range)).collect()
+    }
+
     /// Reads all weights into one flat buffer.
     pub fn read(&self, weights: &Weights) -> Result<Vec<f32>> {
         let mut flat = vec![0.0; self.len];

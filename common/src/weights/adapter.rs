@@ -281,7 +281,7 @@ pub fn save_adapter(
         .clone()
         .map(|(name, shape, _)| (name, shape))
         .collect();
-    write_safetensors(&dir.join(WEIGHTS), &layout, &mut tensors.into_iter())
+    write_safetensors(&dir.join(WEIGHTS), &layout, &mut tensors.map(Ok))
 }
 
 #[cfg(test)]
@@ -474,7 +474,8 @@ mod tests {
         ] {
             let (_base, _, adapter) = adapted();
             let values = vec![0.0; shape.iter().product()];
-            let mut tensors = [(name.to_owned(), shape.clone(), Cow::Owned(values))].into_iter();
+            let tensor = (name.to_owned(), shape.clone(), Cow::Owned(values));
+            let mut tensors = std::iter::once(Ok(tensor));
             let layout = [(name.to_owned(), shape)];
             write_safetensors(&adapter.path().join(WEIGHTS), &layout, &mut tensors).unwrap();
             let line = error(adapter.path());

@@ -1,6 +1,6 @@
 //! Tiny random models that the tests write themselves.
 
-use super::{Config, Weights, save};
+use super::{Config, Given, Weights, save};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -38,12 +38,10 @@ pub(super) fn random_tensors(config: &Config, seed: u64) -> Tensors {
     config.parameters().into_iter().map(fill).collect()
 }
 
-pub(super) fn borrowed(
-    tensors: &Tensors,
-) -> impl Iterator<Item = (String, Vec<usize>, Cow<'_, [f32]>)> {
+pub(super) fn borrowed(tensors: &Tensors) -> impl Iterator<Item = Given<'_>> {
     tensors
         .iter()
-        .map(|(name, shape, values)| (name.clone(), shape.clone(), Cow::Borrowed(&values[..])))
+        .map(|(name, shape, values)| Ok((name.clone(), shape.clone(), Cow::Borrowed(&values[..]))))
 }
 
 /// A saved checkpoint in a fresh folder, with its tensors.

@@ -7,13 +7,15 @@ use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes of tensors in one file, transformers' `max_shard_size` of 5 GB.
 const SHARD: usize = 5_000_000_000;
 
 /// A tensor's Hugging Face name and its shape.
 type Named = (String, Vec<usize>);
+/// A tensor to write, or why it is not there.
+pub type Given<'a> = Result<(String, Vec<usize>, Cow<'a, [f32]>)>;
 
 /// Writes `config.json`, `generation_config.json` (where `original` has one) and the weights into the folder `dir`, which exists.
 /// `tensors` must come in the order of [`Config::parameters`] and is drained one by one, so memory
@@ -25,7 +27,7 @@ pub fn save<'a>(
     dir: &Path,
     config: &Config,
     original: Option<&Weights>,
-    tensors: impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+    tensors: impl Iterator<Item = Given<'a>>,
 ) -> Result<()> {
     save_sharded(dir, config, original, tensors, SHARD)
 }
@@ -34,7 +36,7 @@ pub(super) fn save_sharded<'a>(
     dir: &Path,
     config: &Config,
     original: Option<&Weights>,
-    mut tensors: impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+    mut tensors: impl Iterator<Item = Given<'a>>,
     limit: usize,
 ) -> Result<()> {
     let json = config.to_json(original.map(|weights| &weights.original));
@@ -109,37 +111,96 @@ fn shards(parameters: Vec<Named>, limit: usize) -> Vec<Vec<Named>> {
 pub(super) fn write_safetensors<'a>(
     path: &Path,
     layout: &[Named],
-    tensors: &mut impl Iterator<Item = (String, Vec<usize>, Cow<'a, [f32]>)>,
+    tensors: &mut impl Iterator<Item = Given<'a>>,
 ) -> Result<()> {
-    let at = || path.display().to_string();
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path).with_context(at)?);
-    file.write_all(&header(layout)).with_context(at)?;
+    let format = json!({"format": "pt"});
+    let mut file = Writer::create(path, layout, Some(format))?;
     for (name, shape) in layout {
         let (given, given_shape, values) = tensors
             .next()
-            .with_context(|| format!("the tensor {name:?} was not given"))?;
+            .with_context(|| format!("the tensor {name:?} was not given"))??;
         ensure!(
             given == *name
                 && given_shape == *shape
                 && values.len() == shape.iter().product::<usize>(),
             "the tensor {given:?} {given_shape:?} was given where {name:?} {shape:?} belongs"
         );
+        file.write(&values)?;
+    }
+    file.finish()
+}
+
+/// Writes vectors, given by their names and lengths, into one safetensors file: `each` is asked for vector after vector
+/// by number, and hands over the runs that it is made of, so that none need exist as a whole.
+///
+/// # Errors
+/// Those of `each`; a vector of another length; the disk's own.
+pub fn save_vectors(
+    path: &Path,
+    vectors: &[(&str, usize)],
+    mut each: impl FnMut(usize, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>,
+) -> Result<()> {
+    let layout: Vec<Named> = (vectors.iter())
+        .map(|&(name, len)| (name.to_owned(), vec![len]))
+        .collect();
+    let mut file = Writer::create(path, &layout, None)?;
+    for (i, &(name, len)) in vectors.iter().enumerate() {
+        let mut written = 0;
+        each(i, &mut |run| {
+            written += run.len();
+            file.write(run)
+        })?;
+        ensure!(
+            written == len,
+            "{written} numbers were given where {name:?} has {len}"
+        );
+    }
+    file.finish()
+}
+
+/// A safetensors file on its way.
+struct Writer {
+    file: BufWriter<File>,
+    path: PathBuf,
+}
+
+impl Writer {
+    fn create(path: &Path, layout: &[Named], metadata: Option<Value>) -> Result<Self> {
+        let mut writer = Self {
+            file: BufWriter::with_capacity(
+                1 << 20,
+                File::create(path).with_context(|| path.display().to_string())?,
+            ),
+            path: path.to_owned(),
+        };
+        writer.bytes(&header(layout, metadata))?;
+        Ok(writer)
+    }
+
+    fn write(&mut self, values: &[f32]) -> Result<()> {
         for values in values.chunks(1 << 16) {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            file.write_all(&bytes).with_context(at)?;
+            self.bytes(&bytes)?;
         }
+        Ok(())
     }
-    let file = file
-        .into_inner()
-        .map_err(|error| error.into_error())
-        .with_context(at)?;
-    file.sync_all().with_context(at)
+
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = self.file.write_all(bytes);
+        written.with_context(|| self.path.display().to_string())
+    }
+
+    fn finish(self) -> Result<()> {
+        let at = || self.path.display().to_string();
+        let file = self.file.into_inner().map_err(|error| error.into_error());
+        file.with_context(at)?.sync_all().with_context(at)
+    }
 }
 
 /// Length, JSON, and spaces up to a multiple of 8, so that the tensors are aligned.
-fn header(layout: &[Named]) -> Vec<u8> {
+fn header(layout: &[Named], metadata: Option<Value>) -> Vec<u8> {
     let mut fields = Map::new();
-    fields.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    fields.extend(metadata.map(|m| ("__metadata__".to_owned(), m)));
     let mut offset = 0;
     for (name, shape) in layout {
         let end = offset + bytes(shape);

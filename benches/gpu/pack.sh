@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Packs what a GPU machine needs, in pieces that are each below 50 MB: run it where the tools are built, with
+#     just build-cuda model            # or: cargo build --release --workspace --features cuda
+#     benches/gpu/pack.sh [FOLDER]     # default: gpu-pack
+# bench.py says what to do with the pieces there.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-gpu-pack}
+model=models/SmolLM2-135M-Instruct.gguf
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+cargo build --release --workspace --features common/cuda --example gpu_rates
+# The device's tests, which find the GPU by themselves; with the emulated device, too, since they are one program.
+tests() {
+    cargo test --release --workspace --features common/cuda,common/cuda-emulated --test "$1" --no-run \
+        --message-format=json | python3 -c '
+import json, sys
+for line in sys.stdin:
+    made = json.loads(line)
+    if made.get("executable") and made["target"]["src_path"].endswith(f"common/tests/{sys.argv[1]}.rs"):
+        print(made["executable"])' "$1"
+}
+mkdir -p "$work/bin" "$work/tests/golden" "$work/examples" "$out"
+for tool in dice-gen dice-score dice-pairs dice-train dice-eval examples/gpu_rates; do
+    strip -o "$work/bin/$(basename $tool)" target/release/$tool
+done
+for test in cuda cuda_training; do
+    strip -o "$work/bin/test-$test" "$(tests $test)"
+done
+cp -r tests/golden/{families,tiny_chat,smollm2_logps.jsonl,tiny_dpo.json} "$work/tests/golden/"
+cp examples/prompts.jsonl examples/preferences.jsonl "$work/examples/"
+cp benches/gpu/bench.py benches/gpu/peer.py "$work/"
+tar -C "$work" -cJf "$out/tools.tar.xz" .
+split -n 2 -d --additional-suffix=.part "$model" "$out/model-"
+ls -l "$out" >&2

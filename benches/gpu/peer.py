@@ -1,0 +1,117 @@
+"""transformers on a GPU: what a practitioner would write around it in plain PyTorch, on the rows that our tools had.
+
+Weights, activations and the optimiser's states are bfloat16 throughout (what fits a big model on one card), attention is
+PyTorch's own (`sdpa`). Prints one JSON object: tokens a second (prompt and response, every row alone, as TRL counts them;
+generation counts new tokens) and the peak of memory.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def rows_of(path, tokenizer, fields):
+    """(prompt ids, response ids …) of each row, as our tools encode them."""
+    found = []
+    for line in open(path, encoding="utf-8"):
+        row = json.loads(line)
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        def encode(field):
+            given = row.get("token_ids" if field == "response" else f"{field}_token_ids")
+            return given or tokenizer(row[field], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+        found.append((ids, *(encode(field) for field in fields)))
+    return found
+
+
+def padded(rows, pad):
+    """Left-padded ids and their mask, on the GPU."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    return ids.cuda(), mask.cuda()
+
+
+def logps(model, rows, pad):
+    """Σ log p of each (prompt, response), one padded batch."""
+    ids, mask = padded([p + r for p, r in rows], pad)
+    longest = max(len(r) for _, r in rows)
+    logits = model(ids, attention_mask=mask, logits_to_keep=longest + 1).logits[:, :-1].float()
+    targets = ids[:, -longest:]
+    each = logits.gather(2, targets[:, :, None])[:, :, 0] - logits.logsumexp(2)
+    keep = torch.tensor([[i >= longest - len(r) for i in range(longest)] for _, r in rows]).cuda()
+    return (each * keep).sum(1)
+
+
+def generate(model, args, tokenizer, pad):
+    prompts = rows_of(args.rows, tokenizer, [])
+    new = 0
+    for at in range(0, len(prompts), args.batch):
+        ids, mask = padded([p for (p,) in prompts[at : at + args.batch]], pad)
+        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=0.9, top_k=0, top_p=1.0,
+                             num_return_sequences=args.k, max_new_tokens=args.max_tokens,
+                             min_new_tokens=args.max_tokens, pad_token_id=pad)
+        new += out.shape[0] * (out.shape[1] - ids.shape[1])
+    return new
+
+
+def score(model, args, tokenizer, pad):
+    rows = sorted(rows_of(args.rows, tokenizer, ["response"]), key=lambda r: len(r[0]) + len(r[1]))
+    with torch.no_grad():
+        for at in range(0, len(rows), args.batch):
+            logps(model, rows[at : at + args.batch], pad).tolist()
+    return sum(len(p) + len(r) for p, r in rows)
+
+
+def train(model, args, tokenizer, pad):
+    pairs = rows_of(args.rows, tokenizer, ["chosen", "rejected"])
+    model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
+    step = args.batch
+    for at in range(0, len(pairs), step):
+        part = pairs[at : at + step]
+        for pair in part:
+            prompt, chosen, rejected = pair
+            both = logps(model, [(prompt, chosen), (prompt, rejected)], pad)
+            # The reference's log-probs are given: a constant margin costs nothing.
+            (-torch.nn.functional.logsigmoid(0.1 * (both[0] - both[1])) / len(part)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=["generate", "score", "train"])
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "f32"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda()
+    pad = tokenizer.eos_token_id or 0
+    stage = {"generate": generate, "score": score, "train": train}[args.stage]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    tokens = stage(model, args, tokenizer, pad)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "rate": tokens / seconds,
+                      "peak_gb": torch.cuda.max_memory_allocated() / 1e9}))
+
+
+main()

@@ -1,0 +1,425 @@
+//! The backward pass through the layers on the device: as `model/backward.rs`, kernel by kernel.
+
+use super::args;
+use super::decoder::{Decoder, Linear, Pass, Shape, THREADS};
+use super::device::{Address, Buffer, Form, Launch, Operand, Product};
+use crate::kernels::gemm::Precision;
+use crate::model::{Matrix, Params, Span};
+use crate::weights::Config;
+use anyhow::Result;
+
+/// Where a backward pass adds gradients.
+#[derive(Clone, Copy)]
+pub struct Gradients<'a> {
+    /// The flat buffer, float32.
+    pub flat: &'a Buffer,
+    /// Where the model's parameters lie.
+    pub params: &'a Params,
+    /// Whether the buffer is of the adapters alone; else it is of all parameters.
+    pub adapters: bool,
+}
+
+impl Gradients<'_> {
+    /// The place of a span, or none where it is not trained.
+    pub fn span(&self, span: &Span) -> Option<Address> {
+        let at = || self.flat.element(span.range.start, size_of::<f32>());
+        (!self.adapters).then(at)
+    }
+}
+
+/// What a layer left behind on its way forward.
+pub struct LayerState {
+    /// Its input, the residual stream.
+    pub x: Buffer,
+    /// All of its activations (the stream in them is that after attention), or none: then they are made again.
+    pub pass: Option<Pass>,
+}
+
+/// The most blocks of `rms_norm_backward` and of `qkv_rope_backward`, each with its part of the weights' gradients.
+const NORM_BLOCKS: usize = 264;
+const HEAD_NORM_BLOCKS: usize = 1056;
+/// Rows of a part of a bias's gradient.
+const BIAS_ROWS: usize = 64;
+
+/// A backward pass on its way.
+pub(super) struct Backward<'a> {
+    decoder: &'a Decoder,
+    gradients: Gradients<'a>,
+    shape: &'a Shape,
+    /// The gradient of the residual stream, `[T, hidden]`, float32.
+    pub dx: Buffer,
+    /// The same in bfloat16, where that is multiplied.
+    dx_copy: Option<Buffer>,
+    d_qkv: Buffer,
+    d_attention: Buffer,
+    /// Σ dO∘O of each row and head.
+    delta: Buffer,
+    /// Parts of sums.
+    partial: Buffer,
+}
+
+/// A norm whose gradient is wanted.
+pub(super) struct Norm<'a> {
+    pub x: &'a Buffer,
+    /// Those of its rows that were normed, in this order; none for all.
+    pub rows: Option<&'a Buffer>,
+    pub count: usize,
+    pub weight: &'a Buffer,
+    pub span: &'a Span,
+    pub dy: &'a Buffer,
+}
+
+impl<'a> Backward<'a> {
+    /// `targets` may be more than the rows of the batch: a prompt's last row predicts once for each response.
+    pub fn new(
+        decoder: &'a Decoder,
+        gradients: Gradients<'a>,
+        shape: &'a Shape,
+        targets: usize,
+    ) -> Result<Self> {
+        let (count, heads) = (shape.tokens, decoder.heads(0));
+        let (size, hidden) = (decoder.size(), decoder.config.hidden);
+        let rows = |width: usize, size: usize| decoder.device.allocate(count * width * size);
+        let dx = rows(hidden, size_of::<f32>())?;
+        dx.clear()?;
+        Ok(Self {
+            dx,
+            dx_copy: match decoder.precision {
+                Precision::F32 => None,
+                Precision::Bf16 => Some(rows(hidden, size)?),
+            },
+            d_qkv: rows(heads.qkv_width(), size)?,
+            d_attention: rows(heads.q_width(), size)?,
+            delta: rows(heads.query, size_of::<f32>())?,
+            partial: (decoder.device)
+                .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
+            decoder,
+            gradients,
+            shape,
+        })
+    }
+
+    /// Through layer `i`, whose activations `pass` has: turns the gradient of its output in `dx` into that of its input.
+    pub fn layer(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
+        self.mlp(i, pass)?;
+        self.attention(i, x, pass)
+    }
+
+    /// next = middle + down(swiglu(gate_up(norm(middle)))). `pass.gate_up` becomes its gradient.
+    fn mlp(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
+        let (count, ffn) = (self.shape.tokens, self.decoder.config.ffn);
+        self.input_gradient(&layer.down, self.dy(), &pass.inner, pass)?;
+        self.decoder.device.launch(
+            &self.decoder.kernels.of_format("swiglu_backward"),
+            Launch::plane(count, ffn.div_ceil(1024), THREADS),
+            args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32],
+        )?;
+        self.weight_gradient(&layer.down, &places.down, &pass.inner, self.dy(), pass)?;
+        self.bias_gradient(&places.down, &self.dx, Precision::F32)?;
+        let d_gate_up = self.operand(&pass.gate_up, 2 * ffn);
+        self.through_norm(
+            (&layer.gate_up, &places.gate_up),
+            (&layer.mlp_norm, &places.mlp_norm),
+            d_gate_up,
+            &pass.x,
+            pass,
+        )?;
+        self.bias_gradient(&places.gate_up, &pass.gate_up, self.decoder.precision)
+    }
+
+    /// middle = x + output(attention(rotate(qkv(norm(x))))).
+    fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
+        let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
+        self.input_gradient(&layer.output, self.dy(), &self.d_attention, pass)?;
+        self.weight_gradient(
+            &layer.output,
+            &places.output,
+            &pass.attention,
+            self.dy(),
+            pass,
+        )?;
+        self.bias_gradient(&places.output, &self.dx, Precision::F32)?;
+        self.attend(i, pass)?;
+        self.rotate(i, pass)?;
+        let d_qkv = self.operand(&self.d_qkv, layer.qkv.rows);
+        self.through_norm(
+            (&layer.qkv, &places.qkv),
+            (&layer.input_norm, &places.input_norm),
+            d_qkv,
+            x,
+            pass,
+        )?;
+        self.bias_gradient(&places.qkv, &self.d_qkv, self.decoder.precision)
+    }
+
+    /// From the gradient of attention's result to `d_qkv`, that of what it read.
+    fn attend(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (device, kernels) = (&self.decoder.device, &self.decoder.kernels);
+        let (heads, tiles) = (self.decoder.heads(i), self.decoder.attention_tiles());
+        let (query, kv, dim) = (heads.query as i32, heads.kv as i32, heads.dim as i32);
+        let window = heads.window.unwrap_or(0) as i32;
+        let shared = 4 * tiles.rows * tiles.pitch + tiles.extra;
+        device.launch(
+            &kernels.of_heads("attention_backward_q"),
+            Launch::plane(heads.query, self.shape.tile_count, tiles.threads).shared(shared),
+            args![
+                &pass.qkv,
+                &pass.attention,
+                &pass.lse,
+                &self.d_attention,
+                &self.delta,
+                &self.d_qkv,
+                &self.shape.tiles,
+                query,
+                kv,
+                dim,
+                window,
+                heads.scale(),
+            ],
+        )?;
+        let halves = if self.decoder.head_size() == 256 {
+            2
+        } else {
+            1
+        };
+        let launch = Launch::plane(heads.kv, self.shape.tile_count, tiles.threads);
+        device.launch(
+            &kernels.of_heads("attention_backward_kv"),
+            launch.deep(halves).shared(shared + 3 * tiles.rows * 4),
+            args![
+                &pass.qkv,
+                &pass.lse,
+                &self.d_attention,
+                &self.delta,
+                &self.shape.positions,
+                &self.d_qkv,
+                &self.shape.tiles,
+                query,
+                kv,
+                dim,
+                window,
+                heads.scale(),
+            ],
+        )
+    }
+
+    /// Back through rotation and head norms: `d_qkv` becomes the gradient of the projection.
+    fn rotate(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
+        let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
+        let blocks = count.min(HEAD_NORM_BLOCKS);
+        let (norms, shared) = match &layer.head_norms {
+            Some((q, k)) => ((q.address(), k.address()), 16 * heads.dim * 4),
+            None => ((0, 0), 0),
+        };
+        // Both lie side by side, as the kernel sums them.
+        let wanted = places.head_norms.as_ref();
+        let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
+        let partial = wanted.map(|_| &self.partial);
+        self.decoder.device.launch(
+            &self.decoder.kernels.of_format("qkv_rope_backward"),
+            Launch::row(blocks, THREADS).shared(shared),
+            args![
+                pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
+                &self.d_qkv,
+                layer.qkv.bias.as_ref(),
+                norms.0,
+                norms.1,
+                self.decoder.config.norm_eps,
+                &self.shape.rotary.cos,
+                &self.shape.rotary.sin,
+                &self.shape.positions,
+                partial,
+                count as i32,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+            ],
+        )?;
+        match wanted {
+            Some(to) => self.add_partial(blocks, 2 * heads.dim, to),
+            None => Ok(()),
+        }
+    }
+
+    /// y = linear(norm(x)): adds the gradients of both, and to `dx` what x gains, given `dy`.
+    fn through_norm(
+        &self,
+        (linear, matrix): (&Linear, &Matrix),
+        (weight, span): (&Buffer, &Span),
+        dy: Operand,
+        x: &Buffer,
+        pass: &Pass,
+    ) -> Result<()> {
+        let count = self.shape.tokens;
+        self.decoder.norm(x, None, weight, count, &pass.normed)?;
+        self.weight_gradient(linear, matrix, &pass.normed, dy, pass)?;
+        self.input_gradient(linear, dy, &pass.normed, pass)?;
+        let norm = Norm {
+            x,
+            rows: None,
+            count,
+            weight,
+            span,
+            dy: &pass.normed,
+        };
+        self.norm(&norm, &self.dx, self.dx_copy.as_ref(), true)
+    }
+
+    /// Adds to (or sets) `dx` what a norm's input gains, and leaves a copy of it in the decoder's format, where wanted.
+    pub fn norm(&self, norm: &Norm, dx: &Buffer, copy: Option<&Buffer>, add: bool) -> Result<()> {
+        let width = self.decoder.config.hidden;
+        let blocks = norm.count.min(NORM_BLOCKS);
+        let wanted = self.gradients.span(norm.span);
+        self.decoder.device.launch(
+            &self.decoder.kernels.of_format("rms_norm_backward"),
+            Launch::row(blocks, THREADS).shared(width * size_of::<f32>()),
+            args![
+                norm.x,
+                norm.rows,
+                norm.weight,
+                self.decoder.config.norm_eps,
+                norm.dy,
+                dx,
+                copy,
+                wanted.map(|_| &self.partial),
+                norm.count as i32,
+                width as i32,
+                i32::from(add),
+            ],
+        )?;
+        match wanted {
+            Some(to) => self.add_partial(blocks, width, to),
+            None => Ok(()),
+        }
+    }
+
+    /// The copy of `dx` that is multiplied, made anew: after `dx` was set from outside.
+    pub fn copy_dx(&self) -> Result<()> {
+        let Some(copy) = &self.dx_copy else {
+            return Ok(());
+        };
+        let n = self.shape.tokens * self.decoder.config.hidden;
+        self.decoder.device.launch(
+            "round_bf16",
+            super::optimizer::elements(n),
+            args![&self.dx, copy, n as u64, 0u64, 0],
+        )
+    }
+
+    /// The gradient of the residual stream as it is multiplied.
+    fn dy(&self) -> Operand {
+        let dx = self.dx_copy.as_ref().unwrap_or(&self.dx);
+        self.operand(dx, self.decoder.config.hidden)
+    }
+
+    fn operand(&self, buffer: &Buffer, cols: usize) -> Operand {
+        buffer.rows(0, cols, self.decoder.precision)
+    }
+
+    /// For y = x·Wᵀ: sets `dx` `[T, in]` to dy·W.
+    fn input_gradient(&self, linear: &Linear, dy: Operand, dx: &Buffer, pass: &Pass) -> Result<()> {
+        let (device, count) = (&self.decoder.device, self.shape.tokens);
+        let dx = self.operand(dx, linear.cols);
+        device.multiply(Product {
+            form: Form::RowsByColumns,
+            m: count,
+            n: linear.cols,
+            k: linear.rows,
+            a: dy,
+            b: self.operand(&linear.weight, linear.cols),
+            c: dx,
+            scale: 1.0,
+            keep: 0.0,
+        })?;
+        for adapter in &linear.adapters {
+            let between = pass.low_rank.as_ref().expect("made with the adapters");
+            adapter.add_input_gradient(device, dy, dx, count, between)?;
+        }
+        Ok(())
+    }
+
+    /// For y = x·Wᵀ: adds dyᵀ·x to the weight's gradient, or the like to the adapters'.
+    fn weight_gradient(
+        &self,
+        linear: &Linear,
+        matrix: &Matrix,
+        x: &Buffer,
+        dy: Operand,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (device, count) = (&self.decoder.device, self.shape.tokens);
+        let x = self.operand(x, linear.cols);
+        for adapter in &linear.adapters {
+            let between = pass.low_rank.as_ref().expect("made with the adapters");
+            adapter.add_gradient(device, x, dy, self.gradients.flat, count, between)?;
+        }
+        let Some(at) = self.gradients.span(&matrix.weight) else {
+            return Ok(());
+        };
+        device.multiply(Product {
+            form: Form::ColumnsByColumns,
+            m: linear.rows,
+            n: linear.cols,
+            k: count,
+            a: dy,
+            b: x,
+            c: Operand {
+                at,
+                precision: Precision::F32,
+                stride: linear.cols,
+            },
+            scale: 1.0,
+            keep: 1.0,
+        })
+    }
+
+    /// For y = x·Wᵀ + b: adds Σ dy to the bias's gradient, where there is one.
+    fn bias_gradient(&self, matrix: &Matrix, dy: &Buffer, format: Precision) -> Result<()> {
+        let wanted = matrix.bias.as_ref().and_then(|b| self.gradients.span(b));
+        let Some(to) = wanted else {
+            return Ok(());
+        };
+        let (count, width) = (self.shape.tokens, matrix.rows);
+        let parts = count.div_ceil(BIAS_ROWS);
+        let kernel = match format {
+            Precision::F32 => "sum_columns_f32",
+            Precision::Bf16 => "sum_columns_bf16",
+        };
+        self.decoder.device.launch(
+            kernel,
+            Launch::plane(width.div_ceil(THREADS), parts, THREADS),
+            args![dy, &self.partial, count as i32, width as i32, 0],
+        )?;
+        self.add_partial(parts, width, to)
+    }
+
+    /// Adds the sum of partial results to a gradient.
+    fn add_partial(&self, parts: usize, width: usize, to: Address) -> Result<()> {
+        self.decoder.device.launch(
+            "sum_columns_f32",
+            Launch::row(width.div_ceil(THREADS), THREADS),
+            args![&self.partial, to, parts as i32, width as i32, 1],
+        )
+    }
+}
+
+/// What partial sums over at most so many rows take, whichever needs most.
+pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
+    let mut most = count.min(NORM_BLOCKS) * config.hidden;
+    if config.qk_norm {
+        most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.head_dim);
+    }
+    let qkv = (config.heads + 2 * config.kv_heads) * config.head_dim;
+    for (has, width) in [
+        (config.qkv_bias, qkv),
+        (config.o_bias, config.hidden),
+        (config.mlp_bias, (2 * config.ffn).max(config.hidden)),
+    ] {
+        if has {
+            most = most.max(count.div_ceil(BIAS_ROWS) * width);
+        }
+    }
+    most * size_of::<f32>()
+}

@@ -1,0 +1,763 @@
+//! The decoder on the device: weights, and the forward pass of a packed, prefix-shared batch, layer by layer.
+
+use super::args;
+use super::device::{Address, Buffer, Device, Form, Launch, Operand, Plain, Product, bytes_of};
+use super::lora::LowRank;
+use crate::kernels::attention::{Heads, Layout};
+use crate::kernels::gemm::Precision;
+use crate::kernels::rope::Rotary;
+use crate::model::{LayerParams, Matrix, Params, Source, Span};
+use crate::weights::Config;
+use anyhow::{Result, ensure};
+use std::sync::{Arc, Mutex};
+
+/// The head sizes that attention is compiled for; a size between two runs as the larger.
+const HEAD_SIZES: [usize; 6] = [16, 32, 64, 96, 128, 256];
+/// Threads of a block in kernels that work row by row.
+pub(super) const THREADS: usize = 256;
+
+/// A model on a device.
+pub struct Decoder {
+    /// Its shape.
+    pub config: Config,
+    /// The number format of weights, activations and the products' operands.
+    pub precision: Precision,
+    /// Where it is.
+    pub device: Device,
+    embedding: Buffer,
+    head: Option<Buffer>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Buffer,
+    rotary: Mutex<Option<Arc<Rotation>>>,
+    pub(super) kernels: Kernels,
+}
+
+pub(super) struct Layer {
+    pub heads: Heads,
+    pub input_norm: Buffer,
+    pub qkv: Linear,
+    pub head_norms: Option<(Buffer, Buffer)>,
+    pub output: Linear,
+    pub mlp_norm: Buffer,
+    pub gate_up: Linear,
+    pub down: Linear,
+}
+
+impl Layer {
+    /// Its linear maps, in the order of the forward pass.
+    pub fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
+
+    pub fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        let Self {
+            qkv,
+            output,
+            gate_up,
+            down,
+            ..
+        } = self;
+        [qkv, output, gate_up, down]
+    }
+}
+
+/// y = x·Wᵀ + b; W `[rows, cols]` in the decoder's format, b float32.
+pub(super) struct Linear {
+    pub weight: Buffer,
+    pub bias: Option<Buffer>,
+    pub rows: usize,
+    pub cols: usize,
+    /// Low-rank adapters in training.
+    pub adapters: Vec<LowRank>,
+}
+
+/// cos and sin of every position that was needed so far.
+pub(super) struct Rotation {
+    /// `[positions, head_dim / 2]` each.
+    pub cos: Buffer,
+    pub sin: Buffer,
+    positions: usize,
+}
+
+/// The kernels' names in a decoder's format and head size.
+pub(super) struct Kernels {
+    pub embed: String,
+    pub rms_norm: String,
+    pub add_bias: String,
+    pub swiglu: String,
+    pub qkv_rope: String,
+    pub attention: String,
+    pub decode_attention: String,
+    pub decode_merge: String,
+    /// What names of kernels end in.
+    format: &'static str,
+    /// The head size that attention is compiled for.
+    head_size: usize,
+}
+
+impl Kernels {
+    fn new(precision: Precision, head_dim: usize) -> Result<Self> {
+        let head_size = HEAD_SIZES.into_iter().find(|&size| size >= head_dim);
+        ensure!(
+            head_size.is_some(),
+            "heads of {head_dim} are more than the GPU's attention takes (256): use --device cpu"
+        );
+        let head_size = head_size.expect("checked");
+        let format = match precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        };
+        let name = |stem: &str| format!("{stem}_{format}");
+        Ok(Self {
+            embed: name("embed"),
+            rms_norm: name("rms_norm"),
+            add_bias: name("add_bias"),
+            swiglu: name("swiglu"),
+            qkv_rope: name("qkv_rope"),
+            attention: format!("attention_{format}_{head_size}"),
+            decode_attention: format!("decode_attention_{format}_{head_size}"),
+            decode_merge: name("decode_merge"),
+            format,
+            head_size,
+        })
+    }
+}
+
+impl Kernels {
+    /// A kernel that is made for the format.
+    pub fn of_format(&self, stem: &str) -> String {
+        format!("{stem}_{}", self.format)
+    }
+
+    /// A kernel that is made for the format and the head size.
+    pub fn of_heads(&self, stem: &str) -> String {
+        format!("{stem}_{}_{}", self.format, self.head_size)
+    }
+}
+
+/// What attention kernels take into shared memory at once (`common/cuda/kernels.h`).
+#[derive(Clone, Copy)]
+pub struct AttentionTiles {
+    /// Rows of a tile.
+    pub rows: usize,
+    /// Threads of a block.
+    pub threads: usize,
+    /// Bytes of a row.
+    pub pitch: usize,
+    /// Bytes for scores, in float32 only.
+    pub extra: usize,
+}
+
+/// A tile of a batch, as kernels declare it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+struct AttentionTile {
+    first: i32,
+    rows: i32,
+    start: i32,
+    prefix: i32,
+    prefix_len: i32,
+    end: i32,
+}
+// SAFETY: six 32-bit numbers without padding.
+unsafe impl Plain for AttentionTile {}
+
+/// A batch's shape on the device.
+pub struct Shape {
+    /// Rows of the batch.
+    pub tokens: usize,
+    /// The position of each row, int32.
+    pub positions: Buffer,
+    /// The tiles of attention.
+    pub tiles: Buffer,
+    /// How many.
+    pub tile_count: usize,
+    pub(super) rotary: Arc<Rotation>,
+}
+
+/// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
+#[derive(Clone)]
+pub struct Pass {
+    /// The residual stream, float32.
+    pub x: Buffer,
+    /// A norm's output.
+    pub normed: Buffer,
+    /// The fused projection before bias, head norms and rotation, where it is to be kept; else `qkv` has it meanwhile.
+    pub qkv_raw: Option<Buffer>,
+    /// `[q | k | v]` after bias, head norms and rotation.
+    pub qkv: Buffer,
+    /// Attention's result.
+    pub attention: Buffer,
+    /// Log-sum-exp of the scores, `[T, heads]`, float32.
+    pub lse: Buffer,
+    /// `[gate | up]`.
+    pub gate_up: Buffer,
+    /// The MLP's inner activation.
+    pub inner: Buffer,
+    /// What adapters have between their factors, `[T, rank]`; none without adapters.
+    pub low_rank: Option<Buffer>,
+}
+
+/// Where keys and values go beside the batch: a layer's cache, and the row of it that each row of the batch has, int32.
+#[derive(Clone, Copy)]
+pub(super) struct CacheRows<'a> {
+    pub cache: Address,
+    pub rows: &'a Buffer,
+}
+
+impl Decoder {
+    /// Copies a model's weights to the device, span by span; the host never holds more than one.
+    ///
+    /// # Errors
+    /// A tensor that is missing or of another shape; a device that has no room; heads that no kernel takes.
+    pub fn new(
+        device: &Device,
+        config: &Config,
+        source: &(impl Source + ?Sized),
+        precision: Precision,
+    ) -> Result<Self> {
+        let put = |span: &Span, format| device.buffer_in(&source.get(span)?, format);
+        Self::build(device, config, precision, put)
+    }
+
+    /// A decoder over parameters that are on the device, flat as [`Params`] lays them out: it is what they become.
+    /// `masters` are float32, `working` the same in `precision`.
+    ///
+    /// # Errors
+    /// Heads that no kernel takes; sizes so odd that parameters do not begin where kernels can read four at once.
+    pub fn over(
+        device: &Device,
+        config: &Config,
+        precision: Precision,
+        masters: &Buffer,
+        working: &Buffer,
+    ) -> Result<Self> {
+        Self::build(device, config, precision, |span, format| {
+            ensure!(
+                span.range.start.is_multiple_of(4),
+                "{:?} does not begin at a multiple of 16 bytes, as training on a GPU wants it: use --device cpu",
+                span.tensors[0].0
+            );
+            let flat = match format {
+                Precision::F32 => masters,
+                Precision::Bf16 => working,
+            };
+            Ok(flat.part(span.range.start, span.range.len(), bytes_of(format)))
+        })
+    }
+
+    /// `put` gives the place of a span in a format.
+    fn build(
+        device: &Device,
+        config: &Config,
+        precision: Precision,
+        put: impl Fn(&Span, Precision) -> Result<Buffer>,
+    ) -> Result<Self> {
+        let params = Params::new(config);
+        let kernels = Kernels::new(precision, config.head_dim)?;
+        let in_format = |span: &Span| put(span, precision);
+        let vector = |span: &Span| put(span, Precision::F32);
+        let linear = |m: &Matrix| -> Result<Linear> {
+            Ok(Linear {
+                weight: in_format(&m.weight)?,
+                bias: m.bias.as_ref().map(vector).transpose()?,
+                rows: m.rows,
+                cols: m.cols,
+                adapters: vec![],
+            })
+        };
+        let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
+            Ok(Layer {
+                heads: Heads {
+                    query: config.heads,
+                    kv: config.kv_heads,
+                    dim: config.head_dim,
+                    window: config.windows[i],
+                },
+                input_norm: vector(&p.input_norm)?,
+                qkv: linear(&p.qkv)?,
+                head_norms: p
+                    .head_norms
+                    .as_ref()
+                    .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
+                    .transpose()?,
+                output: linear(&p.output)?,
+                mlp_norm: vector(&p.mlp_norm)?,
+                gate_up: linear(&p.gate_up)?,
+                down: linear(&p.down)?,
+            })
+        };
+        Ok(Self {
+            embedding: in_format(&params.embedding)?,
+            head: params.head.as_ref().map(in_format).transpose()?,
+            layers: params
+                .layers
+                .iter()
+                .enumerate()
+                .map(layer)
+                .collect::<Result<_>>()?,
+            norm: vector(&params.norm)?,
+            rotary: Mutex::new(None),
+            config: config.clone(),
+            precision,
+            device: device.clone(),
+            kernels,
+        })
+    }
+
+    /// The bytes that the weights of such a model take on a device.
+    pub fn weight_bytes(config: &Config, precision: Precision) -> usize {
+        Params::new(config).len * bytes_of(precision)
+    }
+
+    /// Bytes of a number of weights and activations.
+    pub fn size(&self) -> usize {
+        bytes_of(self.precision)
+    }
+
+    /// The bytes that a pass takes for each token.
+    pub fn pass_bytes(&self) -> usize {
+        let c = &self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn;
+        in_format * self.size() + (c.hidden + c.heads) * size_of::<f32>()
+    }
+
+    /// Room for the activations of so many tokens.
+    pub fn pass(&self, tokens: usize) -> Result<Pass> {
+        let (c, heads) = (&self.config, self.heads(0));
+        let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        Ok(Pass {
+            x: rows(c.hidden, size_of::<f32>())?,
+            normed: rows(c.hidden, self.size())?,
+            qkv_raw: None,
+            qkv: rows(heads.qkv_width(), self.size())?,
+            attention: rows(heads.q_width(), self.size())?,
+            lse: rows(heads.query, size_of::<f32>())?,
+            gate_up: rows(2 * c.ffn, self.size())?,
+            inner: rows(c.ffn, self.size())?,
+            low_rank: match self.rank() {
+                0 => None,
+                rank => Some(rows(rank, self.size())?),
+            },
+        })
+    }
+
+    /// The largest rank of its adapters; 0 where it has none.
+    pub(super) fn rank(&self) -> usize {
+        let linears = self.layers.iter().flat_map(Layer::linears);
+        let adapters = linears.flat_map(|linear| &linear.adapters);
+        adapters.map(|adapter| adapter.rank).max().unwrap_or(0)
+    }
+
+    /// The LM head, `[vocab, hidden]`.
+    pub fn head(&self) -> &Buffer {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// How the heads of layer `i` are laid out.
+    pub fn heads(&self, i: usize) -> Heads {
+        self.layers[i].heads
+    }
+
+    /// Sizes of the attention kernels.
+    pub fn attention_tiles(&self) -> AttentionTiles {
+        let rows = match self.precision {
+            Precision::Bf16 => 64,
+            Precision::F32 => 32,
+        };
+        let size = self.size();
+        AttentionTiles {
+            rows,
+            threads: 2 * rows,
+            pitch: (self.kernels.head_size + 16 / size) * size,
+            extra: match self.precision {
+                Precision::Bf16 => 0,
+                Precision::F32 => rows * (rows + 4) * 4,
+            },
+        }
+    }
+
+    /// The head size that attention is compiled for.
+    pub(super) fn head_size(&self) -> usize {
+        self.kernels.head_size
+    }
+
+    /// The rotation of at least so many positions.
+    pub(super) fn rotation(&self, positions: usize) -> Result<Arc<Rotation>> {
+        let mut rotary = self.rotary.lock().expect("no thread panics with the lock");
+        if let Some(table) = &*rotary
+            && table.positions >= positions
+        {
+            return Ok(table.clone());
+        }
+        let positions = positions.next_power_of_two();
+        let table = Rotary::new(&self.config.rope.inv_freq(self.config.head_dim), positions);
+        let (cos, sin) = table.tables();
+        let table = Arc::new(Rotation {
+            cos: self.device.buffer_of(cos)?,
+            sin: self.device.buffer_of(sin)?,
+            positions,
+        });
+        *rotary = Some(table.clone());
+        Ok(table)
+    }
+
+    /// Copies a batch's shape to the device.
+    pub fn shape(&self, layout: &Layout) -> Result<Shape> {
+        let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
+        let tiles = tiles(layout, self.attention_tiles().rows);
+        Ok(Shape {
+            tokens: layout.tokens(),
+            positions: self.device.buffer_of(&positions)?,
+            tile_count: tiles.len(),
+            tiles: self.device.buffer_of(&tiles)?,
+            rotary: self.rotation(layout.longest())?,
+        })
+    }
+
+    /// The rows of the embedding of `tokens` (int32), `count` of them, into the residual stream.
+    pub(super) fn embed(&self, tokens: &Buffer, count: usize, x: &Buffer) -> Result<()> {
+        let width = self.config.hidden as i32;
+        self.device.launch(
+            &self.kernels.embed,
+            Launch::row(count, THREADS),
+            args![&self.embedding, tokens, x, width],
+        )
+    }
+
+    /// The residual stream after the last layer is left in `pass.x`. `cache` says where a layer's keys and values go
+    /// beside the pass.
+    pub(super) fn forward<'c>(
+        &self,
+        shape: &Shape,
+        tokens: &[u32],
+        pass: &Pass,
+        cache: impl Fn(usize) -> Option<CacheRows<'c>>,
+    ) -> Result<()> {
+        assert_eq!(shape.tokens, tokens.len());
+        let tokens = self.device.buffer_of(tokens)?;
+        self.embed(&tokens, shape.tokens, &pass.x)?;
+        for i in 0..self.layers.len() {
+            self.project(i, shape, pass, cache(i))?;
+            self.attend(i, shape, pass)?;
+            self.finish(i, shape.tokens, pass)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn project(
+        &self,
+        i: usize,
+        shape: &Shape,
+        pass: &Pass,
+        cache: Option<CacheRows>,
+    ) -> Result<()> {
+        self.project_rows(
+            i,
+            shape.tokens,
+            &shape.positions,
+            &shape.rotary,
+            pass,
+            cache,
+        )
+    }
+
+    /// The part of layer `i` before attention: from `pass.x` to `pass.qkv`, each row at its position.
+    pub(super) fn project_rows(
+        &self,
+        i: usize,
+        count: usize,
+        positions: &Buffer,
+        rotary: &Rotation,
+        pass: &Pass,
+        cache: Option<CacheRows>,
+    ) -> Result<()> {
+        let (layer, heads, eps) = (&self.layers[i], self.heads(i), self.config.norm_eps);
+        self.norm(&pass.x, None, &layer.input_norm, count, &pass.normed)?;
+        let raw = pass.qkv_raw.as_ref().unwrap_or(&pass.qkv);
+        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
+        let (q_norm, k_norm) = match &layer.head_norms {
+            Some((q, k)) => (q.address(), k.address()),
+            None => (0, 0),
+        };
+        let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
+        self.device.launch(
+            &self.kernels.qkv_rope,
+            Launch::row(count, THREADS),
+            args![
+                raw,
+                &pass.qkv,
+                layer.qkv.bias.as_ref(),
+                q_norm,
+                k_norm,
+                eps,
+                &rotary.cos,
+                &rotary.sin,
+                positions,
+                cache,
+                cache_rows,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+            ],
+        )
+    }
+
+    /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`.
+    pub fn attend(&self, i: usize, shape: &Shape, pass: &Pass) -> Result<()> {
+        let (heads, tiles) = (self.heads(i), self.attention_tiles());
+        let launch = Launch::plane(heads.query, shape.tile_count, tiles.threads)
+            .shared(3 * tiles.rows * tiles.pitch + tiles.extra);
+        self.device.launch(
+            &self.kernels.attention,
+            launch,
+            args![
+                &pass.qkv,
+                &pass.attention,
+                &pass.lse,
+                &shape.tiles,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+                heads.window.unwrap_or(0) as i32,
+                heads.scale(),
+            ],
+        )
+    }
+
+    /// The part of layer `i` after attention: `pass.x` gains the output projection and the MLP.
+    pub(super) fn finish(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        self.widen(i, count, pass)?;
+        self.narrow(i, count, pass, &pass.x)
+    }
+
+    /// `pass.x` gains attention's output projection; from it to `pass.gate_up`.
+    pub(super) fn widen(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        let layer = &self.layers[i];
+        self.add(&layer.output, &pass.attention, &pass.x, count, pass)?;
+        self.norm(&pass.x, None, &layer.mlp_norm, count, &pass.normed)?;
+        self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count, pass)?;
+        match &layer.gate_up.bias {
+            Some(bias) => {
+                let width = 2 * self.config.ffn;
+                self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, width)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The residual stream `x` gains the MLP of `pass.gate_up`.
+    pub(super) fn narrow(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
+        let ffn = self.config.ffn;
+        self.device.launch(
+            &self.kernels.swiglu,
+            Launch::plane(count, ffn.div_ceil(1024), THREADS),
+            args![&pass.gate_up, &pass.inner, ffn as i32],
+        )?;
+        self.add(&self.layers[i].down, &pass.inner, x, count, pass)
+    }
+
+    /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.
+    pub fn final_norm(
+        &self,
+        x: &Buffer,
+        rows: Option<&Buffer>,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.norm(x, rows, &self.norm, count, out)
+    }
+
+    /// Logits of rows after the last norm for words `first …` of the vocabulary: `logits` `[count, words]`, float32.
+    pub fn logits(
+        &self,
+        normed: Operand,
+        count: usize,
+        (first, words): (usize, usize),
+        logits: Operand,
+    ) -> Result<()> {
+        let hidden = self.config.hidden;
+        self.device.multiply(Product {
+            form: Form::RowsByRows,
+            m: count,
+            n: words,
+            k: hidden,
+            a: normed,
+            b: self.head().rows(first, hidden, self.precision),
+            c: logits,
+            scale: 1.0,
+            keep: 0.0,
+        })
+    }
+
+    pub(super) fn norm(
+        &self,
+        x: &Buffer,
+        rows: Option<&Buffer>,
+        weight: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
+        self.device.launch(
+            &self.kernels.rms_norm,
+            Launch::row(count, THREADS),
+            args![x, rows, weight, eps, out, width],
+        )
+    }
+
+    /// y = x·Wᵀ; the bias is left to whoever comes next.
+    fn product(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        y: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let y = y.rows(0, linear.rows, self.precision);
+        self.multiply(linear, x, y, count, 0.0, pass)
+    }
+
+    /// The residual stream gains x·Wᵀ + b.
+    fn add(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        stream: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let y = stream.rows(0, linear.rows, Precision::F32);
+        self.multiply(linear, x, y, count, 1.0, pass)?;
+        match &linear.bias {
+            Some(bias) => self.bias("add_bias_f32", stream, bias, count, linear.rows),
+            None => Ok(()),
+        }
+    }
+
+    fn multiply(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        y: Operand,
+        count: usize,
+        keep: f32,
+        pass: &Pass,
+    ) -> Result<()> {
+        let x = x.rows(0, linear.cols, self.precision);
+        self.device.multiply(Product {
+            form: Form::RowsByRows,
+            m: count,
+            n: linear.rows,
+            k: linear.cols,
+            a: x,
+            b: linear.weight.rows(0, linear.cols, self.precision),
+            c: y,
+            scale: 1.0,
+            keep,
+        })?;
+        for adapter in &linear.adapters {
+            let between = pass.low_rank.as_ref().expect("made with the adapters");
+            adapter.add(&self.device, x, y, count, between)?;
+        }
+        Ok(())
+    }
+
+    fn bias(
+        &self,
+        kernel: &str,
+        x: &Buffer,
+        bias: &Buffer,
+        count: usize,
+        width: usize,
+    ) -> Result<()> {
+        let launch = Launch::row(count, THREADS);
+        self.device
+            .launch(kernel, launch, args![x, bias, width as i32])
+    }
+}
+
+/// Cuts the segments of a batch into tiles of at most `most` rows. Those that see most come first: they take longest.
+fn tiles(layout: &Layout, most: usize) -> Vec<AttentionTile> {
+    let mut tiles = vec![];
+    let segments = layout.segments();
+    for (i, segment) in segments.iter().enumerate() {
+        // A root is seen by its branches up to the last.
+        let seen_by = match segment.prefix {
+            Some(_) => &segments[i..=i],
+            None => {
+                let branches = segments[i + 1..].iter().take_while(|s| s.prefix.is_some());
+                &segments[i..=i + branches.count()]
+            }
+        };
+        let end = seen_by.last().expect("itself at least").tokens.end;
+        let prefix = segment.prefix.clone().unwrap_or(0..0);
+        for first in segment.tokens.clone().step_by(most) {
+            tiles.push(AttentionTile {
+                first: first as i32,
+                rows: (segment.tokens.end - first).min(most) as i32,
+                start: segment.tokens.start as i32,
+                prefix: prefix.start as i32,
+                prefix_len: prefix.len() as i32,
+                end: end as i32,
+            });
+        }
+    }
+    tiles.sort_by_key(|t| std::cmp::Reverse(t.prefix_len + t.first + t.rows - t.start));
+    tiles
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_every_row_once_and_know_who_sees_them() {
+        let mut layout = Layout::default();
+        layout.push(70, &[3, 0, 40]);
+        layout.push(5, &[]);
+        let tiles = tiles(&layout, 32);
+        let mut rows = vec![0; layout.tokens()];
+        for tile in &tiles {
+            (tile.first..tile.first + tile.rows).for_each(|r| rows[r as usize] += 1);
+        }
+        assert!(rows.iter().all(|&n| n == 1), "{rows:?}");
+        let at = |first: i32| *tiles.iter().find(|t| t.first == first).unwrap();
+        assert_eq!(
+            at(64),
+            AttentionTile {
+                first: 64,
+                rows: 6,
+                start: 0,
+                prefix: 0,
+                prefix_len: 0,
+                end: 113
+            }
+        );
+        assert_eq!(
+            at(73),
+            AttentionTile {
+                first: 73,
+                rows: 32,
+                start: 73,
+                prefix: 0,
+                prefix_len: 70,
+                end: 113
+            }
+        );
+        assert_eq!(
+            at(113),
+            AttentionTile {
+                first: 113,
+                rows: 5,
+                start: 113,
+                prefix: 0,
+                prefix_len: 0,
+                end: 118
+            }
+        );
+        assert_eq!(tiles[0].first, 105, "the tile that sees most");
+    }
+}

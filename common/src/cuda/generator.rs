@@ -1,0 +1,501 @@
+//! Generation on the device: all sequences take a step together, as one captured graph.
+//!
+//! Keys and values lie in pages. A prompt's are stored once, for all of its samples; a sequence has its own pages for
+//! what it may generate, taken when it starts and given back when it ends. A step draws a token for each sequence from
+//! the logits that are there and runs those tokens; only the tokens and who is done come back. A prompt runs alone, and a
+//! step always runs all slots, used or not: so no product's shape depends on what else there is to do, and a sample is
+//! what it is whatever runs beside it.
+
+use super::args;
+use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
+use super::device::{Arg, Graph, Launch};
+use super::slots::{
+    DecodeTile, PAGE, PREFIX_SPLITS, SamplingParams, Sequence, Sizes, Slots, bits_of, seen_words,
+};
+use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
+use crate::kernels::attention::Layout;
+use crate::kernels::gemm::Precision;
+use anyhow::{Result, ensure};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Why the kernel ended a sequence.
+const END_TOKEN: i32 = 1;
+/// A slot that nobody uses, or whose sequence the host has ended.
+const IDLE: i32 = 3;
+
+/// What is kept of a prompt.
+#[derive(Default)]
+struct Prompt {
+    /// Its keys and values, once it has run.
+    pages: Vec<i32>,
+    table: Option<usize>,
+}
+
+/// A response at work.
+struct Running {
+    group: usize,
+    number: usize,
+    token_ids: Vec<u32>,
+    pages: Vec<i32>,
+    /// As the device has it.
+    sequence: Sequence,
+}
+
+/// Generates on a device.
+pub struct Generator<'a> {
+    decoder: &'a Decoder,
+    how: Sampling,
+    groups: Queue<Prompt>,
+    slots: Vec<Option<Running>>,
+    pages: Pages,
+    memory: Slots,
+    rotary: Arc<Rotation>,
+    /// By the number of tiles: none for a number that ran once, which makes everything ready for capture.
+    graphs: HashMap<usize, Option<Graph>>,
+    /// The host's lists are not what the device has.
+    changed: bool,
+    tokens: u64,
+}
+
+/// Which pages, and which tables of prompts, are free.
+struct Pages {
+    free: Vec<i32>,
+    free_tables: Vec<usize>,
+    /// Entries of a table.
+    most: usize,
+    all: usize,
+}
+
+impl<'a> Generator<'a> {
+    /// At most `slots` sequences run at a time; without a number, as many as memory allows, up to 256.
+    ///
+    /// # Errors
+    /// No room for a single response.
+    pub fn new(
+        decoder: &'a Decoder,
+        how: Sampling,
+        end_ids: &[u32],
+        slots: Option<usize>,
+    ) -> Result<Self> {
+        let context = decoder.config.context;
+        let capacity = how.max_tokens.min(context);
+        let sizes = Sizes::new(decoder, capacity, how.repetition_penalty != 1.0);
+        let (slots, pages) = sizes.share_out(decoder.device.memory()?.free, slots)?;
+        let most = context
+            .div_ceil(PAGE)
+            .min(pages)
+            .max(capacity.div_ceil(PAGE));
+        let memory = Slots::new(decoder, &how, end_ids, (slots, capacity), (pages, most))?;
+        Ok(Self {
+            rotary: decoder.rotation(1)?,
+            groups: Queue::new(),
+            slots: (0..slots).map(|_| None).collect(),
+            pages: Pages {
+                free: (0..pages as i32).rev().collect(),
+                free_tables: (slots..2 * slots + 1).rev().collect(),
+                most,
+                all: pages,
+            },
+            memory,
+            graphs: HashMap::new(),
+            changed: true,
+            tokens: 0,
+            decoder,
+            how,
+        })
+    }
+
+    /// How many sequences run at a time.
+    pub fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn running(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    /// Starts waiting samples in free slots, as long as there are pages.
+    fn fill(&mut self) -> Result<()> {
+        while let Some(slot) = self.slots.iter().position(Option::is_none)
+            && let Some(group) = self.groups.next()
+        {
+            if !self.start(slot, group)? {
+                ensure!(
+                    self.running() > 0,
+                    "the GPU's memory holds keys of {} tokens: too few for a prompt of {} and a response",
+                    self.pages.all * PAGE,
+                    self.groups.group(group).request.prompt.len()
+                );
+                break; // until somebody gives pages back
+            }
+        }
+        Ok(())
+    }
+
+    /// How many tokens a response to a prompt of so many may have.
+    fn limit(&self, prompt: usize) -> usize {
+        self.how
+            .max_tokens
+            .min(self.decoder.config.context - prompt)
+    }
+
+    /// Pages for a response to a prompt of so many tokens.
+    fn own_pages(&self, prompt: usize) -> usize {
+        self.limit(prompt).div_ceil(PAGE)
+    }
+
+    /// Starts the next sample of a group in a slot, if there are pages for it.
+    fn start(&mut self, slot: usize, group: usize) -> Result<bool> {
+        let entry = self.groups.group(group);
+        let prompt = entry.request.prompt.len();
+        let (limit, own) = (self.limit(prompt), self.own_pages(prompt));
+        let shared = match entry.own.table {
+            None => prompt.div_ceil(PAGE),
+            Some(_) => 0,
+        };
+        if own + shared > self.pages.free.len() || shared > self.pages.most {
+            return Ok(false);
+        }
+        if shared > 0 {
+            self.prefill(group)?;
+        }
+        let pages = self.pages.take(own);
+        self.memory.tables.write(slot * self.pages.most, &pages)?;
+        let number = self.groups.start(group);
+        let entry = self.groups.group(group);
+        let table = entry.own.table.expect("the prompt ran");
+        let key = stream_key(self.how.seed, &entry.request.key, number);
+        let prefix_len = prompt as i32;
+        let sequence = Sequence {
+            prefix_table: table as i32,
+            prefix_len,
+            own_table: slot as i32,
+            limit: limit as i32,
+        };
+        self.memory.keys.write(slot * key.len(), &key)?;
+        if let Some(seen) = &self.memory.seen {
+            let words = seen_words(self.decoder.config.vocab);
+            let bits = bits_of(&entry.request.prompt, words);
+            seen.write(slot * words, &bits)?;
+        }
+        self.slots[slot] = Some(Running {
+            group,
+            number,
+            token_ids: vec![],
+            pages,
+            sequence,
+        });
+        self.changed = true;
+        Ok(true)
+    }
+
+    /// Runs a prompt: its keys and values into pages, the logits after it into the row of its table.
+    fn prefill(&mut self, group: usize) -> Result<()> {
+        let decoder = self.decoder;
+        let device = &decoder.device;
+        let entry = self.groups.group_mut(group);
+        let tokens = &entry.request.prompt;
+        let pages = self.pages.take(tokens.len().div_ceil(PAGE));
+        let table = self.pages.free_tables.pop().expect("a table for each slot");
+        self.memory.tables.write(table * self.pages.most, &pages)?;
+        let row = |i: usize| pages[i / PAGE] * PAGE as i32 + (i % PAGE) as i32;
+        let rows: Vec<i32> = (0..tokens.len()).map(row).collect();
+        let rows = device.buffer_of(&rows)?;
+        let mut layout = Layout::default();
+        layout.push(tokens.len(), &[]);
+        let shape = decoder.shape(&layout)?;
+        let pass = decoder.pass(tokens.len())?;
+        decoder.forward(&shape, tokens, &pass, |i| {
+            let cache = self.memory.layer(i);
+            Some(CacheRows { cache, rows: &rows })
+        })?;
+        let last = device.buffer_of(&[tokens.len() as i32 - 1])?;
+        decoder.final_norm(&pass.x, Some(&last), 1, &pass.normed)?;
+        let (width, vocab) = (decoder.config.hidden, decoder.config.vocab);
+        decoder.logits(
+            pass.normed.rows(0, width, decoder.precision),
+            1,
+            (0, vocab),
+            self.memory.logits.rows(table, vocab, Precision::F32),
+        )?;
+        entry.own.pages = pages;
+        entry.own.table = Some(table);
+        Ok(())
+    }
+
+    /// Brings what changed to the device.
+    fn update(&mut self) -> Result<usize> {
+        let tiles = self.tiles();
+        // Few sizes, so few graphs; a tile without rows does nothing.
+        let count = tiles.len().next_power_of_two();
+        if !self.changed {
+            return Ok(count);
+        }
+        let needed = |r: &Running| r.sequence.prefix_len + r.sequence.limit;
+        let longest = self.slots.iter().flatten().map(needed).max().unwrap_or(1);
+        let rotary = self.decoder.rotation(longest as usize)?;
+        if !Arc::ptr_eq(&rotary, &self.rotary) {
+            self.graphs.clear(); // they hold the old table's address
+            self.rotary = rotary;
+        }
+        let mut padded = tiles;
+        padded.resize(count, DecodeTile::default());
+        self.memory.tiles.write(0, &padded)?;
+        let slots = self.slots.len();
+        let (mut positions, mut finished) = (vec![0i32; slots], vec![IDLE; slots]);
+        let mut logit_rows: Vec<i32> = (0..slots as i32).collect();
+        let mut sequences = vec![Sequence::default(); slots];
+        let mut fresh = false;
+        for (slot, running) in self.slots.iter().enumerate() {
+            let Some(running) = running else { continue };
+            let sequence = running.sequence;
+            positions[slot] = sequence.prefix_len + running.token_ids.len() as i32 - 1;
+            finished[slot] = 0;
+            sequences[slot] = sequence;
+            if running.token_ids.is_empty() {
+                fresh = true;
+                logit_rows[slot] = sequence.prefix_table;
+            }
+        }
+        self.memory.sequences.write(0, &sequences)?;
+        self.memory.positions.write(0, &positions)?;
+        self.memory.state.write(slots, &finished)?;
+        self.memory.logit_rows.write(0, &logit_rows)?;
+        self.memory.cache_rows.write(0, &vec![-1i32; slots])?;
+        self.changed = fresh; // after their first draw they have logits of their own
+        Ok(count)
+    }
+
+    /// The queries of neighbouring slots that read the same prompt, cut to what a block takes.
+    fn tiles(&self) -> Vec<DecodeTile> {
+        let (each, most) = (
+            self.decoder.heads(0).group(),
+            self.decoder.attention_tiles().rows,
+        );
+        let prompt = |slot: &Option<Running>| {
+            let sequence = slot.as_ref()?.sequence;
+            Some((sequence.prefix_table, sequence.prefix_len))
+        };
+        let mut tiles = vec![];
+        let mut first = 0;
+        for together in self.slots.chunk_by(|a, b| prompt(a) == prompt(b)) {
+            let end = first + together.len() * each;
+            if let Some((prefix_table, prefix_len)) = prompt(&together[0]) {
+                tiles.extend((first..end).step_by(most).map(|row| DecodeTile {
+                    first: row as i32,
+                    rows: (end - row).min(most) as i32,
+                    prefix_table,
+                    prefix_len,
+                }));
+            }
+            first = end;
+        }
+        tiles
+    }
+
+    /// A draw for each running sequence, and the drawn tokens through the model.
+    fn launch_step(&self, tile_count: usize) -> Result<()> {
+        let (decoder, memory) = (self.decoder, &self.memory);
+        let (config, slots) = (&decoder.config, self.slots.len());
+        let how = SamplingParams {
+            temperature: self.how.temperature,
+            top_p: self.how.top_p,
+            min_p: self.how.min_p,
+            repetition_penalty: self.how.repetition_penalty,
+            top_k: i32::try_from(self.how.top_k).unwrap_or(0),
+        };
+        let finished = memory.state.element(slots, 4);
+        decoder.device.launch(
+            "sample",
+            Launch::row(slots, 512).shared(4 * config.vocab.div_ceil(1024) * 2),
+            args![
+                &memory.logits,
+                &memory.logit_rows,
+                config.vocab as i32,
+                Arg::plain(how),
+                &memory.keys,
+                memory.seen.as_ref(),
+                &memory.ends,
+                memory.end_count as i32,
+                &memory.sequences,
+                &memory.tables,
+                self.pages.most as i32,
+                &memory.drawn,
+                &memory.logps,
+                memory.capacity as i32,
+                &memory.state,
+                &memory.positions,
+                &memory.cache_rows,
+                finished,
+            ],
+        )?;
+        let pass = &memory.pass;
+        decoder.embed(&memory.state, slots, &pass.x)?;
+        for i in 0..config.layers {
+            let rows = memory.cache_rows(i);
+            decoder.project_rows(i, slots, &memory.positions, &self.rotary, pass, Some(rows))?;
+            self.attend(i, tile_count)?;
+            decoder.finish(i, slots, pass)?;
+        }
+        decoder.final_norm(&pass.x, None, slots, &memory.normed)?;
+        decoder.logits(
+            memory.normed.rows(0, config.hidden, decoder.precision),
+            slots,
+            (0, config.vocab),
+            memory.logits.rows(0, config.vocab, Precision::F32),
+        )
+    }
+
+    /// Attention of every slot's last token over its prompt and its own past.
+    fn attend(&self, layer: usize, tile_count: usize) -> Result<()> {
+        let (decoder, memory, slots) = (self.decoder, &self.memory, self.slots.len());
+        let (heads, tiles) = (decoder.heads(layer), decoder.attention_tiles());
+        let (own_splits, head_size) = (memory.own_splits, decoder.head_size());
+        let shared = (3 * tiles.rows * tiles.pitch)
+            .max(4 * 32 * tiles.pitch + 16 * head_size * 16 + 256)
+            + tiles.extra;
+        let launch = Launch::plane(
+            tile_count * PREFIX_SPLITS + slots * own_splits,
+            heads.kv * heads.group().div_ceil(16),
+            tiles.threads,
+        );
+        decoder.device.launch(
+            &decoder.kernels.decode_attention,
+            launch.shared(shared),
+            args![
+                &memory.pass.qkv,
+                memory.layer(layer),
+                &memory.partial,
+                &memory.partial_lse,
+                &memory.sequences,
+                &memory.positions,
+                &memory.tiles,
+                &memory.tables,
+                self.pages.most as i32,
+                slots as i32,
+                tile_count as i32,
+                PREFIX_SPLITS as i32,
+                own_splits as i32,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+                heads.window.unwrap_or(0) as i32,
+                heads.scale(),
+            ],
+        )?;
+        let rows = slots * heads.query;
+        decoder.device.launch(
+            &decoder.kernels.decode_merge,
+            Launch::row(rows.div_ceil(8), THREADS),
+            args![
+                &memory.partial,
+                &memory.partial_lse,
+                &memory.pass.attention,
+                (PREFIX_SPLITS + own_splits) as i32,
+                rows as i32,
+                heads.dim as i32,
+            ],
+        )
+    }
+
+    /// Runs a step: once as it comes, then captured, then as a graph.
+    fn run_step(&mut self, tile_count: usize) -> Result<()> {
+        match self.graphs.get(&tile_count) {
+            Some(Some(graph)) => return graph.run(),
+            Some(None) => {
+                let graph = self
+                    .decoder
+                    .device
+                    .capture(|| self.launch_step(tile_count))?;
+                graph.run()?;
+                self.graphs.insert(tile_count, Some(graph));
+            }
+            None => {
+                self.launch_step(tile_count)?;
+                self.graphs.insert(tile_count, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence; its slot and pages are free.
+    fn retire(&mut self, slot: usize, finish: Finish) -> Result<()> {
+        let running = self.slots[slot].take().expect("it runs");
+        let len = running.token_ids.len();
+        let logps: Vec<f32> = self.memory.logps.read(slot * self.memory.capacity, len)?;
+        let sample = Sample {
+            token_ids: running.token_ids,
+            finish,
+            logp: logps.iter().map(|&l| f64::from(l)).sum(),
+        };
+        self.pages.free.extend(running.pages);
+        let done = self.groups.finish(running.group, running.number, sample);
+        let prompt = &mut self.groups.group_mut(running.group).own;
+        if done {
+            self.pages.free.append(&mut prompt.pages);
+            self.pages.free_tables.extend(prompt.table.take());
+        }
+        self.changed = true;
+        Ok(())
+    }
+}
+
+impl Generate for Generator<'_> {
+    fn wants_prompt(&self) -> bool {
+        self.running() + self.groups.waiting() < self.slots.len()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn has_room_for(&self, prompt: usize) -> bool {
+        let shared = prompt.div_ceil(PAGE);
+        shared <= self.pages.most && shared + self.own_pages(prompt) <= self.pages.all
+    }
+
+    fn push(&mut self, request: Request) {
+        assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
+        self.groups.push(request, Prompt::default());
+    }
+
+    fn step(&mut self, stopped: Stopped) -> Result<()> {
+        self.fill()?;
+        if self.running() == 0 {
+            return Ok(());
+        }
+        let tile_count = self.update()?;
+        self.run_step(tile_count)?;
+        let slots = self.slots.len();
+        let state: Vec<i32> = self.memory.state.read(0, 2 * slots)?;
+        let (tokens, finished) = state.split_at(slots);
+        for slot in 0..slots {
+            let Some(running) = &mut self.slots[slot] else {
+                continue;
+            };
+            running.token_ids.push(tokens[slot] as u32);
+            self.tokens += 1;
+            if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
+                self.retire(slot, Finish::Stop)?;
+            } else if finished[slot] != 0 {
+                self.retire(slot, Finish::Length)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
+        self.groups.finished()
+    }
+}
+
+impl Pages {
+    fn take(&mut self, count: usize) -> Vec<i32> {
+        self.free.split_off(self.free.len() - count)
+    }
+}

@@ -1,0 +1,174 @@
+//! log p(y|x) on the device: big packed batches, only rows that predict a response token meet the LM head, and they meet
+//! it a tile of the vocabulary at a time.
+
+use super::args;
+use super::decoder::{Decoder, THREADS};
+use super::device::{Buffer, Device, Launch};
+use crate::kernels::gemm::Precision;
+use crate::logprob::{Batch, Group, in_parts};
+use anyhow::Result;
+
+/// Bytes of logits that exist at a time.
+const LOGITS: usize = 512 << 20;
+/// Words of a tile, at least (or all): enough for the matrix units.
+const WORDS: usize = 16 << 10;
+/// Tokens of a forward pass: beyond these nothing is gained.
+const MOST_TOKENS: usize = 32 << 10;
+/// Below these a GPU idles.
+const LEAST_TOKENS: usize = 2 << 10;
+
+/// log p of each target, float32 on the device.
+pub struct TargetLogps {
+    /// log p(target), nats.
+    pub logps: Buffer,
+    /// log Σ exp(logits).
+    pub lse: Buffer,
+}
+
+impl Decoder {
+    /// Tokens of a forward pass that fit what memory is free now.
+    ///
+    /// # Errors
+    /// A device that does not answer.
+    pub fn tokens_at_once(&self) -> Result<usize> {
+        let free = self.device.memory()?.free;
+        // Some is left to the rounding of allocations; rows of the LM head are at most as many as the tokens.
+        let for_passes = (free / 10 * 9).saturating_sub(LOGITS);
+        let each = self.pass_bytes() + self.config.hidden * self.size();
+        Ok((for_passes / each).clamp(LEAST_TOKENS, MOST_TOKENS))
+    }
+}
+
+/// Σ log p over the tokens of each response, in nats, groups and responses in order.
+pub fn score(decoder: &Decoder, groups: &[Group]) -> Result<Vec<f64>> {
+    let device = &decoder.device;
+    let batch = Batch::new(groups);
+    let shape = decoder.shape(&batch.layout)?;
+    let pass = decoder.pass(batch.tokens.len())?;
+    decoder.forward(&shape, &batch.tokens, &pass, |_| None)?;
+    let predicting = Predicting::new(decoder, &batch, &pass.x)?;
+    drop(pass);
+    let found = predicting.target_logps(decoder)?;
+    predicting.sums(device, &found.logps)
+}
+
+/// The rows of a batch that predict its targets.
+pub(super) struct Predicting {
+    /// How many.
+    pub count: usize,
+    /// Which they are in the batch, int32.
+    pub rows: Buffer,
+    /// What they should predict, int32.
+    pub targets: Buffer,
+    /// Their hidden states after the last norm, `[count, hidden]`.
+    pub normed: Buffer,
+    /// How many responses they are of.
+    pub responses: usize,
+    /// The first target of each response, and one past the last, int32.
+    pub offsets: Buffer,
+}
+
+impl Predicting {
+    /// Gathers them from the residual stream after the last layer.
+    pub fn new(decoder: &Decoder, batch: &Batch, x: &Buffer) -> Result<Self> {
+        let device = &decoder.device;
+        let count = batch.targets.len();
+        let rows: Vec<i32> = batch.rows.iter().map(|&r| r as i32).collect();
+        let rows = device.buffer_of(&rows)?;
+        let normed = device.allocate(count * decoder.config.hidden * decoder.size())?;
+        decoder.final_norm(x, Some(&rows), count, &normed)?;
+        let mut offsets = vec![0i32];
+        offsets.extend(batch.responses.iter().map(|r| r.end as i32));
+        Ok(Self {
+            count,
+            rows,
+            targets: device.buffer_of(&batch.targets)?,
+            normed,
+            responses: batch.responses.len(),
+            offsets: device.buffer_of(&offsets)?,
+        })
+    }
+
+    /// log p of their targets.
+    pub fn target_logps(&self, decoder: &Decoder) -> Result<TargetLogps> {
+        target_logps(decoder, &self.normed, &self.targets, self.count)
+    }
+
+    /// Sums of each response, in float64 where they are: a few numbers come back.
+    pub fn sums(&self, device: &Device, logps: &Buffer) -> Result<Vec<f64>> {
+        let sums = device.allocate(self.responses * size_of::<f64>())?;
+        device.launch(
+            "segment_sums",
+            Launch::row(self.responses.div_ceil(8), THREADS),
+            args![logps, &self.offsets, &sums, self.responses as i32],
+        )?;
+        sums.read(0, self.responses)
+    }
+}
+
+/// As [`score`] for many groups, with at most `limit` tokens in a forward pass.
+pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Result<Vec<Vec<f64>>> {
+    in_parts(groups, limit, |part| score(decoder, part))
+}
+
+/// log p of each of `count` targets (int32), for `normed` `[count, hidden]`, the hidden states after the last norm.
+pub fn target_logps(
+    decoder: &Decoder,
+    normed: &Buffer,
+    targets: &Buffer,
+    count: usize,
+) -> Result<TargetLogps> {
+    let device = &decoder.device;
+    let (vocab, width) = (decoder.config.vocab, decoder.config.hidden);
+    let floats = |n: usize| device.allocate(n * size_of::<f32>());
+    let found = TargetLogps {
+        logps: floats(count)?,
+        lse: floats(count)?,
+    };
+    let (rows_at_once, words_at_once) = tile(count, vocab);
+    let logits = floats(rows_at_once * words_at_once)?;
+    let state = floats(3 * rows_at_once)?;
+    for first in (0..count).step_by(rows_at_once) {
+        let rows = (count - first).min(rows_at_once);
+        let normed = normed.rows(first, width, decoder.precision);
+        for word in (0..vocab).step_by(words_at_once) {
+            let words = (vocab - word).min(words_at_once);
+            decoder.logits(
+                normed,
+                rows,
+                (word, words),
+                logits.rows(0, words, Precision::F32),
+            )?;
+            device.launch(
+                "logprob_update",
+                Launch::row(rows, THREADS),
+                args![
+                    &logits,
+                    targets.element(first, 4),
+                    &state,
+                    words as i32,
+                    word as i32,
+                    i32::from(word == 0),
+                ],
+            )?;
+        }
+        device.launch(
+            "logprob_finish",
+            Launch::row(rows.div_ceil(THREADS), THREADS),
+            args![
+                &state,
+                found.logps.element(first, 4),
+                found.lse.element(first, 4),
+                rows as i32,
+            ],
+        )?;
+    }
+    Ok(found)
+}
+
+/// Rows and words of a tile of logits: few words and many rows, so that the head's weights are read few times.
+pub(super) fn tile(rows: usize, vocab: usize) -> (usize, usize) {
+    let all = LOGITS / size_of::<f32>();
+    let words = (all / rows.max(1)).clamp(WORDS.min(vocab), vocab);
+    ((all / words).min(rows).max(1), words)
+}

@@ -1,0 +1,367 @@
+//! A forward pass that keeps what its backward pass needs, and the way back: LM head, last norm, layers, embedding.
+//!
+//! Logits and their gradient exist a tile at a time, never `[T, vocab]`. Each layer's input is kept; of the last layers
+//! all activations as far as there is room, those of the others are made again.
+
+use super::args;
+use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
+use super::decoder::{Decoder, Pass, Shape, THREADS};
+use super::device::{Buffer, Form, Launch, Operand, Product, bytes_of};
+use super::optimizer::elements;
+use super::scoring::{Predicting, TargetLogps, tile};
+use crate::kernels::gemm::Precision;
+use crate::logprob::Batch;
+use crate::weights::Config;
+use anyhow::Result;
+
+/// Rows of a launch over rows and columns, at most: a grid has no more in y.
+const MOST_ROWS: usize = 65_535;
+
+/// A forward pass with what its backward pass needs.
+pub struct Forward<'a> {
+    decoder: &'a Decoder,
+    batch: &'a Batch,
+    shape: Shape,
+    states: Vec<LayerState>,
+    /// Activations of whichever layer is at it; its `normed`, `inner` and `low_rank` serve all.
+    scratch: Pass,
+    /// The residual stream after the last layer.
+    x: Buffer,
+    predicting: Predicting,
+    found: TargetLogps,
+}
+
+impl<'a> Forward<'a> {
+    /// Runs the batch, keeping all activations of the last `whole` layers.
+    ///
+    /// # Errors
+    /// A device without room.
+    pub fn new(decoder: &'a Decoder, batch: &'a Batch, whole: usize) -> Result<Self> {
+        let device = &decoder.device;
+        let (tokens, layers) = (batch.tokens.len(), decoder.layers.len());
+        let shape = decoder.shape(&batch.layout)?;
+        let scratch = decoder.training_pass(tokens, None)?;
+        let stream = || device.allocate(tokens * decoder.config.hidden * size_of::<f32>());
+        let mut x = stream()?;
+        decoder.embed(&device.buffer_of(&batch.tokens)?, tokens, &x)?;
+        let mut states = vec![];
+        for i in 0..layers {
+            let kept = (i + whole >= layers)
+                .then(|| decoder.training_pass(tokens, Some(&scratch)))
+                .transpose()?;
+            let pass = kept.as_ref().unwrap_or(&scratch);
+            decoder.activations(i, &shape, &x, pass)?;
+            let next = stream()?;
+            next.copy_from(&pass.x, next.bytes())?;
+            decoder.narrow(i, tokens, pass, &next)?;
+            states.push(LayerState {
+                x: std::mem::replace(&mut x, next),
+                pass: kept,
+            });
+        }
+        let predicting = Predicting::new(decoder, batch, &x)?;
+        Ok(Self {
+            decoder,
+            batch,
+            shape,
+            states,
+            scratch,
+            x,
+            found: predicting.target_logps(decoder)?,
+            predicting,
+        })
+    }
+
+    /// Σ log p of each response, nats.
+    pub fn sums(&self) -> Result<Vec<f64>> {
+        (self.predicting).sums(&self.decoder.device, &self.found.logps)
+    }
+
+    /// Adds the gradients, given ∂L/∂(Σ log p) of each response.
+    pub fn backward(mut self, slopes: &[f32], gradients: Gradients) -> Result<()> {
+        let (decoder, tokens) = (self.decoder, self.batch.tokens.len());
+        let backward = Backward::new(decoder, gradients, &self.shape, self.predicting.count)?;
+        self.head(&backward, slopes, gradients)?;
+        backward.copy_dx()?;
+        for (i, state) in std::mem::take(&mut self.states)
+            .into_iter()
+            .enumerate()
+            .rev()
+        {
+            if state.pass.is_none() {
+                decoder.activations(i, &self.shape, &state.x, &self.scratch)?;
+            }
+            let pass = state.pass.as_ref().unwrap_or(&self.scratch);
+            backward.layer(i, &state.x, pass)?;
+        }
+        let Some(table) = gradients.span(&gradients.params.embedding) else {
+            return Ok(());
+        };
+        let order = Order::new(self.batch.tokens.iter().map(|&t| t as i32));
+        debug_assert_eq!(order.order.len(), tokens);
+        order.add(decoder, &backward.dx, table)
+    }
+
+    /// From the log-probs back to the residual stream after the last layer, tile by tile of the logits.
+    fn head(&self, backward: &Backward, slopes: &[f32], gradients: Gradients) -> Result<()> {
+        let (decoder, device) = (self.decoder, &self.decoder.device);
+        let (vocab, width) = (decoder.config.vocab, decoder.config.hidden);
+        let (count, params) = (self.predicting.count, gradients.params);
+        let floats = |n: usize| device.allocate(n * size_of::<f32>());
+        let d_logps = floats(count)?;
+        device.launch(
+            "spread",
+            Launch::row(self.predicting.responses.div_ceil(8), THREADS),
+            args![
+                &device.buffer_of(slopes)?,
+                &self.predicting.offsets,
+                &d_logps,
+                slopes.len() as i32,
+            ],
+        )?;
+        let (rows_at_once, words_at_once) = tile(count, vocab);
+        let rows_at_once = rows_at_once.min(MOST_ROWS);
+        let logits = floats(rows_at_once * words_at_once)?;
+        // In float32 the gradient takes the logits' place.
+        let d_logits = match decoder.precision {
+            Precision::F32 => logits.clone(),
+            Precision::Bf16 => {
+                device.allocate(rows_at_once * words_at_once * bytes_of(Precision::Bf16))?
+            }
+        };
+        let d_normed = floats(count * width)?;
+        let head = params.head.as_ref().unwrap_or(&params.embedding);
+        let d_head = gradients.span(head);
+        for first in (0..count).step_by(rows_at_once) {
+            let rows = (count - first).min(rows_at_once);
+            let normed = self.predicting.normed.rows(first, width, decoder.precision);
+            for word in (0..vocab).step_by(words_at_once) {
+                let words = (vocab - word).min(words_at_once);
+                let tile = logits.rows(0, words, Precision::F32);
+                decoder.logits(normed, rows, (word, words), tile)?;
+                device.launch(
+                    &decoder.kernels.of_format("logprob_backward"),
+                    Launch::plane(words.div_ceil(1024), rows, THREADS),
+                    args![
+                        &logits,
+                        self.predicting.targets.element(first, 4),
+                        self.found.lse.element(first, 4),
+                        d_logps.element(first, 4),
+                        &d_logits,
+                        words as i32,
+                        word as i32,
+                    ],
+                )?;
+                let d_tile = d_logits.rows(0, words, decoder.precision);
+                device.multiply(Product {
+                    form: Form::RowsByColumns,
+                    m: rows,
+                    n: width,
+                    k: words,
+                    a: d_tile,
+                    b: decoder.head().rows(word, width, decoder.precision),
+                    c: d_normed.rows(first, width, Precision::F32),
+                    scale: 1.0,
+                    keep: if word == 0 { 0.0 } else { 1.0 },
+                })?;
+                if let Some(at) = d_head {
+                    device.multiply(Product {
+                        form: Form::ColumnsByColumns,
+                        m: words,
+                        n: width,
+                        k: rows,
+                        a: d_tile,
+                        b: normed,
+                        c: Operand {
+                            at: at + (word * width * size_of::<f32>()) as u64,
+                            precision: Precision::F32,
+                            stride: width,
+                        },
+                        scale: 1.0,
+                        keep: 1.0,
+                    })?;
+                }
+            }
+        }
+        let dy = match decoder.precision {
+            Precision::F32 => d_normed.clone(),
+            Precision::Bf16 => {
+                let rounded = device.allocate(count * width * bytes_of(Precision::Bf16))?;
+                let n = count * width;
+                let args = args![&d_normed, &rounded, n as u64, 0u64, 0];
+                device.launch("round_bf16", elements(n), args)?;
+                rounded
+            }
+        };
+        let norm = Norm {
+            x: &self.x,
+            rows: Some(&self.predicting.rows),
+            count,
+            weight: &decoder.norm,
+            span: &params.norm,
+            dy: &dy,
+        };
+        // Each row reads its own of `dy` and has no more use of the sum that was rounded to it.
+        let d_gathered = floats(count * width)?;
+        backward.norm(&norm, &d_gathered, None, false)?;
+        let rows = Order::new(self.batch.rows.iter().map(|&r| r as i32));
+        rows.add(decoder, &d_gathered, backward.dx.address())
+    }
+}
+
+impl Decoder {
+    /// Room for the activations that a layer's backward pass reads. With `shared`, `normed`, `inner` and `low_rank`, which
+    /// it makes again, are that pass's.
+    fn training_pass(&self, tokens: usize, shared: Option<&Pass>) -> Result<Pass> {
+        let (c, heads) = (&self.config, self.heads(0));
+        let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        let (float, size) = (size_of::<f32>(), self.size());
+        Ok(Pass {
+            x: rows(c.hidden, float)?,
+            qkv_raw: match c.qk_norm {
+                true => Some(rows(heads.qkv_width(), size)?),
+                false => None,
+            },
+            qkv: rows(heads.qkv_width(), size)?,
+            attention: rows(heads.q_width(), size)?,
+            lse: rows(heads.query, float)?,
+            gate_up: rows(2 * c.ffn, size)?,
+            normed: match shared {
+                Some(pass) => pass.normed.clone(),
+                None => rows(c.hidden, size)?,
+            },
+            inner: match shared {
+                Some(pass) => pass.inner.clone(),
+                None => rows(c.ffn, size)?,
+            },
+            low_rank: match (shared, self.rank()) {
+                (Some(pass), _) => pass.low_rank.clone(),
+                (None, 0) => None,
+                (None, rank) => Some(rows(rank, size)?),
+            },
+        })
+    }
+
+    /// Layer `i` from its input `x` as far as its backward pass needs it; `pass.x` is the stream after attention.
+    fn activations(&self, i: usize, shape: &Shape, x: &Buffer, pass: &Pass) -> Result<()> {
+        pass.x.copy_from(x, x.bytes())?;
+        self.project(i, shape, pass, None)?;
+        self.attend(i, shape, pass)?;
+        self.widen(i, shape.tokens, pass)
+    }
+}
+
+/// Which rows are added to which row of a table, each table row once.
+struct Order {
+    rows: Vec<i32>,
+    starts: Vec<i32>,
+    order: Vec<i32>,
+}
+
+impl Order {
+    /// `targets` has the table row of every row.
+    fn new(targets: impl Iterator<Item = i32>) -> Self {
+        let mut sorted: Vec<(i32, i32)> = targets.zip(0..).collect();
+        sorted.sort_unstable();
+        let mut found = Self {
+            rows: vec![],
+            starts: vec![],
+            order: sorted.iter().map(|&(_, i)| i).collect(),
+        };
+        for (at, &(target, _)) in sorted.iter().enumerate() {
+            if found.rows.last() != Some(&target) {
+                found.rows.push(target);
+                found.starts.push(at as i32);
+            }
+        }
+        found.starts.push(sorted.len() as i32);
+        found
+    }
+
+    /// Adds the rows of `x`, as wide as the residual stream, to the table.
+    fn add(&self, decoder: &Decoder, x: &Buffer, table: u64) -> Result<()> {
+        let device = &decoder.device;
+        device.launch(
+            "add_rows",
+            Launch::row(self.rows.len(), THREADS),
+            args![
+                x,
+                &device.buffer_of(&self.rows)?,
+                &device.buffer_of(&self.starts)?,
+                &device.buffer_of(&self.order)?,
+                table,
+                decoder.config.hidden as i32,
+            ],
+        )
+    }
+}
+
+/// What training takes on a device beside the parameters: bytes, from a model's shape alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Footprint<'a> {
+    /// The model's shape.
+    pub config: &'a Config,
+    /// What is multiplied.
+    pub precision: Precision,
+    /// Of the adapters; 0 without.
+    pub rank: usize,
+}
+
+impl Footprint<'_> {
+    /// All of a part of so many tokens that predicts so many targets, with the activations of `whole` layers kept.
+    pub fn part(&self, tokens: usize, targets: usize, whole: usize) -> usize {
+        let c = self.config;
+        let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
+        let rounded = match self.precision {
+            Precision::F32 => 0,
+            Precision::Bf16 => size,
+        };
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        // The streams between layers, the activations that all layers share, and the gradients on their way.
+        let streams = (c.layers + 1) * c.hidden * float;
+        let shared = (c.hidden + c.ffn + self.rank) * size;
+        let gradients = (c.hidden + c.heads) * float + c.hidden * rounded + (2 * q + 2 * kv) * size;
+        let numbers = 4 * float; // tokens, positions, the order of rows
+        let of_tokens = tokens * (streams + shared + gradients + numbers);
+        // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.
+        let of_targets =
+            targets * (c.hidden * (size + 2 * float + rounded) + 3 * float + 8 * float);
+        let (rows, words) = tile(targets, c.vocab);
+        let logits = rows * words * (float + rounded);
+        let layers = (whole + 1) * tokens * self.layer();
+        of_tokens + of_targets + logits + layers + partial_bytes(c, tokens.max(targets))
+    }
+
+    /// The activations of a layer for each token.
+    fn layer(&self) -> usize {
+        let c = self.config;
+        let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
+        let q = c.heads * c.head_dim;
+        let qkv = q + 2 * c.kv_heads * c.head_dim;
+        let raw = if c.qk_norm { qkv } else { 0 };
+        (c.hidden + c.heads) * float + (raw + qkv + q + 2 * c.ffn) * size
+    }
+
+    /// How many layers' activations fit into `free` bytes beside the rest of such a part.
+    pub fn whole_layers(&self, tokens: usize, targets: usize, free: usize) -> usize {
+        let left = free.saturating_sub(self.part(tokens, targets, 0));
+        (left / (tokens * self.layer()).max(1)).min(self.config.layers)
+    }
+
+    /// Tokens of a part of which all activations can be kept in `free` bytes; where that is too few to be worth it, of one
+    /// whose activations are made again. In round numbers: a little more or less free memory does not change how a batch
+    /// is cut, and with that the order of sums.
+    pub fn tokens_at_once(&self, free: usize) -> usize {
+        let largest = |shift: usize, (least, most): (usize, usize), whole: usize| {
+            let mut sizes = (least >> shift..=most >> shift).rev().map(|n| n << shift);
+            sizes.find(|&tokens| self.part(tokens, tokens, whole) <= free)
+        };
+        largest(10, (LEAST_TOKENS, MOST_TOKENS), self.config.layers)
+            .or_else(|| largest(8, (1 << 8, LEAST_TOKENS), 0))
+            .unwrap_or(1)
+    }
+}
+
+/// Below these a GPU idles; above, nothing is gained.
+const LEAST_TOKENS: usize = 2 << 10;
+const MOST_TOKENS: usize = 16 << 10;

@@ -1,0 +1,323 @@
+//! The GPU's decoder, scoring and sampling, run with its own kernels on the CPU (feature `cuda-emulated`) and held to
+//! transformers' figures and to the CPU's decoder; on a real GPU, too, where there is one.
+
+mod shared;
+
+use common::cuda::{self, Device};
+use common::generate::{Generate, Generator, Request, Sample, Sampling};
+use common::kernels::gemm::Precision;
+use common::logprob::{self, Group};
+use common::model::Decoder;
+use common::weights::Weights;
+use serde_json::Value;
+use shared::{FAMILIES, devices, ids, open};
+
+fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
+    cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
+}
+
+/// The sequences of a family's figures as groups whose responses are every prefix, and Σ log p of each in float64.
+fn groups(figures: &Value) -> (Vec<Group>, Vec<f64>) {
+    let (mut groups, mut exact) = (vec![], vec![]);
+    for sequence in figures["sequences"].as_array().unwrap() {
+        let ids = ids(&sequence["ids"]);
+        let (prompt, response) = ids.split_at(sequence["prompt_len"].as_u64().unwrap() as usize);
+        groups.push(Group {
+            prompt: prompt.to_vec(),
+            responses: (1..=response.len())
+                .map(|n| response[..n].to_vec())
+                .collect(),
+        });
+        let mut sum = 0.0;
+        for logp in sequence["logps"].as_array().unwrap() {
+            sum += logp.as_f64().unwrap();
+            exact.push(sum);
+        }
+    }
+    (groups, exact)
+}
+
+#[test]
+fn log_probs_are_transformers() {
+    for device in devices() {
+        for family in FAMILIES {
+            let (weights, figures) = open(family);
+            let (groups, exact) = groups(&figures);
+            for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-2)] {
+                let decoder = on(&device, &weights, precision);
+                let scores = cuda::score(&decoder, &groups).unwrap();
+                assert_eq!(scores.len(), exact.len());
+                for (ours, exact) in scores.iter().zip(&exact) {
+                    assert!(
+                        (ours - exact).abs() < tolerance * exact.abs().max(1.0),
+                        "{family} in {precision:?}: {ours}, not {exact}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn how() -> Sampling {
+    Sampling {
+        temperature: 0.9,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        max_tokens: 12,
+        seed: 7,
+    }
+}
+
+fn requests(vocab: u32) -> Vec<Request> {
+    let request = |key: &str, prompt: Vec<u32>, k| Request {
+        key: key.into(),
+        prompt: prompt.into_iter().map(|t| t % vocab).collect(),
+        k,
+    };
+    vec![
+        request("a", vec![1, 2, 3], 3),
+        request("b", vec![9], 2),
+        request("c", (0..29).map(|i| i * 7 + 3).collect(), 4),
+        request("d", vec![30, 31], 1),
+    ]
+}
+
+fn run(
+    mut generator: Box<dyn Generate + '_>,
+    requests: Vec<Request>,
+) -> Vec<(String, Vec<Sample>)> {
+    let mut waiting = requests.into_iter();
+    let mut out = vec![];
+    loop {
+        while generator.wants_prompt() {
+            let Some(request) = waiting.next() else { break };
+            generator.push(request);
+        }
+        if generator.is_idle() {
+            return out;
+        }
+        generator.step(&|ids: &[u32]| ids.ends_with(&[5])).unwrap();
+        out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
+    }
+}
+
+fn assert_same(ours: &[(String, Vec<Sample>)], theirs: &[(String, Vec<Sample>)], what: &str) {
+    assert_eq!(ours.len(), theirs.len());
+    for ((key, ours), (other, theirs)) in ours.iter().zip(theirs) {
+        assert_eq!(key, other);
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert_eq!(ours.token_ids, theirs.token_ids, "{what}, prompt {key}");
+            assert_eq!(ours.finish, theirs.finish, "{what}, prompt {key}");
+            let off = (ours.logp - theirs.logp).abs();
+            assert!(off < 1e-3, "{what}, prompt {key}: log p off by {off}");
+        }
+    }
+}
+
+#[test]
+fn samples_are_the_cpus() {
+    for device in devices() {
+        for family in ["llama3", "llama-bias", "mistral", "qwen3"] {
+            let (weights, _) = open(family);
+            let vocab = weights.config.vocab as u32;
+            let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+            let gpu = on(&device, &weights, Precision::F32);
+            let ends = [0, 7];
+            let theirs = run(
+                Box::new(Generator::new(&cpu, how(), &ends, 4)),
+                requests(vocab),
+            );
+            for slots in [3, 16] {
+                let ours = cuda::Generator::new(&gpu, how(), &ends, Some(slots)).unwrap();
+                assert_eq!(ours.slots(), slots);
+                let ours = run(Box::new(ours), requests(vocab));
+                assert_same(&ours, &theirs, &format!("{family}, {slots} slots"));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_way_to_draw_is_the_cpus() {
+    for device in devices() {
+        let (weights, _) = open("llama");
+        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+        let gpu = on(&device, &weights, Precision::F32);
+        let ways = [
+            Sampling {
+                temperature: 0.0,
+                ..how()
+            },
+            Sampling {
+                temperature: 1.7,
+                ..how()
+            },
+            Sampling { top_k: 5, ..how() },
+            Sampling {
+                top_p: 0.7,
+                ..how()
+            },
+            Sampling {
+                min_p: 0.1,
+                ..how()
+            },
+            Sampling {
+                repetition_penalty: 1.3,
+                ..how()
+            },
+            Sampling {
+                top_k: 12,
+                top_p: 0.8,
+                min_p: 0.05,
+                repetition_penalty: 0.8,
+                ..how()
+            },
+            Sampling {
+                max_tokens: 1,
+                ..how()
+            },
+            Sampling {
+                max_tokens: 1000,
+                ..how()
+            },
+        ];
+        for way in ways {
+            let theirs = run(
+                Box::new(Generator::new(&cpu, way.clone(), &[2], 4)),
+                requests(64),
+            );
+            let ours = cuda::Generator::new(&gpu, way.clone(), &[2], Some(4)).unwrap();
+            assert_same(
+                &run(Box::new(ours), requests(64)),
+                &theirs,
+                &format!("{way:?}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn bfloat16_samples_know_their_log_probs() {
+    for device in devices() {
+        let (weights, _) = open("qwen3");
+        let gpu = on(&device, &weights, Precision::Bf16);
+        let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
+        let requests = requests(weights.config.vocab as u32);
+        for ((_, samples), request) in run(Box::new(generator), requests.clone())
+            .iter()
+            .zip(requests)
+        {
+            let group = Group {
+                prompt: request.prompt,
+                responses: samples.iter().map(|s| s.token_ids.clone()).collect(),
+            };
+            let scores = cuda::score(&gpu, &[group]).unwrap();
+            for (sample, score) in samples.iter().zip(scores) {
+                let off = (sample.logp - score).abs();
+                assert!(
+                    off < 1e-2 * score.abs().max(1.0),
+                    "{} but {score}",
+                    sample.logp
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_decides_how_many_run() {
+    let (weights, _) = open("llama");
+    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let vocab = weights.config.vocab as u32;
+    let theirs = run(
+        Box::new(Generator::new(&cpu, how(), &[0], 4)),
+        requests(vocab),
+    );
+    let mut seen = vec![];
+    for kilobytes in [50, 200, 400, 800, 1600] {
+        let device = cuda::emulated(kilobytes << 10);
+        let Ok(gpu) = cuda::Decoder::new(&device, &weights.config, &weights, Precision::F32) else {
+            seen.push(None);
+            continue;
+        };
+        match cuda::Generator::new(&gpu, how(), &[0], Some(8)) {
+            Ok(generator) => {
+                seen.push(Some(generator.slots()));
+                assert_same(
+                    &run(Box::new(generator), requests(vocab)),
+                    &theirs,
+                    "little memory",
+                );
+            }
+            Err(err) => {
+                assert!(format!("{err:#}").contains("lower --max-tokens"), "{err:#}");
+                seen.push(Some(0));
+            }
+        }
+    }
+    assert!(seen.windows(2).all(|w| w[0] <= w[1]), "{seen:?}");
+    assert!(
+        seen.contains(&None) && seen.contains(&Some(0)) && seen.last() > Some(&Some(1)),
+        "{seen:?}"
+    );
+}
+
+#[test]
+fn rewards_and_choices_are_the_methods() {
+    use common::reward::{Point, best_and_worst, implicit_reward};
+    let prompts: Vec<Vec<(f64, f64, u64)>> = vec![
+        vec![(-30.0, -31.5, 120), (-20.0, -19.0, 40), (-25.0, -26.0, 80)],
+        vec![],
+        vec![(-1.0, -1.0, 5), (-1.0, -1.0, 5), (-1.0, -1.0, 9)],
+        (0..70)
+            .map(|i| (-f64::from(i * 37 % 71), -35.25, i as u64 * 13 % 50))
+            .collect(),
+    ];
+    for device in devices() {
+        for alpha in [0.0, 0.001, 0.02, 1.0] {
+            let found = cuda::rewards(&device, &prompts, 0.1, alpha).unwrap();
+            for (found, prompt) in found.iter().zip(&prompts) {
+                let points: Vec<Point> = prompt
+                    .iter()
+                    .map(|&(policy, reference, length)| Point {
+                        reward: implicit_reward(0.1, policy, reference),
+                        length,
+                    })
+                    .collect();
+                let rewards: Vec<f64> = points.iter().map(|p| p.reward).collect();
+                assert_eq!(found.rewards, rewards);
+                assert_eq!(
+                    found.best_and_worst,
+                    best_and_worst(&points, alpha),
+                    "alpha {alpha}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_are_the_cpus_on_ragged_batches() {
+    for device in devices() {
+        let (weights, _) = open("qwen2-sliding");
+        let vocab = weights.config.vocab as u32;
+        let token = |i: u32| i.wrapping_mul(2_654_435_761) % vocab;
+        let groups: Vec<Group> = (0..7u32)
+            .map(|g| Group {
+                prompt: (0..1 + g * 6).map(|i| token(i + g)).collect(),
+                responses: (0..g % 4 + 1)
+                    .map(|r| (0..(r * 11 + g) % 21).map(|i| token(i + r * 99)).collect())
+                    .collect(),
+            })
+            .collect();
+        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+        let gpu = on(&device, &weights, Precision::F32);
+        let theirs = logprob::score_all(&cpu, &groups, 100);
+        let ours = cuda::score_all(&gpu, &groups, 100).unwrap();
+        for (ours, theirs) in ours.iter().flatten().zip(theirs.iter().flatten()) {
+            assert!((ours - theirs).abs() < 1e-3, "{ours}, not {theirs}");
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The tools with `--device cuda`, beside themselves on the CPU: on a GPU where there is one, else on the emulated one of
+//! a build with `--features common/cuda-emulated`, else skipped.
+
+use dice_tests::{Fields, Tiny, Tool, lines, number, text};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Two models, if the tools have a GPU to run on.
+fn world() -> Option<TempDir> {
+    let run = Tool::new("dice-gen", ["--device", "cuda", "--model", "nowhere"]).run();
+    let line = run.error_line();
+    if !line.contains("nowhere") {
+        eprintln!("skipped: {line}");
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for (name, seed) in [("pi", 1), ("ref", 2)] {
+        Tiny::default().write(&folder.path().join(name), seed);
+    }
+    Some(folder)
+}
+
+fn prompts() -> String {
+    let prompt = |i: usize| json!({"prompt": "Say it. ".repeat(i + 1), "id": format!("p{i}")});
+    lines(&(0..4).map(prompt).collect::<Vec<Value>>())
+}
+
+fn generate(folder: &TempDir, more: &[&str]) -> Vec<Fields> {
+    let model = text(&folder.path().join("pi"));
+    let args = [
+        "--model",
+        &model,
+        "--k",
+        "3",
+        "--max-tokens",
+        "16",
+        "--batch-size",
+        "5",
+        "--seed",
+        "3",
+    ];
+    let run = Tool::new("dice-gen", args).args(more).stdin(prompts());
+    run.run().ok().rows()
+}
+
+fn score(folder: &TempDir, rows: &[Fields], more: &[&str]) -> Vec<Fields> {
+    let [pi, reference] = ["pi", "ref"].map(|name| text(&folder.path().join(name)));
+    let rows: Vec<Value> = rows.iter().cloned().map(Value::from).collect();
+    let run = Tool::new("dice-score", ["--policy", &pi, "--ref", &reference]).args(more);
+    run.stdin(lines(&rows)).run().ok().rows()
+}
+
+fn assert_near(ours: &[Fields], theirs: &[Fields], field: &str, relative: f64) {
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        let (ours, theirs) = (number(ours, field), number(theirs, field));
+        let off = (ours - theirs).abs();
+        assert!(
+            off <= relative * theirs.abs().max(1.0),
+            "{field}: {ours}, not {theirs}"
+        );
+    }
+}
+
+#[test]
+fn samples_and_rewards_are_the_cpus() {
+    let Some(folder) = world() else { return };
+    for more in [
+        &[][..],
+        &["--top-k", "9", "--repetition-penalty", "1.2"],
+        &["--stop", "e"],
+    ] {
+        let on = |device| {
+            let more = [&["--device", device, "--dtype", "f32"], more].concat();
+            generate(&folder, &more)
+        };
+        let (gpu, cpu) = (on("cuda"), on("cpu"));
+        assert_eq!(gpu.len(), 12);
+        for (ours, theirs) in gpu.iter().zip(&cpu) {
+            for field in [
+                "id",
+                "sample",
+                "response",
+                "token_ids",
+                "finish_reason",
+                "model",
+            ] {
+                assert_eq!(ours[field], theirs[field], "{field}, {more:?}");
+            }
+        }
+        if more.is_empty() {
+            assert_near(&gpu, &cpu, "logp", 1e-4);
+        }
+    }
+    let mut rows = generate(&folder, &["--device", "cpu", "--dtype", "f32"]);
+    for row in &mut rows {
+        row.shift_remove("logp"); // or the policy would not be run
+    }
+    let cpu = score(&folder, &rows, &["--device", "cpu", "--dtype", "f32"]);
+    for (dtype, relative) in [("f32", 1e-4), ("bf16", 1e-2)] {
+        let gpu = score(&folder, &rows, &["--device", "cuda", "--dtype", dtype]);
+        for field in ["policy_logps", "ref_logps"] {
+            assert_near(&gpu, &cpu, field, relative);
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_one_clear_line() {
+    for tool in ["dice-gen", "dice-score"] {
+        let models: &[&str] = match tool {
+            "dice-gen" => &["--model", "nowhere"],
+            _ => &["--policy", "nowhere", "--ref", "nowhere"],
+        };
+        let run = Tool::new(tool, models).args(["--device", "cuda:99"]).run();
+        let line = run.error_line();
+        assert!(
+            line.contains("--device cuda:99") && !line.contains("panicked"),
+            "{line}"
+        );
+    }
+}
