@@ -51,6 +51,9 @@ __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" :::
 template <int left>
 __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
 
+// A GPU faults where an access is not aligned; the emulated device stops with a message.
+__device__ inline void check_aligned(const void*, size_t) {}
+
 // 2ˣ to about two units in the last place; subnormal results are zero.
 __device__ inline float exp2_fast(float x) {
     float y;
@@ -97,6 +100,7 @@ template <int N> struct Few {
 
     template <class T> struct alignas(N * sizeof(T)) Stored { T at[N]; };
     template <class T> __device__ static Few load(const T* from) {
+        check_aligned(from, sizeof(Stored<T>));
         Stored<T> stored = *reinterpret_cast<const Stored<T>*>(from);
         Few x;
 #pragma unroll
@@ -104,6 +108,7 @@ template <int N> struct Few {
         return x;
     }
     template <class T> __device__ void store(T* to) const {
+        check_aligned(to, sizeof(Stored<T>));
         Stored<T> stored;
 #pragma unroll
         for (int i = 0; i < N; ++i) stored.at[i] = narrow<T>(at[i]);

@@ -10,6 +10,7 @@
 // - Launch: grid (x, y, z), block (threads, 1, 1) with `threads` the first argument of KERNEL, dynamic shared memory 0
 //   unless a rule is given. A grid with a zero is not to be launched. Over 48 KiB of dynamic shared memory needs
 //   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES on the device.
+// - Buffers begin at multiples of 16 bytes, vectors (weights of norms, biases, tables of angles) anywhere.
 // - No kernel uses atomics on floats: the same input gives the same bits.
 #pragma once
 #include "device.h"

@@ -6,13 +6,13 @@ namespace device {
 // A running log-sum-exp: Σ exp(l − max). Empty: max = −∞, sum = 0.
 struct Running {
     float max, sum;
-    __device__ void add(float x) {
-        if (x > max) {
-            sum = sum * exp2_fast((max - x) * LOG2E) + 1.0f;  // 0 where max was −∞
-            max = x;
-        } else if (x > -INFINITY) {
-            sum += exp2_fast((x - max) * LOG2E);
-        }
+    template <int N> __device__ void add(const Few<N>& x) {
+        float top = max;
+        for (float l : x.at) top = fmaxf(top, l);
+        if (top == -INFINITY) return;
+        sum *= exp2_fast((max - top) * LOG2E);  // 0 where max was −∞
+        for (float l : x.at) sum += exp2_fast((l - top) * LOG2E);
+        max = top;
     }
 };
 
@@ -23,7 +23,7 @@ KERNEL(256, logprob_update, const float* logits, const int* targets, float* stat
     const float* row = logits + (long long)blockIdx.x * words;
     float* kept = state + (long long)blockIdx.x * 3;
     Running own{-INFINITY, 0};
-    for (int c = threadIdx.x; c < words; c += blockDim.x) own.add(row[c]);
+    for_columns(0, words, words, [&](int c, auto few) { own.add(few.load(row + c)); });
     float before = begin ? -INFINITY : kept[0];
     float max = fmaxf(block_max(own.max), before);
     float sum = block_sum(own.max == -INFINITY ? 0.0f : own.sum * expf(own.max - max));
@@ -54,11 +54,14 @@ __device__ void logprob_backward(const float* logits, const int* targets, const 
     int r = blockIdx.y, word = targets[r] - first;
     long long at = (long long)r * words;
     float d = d_logps[r], shift = lse[r];
-    int last = min(int(blockIdx.x + 1) * 1024, words);
-    for (int c = blockIdx.x * 1024 + int(threadIdx.x); c < last; c += blockDim.x) {
-        float p = exp2_fast((logits[at + c] - shift) * LOG2E);
-        d_logits[at + c] = narrow<T>(d * ((c == word ? 1.0f : 0.0f) - p));
-    }
+    for_columns(blockIdx.x * 1024, min(int(blockIdx.x + 1) * 1024, words), words, [=](int c, auto few) {
+        auto l = few.load(logits + at + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) {
+            float p = exp2_fast((l.at[i] - shift) * LOG2E);
+            l.at[i] = d * ((c + i == word ? 1.0f : 0.0f) - p);
+        }
+        l.store(d_logits + at + c);
+    });
 }
 
 }  // namespace device

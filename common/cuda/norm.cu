@@ -1,4 +1,5 @@
-// RMSNorm of the residual stream and its gradient: y = x / √(mean(x²) + ε) · w, a block for a row.
+// RMSNorm of the residual stream and its gradient: y = x / √(mean(x²) + ε) · w, a block for a row. (A weight may lie
+// anywhere in a flat buffer, so it is read one by one; rows are read in fours.)
 #include "kernels.h"
 
 namespace device {
@@ -14,8 +15,8 @@ __device__ void rms_norm(const float* x, const int* rows, const float* weight, f
     });
     float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
     for_columns(0, width, width, [&](int c, auto few) {
-        auto v = few.load(from + c), w = few.load(weight + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] *= scale * w.at[i];
+        auto v = few.load(from + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] *= scale * weight[c + i];
         v.store(to + c);
     });
 }
@@ -37,17 +38,17 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
         float* dx_row = dx + (long long)r * width;
         float squares = 0, product = 0;
         for_columns(0, width, width, [&](int c, auto few) {
-            auto v = few.load(from + c), w = few.load(weight + c), d = few.load(dy_row + c);
-            for (int i = 0; i < int(sizeof few / 4); ++i) squares += v.at[i] * v.at[i], product += v.at[i] * w.at[i] * d.at[i];
+            auto v = few.load(from + c), d = few.load(dy_row + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) squares += v.at[i] * v.at[i], product += v.at[i] * weight[c + i] * d.at[i];
         });
         float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
         float mean = block_sum(product) * scale / width;
         for_columns(0, width, width, [&](int c, auto few) {
-            auto v = few.load(from + c), w = few.load(weight + c), d = few.load(dy_row + c);
+            auto v = few.load(from + c), d = few.load(dy_row + c);
             if (add) few = few.load(dx_row + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) {
                 float normed = v.at[i] * scale;
-                few.at[i] = (add ? few.at[i] : 0.0f) + scale * (d.at[i] * w.at[i] - normed * mean);
+                few.at[i] = (add ? few.at[i] : 0.0f) + scale * (d.at[i] * weight[c + i] - normed * mean);
                 d_weight[c + i] += d.at[i] * normed;
             }
             few.store(dx_row + c);

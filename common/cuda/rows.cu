@@ -6,12 +6,16 @@ namespace device {
 template <class T> __device__ void embed(const T* table, const int* tokens, float* out, int width) {
     const T* from = table + (long long)tokens[blockIdx.x] * width;
     float* to = out + (long long)blockIdx.x * width;
-    for (int c = threadIdx.x; c < width; c += blockDim.x) to[c] = widen(from[c]);
+    for_columns(0, width, width, [=](int c, auto few) { few.load(from + c).store(to + c); });
 }
 
 template <class T> __device__ void add_bias(T* x, const float* bias, int width) {
     T* row = x + (long long)blockIdx.x * width;
-    for (int c = threadIdx.x; c < width; c += blockDim.x) row[c] = narrow<T>(widen(row[c]) + bias[c]);
+    for_columns(0, width, width, [=](int c, auto few) {
+        auto v = few.load(row + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] += bias[c + i];
+        v.store(row + c);
+    });
 }
 
 // A thread keeps one column, so that a warp reads neighbours and each sum has the order of the rows.

@@ -202,11 +202,16 @@ Slot& warp_instruction(const char* name, const void* in, size_t bytes, void (*op
     return slots[fiber.thread % 32];
 }
 
+void check_aligned(const void* at, size_t bytes) {
+    if (uintptr_t(at) % bytes != 0) stop("an access that is not aligned in ", block.entry->name);
+}
+
 // ---- Asynchronous copies --------------------------------------------------------------------------------------------
 // A GPU makes them at some time between their start and the wait: here at once in order 1, at the wait in all others.
 
 void copy_async(void* to, const void* from, bool valid) {
-    if (uintptr_t(to) % 16 != 0 || (valid && uintptr_t(from) % 16 != 0)) stop("a copy of 16 bytes that are not aligned");
+    check_aligned(to, 16);
+    if (valid) check_aligned(from, 16);
     auto& batches = current->batches;
     if (batches.empty()) batches.emplace_back();
     batches.back().push_back({to, from, valid});
@@ -290,12 +295,12 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 void load_matrices(uint32_t (&r)[4], const bf16* row) {
-    if (uintptr_t(row) % 16 != 0) emulate::stop("a matrix row that is not aligned");
+    emulate::check_aligned(row, 16);
     memcpy(r, emulate::warp_instruction("ldmatrix", &row, sizeof row, load<false>, 0).out, sizeof r);
 }
 
 void load_transposed(uint32_t (&r)[4], const bf16* row) {
-    if (uintptr_t(row) % 16 != 0) emulate::stop("a matrix row that is not aligned");
+    emulate::check_aligned(row, 16);
     memcpy(r, emulate::warp_instruction("ldmatrix.trans", &row, sizeof row, load<true>, 0).out, sizeof r);
 }
 

@@ -45,6 +45,7 @@ struct Slot {
 // Waits for the other lanes; the last one there runs `operation` on the slots of all. Gives this lane's slot.
 Slot& warp_instruction(const char* name, const void* in, size_t bytes, void (*operation)(Slot* slots, int argument), int argument);
 
+void check_aligned(const void* at, size_t bytes);
 void copy_async(void* to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int left);
@@ -182,6 +183,7 @@ namespace device {
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void load_matrices(uint32_t (&r)[4], const bf16* row);
 void load_transposed(uint32_t (&r)[4], const bf16* row);
+inline void check_aligned(const void* at, size_t bytes) { emulate::check_aligned(at, bytes); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy_async(to, from, valid); }
 inline void copy_commit() { emulate::copy_commit(); }
 template <int left> void copy_wait() { emulate::copy_wait(left); }

@@ -70,7 +70,13 @@ pub(super) struct Norm<'a> {
 }
 
 impl<'a> Backward<'a> {
-    pub fn new(decoder: &'a Decoder, gradients: Gradients<'a>, shape: &'a Shape) -> Result<Self> {
+    /// `targets` may be more than the rows of the batch: a prompt's last row predicts once for each response.
+    pub fn new(
+        decoder: &'a Decoder,
+        gradients: Gradients<'a>,
+        shape: &'a Shape,
+        targets: usize,
+    ) -> Result<Self> {
         let (count, heads) = (shape.tokens, decoder.heads(0));
         let (size, hidden) = (decoder.size(), decoder.config.hidden);
         let rows = |width: usize, size: usize| decoder.device.allocate(count * width * size);
@@ -85,9 +91,8 @@ impl<'a> Backward<'a> {
             d_qkv: rows(heads.qkv_width(), size)?,
             d_attention: rows(heads.q_width(), size)?,
             delta: rows(heads.query, size_of::<f32>())?,
-            partial: decoder
-                .device
-                .allocate(partial_bytes(&decoder.config, count))?,
+            partial: (decoder.device)
+                .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
             decoder,
             gradients,
             shape,
@@ -400,7 +405,7 @@ impl<'a> Backward<'a> {
     }
 }
 
-/// What partial sums take, whichever needs most.
+/// What partial sums over at most so many rows take, whichever needs most.
 pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
     let mut most = count.min(NORM_BLOCKS) * config.hidden;
     if config.qk_norm {

@@ -80,7 +80,7 @@ impl<'a> Forward<'a> {
     /// Adds the gradients, given ∂L/∂(Σ log p) of each response.
     pub fn backward(mut self, slopes: &[f32], gradients: Gradients) -> Result<()> {
         let (decoder, tokens) = (self.decoder, self.batch.tokens.len());
-        let backward = Backward::new(decoder, gradients, &self.shape)?;
+        let backward = Backward::new(decoder, gradients, &self.shape, self.predicting.count)?;
         self.head(&backward, slopes, gradients)?;
         backward.copy_dx()?;
         for (i, state) in std::mem::take(&mut self.states)
@@ -329,7 +329,7 @@ impl Footprint<'_> {
         let (rows, words) = tile(targets, c.vocab);
         let logits = rows * words * (float + rounded);
         let layers = (whole + 1) * tokens * self.layer();
-        of_tokens + of_targets + logits + layers + partial_bytes(c, tokens)
+        of_tokens + of_targets + logits + layers + partial_bytes(c, tokens.max(targets))
     }
 
     /// The activations of a layer for each token.

@@ -295,7 +295,7 @@ fn rotation<T: Element>() {
             (out, cache, d, d_norms)
         });
         let (mut exact, mut d_exact, mut d_norms_exact) = (vec![], vec![], vec![0.0; 2 * dim]);
-        for r in 0..count {
+        for (r, &position) in positions.iter().enumerate() {
             for head in 0..query + 2 * kv {
                 let at = r * width + head * dim;
                 let shift = |i: usize| bias.as_ref().map_or(0.0, |b| b[head * dim + i] as f64);
@@ -312,7 +312,7 @@ fn rotation<T: Element>() {
                     let half = dim / 2;
                     let mut out = vec![0.0; dim];
                     for i in 0..half {
-                        let (s, c) = angle(positions[r] as usize, i).sin_cos();
+                        let (s, c) = angle(position as usize, i).sin_cos();
                         out[i] = v[i] * c - v[i + half] * s * sign;
                         out[i + half] = v[i + half] * c + v[i] * s * sign;
                     }

@@ -132,7 +132,9 @@ fn streams(count: usize) -> (Vec<u32>, impl Fn(usize, usize) -> f64) {
     });
     let uniform = move |s: usize, n: usize| {
         let mut rng = ChaCha8Rng::from_seed(key(s));
-        (0..n).for_each(|_| drop(rng.next_u64()));
+        (0..n).for_each(|_| {
+            rng.next_u64();
+        });
         (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     };
     (words.collect(), uniform)
