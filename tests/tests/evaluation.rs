@@ -306,7 +306,6 @@ fn the_leaderboards_rate_comes_from_the_hubs_files() {
 
 #[test]
 fn every_form_of_input_and_output() {
-    let folder = tempfile::tempdir().unwrap();
     let row = |i: usize| {
         json!({"instruction": format!("i{i}"), "output_1": "ä".repeat(i + 3), "output_2": "b".repeat(i * 7 % 20), "generator_1": "base",
             "generator_2": "m|odel", "preference": 1.0 + (i % 5) as f64 / 4.0, "category": (["x", "y, z"][i % 2])})
