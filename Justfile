@@ -98,6 +98,14 @@ fuzz target="rows" seconds="60":
     cd fuzz && cargo +nightly fuzz run --release {{ target }} corpus/{{ target }} seeds/{{ target }} -- \
         -max_total_time={{ seconds }} -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10
 
+# A million rows through dice-score (tiny models), dice-pairs and dice-eval: time and memory
+million rows="1000000": build
+    DICE_ROWS={{ rows }} cargo test --release -p dice-tests --test streaming -- --nocapture
+
+# So many SIGKILLs at random moments of every tool
+kills number="100": build
+    DICE_KILLS={{ number }} cargo test --release -p dice-tests --test resume killed
+
 # Rounds and an endless pipe for so many minutes, with their memory watched (figures in runs/soak.tsv)
 soak minutes="30": build base-model
     mkdir -p {{ runs }}
@@ -165,12 +173,15 @@ round: seed
     [ $t -gt 1 ] && reference={{ runs }}/policy-$((t - 2))
     seed=$(({{ seed }} + t))
     mkdir -p "$dir"
+    # Chat templates that write a date write that of the round's beginning, on whatever day it goes on.
+    [ -f "$dir/began" ] || { date +%s > "$dir/began.part" && mv "$dir/began.part" "$dir/began"; }
     # The round is a script that stays with its results, for the report and for whoever repeats it.
     cat > "$dir/commands.part" <<END
     # Round $t, from $policy to $next, as \`just round\` ran it. Run again, it keeps what is there.
     set -euo pipefail
     cd "{{ justfile_directory() }}"
     PATH="{{ bin }}:\$PATH"
+    export SOURCE_DATE_EPOCH=\${SOURCE_DATE_EPOCH:-\$(cat $dir/began)}
     say() { echo "== round $t: \$*" >&2; }
 
     say "{{ k }} responses to each of {{ count }} prompts"

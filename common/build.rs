@@ -64,7 +64,7 @@ mod for_gpus {
         });
         let mut list = String::from("[\n");
         for image in &images {
-            writeln!(list, "    include_bytes!({image:?}).as_slice(),").expect("memory");
+            writeln!(list, "    &Aligned(*include_bytes!({image:?})),").expect("memory");
         }
         list.push(']');
         std::fs::write(out.join("images.rs"), list).expect("cargo's folder can be written");

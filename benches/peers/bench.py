@@ -7,8 +7,8 @@
     peers/bin/python benches/peers/bench.py --model peers/smollm2 --gguf models/SmolLM2-135M-Instruct.gguf [--runs 5] [--stage score …]
 
 Prints one Markdown table: medians of the runs, useful GFLOP/s (workload.py) as a share of our matrix product's rate in the same run,
-and the ratio to each peer. The sides take turns, run by run, so that a busy machine slows both. Peers are timed with the model
-loaded. Of ours, sampling and scoring are whole runs less the start (the same command on one row); training is timed between the
+and the ratio to each peer. The sides take turns, run by run, so that a busy machine slows both. Peers do a quarter of the rows
+(llama.cpp: 48 new tokens each for 64 sequences, in the run of bf16 alone), with the model loaded. Of ours, sampling and scoring are whole runs less the start (the same command on one row); training is timed between the
 first and the last step on both sides; the whole round is the whole pipe, loading four times and saving included.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import ours
 import workload
 from torch_peer import DTYPES, Torch
-from workload import BATCH, K, NEW_TOKENS, PAIRS, Cost
+from workload import BATCH, K, NEW_TOKENS, PAIRS, QUARTER, Cost
 
 
 class Bench:
@@ -47,7 +47,7 @@ class Bench:
     def generate(self):
         """16 prompts × K = 8, at most 128 new tokens each.
 
-        Ours counts the tokens that it made. Peers take half of the prompts, which is all that they batch at once, and make all 128.
+        Ours counts the tokens that it made; peers make all that they are asked for.
         """
         one = workload.write(self.work / "one.jsonl", self.prompts[:1])
         made = self.work / f"made-{self.dtype}.jsonl"
@@ -55,17 +55,17 @@ class Bench:
         sampled = ["dice-gen", *self.args("--model", self.model, "--k", K, "--max-tokens", NEW_TOKENS, self.prompt_file)]
         ours.run(*sampled, "-o", made)
         tokens = sum(len(row["token_ids"]) for row in workload.read(made))
-        half = self.ids[: len(self.ids) // 2]
-        half_tokens = len(half) * K * NEW_TOKENS
+        some = self.ids[::QUARTER]
         yield "ours", lambda: ours.run(*sampled), tokens
         yield "start", lambda: ours.run("dice-gen", *self.args("--model", self.model, "--k", 1, "--max-tokens", 1, one)), 0
-        yield "transformers", lambda: self.peer.generate(half)[0], half_tokens
-        if self.gguf:
-            from llama_peer import Llama, convert
+        yield "transformers", lambda: self.peer.generate(some)[0], len(some) * K * NEW_TOKENS
+        if self.gguf and self.dtype == "bf16":
+            from llama_peer import TOKENS, Llama, convert
 
+            half = self.ids[::2]
             for form in ("bf16", "q8_0"):
                 llama = Llama(convert(self.gguf, form, self.work), len(half) * K)
-                yield f"llama.cpp {form}", lambda llama=llama: llama.generate(half), half_tokens
+                yield f"llama.cpp {form}", lambda llama=llama: llama.generate(half), len(half) * K * TOKENS
         self.flops = self.cost.forward(sum(map(len, self.ids)), tokens)
 
     def score(self):
@@ -78,8 +78,10 @@ class Bench:
         command = self.args("dice-score", "--policy", self.model, "--ref", self.model)
         yield "ours", lambda: ours.run(*command, file), tokens
         yield "start", lambda: ours.run(*command, one), 0
-        yield "transformers", lambda: 2 * self.peer.score(ids)[0], tokens
-        yield "transformers, padded", lambda: 2 * self.peer.score_padded(ids), tokens
+        some = ids[::QUARTER]
+        some_tokens = sum(len(p) + len(r) for p, r in some)
+        yield "transformers", lambda: 2 * self.peer.score(some)[0], some_tokens
+        yield "transformers, padded", lambda: 2 * self.peer.score_padded(some), some_tokens
         self.flops = 2 * self.cost.forward(sum(map(len, self.ids)), sum(len(r) for _, r in ids))
 
     def train(self):
@@ -100,12 +102,12 @@ class Bench:
                 return ours.between_rows(*command, "--output", Path(folder) / "next", file)
 
         yield "ours", steps, tokens
-        yield "PyTorch, row by row", lambda: Torch(self.model, self.dtype).train(ids, reference)[1], tokens
         from trl_peer import train
 
-        few = pairs[: 3 * BATCH]
-        few_tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in ids[BATCH : len(few)])
-        yield "TRL", lambda: train(self.model, self.dtype, few), few_tokens
+        few = slice(2 * BATCH)
+        few_tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in ids[few][BATCH:])
+        yield "PyTorch, row by row", lambda: Torch(self.model, self.dtype).train(ids[few], reference[few])[1], few_tokens
+        yield "TRL", lambda: train(self.model, self.dtype, pairs[few]), few_tokens
         self.flops = 3 * self.cost.forward(sum(len(p) for p, _, _ in timed), sum(len(c) + len(r) for _, c, r in timed))
 
     def round(self):
@@ -124,9 +126,11 @@ class Bench:
                 )
 
         def scripted():
+            """A quarter of it, in seconds of the whole."""
             policy, reference = Torch(self.model, self.dtype), self.peer
-            total, responses = policy.generate(self.ids, min_new_tokens=1)
-            rows = [(self.ids[i // K], response) for i, response in enumerate(responses)]
+            prompts = self.ids[::QUARTER]
+            total, responses = policy.generate(prompts, min_new_tokens=1)
+            rows = [(prompts[i // K], response) for i, response in enumerate(responses)]
             for_policy, by_policy = policy.score(rows)
             for_reference, by_reference = reference.score(rows)
             rewards = [a - b for a, b in zip(by_policy, by_reference)]
@@ -135,11 +139,11 @@ class Bench:
                 order = sorted(range(at, at + K), key=lambda i: rewards[i])
                 pairs.append((rows[at][0], rows[order[-1]][1], rows[order[0]][1]))
             pairs += [(policy.prompt(r["prompt"]), policy.response(r["chosen"]), policy.response(r["rejected"]))
-                      for r in offline[: PAIRS - len(pairs)]]
+                      for r in offline[: PAIRS // QUARTER - len(pairs)]]
             for_chosen, chosen = policy.score([(p, c) for p, c, _ in pairs])
             for_rejected, rejected = policy.score([(p, r) for p, _, r in pairs])
             for_steps = policy.train(pairs, [c - r for c, r in zip(chosen, rejected)])[0]
-            return total + for_policy + for_reference + for_chosen + for_rejected + for_steps
+            return QUARTER * (total + for_policy + for_reference + for_chosen + for_rejected + for_steps)
 
         yield "ours", pipe, 1
         yield "transformers and PyTorch", scripted, 1

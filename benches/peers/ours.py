@@ -39,11 +39,12 @@ def between_rows(name, *args):
 def gemm_rates():
     """FLOP/s of our matrix product on both cores, the best shape: {"f32": …, "bf16": …} (benches/kernels.rs)."""
     text = subprocess.run(
-        ["cargo", "bench", "-q", "-p", "common", "--bench", "kernels"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["cargo", "bench", "-q", "--workspace", "--bench", "kernels", "--", "float32", "bfloat16"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout
     rates = {}
     for part, dtype in (("bfloat16", "bf16"), ("float32", "f32")):
-        block = re.search(rf"{part}\b(.*?)(?:\n[├╰]─ \w|\Z)", text, re.S).group(1)
+        block = re.search(rf"[├╰]─ {part}\b(.*?)(?:\n[├╰]─ \w|\Z)", text, re.S).group(1)
         # The third figure of a line of rates is that of the median time.
         medians = [re.findall(r"([\d.]+) Gitem/s", line) for line in block.splitlines()]
         rates[dtype] = max(float(found[2]) for found in medians if len(found) >= 3) * 1e9

@@ -4,8 +4,11 @@ import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from workload import BATCH, K, NEW_TOKENS
+
+logging.disable_progress_bar()
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 

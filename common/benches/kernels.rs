@@ -1,8 +1,11 @@
-//! The matrix product at the shapes of SmolLM2-135M: what every stage's rate is held against (docs/performance.md).
+//! The matrix product at the shapes of SmolLM2-135M: what every stage's rate is held against (docs/performance.md). And
+//! what lies beside it: packing, attention, sums of exponentials.
 //!
 //! `cargo bench -p common` prints for each shape the time and the rate in items/s; an item is one FLOP.
 
+use common::kernels::attention::{self, Heads, Layout};
 use common::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use common::kernels::softmax;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 
@@ -42,6 +45,73 @@ fn float32(bencher: Bencher, shape: (usize, usize, usize)) {
 #[divan::bench(args = SHAPES)]
 fn bfloat16(bencher: Bencher, shape: (usize, usize, usize)) {
     product(bencher, shape, Precision::Bf16);
+}
+
+/// A decoding step's products of all layers, whose weights come from memory; 64 rows, of one core's share.
+#[divan::bench(args = [1, 14, 64])]
+fn decoding_float32(bencher: Bencher, rows: usize) {
+    decoding(bencher, rows, Precision::F32);
+}
+
+#[divan::bench(args = [1, 14, 64])]
+fn decoding_bfloat16(bencher: Bencher, rows: usize) {
+    decoding(bencher, rows, Precision::Bf16);
+}
+
+fn decoding(bencher: Bencher, rows: usize, precision: Precision) {
+    const MAPS: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
+    const LAYERS: usize = 30;
+    let weights: Vec<Packed> = (0..LAYERS)
+        .flat_map(|_| MAPS)
+        .map(|(k, n)| Packed::from_rows(Mat::new(&vec![0.1; n * k], n, k), precision))
+        .collect();
+    let x = vec![0.1; rows * 1536];
+    let mut y = vec![0.0; rows * 3072];
+    let flops: usize = weights.iter().map(|w| 2 * rows * w.k() * w.n()).sum();
+    bencher.counter(ItemsCount::new(flops)).bench_local(|| {
+        for w in &weights {
+            let x = Left::Rows(Mat::new(&x, rows, w.k()));
+            matmul(x, w.panels(), &mut y, w.n(), Write::Set, Threads::One);
+        }
+    });
+}
+
+/// Attention of a prompt of 64 tokens and 8 responses of 128, forward and backward; an item is one token.
+#[divan::bench(args = [false, true])]
+fn attention_backward(bencher: Bencher, backward: bool) {
+    let heads = Heads {
+        query: 9,
+        kv: 3,
+        dim: 64,
+        window: None,
+    };
+    let mut layout = Layout::default();
+    layout.push(64, &[128; 8]);
+    let tokens = layout.tokens();
+    let qkv: Vec<f32> = (0..tokens * heads.qkv_width())
+        .map(|i| (i % 101) as f32 / 101.0 - 0.5)
+        .collect();
+    let mut out = vec![0.0; tokens * heads.q_width()];
+    let mut lse = vec![0.0; tokens * heads.query];
+    attention::forward(&layout, heads, &qkv, &mut out, &mut lse);
+    let mut d_qkv = vec![0.0; qkv.len()];
+    bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
+        if backward {
+            attention::backward(&layout, heads, &qkv, &out, &lse, &out, &mut d_qkv);
+        } else {
+            let (mut out, mut lse) = (out.clone(), lse.clone());
+            attention::forward(&layout, heads, &qkv, &mut out, &mut lse);
+        }
+    });
+}
+
+/// log Σ exp of a row of logits: an item is one.
+#[divan::bench]
+fn sum_exp(bencher: Bencher) {
+    let row: Vec<f32> = (0..49152).map(|i| (i % 113) as f32 / 10.0 - 5.0).collect();
+    bencher
+        .counter(ItemsCount::new(row.len()))
+        .bench_local(|| softmax::sum_exp(&row, softmax::max(&row), 1.0));
 }
 
 /// Packing a layer's weights anew, as training does after each step: an item is one weight.

@@ -59,6 +59,7 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
     SHARED_MEMORY(T, q);
     T *k = q + R * P, *v = k + R * P;
     float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    if (tile.rows == 0) return;
     int group = d.group();
     Keys keys(tile.prefix_len, R, split, d.prefix_splits);
     load_rows<T, D, R>(q, d.dim, d.qkv, [&](int i) {

@@ -157,7 +157,7 @@ struct Sequence {
 // f / group, group = query / kv. The sequences of a prompt should be neighbours. At most R rows (64 bf16, 32 f32).
 struct DecodeTile {
     int first;        // its first row
-    int rows;         // 1 … R
+    int rows;         // 1 … R; 0: nothing to do
     int prefix_table;
     int prefix_len;
 };
@@ -165,7 +165,7 @@ struct DecodeTile {
 // The last token of sequence s is at positions[s], its key already in the cache (own row positions[s] − prefix_len).
 // Writes partial results of the prompt's part and of the own part: `partial` [parts, count, query, dim] float32 and
 // `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole tiles.
-// `tiles` [tile_count] cover all rows of all sequences whose prompt is to be read.
+// `tiles` [tile_count] cover all rows of all sequences that matter; what a sequence without them gets is undefined.
 // Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
 // Shared: 3·R·P + X with R, P, X as above.
 #define DECODE_ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* cache, float* partial, \

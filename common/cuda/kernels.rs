@@ -3,12 +3,17 @@
 #[cfg(feature = "cuda-emulated")]
 use std::ffi::{CString, c_char, c_int, c_void};
 
+/// Bytes that begin where a driver may read words.
+#[cfg(feature = "cuda")]
+#[repr(C, align(16))]
+struct Aligned<B: ?Sized>(B);
+
 /// The images for GPUs, to be loaded one and all. Each holds machine code for sm_80 and sm_90, and PTX for what comes
 /// after; the driver chooses.
 #[cfg(feature = "cuda")]
 pub fn for_capability(_: (i32, i32)) -> impl Iterator<Item = &'static [u8]> {
-    static IMAGES: &[&[u8]] = &include!(concat!(env!("OUT_DIR"), "/images.rs"));
-    IMAGES.iter().copied()
+    static IMAGES: &[&Aligned<[u8]>] = &include!(concat!(env!("OUT_DIR"), "/images.rs"));
+    IMAGES.iter().map(|image| &image.0)
 }
 
 /// A kernel on the CPU, with the calling convention of `cuLaunchKernel`: grid, block, bytes of dynamic shared memory,

@@ -53,18 +53,20 @@ template <class F> __device__ float sum_above(const Logits& logits, uint32_t abo
     return block_sum(sum);
 }
 
-// Sums of 16 values over a warp: lane l receives that of number l / 2. Each step halves what a lane carries.
-__device__ inline float warp_sums(float (&x)[16]) {
+// Sums of 2·HALF values over groups of 4·HALF lanes: each step halves what a lane carries, so that at last lane l has
+// the sum of number l / 2 % 16. (A template, for the compiler to keep the values in registers.)
+template <int HALF> __device__ inline float group_sums(const float (&x)[2 * HALF]) {
+    bool upper = lane() & 2 * HALF;
+    float kept[HALF];
 #pragma unroll
-    for (int half = 8; half > 0; half /= 2) {
-        bool upper = lane() & 2 * half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            float kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-            x[i] = kept + __shfl_xor_sync(ALL, given, 2 * half);
-        }
+    for (int i = 0; i < HALF; ++i) {
+        kept[i] = (upper ? x[i + HALF] : x[i]) + __shfl_xor_sync(ALL, upper ? x[i] : x[i + HALF], 2 * HALF);
     }
-    return x[0] + __shfl_xor_sync(ALL, x[0], 1);
+    if constexpr (HALF > 1) {
+        return group_sums<HALF / 2>(kept);
+    } else {
+        return kept[0] + __shfl_xor_sync(ALL, kept[0], 1);
+    }
 }
 
 // The highest order from which on allowed logits weigh at least `goal`; 0 if all of them do not.
@@ -83,7 +85,7 @@ template <class F> __device__ uint32_t find(const Logits& logits, float goal, F 
                 if (order >= (found | uint32_t(d + 1) << shift)) sums[d] += w;
             }
         }
-        float sum = warp_sums(sums);
+        float sum = group_sums<8>(sums);
         __syncthreads();  // the last digit's parts have been read
         if (lane() % 2 == 0) parts[lane() / 2][warp()] = sum;
         __syncthreads();

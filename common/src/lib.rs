@@ -12,7 +12,7 @@ pub mod program;
 // files and folders that appear whole or not at all
 pub mod files;
 
-// what a run is: resumed only as what it was
+// what made an output and of what: its manifest; resumed only as what it was
 pub mod run;
 
 // prompts and their ids
@@ -22,6 +22,9 @@ pub mod records;
 pub mod jsonl;
 
 // Floor 2: arithmetic, text and weights.
+
+// how much memory batches may take
+pub mod budget;
 
 // huge pages for big buffers
 #[cfg(feature = "model")]

@@ -128,49 +128,46 @@ pub struct TargetLogps {
     pub lse: Vec<f32>,
 }
 
-/// Rows per tile of logits.
-const ROWS: usize = 512;
-/// Words per tile; a multiple of every panel width.
+/// Words per tile of logits; a multiple of every panel width.
 const WORDS: usize = 2048;
 
 /// log p of each target, for `normed` `[targets, hidden]`, the hidden states after the last norm.
 pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> TargetLogps {
-    let mut found = TargetLogps {
-        logps: vec![],
-        lse: vec![],
-    };
+    // Each task takes rows whose tile of logits stays in its core's second cache, through all words.
+    const ROWS: usize = 112;
+    let share = targets.len().div_ceil(rayon::current_num_threads());
+    let rows = share.clamp(1, ROWS);
     let width = decoder.config.hidden;
-    for (normed, targets) in normed.chunks(ROWS * width).zip(targets.chunks(ROWS)) {
-        let mut stats = vec![
-            Running {
-                max: f32::NEG_INFINITY,
-                sum: 0.0,
-                target: f32::NAN
-            };
-            targets.len()
-        ];
-        let mut logits = vec![];
-        for words in tiles(decoder.config.vocab) {
-            tile(decoder, normed, words.clone(), &mut logits);
-            let n = words.len();
-            stats
-                .par_iter_mut()
-                .zip(targets)
-                .zip(logits.par_chunks_exact(n))
-                .for_each(|((s, &target), row)| {
+    let mut stats = vec![
+        Running {
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+            target: f32::NAN
+        };
+        targets.len()
+    ];
+    (stats.par_chunks_mut(rows))
+        .zip(normed.par_chunks(rows * width))
+        .zip(targets.par_chunks(rows))
+        .for_each_init(Vec::new, |logits, ((stats, normed), targets)| {
+            for words in tiles(decoder.config.vocab) {
+                tile(decoder, normed, words.clone(), logits, Threads::One);
+                let rows = logits.chunks_exact(words.len());
+                for ((s, &target), row) in stats.iter_mut().zip(targets).zip(rows) {
                     s.add(row);
                     if words.contains(&(target as usize)) {
                         s.target = row[target as usize - words.start];
                     }
-                });
-        }
-        for s in stats {
+                }
+            }
+        });
+    let (logps, lse) = (stats.iter())
+        .map(|s| {
             let lse = s.max as f64 + s.sum.ln();
-            found.logps.push((s.target as f64 - lse) as f32);
-            found.lse.push(lse as f32);
-        }
-    }
-    found
+            ((s.target as f64 - lse) as f32, lse as f32)
+        })
+        .unzip();
+    TargetLogps { logps, lse }
 }
 
 /// Log-sum-exp over tiles that come one after another.
@@ -203,6 +200,8 @@ pub fn target_logps_backward(
     d_normed: &mut [f32],
     mut d_head: Option<&mut [f32]>,
 ) {
+    // Rows per tile of logits.
+    const ROWS: usize = 512;
     let decoder = model.decoder;
     let width = decoder.config.hidden;
     let mut head = Packed::empty(decoder.precision);
@@ -219,7 +218,7 @@ pub fn target_logps_backward(
             decoder.precision,
         );
         for words in tiles(decoder.config.vocab) {
-            tile(decoder, normed, words.clone(), &mut logits);
+            tile(decoder, normed, words.clone(), &mut logits, Threads::All);
             let n = words.len();
             rows(&mut logits, n, |first, part| {
                 for (r, row) in part.chunks_exact_mut(n).enumerate() {
@@ -315,7 +314,13 @@ fn tiles(vocab: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The logits of all rows for a range of words, `[rows, words]`.
-fn tile(decoder: &Decoder, normed: &[f32], words: Range<usize>, logits: &mut Vec<f32>) {
+fn tile(
+    decoder: &Decoder,
+    normed: &[f32],
+    words: Range<usize>,
+    logits: &mut Vec<f32>,
+    threads: Threads,
+) {
     let width = decoder.config.hidden;
     let (count, n) = (normed.len() / width, words.len());
     logits.resize(count * n, 0.0);
@@ -326,7 +331,7 @@ fn tile(decoder: &Decoder, normed: &[f32], words: Range<usize>, logits: &mut Vec
         logits,
         n,
         Write::Set,
-        Threads::All,
+        threads,
     );
 }
 

@@ -1,9 +1,10 @@
 //! A language model as the tools use it: weights, tokenizer and decoder together, wherever it computes, and rows turned
 //! into token ids.
 
+use crate::budget;
 use crate::chat::Chat;
 use crate::cuda;
-use crate::generate::{Generate, Generator, Sampling};
+use crate::generate::{Generate, Generator, Limits, Sampling};
 use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
@@ -12,7 +13,7 @@ use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
@@ -24,6 +25,49 @@ pub struct Compute {
     /// Number format of the matrix products (sums, losses and saved weights are float32 always)
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+
+    /// Most memory to use (8G, 512M): batches are made to fit, and a row that does not fit even alone is left out and
+    /// named. Without it, three quarters of what the machine has left when the models are loaded. (A GPU's memory is used
+    /// as far as it is free)
+    #[arg(long, value_name = "SIZE", value_parser = budget::size)]
+    pub memory_budget: Option<usize>,
+
+    /// What to do with a row or a step whose numbers are not finite: fail, or leave it out and name it
+    #[arg(long, value_enum, value_name = "stop|skip", default_value_t = OnNan::Stop)]
+    pub on_nan: OnNan,
+}
+
+/// What is done about log-probs, losses and gradients that are NaN or infinite. They are never averaged into anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnNan {
+    /// End with an error that names the row or the step
+    Stop,
+    /// Leave the row or the step out, name it and count it
+    Skip,
+}
+
+/// A row that is sound, but longer than the model or the memory takes: left out, and no reason to fail.
+#[derive(Debug)]
+pub struct TooLong(String);
+
+impl std::fmt::Display for TooLong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for TooLong {}
+
+impl TooLong {
+    /// What is said of a row's field.
+    pub fn of(row: &Row, field: &str, message: impl std::fmt::Display) -> anyhow::Error {
+        Self(row.error(field, message).to_string()).into()
+    }
+
+    /// Whether an error is one of these.
+    pub fn is(err: &anyhow::Error) -> bool {
+        err.is::<Self>()
+    }
 }
 
 /// A choice of number format.
@@ -82,6 +126,7 @@ impl Compute {
         Ok(Place {
             precision: self.precision(prefers, gpu.is_some()),
             gpu,
+            budget: self.memory_budget,
         })
     }
 
@@ -103,6 +148,8 @@ pub struct Place {
     pub gpu: Option<cuda::Device>,
     /// The format of the matrix products' operands.
     pub precision: Precision,
+    /// What the user lets a CPU's computation take, bytes; a GPU's takes what is free there.
+    pub budget: Option<usize>,
 }
 
 impl Place {
@@ -135,14 +182,26 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Σ log p of each response of each group, nats.
+    /// Σ log p of each response of each group, nats; at most `longest` tokens in a forward pass.
     ///
     /// # Errors
     /// A GPU that fails or has no room.
-    pub fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
+    pub fn score(&self, groups: &[Group], longest: usize) -> Result<Vec<Vec<f64>>> {
+        let limit = self.tokens_at_once()?.min(longest);
         match self {
-            Self::Cpu(decoder) => Ok(score_all(decoder, groups, TOKENS_AT_ONCE)),
-            Self::Cuda(decoder) => cuda::score_all(decoder, groups, decoder.tokens_at_once()?),
+            Self::Cpu(decoder) => Ok(score_all(decoder, groups, limit)),
+            Self::Cuda(decoder) => cuda::score_all(decoder, groups, limit),
+        }
+    }
+
+    /// Most tokens of a forward pass that there is memory for: of a budget on a CPU; a GPU knows what it has.
+    ///
+    /// # Errors
+    /// A model that is larger than the budget.
+    fn longest(&self, budget: Option<usize>) -> Result<usize> {
+        match self {
+            Self::Cpu(decoder) => Ok(budget::left(budget)? / decoder.forward_bytes(1)),
+            Self::Cuda(_) => Ok(usize::MAX),
         }
     }
 
@@ -154,19 +213,25 @@ impl Engine {
         }
     }
 
-    /// A generator of which at most `slots` sequences run at a time; without a number, what suits the machine.
+    /// A generator of which at most `slots` sequences run at a time, or what `budget` has room for; without a number,
+    /// what suits the machine.
     ///
     /// # Errors
-    /// A GPU without room for a single response.
+    /// A model that is larger than the budget; a GPU without room for a single response.
     pub fn generator<'a>(
         &'a self,
         how: Sampling,
         end_ids: &[u32],
         slots: Option<usize>,
+        budget: Option<usize>,
     ) -> Result<Box<dyn Generate + 'a>> {
         Ok(match self {
             Self::Cpu(decoder) => {
-                Box::new(Generator::new(decoder, how, end_ids, slots.unwrap_or(64)))
+                let limits = Limits {
+                    sequences: slots.unwrap_or(128),
+                    bytes: budget::left(budget)?,
+                };
+                Box::new(Generator::new(decoder, how, end_ids, limits))
             }
             Self::Cuda(decoder) => Box::new(cuda::Generator::new(decoder, how, end_ids, slots)?),
         })
@@ -218,7 +283,7 @@ impl Checkpoint {
     /// The rendered prompt of a row.
     ///
     /// # Errors
-    /// A prompt that is missing, that the template refuses, or that leaves no room for a response.
+    /// A prompt that is missing, that the template refuses, or ([`TooLong`]) that leaves no room for a response.
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
@@ -227,10 +292,10 @@ impl Checkpoint {
         let context = self.weights.config.context;
         if ids.len() >= context {
             let message = format!(
-                "has {} tokens, but the model's context is {context}: shorten or drop it",
+                "has {} tokens, but the model's context is {context}",
                 ids.len()
             );
-            return Err(row.error("prompt", message));
+            return Err(TooLong::of(row, "prompt", message));
         }
         Ok(ids)
     }
@@ -315,6 +380,8 @@ pub struct RewardModel {
     place: Place,
     /// Both models, ready; none where a GPU holds only one at a time.
     engines: Option<(Engine, Engine)>,
+    /// Most tokens of a prompt and its response that memory is left for.
+    longest: usize,
 }
 
 /// log π and log π_ref of a response, nats.
@@ -330,14 +397,15 @@ impl RewardModel {
     /// Opens both models.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`]; or two models with different vocabularies.
-    pub fn open(policy: &str, reference: &str, place: &Place) -> Result<Self> {
+    /// As [`Checkpoint::open`]; or two models with different vocabularies, or larger than the memory budget.
+    pub fn open(policy: &str, reference: &str, compute: &Compute) -> Result<Self> {
+        let place = compute.place(Prefers::Exactness)?;
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
         policy.weights.check_same_vocabulary(&reference.weights)?;
-        let engines = match fit_together(&policy, &reference, place)? {
-            true => Some((policy.engine(place)?, reference.engine(place)?)),
+        let engines = match fit_together(&policy, &reference, &place)? {
+            true => Some((policy.engine(&place)?, reference.engine(&place)?)),
             false => {
                 program::say("the GPU holds one of the two models at a time: they take turns");
                 None
@@ -348,11 +416,17 @@ impl RewardModel {
                 "the policy and the reference are the same model: every implicit reward will be 0",
             );
         }
+        program::say(format_args!("computing in {place}"));
+        let longest = match &engines {
+            Some((a, b)) => a.longest(place.budget)?.min(b.longest(place.budget)?),
+            None => usize::MAX,
+        };
         Ok(Self {
             policy,
             reference,
-            place: place.clone(),
+            place,
             engines,
+            longest,
         })
     }
 
@@ -362,7 +436,7 @@ impl RewardModel {
     /// A GPU that does not answer.
     pub fn tokens_at_once(&self) -> Result<usize> {
         match &self.engines {
-            Some((policy, _)) => policy.tokens_at_once(),
+            Some((policy, _)) => Ok(policy.tokens_at_once()?.min(self.longest)),
             None => Ok(TOKENS_IN_TURN),
         }
     }
@@ -375,10 +449,15 @@ impl RewardModel {
         ))
     }
 
+    /// The number format that both compute in, as `--dtype` takes it.
+    pub fn dtype(&self) -> &'static str {
+        self.place.dtype()
+    }
+
     /// The token ids of rows of one prompt: one response per sample row, two per pair row.
     ///
     /// # Errors
-    /// A row that cannot be encoded, or does not fit both models' contexts.
+    /// A row that cannot be encoded; or ([`TooLong`]) that does not fit both models' contexts or the memory.
     pub fn encode(&self, rows: &[Row]) -> Result<Group> {
         let mut group = Group {
             prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
@@ -406,10 +485,17 @@ impl RewardModel {
             .map(|(group, _)| group.clone())
             .collect();
         let (scored, reference) = match &self.engines {
-            Some((policy, reference)) => (policy.score(&open)?, reference.score(groups)?),
+            Some((policy, reference)) => (
+                policy.score(&open, self.longest)?,
+                reference.score(groups, self.longest)?,
+            ),
             None => (
-                self.policy.engine(&self.place)?.score(&open)?,
-                self.reference.engine(&self.place)?.score(groups)?,
+                self.policy
+                    .engine(&self.place)?
+                    .score(&open, self.longest)?,
+                self.reference
+                    .engine(&self.place)?
+                    .score(groups, self.longest)?,
             ),
         };
         let mut scored = scored.into_iter();
@@ -449,23 +535,17 @@ impl RewardModel {
     }
 
     fn check_length(&self, row: &Row, field: &str, prompt: usize, response: usize) -> Result<()> {
-        let context = self
-            .policy
-            .weights
-            .config
-            .context
-            .min(self.reference.weights.config.context);
-        ensure!(
-            prompt + response <= context,
-            row.error(
-                field,
-                format!(
-                    "and its prompt have {} tokens, but the context is {context}",
-                    prompt + response
-                )
-            )
-        );
-        Ok(())
+        let contexts = [&self.policy, &self.reference].map(|m| m.weights.config.context);
+        let (tokens, context) = (prompt + response, contexts[0].min(contexts[1]));
+        let message = if tokens > context {
+            format!("and its prompt have {tokens} tokens, but the context is {context}")
+        } else if tokens > self.longest {
+            let longest = self.longest;
+            format!("and its prompt have {tokens} tokens, but there is memory for {longest}")
+        } else {
+            return Ok(());
+        };
+        Err(TooLong::of(row, field, message))
     }
 }
 
@@ -483,4 +563,4 @@ fn fit_together(policy: &Checkpoint, reference: &Checkpoint, place: &Place) -> R
 const TOKENS_IN_TURN: usize = 8 << 20;
 
 /// Tokens of one forward pass when scoring on a CPU: enough to fill the matrix kernels, few enough for the caches.
-pub const TOKENS_AT_ONCE: usize = 2048;
+pub const TOKENS_AT_ONCE: usize = 1024;

@@ -63,19 +63,22 @@ fn end_pipe(whole: bool) {
     if whole {
         pipe::end();
     } else if pipe::is_stdout() {
-        let name = NAME.get().map_or("dice", String::as_str);
         let mut stdout = io::stdout().lock();
         // Nobody may be reading any more.
-        let _ = write!(stdout, "{{\"{name} failed, rows are missing here")
+        let _ = write!(stdout, "{{\"{} failed, rows are missing here", name())
             .and_then(|()| stdout.flush());
     }
 }
 
+/// The tool's name.
+pub fn name() -> &'static str {
+    NAME.get().map_or("dice", String::as_str)
+}
+
 /// One line on stderr, after the tool's name. For warnings and notes; never fails.
 pub fn say(line: impl fmt::Display) {
-    let name = NAME.get().map_or("dice", String::as_str);
     // `eprintln!` would panic where stderr is closed.
-    let _ = writeln!(io::stderr(), "{name}: {line}");
+    let _ = writeln!(io::stderr(), "{}: {line}", name());
 }
 
 /// A signal asked the tool to stop. [`main`] exits with 128 + its number.
@@ -255,6 +258,12 @@ impl Progress {
             Some((_, count)) => *count += n,
             None => counts.skipped.push((reason.to_owned(), n)),
         }
+    }
+
+    /// Says what is wrong with one row (or prompt, or step) and counts it as left out for a reason ("too long").
+    pub fn leave_out(&self, reason: &str, err: anyhow::Error) {
+        self.say(format_args!("{}; left out", one_line(&err)));
+        self.skip(reason, 1);
     }
 
     /// Adds a remark to the summary line ("alpha 0.0031").

@@ -4,7 +4,7 @@
 mod shared;
 
 use common::cuda::{self, Device};
-use common::generate::{Generate, Generator, Request, Sample, Sampling};
+use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling};
 use common::kernels::gemm::Precision;
 use common::logprob::{self, Group};
 use common::model::Decoder;
@@ -103,6 +103,14 @@ fn run(
     }
 }
 
+fn on_cpu<'a>(decoder: &'a Decoder, how: Sampling, ends: &[u32]) -> Box<dyn Generate + 'a> {
+    let limits = Limits {
+        sequences: 4,
+        bytes: usize::MAX,
+    };
+    Box::new(Generator::new(decoder, how, ends, limits))
+}
+
 fn assert_same(ours: &[(String, Vec<Sample>)], theirs: &[(String, Vec<Sample>)], what: &str) {
     assert_eq!(ours.len(), theirs.len());
     for ((key, ours), (other, theirs)) in ours.iter().zip(theirs) {
@@ -125,10 +133,7 @@ fn samples_are_the_cpus() {
             let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
             let gpu = on(&device, &weights, Precision::F32);
             let ends = [0, 7];
-            let theirs = run(
-                Box::new(Generator::new(&cpu, how(), &ends, 4)),
-                requests(vocab),
-            );
+            let theirs = run(on_cpu(&cpu, how(), &ends), requests(vocab));
             for slots in [3, 16] {
                 let ours = cuda::Generator::new(&gpu, how(), &ends, Some(slots)).unwrap();
                 assert_eq!(ours.slots(), slots);
@@ -184,10 +189,7 @@ fn every_way_to_draw_is_the_cpus() {
             },
         ];
         for way in ways {
-            let theirs = run(
-                Box::new(Generator::new(&cpu, way.clone(), &[2], 4)),
-                requests(64),
-            );
+            let theirs = run(on_cpu(&cpu, way.clone(), &[2]), requests(64));
             let ours = cuda::Generator::new(&gpu, way.clone(), &[2], Some(4)).unwrap();
             assert_same(
                 &run(Box::new(ours), requests(64)),
@@ -231,10 +233,7 @@ fn memory_decides_how_many_run() {
     let (weights, _) = open("llama");
     let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
     let vocab = weights.config.vocab as u32;
-    let theirs = run(
-        Box::new(Generator::new(&cpu, how(), &[0], 4)),
-        requests(vocab),
-    );
+    let theirs = run(on_cpu(&cpu, how(), &[0]), requests(vocab));
     let mut seen = vec![];
     for kilobytes in [50, 200, 400, 800, 1600] {
         let device = cuda::emulated(kilobytes << 10);

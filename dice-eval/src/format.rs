@@ -1,12 +1,11 @@
 //! Figures as JSON rows, as a Markdown table or as CSV: one table, whose rows are groups.
 
-use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use common::files::write_aside;
 use common::metrics::{Estimate, Spread};
+use common::run::write_with_manifest;
 use serde_json::{Map, Value};
 
 /// Where figures go, and in which form.
@@ -15,7 +14,7 @@ pub struct To {
     /// The form of the figures
     #[arg(long, value_enum, default_value_t = Format::Json)]
     format: Format,
-    /// Write to FILE instead of stdout; an existing FILE is replaced
+    /// Write to FILE instead of stdout; an existing FILE is replaced. FILE.run.json says what made it
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -46,7 +45,7 @@ impl To {
             Format::Csv => csv(lines)?,
         };
         match &self.output {
-            Some(file) => write_aside(file, |part| Ok(fs::write(part, &text)?)),
+            Some(file) => write_with_manifest(file, text.as_bytes()),
             None => std::io::stdout()
                 .write_all(text.as_bytes())
                 .context("cannot write to stdout"),

@@ -2,8 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use common::jsonl::Row;
-use common::policy::{Compute, Logps, Prefers, RewardModel};
+use common::logprob::Group;
+use common::policy::{Compute, Logps, OnNan, RewardModel, TooLong};
 use common::program;
+use common::run::settings;
+use serde_json::{Map, Value, json};
 
 /// The two models of an implicit reward, where they are to be run.
 #[derive(clap::Args)]
@@ -24,20 +27,22 @@ pub struct Models {
 /// Gives pairs their log-probs: from their rows, or from the models.
 pub struct Scorer {
     models: Option<(RewardModel, (String, String))>,
-    /// Pairs that wait until there are tokens enough for a forward pass.
-    waiting: Vec<(Row, common::logprob::Group)>,
+    on_nan: OnNan,
+    /// Pairs that wait until there are tokens enough for a forward pass; without tokens if they are too long for one.
+    waiting: Vec<(Row, Option<Group>)>,
     tokens: usize,
     /// Tokens enough.
     limit: usize,
 }
 
+/// A pair with its log-probs; none where it is left out, which has been said.
+pub type Scored = (Row, Option<[Logps; 2]>);
+
 impl Scorer {
     pub fn open(args: &Models) -> Result<Self> {
         let models = match (&args.policy, &args.reference) {
             (Some(policy), Some(reference)) => {
-                let place = args.compute.place(Prefers::Exactness)?;
-                let models = RewardModel::open(policy, reference, &place)?;
-                program::say(format_args!("computing in {place}"));
+                let models = RewardModel::open(policy, reference, &args.compute)?;
                 let fingerprints = models.fingerprints()?;
                 Some((models, fingerprints))
             }
@@ -50,30 +55,51 @@ impl Scorer {
         Ok(Self {
             limit,
             models,
+            on_nan: args.compute.on_nan,
             waiting: vec![],
             tokens: 0,
         })
     }
 
-    /// Takes a pair; gives those that have their log-probs now.
-    pub fn push(&mut self, row: Row) -> Result<Vec<(Row, [Logps; 2])>> {
+    /// What the log-probs depend on: the models' fingerprints and number format, as settings of a run.
+    pub fn settings(&self) -> Map<String, Value> {
+        let Some((models, (policy, reference))) = &self.models else {
+            return Map::new();
+        };
+        let date = models.policy.chat.date();
+        settings(json!({"policy": policy, "ref": reference, "dtype": models.dtype(), "date": date}))
+    }
+
+    /// Takes a pair; gives those that are done now, in order.
+    ///
+    /// # Errors
+    /// A row that is wrong; a log-prob that is not a number, unless such pairs are to be skipped.
+    pub fn push(&mut self, row: Row) -> Result<Vec<Scored>> {
         let Some((models, (policy, reference))) = &self.models else {
             let logps = given(&row).with_context(|| {
                 "without --policy and --ref every row needs the log-probs that dice-score writes"
             })?;
-            return Ok(vec![(row, logps)]);
+            return Ok(vec![(row, Some(logps))]);
         };
         let theirs =
             row.opt_string("policy")? == Some(policy) && row.opt_string("ref")? == Some(reference);
         if let (true, Ok(logps)) = (theirs, given(&row)) {
-            return Ok(vec![(row, logps)]);
+            return Ok(vec![(row, Some(logps))]);
         }
-        let group = models.encode(std::slice::from_ref(&row))?;
+        let group = match models.encode(std::slice::from_ref(&row)) {
+            Err(err) if TooLong::is(&err) => {
+                program::say(format_args!("{err}; left out"));
+                None
+            }
+            encoded => Some(encoded?),
+        };
         ensure!(
-            group.responses.len() == 2,
+            group
+                .as_ref()
+                .is_none_or(|group| group.responses.len() == 2),
             row.error("chosen", "or \"rejected\" is missing")
         );
-        let tokens = group.tokens();
+        let tokens = group.as_ref().map_or(0, Group::tokens);
         let ready = if self.tokens + tokens > self.limit {
             self.finish()?
         } else {
@@ -85,18 +111,44 @@ impl Scorer {
     }
 
     /// Scores the pairs that wait.
-    pub fn finish(&mut self) -> Result<Vec<(Row, [Logps; 2])>> {
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn finish(&mut self) -> Result<Vec<Scored>> {
         let Some((models, _)) = &self.models else {
             return Ok(vec![]);
         };
         self.tokens = 0;
-        let (rows, groups): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.waiting).into_iter().unzip();
-        let scores = models.score(&groups, vec![None; groups.len()])?;
-        let pairs = rows.into_iter().zip(scores);
-        Ok(pairs
-            .map(|(row, logps)| (row, [logps[0], logps[1]]))
-            .collect())
+        let waiting = std::mem::take(&mut self.waiting);
+        let groups: Vec<Group> = waiting
+            .iter()
+            .filter_map(|(_, group)| group.clone())
+            .collect();
+        let mut scores = models.score(&groups, vec![None; groups.len()])?.into_iter();
+        let mut done = vec![];
+        for (row, group) in waiting {
+            let logps = match group.and_then(|_| scores.next()).as_deref() {
+                Some(&[chosen, rejected]) => self.checked(&row, [chosen, rejected])?,
+                _ => None,
+            };
+            done.push((row, logps));
+        }
+        Ok(done)
+    }
+
+    /// The log-probs if they are numbers; if not, what is to be done about it.
+    fn checked(&self, row: &Row, logps: [Logps; 2]) -> Result<Option<[Logps; 2]>> {
+        let finite = logps
+            .iter()
+            .all(|l| l.policy.is_finite() && l.reference.is_finite());
+        if finite {
+            return Ok(Some(logps));
+        }
+        let message = "or \"rejected\" has a log-prob that is not a number: are the models sound?";
+        let err = row.error("chosen", message);
+        ensure!(self.on_nan == OnNan::Skip, err);
+        program::say(format_args!("{err}; left out"));
+        Ok(None)
     }
 }
 

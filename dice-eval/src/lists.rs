@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use common::jsonl::{Place, Row, rows};
 use common::program;
+use common::run::{self, Input};
 use serde_json::value::RawValue;
 
 /// The rows of a file that holds a JSON list of objects (as AlpacaEval writes) or JSON Lines.
@@ -46,6 +47,12 @@ fn list(name: &str, reader: &mut impl Read) -> Result<Box<dyn Iterator<Item = Re
     reader
         .read_to_string(&mut text)
         .with_context(|| format!("cannot read {name}"))?;
+    run::has_read(Input {
+        file: name.to_owned(),
+        bytes: text.len() as u64,
+        lines: text.lines().count() as u64,
+        blake3: blake3::hash(text.as_bytes()).to_string(),
+    });
     let items: Vec<&RawValue> =
         serde_json::from_str(&text).map_err(|err| anyhow!("{name}: not JSON: {err}"))?;
     let (mut line, mut counted) = (1, 0);

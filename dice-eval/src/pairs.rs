@@ -3,13 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use common::jsonl::{Row, rows};
-use common::policy::Logps;
+use common::jsonl::rows;
 use common::program::{self, Progress};
 use common::records::Split;
 
 use crate::format::To;
-use crate::implicit::{Models, Scorer};
+use crate::implicit::{Models, Scored, Scorer};
 use crate::preference::{Groups, Pair};
 
 /// Accuracy and margin of the implicit reward on preference pairs, overall and by source
@@ -46,8 +45,12 @@ pub fn run(args: Args) -> Result<()> {
     let progress = Progress::new("dice-eval", "pairs", None);
     let mut scorer = Scorer::open(&args.models)?;
     let mut groups = Groups::by(&args.by);
-    let mut take = |scored: Vec<(Row, [Logps; 2])>| -> Result<()> {
+    let mut take = |scored: Vec<Scored>| -> Result<()> {
         for (row, logps) in scored {
+            let Some(logps) = logps else {
+                progress.skip("too long, or not a number", 1);
+                continue;
+            };
             groups.add(&row, Pair::implicit(&row, logps, args.models.beta)?);
             progress.add(1, 0);
         }

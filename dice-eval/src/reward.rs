@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use common::jsonl::{Row, rows};
-use common::policy::Logps;
 use common::program::{self, Progress};
 use common::records::Split;
 use serde_json::json;
 
 use crate::format::{Line, To, percent};
-use crate::implicit::{Models, Scorer};
+use crate::implicit::{Models, Scored, Scorer};
 use crate::preference::{Groups, Pair};
 
 /// Accuracy of rewards on a preference set by subset, as RewardBench has it, and how much of it is length
@@ -50,8 +49,12 @@ pub fn run(args: Args) -> Result<()> {
     let mut scorer = Scorer::open(&args.models)?;
     let mut implicit = Groups::by(&args.by);
     let mut external: Vec<Groups> = args.score.iter().map(|_| Groups::by(&args.by)).collect();
-    let mut take = |scored: Vec<(Row, [Logps; 2])>| -> Result<()> {
+    let mut take = |scored: Vec<Scored>| -> Result<()> {
         for (row, logps) in scored {
+            let Some(logps) = logps else {
+                progress.skip("too long, or not a number", 1);
+                continue;
+            };
             implicit.add(&row, Pair::implicit(&row, logps, args.models.beta)?);
         }
         Ok(())

@@ -4,9 +4,10 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
-use common::policy::{Checkpoint, Compute, Prefers};
+use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
+use common::run::settings;
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;
 use std::process::ExitCode;
@@ -22,7 +23,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
 /// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
-/// Memory: the model, and keys and values of --batch-size responses.
+/// Memory: the model, and keys and values of --batch-size responses, or of as many as --memory-budget has room for. A
+/// prompt that is longer than the context or the memory is left out, named and counted.
 ///
 /// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
 #[derive(Parser)]
@@ -64,7 +66,7 @@ struct Args {
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Responses that run at the same time: 64 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
+    /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
     #[arg(long)]
     batch_size: Option<usize>,
     #[command(flatten)]
@@ -93,7 +95,12 @@ fn run(args: Args) -> Result<()> {
         args.stop.iter().all(|s| !s.is_empty()),
         "--stop must not be empty"
     );
-    let Opened::Ready(output) = args.files.open()? else {
+    let Opened::Ready(output) = args.files.open(settings(json!({
+        "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+        "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
+        "stop": args.stop, "system": args.system, "seed": args.seed,
+    })))?
+    else {
         return Ok(());
     };
     let place = args.compute.place(Prefers::Speed)?;
@@ -103,19 +110,16 @@ fn run(args: Args) -> Result<()> {
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
         dtype: place.dtype(),
-        generator: engine.generator(how, model.chat.end_ids(), args.batch_size)?,
+        generator: engine.generator(how, model.chat.end_ids(), args.batch_size, place.budget)?,
         model: &model,
         args: &args,
         output,
         waiting: Default::default(),
         progress: Progress::new("dice-gen", "rows", None),
     };
-    job.output.of_run(&json!({
-        "version": env!("CARGO_PKG_VERSION"), "model": job.fingerprint, "dtype": place.dtype(),
-        "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
-        "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
-        "stop": args.stop, "system": args.system, "seed": args.seed,
-    }))?;
+    job.output.begin(settings(json!({
+        "model": job.fingerprint, "dtype": job.dtype, "date": model.chat.date(),
+    })))?;
     let left_out = Arc::new(AtomicU64::new(0));
     let mut rows = of_split(args.files.rows(), args.split, left_out.clone());
     job.take_up(&mut rows)?;
@@ -161,13 +165,16 @@ impl Job<'_> {
         self.output.truncate_to(prompts * self.args.k as u64)?;
         let mut kept = self.output.kept();
         for _ in 0..prompts {
-            let prompt = inputs.next().transpose()?;
-            let expected = prompt.as_ref().map(Row::id).transpose()?;
+            let mut expected = None;
             for number in 0..self.args.k {
                 let Some(row) = kept.next().transpose()? else {
                     break;
                 };
-                let same = Some(row.id()?) == expected
+                let id = row.id()?;
+                if number == 0 {
+                    expected = self.next_written(inputs, &id)?;
+                }
+                let same = expected.as_ref() == Some(&id)
                     && row.number("sample")? == number as f64
                     && row.opt_string("model")? == Some(&self.fingerprint);
                 ensure!(
@@ -182,6 +189,28 @@ impl Job<'_> {
         }
         self.progress.kept(self.output.kept_rows());
         Ok(())
+    }
+
+    /// The id of the next prompt that an interrupted run would have written, which should be `written`: it may have left
+    /// out some before it.
+    fn next_written(
+        &self,
+        inputs: &mut impl Iterator<Item = Result<Row>>,
+        written: &str,
+    ) -> Result<Option<String>> {
+        loop {
+            let Some(input) = inputs.next().transpose()? else {
+                return Ok(None);
+            };
+            let id = input.id()?;
+            let left_out = || {
+                let too_long = self.encode(&input).is_err_and(|err| TooLong::is(&err));
+                self.args.compute.on_nan == OnNan::Skip || too_long
+            };
+            if id == written || !left_out() {
+                return Ok(Some(id));
+            }
+        }
     }
 
     /// Feeds prompts and writes responses. A bad row ends the input: what came before it is finished first.
@@ -217,16 +246,35 @@ impl Job<'_> {
         }
     }
 
+    /// The prompt with its system turn, and its tokens.
+    ///
+    /// # Errors
+    /// A row that is wrong; or ([`TooLong`]) longer than the model or the memory takes.
+    fn encode(&self, row: &Row) -> Result<(Prompt, Vec<u32>)> {
+        let prompt = with_system(row.prompt()?, self.args.system.as_deref());
+        let ids = self.model.prompt_ids(row, &prompt)?;
+        if !self.generator.has_room_for(ids.len()) {
+            let message = format!("has {} tokens, more than there is memory for", ids.len());
+            return Err(TooLong::of(row, "prompt", message));
+        }
+        Ok((prompt, ids))
+    }
+
     fn push(&mut self, mut row: Row) -> Result<()> {
         let id = row.id()?;
-        let prompt = with_system(row.prompt()?, self.args.system.as_deref());
-        let ids = self.model.prompt_ids(&row, &prompt)?;
+        self.progress.read(1);
+        let (prompt, ids) = match self.encode(&row) {
+            Err(err) if TooLong::is(&err) => {
+                self.progress.leave_out("too long", err);
+                return Ok(());
+            }
+            encoded => encoded?,
+        };
         if self.args.system.is_some() {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
         row.fields.entry("id").or_insert_with(|| json!(id));
         self.waiting.push_back(row);
-        self.progress.read(1);
         self.generator.push(Request {
             key: id,
             prompt: ids,
@@ -239,13 +287,13 @@ impl Job<'_> {
         for (_, samples) in self.generator.finished() {
             let prompt = self.waiting.pop_front().expect("every request has its row");
             // A broken model's tokens are no samples, and JSON has no NaN.
-            ensure!(
-                samples.iter().all(|sample| sample.logp.is_finite()),
-                prompt.error(
-                    "prompt",
-                    "got a response whose log-prob is not a number: is the model sound?"
-                )
-            );
+            if !samples.iter().all(|sample| sample.logp.is_finite()) {
+                let message = "got a response whose log-prob is not a number: is the model sound?";
+                let err = prompt.error("prompt", message);
+                ensure!(self.args.compute.on_nan == OnNan::Skip, err);
+                self.progress.leave_out("not a number", err);
+                continue;
+            }
             for (number, sample) in samples.into_iter().enumerate() {
                 let mut row = prompt.fields.clone();
                 self.describe(number, sample, &mut row)?;

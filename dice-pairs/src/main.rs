@@ -6,11 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
-use common::files::write_aside;
+use common::files::{parent, write_aside};
 use common::jsonl::{Files, Opened, Output, rows};
-use common::pairs::{Length, Mix, Replay, Rules, Samples, mix};
+use common::pairs::{Length, Mix, Replay, Rules, Samples, Spool, mix};
 use common::program::{self, Progress};
 use common::records::Split;
+use common::run::settings;
+use serde_json::json;
 
 mod stats;
 
@@ -25,8 +27,8 @@ mod stats;
 /// Left out, and counted on stderr by reason: truncated, too short and too long responses, repeated responses,
 /// prompts with too few responses left, prompts whose best and worst score the same.
 ///
-/// All input is read before anything is written, because α depends on all of it: memory holds the text of every
-/// response that is left. The rows of a prompt (same `id`, else same `prompt`) may come in any order.
+/// All input is read before anything is written, because α depends on all of it: memory holds numbers of every response
+/// that is left; the texts wait in a nameless temporary file beside --output (else in TMPDIR). The rows of a prompt (same `id`, else same `prompt`) may come in any order.
 ///
 /// Output: `id`, `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected` (r − α|y|), `source` ("generated"
 /// or "replay"), the samples' token ids and finish reasons, and the fields that all samples of the prompt agree on.
@@ -121,12 +123,20 @@ fn run(args: Args) -> Result<()> {
     {
         bail!("--replay and the samples cannot both come from stdin: name a FILE for one of them");
     }
-    let Opened::Ready(mut output) = args.files.open()? else {
+    let Opened::Ready(mut output) = args.files.open(run_settings(&args))? else {
         return Ok(());
     };
+    output.begin(serde_json::Map::new())?;
     let progress = Progress::new("dice-pairs", "pairs", None);
-    let replay = read_replay(&args)?;
-    let chosen = read_samples(&args, &progress)?.choose();
+    let output_file = args
+        .files
+        .to
+        .output
+        .as_deref()
+        .filter(|path| *path != stdin);
+    let spool = Spool::new(output_file.map(parent));
+    let replay = read_replay(&args, &spool)?;
+    let chosen = read_samples(&args, &spool, &progress)?.choose()?;
 
     let mut stats = stats::Stats::new(&chosen, args.length, args.alpha.0.is_none());
     for (reason, n) in chosen.skipped.0.iter().chain(&replay.skipped().0) {
@@ -150,7 +160,7 @@ fn run(args: Args) -> Result<()> {
     let kept = output.kept_rows();
     progress.kept(kept);
     for pair in &pairs[kept as usize..] {
-        output.write(&pair.fields)?;
+        output.write(&pair.fields()?)?;
         progress.add(1, 0);
     }
     if let Some(path) = &args.stats {
@@ -165,15 +175,28 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn read_samples(args: &Args, progress: &Progress) -> Result<Samples> {
-    let mut samples = Samples::new(Rules {
+/// What the pairs depend on besides the input.
+fn run_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
+    let replay = args.replay.as_ref();
+    settings(json!({
+        "alpha": args.alpha.0, "length": format!("{:?}", args.length).to_lowercase(),
+        "min_samples": args.min_samples, "min_chars": args.min_chars, "max_chars": args.max_chars,
+        "keep_truncated": args.keep_truncated,
+        "gamma": replay.map(|_| args.gamma), "seed": replay.map(|_| args.seed),
+        "replay_split": replay.map(|_| format!("{:?}", args.replay_split).to_lowercase()),
+    }))
+}
+
+fn read_samples(args: &Args, spool: &Spool, progress: &Progress) -> Result<Samples> {
+    let rules = Rules {
         alpha: args.alpha.0,
         length: args.length,
         min_samples: args.min_samples,
         min_chars: args.min_chars,
         max_chars: args.max_chars,
         keep_truncated: args.keep_truncated,
-    });
+    };
+    let mut samples = Samples::new(rules, spool.clone());
     progress.read(0);
     for row in args.files.rows() {
         samples.add(&row?)?;
@@ -182,8 +205,8 @@ fn read_samples(args: &Args, progress: &Progress) -> Result<Samples> {
     Ok(samples)
 }
 
-fn read_replay(args: &Args) -> Result<Replay> {
-    let mut replay = Replay::default();
+fn read_replay(args: &Args, spool: &Spool) -> Result<Replay> {
+    let mut replay = Replay::new(spool.clone());
     if let Some(file) = &args.replay {
         for row in rows(std::slice::from_ref(file)) {
             let row = row?;
@@ -223,7 +246,8 @@ fn skip_kept(output: &Output, pairs: &[common::pairs::Pair]) -> Result<()> {
     let mut made = pairs.iter();
     for kept in output.kept() {
         let kept = kept?;
-        if made.next().is_none_or(|pair| pair.fields != kept.fields) {
+        let expected = made.next().map(|pair| pair.fields()).transpose()?;
+        if expected.is_none_or(|fields| fields != kept.fields) {
             return Err(anyhow!(
                 "{}: this row was made from other input or settings; remove {}",
                 kept.place,
@@ -328,6 +352,8 @@ mod tests {
         fs::write(dir.path().join("in.jsonl"), scored(4, 8)).unwrap();
         run(args(dir.path(), &[])).unwrap();
         let whole = fs::read_to_string(&out).unwrap();
+        let manifest = dir.path().join("out.jsonl.run.json");
+        assert!(manifest.is_file());
         for cut in [0, 10, whole.len() / 2, whole.len()] {
             fs::remove_file(&out).unwrap();
             fs::write(&part, &whole[..cut]).unwrap();

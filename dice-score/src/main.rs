@@ -4,9 +4,10 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
-use common::policy::{Compute, Logps, Prefers, Response, RewardModel, responses};
+use common::policy::{Compute, Logps, OnNan, Response, RewardModel, TooLong, responses};
 use common::program::{self, Progress};
 use common::reward::implicit_reward;
+use common::run::settings;
 use serde_json::json;
 use std::process::ExitCode;
 
@@ -21,8 +22,9 @@ use std::process::ExitCode;
 /// ref_chosen_logps, ref_rejected_logps, reward_chosen and reward_rejected.
 ///
 /// Neighbouring rows of one prompt share its forward pass. Rows leave in their order, a few thousand tokens at a time.
-/// Memory: both models, and the activations of those tokens. A GPU that cannot hold both models runs one after the other,
-/// over millions of tokens each.
+/// Memory: both models, and the activations of those tokens; --memory-budget bounds it. A row that is longer than the
+/// models' context or the memory is left out, named and counted. A GPU that cannot hold both models runs one after the
+/// other, over millions of tokens each.
 ///
 /// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
 #[derive(Parser)]
@@ -48,12 +50,10 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    let Opened::Ready(output) = args.files.open()? else {
+    let Opened::Ready(output) = args.files.open(settings(json!({"beta": args.beta})))? else {
         return Ok(());
     };
-    let place = args.compute.place(Prefers::Exactness)?;
-    let models = RewardModel::open(&args.policy, &args.reference, &place)?;
-    program::say(format_args!("computing in {place}"));
+    let models = RewardModel::open(&args.policy, &args.reference, &args.compute)?;
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("dice-score", "rows", None);
     let mut job = Job {
@@ -62,23 +62,25 @@ fn run(args: Args) -> Result<()> {
         policy,
         reference,
         beta: args.beta,
+        on_nan: args.compute.on_nan,
         output,
         progress,
         batch: vec![],
         tokens: 0,
         known: 0,
     };
-    job.output.of_run(&json!({
-        "version": env!("CARGO_PKG_VERSION"), "policy": job.policy, "ref": job.reference,
-        "beta": args.beta, "dtype": place.dtype(),
-    }))?;
+    job.output.begin(settings(json!({
+        "policy": job.policy, "ref": job.reference, "dtype": job.models.dtype(),
+        "date": job.models.policy.chat.date(),
+    })))?;
     let mut rows = args.files.rows();
     job.check_kept(&mut rows)?;
     // A prompt's rows may be many: so many at a time bound what is held.
     const TOGETHER: usize = 64;
     for group in jsonl::groups(rows, TOGETHER) {
         match group.and_then(|rows| job.encode(rows)) {
-            Ok(prompt) => job.push(prompt)?,
+            Ok(Some(prompt)) => job.push(prompt)?,
+            Ok(None) => {}
             Err(err) => {
                 // What came before the bad row is not lost.
                 job.score_batch()?;
@@ -102,6 +104,7 @@ struct Job {
     policy: String,
     reference: String,
     beta: f64,
+    on_nan: OnNan,
     output: Output,
     progress: Progress,
     /// Prompts that wait until there are tokens enough for a forward pass.
@@ -128,16 +131,16 @@ impl Job {
         let kept = self.output.kept_rows();
         for row in self.output.kept() {
             let row = row?;
-            let input = inputs.next().transpose()?;
-            let same = input.as_ref().is_some_and(|input| {
-                ["prompt", "response", "chosen", "rejected"]
-                    .iter()
-                    .all(|f| input.fields.get(*f) == row.fields.get(*f))
-            });
             let models = row.opt_string("policy")? == Some(&self.policy)
                 && row.opt_string("ref")? == Some(&self.reference);
+            let mut input = inputs.next().transpose()?;
+            while let Some(other) = input.as_ref().filter(|input| !is_of(&row, input))
+                && self.leaves_out(other)
+            {
+                input = inputs.next().transpose()?;
+            }
             ensure!(
-                same && models,
+                models && input.is_some_and(|input| is_of(&row, &input)),
                 "{}: not what this command would have written here ({}): \
                  give the same input and models, or remove the file to start over",
                 row.place,
@@ -152,13 +155,34 @@ impl Job {
         Ok(())
     }
 
-    fn encode(&self, rows: Vec<Row>) -> Result<Encoded> {
-        let group = self.models.encode(&rows)?;
-        Ok(Encoded {
+    /// Whether a row may have been left out.
+    fn leaves_out(&self, row: &Row) -> bool {
+        let alone = self.models.encode(std::slice::from_ref(row));
+        self.on_nan == OnNan::Skip || alone.is_err_and(|err| TooLong::is(&err))
+    }
+
+    /// The rows of a prompt as token ids, without those that are too long; none where all are.
+    fn encode(&self, mut rows: Vec<Row>) -> Result<Option<Encoded>> {
+        let mut group = self.models.encode(&rows);
+        if group.as_ref().is_err_and(TooLong::is) {
+            rows.retain(|row| match self.models.encode(std::slice::from_ref(row)) {
+                Err(err) if TooLong::is(&err) => {
+                    self.progress.leave_out("too long", err);
+                    false
+                }
+                _ => true,
+            });
+            if rows.is_empty() {
+                return Ok(None);
+            }
+            group = self.models.encode(&rows);
+        }
+        let group = group?;
+        Ok(Some(Encoded {
             known: self.models.known(&rows, &group)?,
             group,
             rows,
-        })
+        }))
     }
 
     fn push(&mut self, prompt: Encoded) -> Result<()> {
@@ -187,48 +211,61 @@ impl Job {
         let scores = self.models.score(&groups, known)?;
         for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
             let mut scores = scores.into_iter();
-            let count = rows.len() as u64;
+            let mut written = 0;
             for mut row in rows {
-                for names in responses(&row) {
-                    let logps = scores.next().expect("one score per response");
-                    self.describe(&mut row, *names, logps)?;
+                let of = responses(&row);
+                let logps: Vec<Logps> = scores.by_ref().take(of.len()).collect();
+                if let Err(err) = self.describe(&mut row, of, &logps) {
+                    ensure!(self.on_nan == OnNan::Skip, err);
+                    self.progress.leave_out("not a number", err);
+                    continue;
                 }
                 row.fields.insert("policy".into(), json!(self.policy));
                 row.fields.insert("ref".into(), json!(self.reference));
                 self.output.write(&row.fields)?;
+                written += 1;
             }
-            self.progress.add(count, group.tokens() as u64);
+            self.progress.add(written, group.tokens() as u64);
         }
         self.tokens = 0;
         self.output.flush()
     }
 
-    fn describe(&self, row: &mut Row, names: Response, logps: Logps) -> Result<()> {
-        ensure!(
-            logps.policy.is_finite() && logps.reference.is_finite(),
-            row.error(
-                names.text,
-                "has a log-prob that is not a number: are the models sound?"
-            )
-        );
-        let fields = match names.text {
-            "chosen" => ["policy_chosen_logps", "ref_chosen_logps", "reward_chosen"],
-            "rejected" => [
-                "policy_rejected_logps",
-                "ref_rejected_logps",
-                "reward_rejected",
-            ],
-            _ => ["policy_logps", "ref_logps", "reward"],
-        };
-        let reward = implicit_reward(self.beta, logps.policy, logps.reference);
-        for (field, value) in fields
-            .into_iter()
-            .zip([logps.policy, logps.reference, reward])
-        {
-            row.fields.insert(field.into(), json!(value));
+    /// Adds the rewards of a row's responses; fails where one is not a number.
+    fn describe(&self, row: &mut Row, of: &[Response], logps: &[Logps]) -> Result<()> {
+        for (names, logps) in of.iter().zip(logps) {
+            ensure!(
+                logps.policy.is_finite() && logps.reference.is_finite(),
+                row.error(
+                    names.text,
+                    "has a log-prob that is not a number: are the models sound?"
+                )
+            );
+            let fields = match names.text {
+                "chosen" => ["policy_chosen_logps", "ref_chosen_logps", "reward_chosen"],
+                "rejected" => [
+                    "policy_rejected_logps",
+                    "ref_rejected_logps",
+                    "reward_rejected",
+                ],
+                _ => ["policy_logps", "ref_logps", "reward"],
+            };
+            let reward = implicit_reward(self.beta, logps.policy, logps.reference);
+            for (field, value) in fields
+                .into_iter()
+                .zip([logps.policy, logps.reference, reward])
+            {
+                row.fields.insert(field.into(), json!(value));
+            }
         }
         Ok(())
     }
+}
+
+/// Whether a row that was written is this input's.
+fn is_of(written: &Row, input: &Row) -> bool {
+    let fields = ["prompt", "response", "chosen", "rejected"];
+    (fields.iter()).all(|f| input.fields.get(*f) == written.fields.get(*f))
 }
 
 #[cfg(test)]

@@ -5,18 +5,22 @@ mod tensorboard;
 
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
+use common::budget;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    LoraSettings, LossType, Moments, Objective, Scheduler, Settings, StepMetrics, Train, order,
-    trainer,
+    LoraSettings, LossType, Moments, NotFinite, Objective, Scheduler, Settings, StepMetrics, Train,
+    order, trainer,
 };
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
-use common::policy::{Checkpoint, Compute, Prefers};
+use common::model::Params;
+use common::policy::{Checkpoint, Compute, OnNan, Place, Prefers};
 use common::program::{self, Progress};
 use common::records::Split;
+use common::run;
 use data::{Pairs, open_reference};
+use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tensorboard::EventFile;
@@ -33,7 +37,8 @@ use tensorboard::EventFile;
 /// reference are rounded alike.
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
-/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations. On a GPU (--device cuda) what is
+/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations, or what --memory-budget leaves. A pair
+/// that is longer than the context or the memory is left out, named and counted. On a GPU (--device cuda) what is
 /// multiplied takes nothing more in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with
 /// --lora-rank there are the weights alone, 2 bytes in bf16. Activations take what is left, and less if they must. A
 /// killed run goes on with --resume, to the same weights as without the kill, on whichever device.
@@ -148,11 +153,13 @@ fn run(args: Args) -> Result<()> {
             "{} is already there: remove it, or name another --output",
             args.output.display()
         );
+        let ours = run::settings(json!({"settings": known_settings(&args)}));
+        let log = finished(&args.output, &ours)?;
         program::say(format_args!(
             "{} is already there, nothing to do",
             args.output.display()
         ));
-        return Report(Some(Output::stdout())).write(&finished(&args.output)?);
+        return Report(Some(Output::stdout())).write(&log);
     }
     let part = part_path(&args.output);
     if holds_work(&part) && !args.resume {
@@ -179,7 +186,8 @@ fn run(args: Args) -> Result<()> {
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
     let exact = place.precision == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
-    let mut pairs = Pairs::read(&args, &model, given_by, &reading)?;
+    let memory = Memory::new(&args, &model, &place)?;
+    let mut pairs = Pairs::read(&args, &model, given_by, memory.longest, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
     reading.finish();
@@ -190,17 +198,20 @@ fn run(args: Args) -> Result<()> {
         reference: reference_print,
         pairs: pairs.hash(),
         dtype: place.dtype().to_owned(),
+        date: model.chat.date(),
         settings: settings.clone(),
+        state_bytes: memory.state_bytes,
     };
     program::say(format_args!("{}: computing in {place}", args.model));
+    let on_nan = args.compute.on_nan;
     // Another reference is gone before there is a trainer: they need not fit side by side.
     if let (true, Some(reference)) = (pairs.needs_reference(), &reference) {
         let engine = reference.engine(&place)?;
-        pairs.fill(|groups| engine.score(groups))?;
+        pairs.fill(|groups| engine.score(groups, memory.longest), on_nan)?;
     }
-    let mut trainer = trainer(&model.weights, settings, &place, STATE_BYTES)?;
+    let mut trainer = trainer(&model.weights, settings, &place, memory.state_bytes)?;
     if pairs.needs_reference() && reference.is_none() {
-        pairs.fill(|groups| trainer.score(groups))?;
+        pairs.fill(|groups| trainer.score(groups), on_nan)?;
     }
     drop(reference);
     let log = if args.resume {
@@ -218,8 +229,62 @@ fn run(args: Args) -> Result<()> {
     train(&args, &mut *trainer, &pairs, &writer, log)
 }
 
-/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making them again.
-const STATE_BYTES: usize = 400 << 20;
+/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making
+/// them again. In bfloat16 the packed weights leave room for more.
+const fn state_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => 400 << 20,
+        Precision::Bf16 => 640 << 20,
+    }
+}
+
+/// What memory is left beside weights, gradients and moments.
+struct Memory {
+    /// For layer states. It depends on the command alone, never on the machine: it decides in which order a batch is summed.
+    state_bytes: usize,
+    /// Most tokens of a pair.
+    longest: usize,
+}
+
+impl Memory {
+    fn new(args: &Args, model: &Checkpoint, place: &Place) -> Result<Self> {
+        if place.gpu.is_some() {
+            // The trainer there cuts its parts by what the GPU has free.
+            return Ok(Self {
+                state_bytes: 0,
+                longest: usize::MAX,
+            });
+        }
+        let config = &model.weights.config;
+        let params = Params::new(config).len;
+        let packed = match place.precision {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        };
+        // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
+        let trained = if args.lora_rank.is_some() { 4 } else { 12 };
+        let fixed = params * (4 + packed + trained);
+        let states = state_bytes(place.precision);
+        let (left, state_bytes) = match args.compute.memory_budget {
+            Some(budget) => {
+                let left = budget::beyond(budget, fixed)?;
+                (left, states.min(left / 2))
+            }
+            // What the machine seems to lack now may be there when it is wanted.
+            None => (
+                budget::left(None)?.saturating_sub(fixed).max(states),
+                states,
+            ),
+        };
+        // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
+        let row = 4 * config.hidden + 2 * config.heads * config.head_dim + 4 * config.ffn;
+        let token = (config.layers * config.hidden + 3 * row) * size_of::<f32>();
+        Ok(Self {
+            state_bytes,
+            longest: left / token,
+        })
+    }
+}
 
 fn check(args: &Args) -> Result<()> {
     ensure!(args.batch_size > 0, "--batch-size must be at least 1");
@@ -234,6 +299,15 @@ fn check(args: &Args) -> Result<()> {
         "--learning-rate must not be negative"
     );
     Ok(())
+}
+
+/// The settings that are known before the pairs are read.
+fn known_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
+    let mut known = run::settings(settings(args, 0));
+    if args.max_steps.is_none() {
+        known.remove("total_steps");
+    }
+    known
 }
 
 fn settings(args: &Args, pairs: usize) -> Settings {
@@ -292,17 +366,34 @@ fn train(
             current = (epoch, order(n, epoch, trainer.settings()));
         }
         let first = batch as usize * args.batch_size;
-        let indices = &current.1[first..(first + args.batch_size).min(n)];
+        let last = (first + args.batch_size).min(n);
+        let indices = current.1[first..last].iter().copied();
+        let indices: Vec<usize> = indices.filter(|&i| pairs.is_usable(i)).collect();
         let batch: Vec<_> = indices.iter().map(|&i| &pairs.pairs[i]).collect();
-        let done = epoch as f64 + (first + batch.len()) as f64 / n as f64;
+        let done = epoch as f64 + last as f64 / n as f64;
         let before = log.last().map_or(0, |m| m.num_tokens);
-        let metrics = trainer.step(&batch, done)?;
-        progress.add(1, metrics.num_tokens - before);
-        report.write(std::slice::from_ref(&metrics))?;
-        if let Some(events) = &mut events {
-            events.step(&metrics)?;
+        let stepped = (!batch.is_empty()).then(|| trainer.step(&batch, done));
+        match stepped {
+            // All its pairs are left out.
+            None => trainer.skip(),
+            Some(Ok(metrics)) => {
+                progress.add(1, metrics.num_tokens - before);
+                report.write(std::slice::from_ref(&metrics))?;
+                if let Some(events) = &mut events {
+                    events.step(&metrics)?;
+                }
+                log.push(metrics);
+            }
+            Some(Err(err)) => {
+                let err = named(err.downcast::<NotFinite>()?, &indices, pairs);
+                ensure!(
+                    args.compute.on_nan == OnNan::Skip,
+                    "{err:#}; lower --learning-rate"
+                );
+                progress.leave_out("not a number", err);
+                trainer.skip();
+            }
         }
-        log.push(metrics);
         let due = args.save_steps > 0
             && trainer.steps().is_multiple_of(args.save_steps)
             && trainer.steps() < total;
@@ -320,6 +411,16 @@ fn train(
     }
     progress.finish();
     Ok(())
+}
+
+/// What is wrong with a step, and the row that it comes from where that is known.
+fn named(broken: NotFinite, indices: &[usize], pairs: &Pairs) -> anyhow::Error {
+    let place = broken.pair.map(|i| &pairs.places[indices[i]]);
+    let err = anyhow::Error::new(broken);
+    match place {
+        Some(place) => err.context(place.to_string()),
+        None => err,
+    }
 }
 
 /// The steps' rows on stdout, as long as somebody reads them: the result is the folder, and `| head` must not cost it.

@@ -2,10 +2,13 @@
 
 mod checkpoint;
 mod judge;
+mod mount;
 mod tool;
+pub mod world;
 
 pub use checkpoint::{Tiny, copy_folder, edit_json};
 pub use judge::{Act, JudgeServer};
+pub use mount::Mount;
 pub use tool::{Finished, Tool, bin_folder, pipe};
 
 use serde_json::{Map, Value};

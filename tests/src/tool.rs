@@ -3,9 +3,10 @@
 use crate::{Fields, parse_rows, workspace};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 /// The folder of the built programs: of the target folder that this test lies in, of `CARGO_TARGET_DIR`, or of the
 /// workspace. Always the release profile: unoptimised arithmetic is no use.
@@ -96,6 +97,33 @@ impl Tool {
         child
     }
 
+    /// Runs it to its end; gives its greatest resident memory, too, in KiB.
+    pub fn run_measured(self) -> (Finished, u64) {
+        let name = self.name.clone();
+        let mut child = self.start();
+        let read = |pipe: Option<Box<dyn Read + Send>>| {
+            std::thread::spawn(move || {
+                let mut bytes = vec![];
+                pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+                bytes
+            })
+        };
+        let stdout = read(child.stdout.take().map(|p| Box::new(p) as Box<_>));
+        let stderr = read(child.stderr.take().map(|p| Box::new(p) as Box<_>));
+        let (mut status, pid) = (0, child.id() as libc::pid_t);
+        // SAFETY: all zeros are a value of this struct of integers.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: both pointers are to live variables, and nobody else waits for this child.
+        let ended = unsafe { libc::wait4(pid, &mut status, 0, &mut usage) };
+        assert_eq!(ended, pid, "a started program ends");
+        let output = Output {
+            status: ExitStatus::from_raw(status),
+            stdout: stdout.join().expect("it only reads"),
+            stderr: stderr.join().expect("it only reads"),
+        };
+        (Finished::new(name, output), usage.ru_maxrss as u64)
+    }
+
     /// Runs it to its end.
     pub fn run(self) -> Finished {
         let name = self.name.clone();
@@ -177,6 +205,7 @@ impl Finished {
                 " is kept: --resume",
                 "are the same model",
                 " done; ",
+                "; left out",
             ]
             .iter()
             .any(|note| line.contains(note))

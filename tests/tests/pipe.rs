@@ -536,6 +536,11 @@ fn stdin_and_several_files_are_one_input() {
         .ok();
     assert_eq!(parts.stdout, straight.stdout);
 
+    // So is each part by itself.
+    let shards = [&prompts[..5], &prompts[5..8], &prompts[8..]];
+    let shard = |rows: &[Value]| world.generate(&[]).stdin(lines(rows)).run().ok().stdout;
+    assert_eq!(shards.map(shard).concat(), straight.stdout);
+
     // A file is what stdout is.
     let output = world.arg("samples.jsonl");
     let to_file = world

@@ -1,12 +1,12 @@
 //! The recipes on a tiny model: two rounds, and the same two rounds under fire; the sweep, interrupted and not.
 
-use dice_tests::{Fields, Tiny, lines, read_rows, text, workspace};
+use dice_tests::{Act, Fields, JudgeServer, Mount, Tiny, lines, read_rows, text, workspace};
 use serde_json::json;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn just_is_there() -> bool {
     let there = Command::new("just").arg("--version").output().is_ok();
@@ -56,15 +56,54 @@ fn round(world: &Path, runs: &str) -> Command {
 }
 
 /// Runs it for a while, then kills the whole group: just, its shell and the tool at work.
-fn kill_after(mut command: Command, milliseconds: u64) {
-    let mut child = command.spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(milliseconds));
+fn kill_after(command: Command, milliseconds: u64) {
+    let until = Instant::now() + Duration::from_millis(milliseconds);
+    kill_when(command, || Instant::now() > until);
+}
+
+/// Kills the whole group when something has come, or lets it end; whether it was killed.
+fn kill_when(mut command: Command, come: impl Fn() -> bool) -> bool {
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !come() {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
     let _ = Command::new("kill")
         .args(["-KILL", "--", &format!("-{}", child.id())])
         .stderr(Stdio::null())
         .status();
     child.wait().unwrap();
+    true
 }
+
+/// Whether a file or a folder of work that is begun holds any of it.
+fn is_begun(part: &Path) -> bool {
+    match fs::read_dir(part) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => part.metadata().is_ok_and(|meta| meta.len() > 0),
+    }
+}
+
+/// What every stage of a first round works on, in order.
+const STAGES: [&str; 11] = [
+    "policy-0.part",
+    "round-1/samples.jsonl.part",
+    "round-1/scored.jsonl.part",
+    "round-1/pairs.jsonl.part",
+    "policy-1.part",
+    "round-1/before-samples.jsonl.part",
+    "round-1/after-samples.jsonl.part",
+    "round-1/before.jsonl.part",
+    "round-1/after.jsonl.part",
+    "round-1/judged.jsonl.part",
+    "round-1/summary.part",
+];
 
 #[track_caller]
 fn succeeds(mut command: Command) -> String {
@@ -167,7 +206,17 @@ fn two_rounds_and_the_same_under_fire() {
 
     again(&world.join("calm/round-2"), &mut round(world, "calm"));
 
-    // Kills at moments that spread over both rounds, then a calm end.
+    // A kill in the middle of every stage of the first round, then kills at moments that spread over both.
+    let struck: Vec<&str> = STAGES
+        .into_iter()
+        .filter(|part| {
+            let part = world.join("fire").join(part);
+            !world.join("fire/round-1/summary.md").exists()
+                && kill_when(round(world, "fire"), || is_begun(&part))
+        })
+        .collect();
+    eprintln!("struck: {struck:?}");
+    assert!(struck.len() >= 7, "too quick to be struck: only {struck:?}");
     let mut wait = 120;
     while !world.join("fire/round-2/summary.md").exists() {
         kill_after(round(world, "fire"), wait);
@@ -175,15 +224,38 @@ fn two_rounds_and_the_same_under_fire() {
         assert!(wait < 600_000, "no end in sight");
     }
     for file in RESULTS {
-        let read = |runs: &str| {
-            fs::read(world.join(runs).join(file))
-                .unwrap_or_else(|err| panic!("{runs}/{file}: {err}"))
-        };
-        assert!(
-            read("calm") == read("fire"),
-            "{file} is another after kills"
-        );
+        check_same(world, file, "fire");
     }
+
+    // A disk that is too small for the first round, again and again.
+    let mut kib = 300;
+    let Some(disk) = Mount::new(&world.join("small"), kib) else {
+        return;
+    };
+    let mut refused = 0;
+    while !world.join("small/round-1/summary.md").exists() {
+        let output = round(world, "small").output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            assert!(stderr.contains("No space left on device"), "{stderr}");
+            refused += 1;
+        }
+        kib += kib / 4;
+        disk.resize(kib);
+        assert!(refused < 30, "no end in sight");
+    }
+    assert!(refused > 2, "the disk was large enough");
+    for file in RESULTS.into_iter().filter(|file| !file.contains("-2")) {
+        check_same(world, file, "small");
+    }
+}
+
+#[track_caller]
+fn check_same(world: &Path, file: &str, runs: &str) {
+    let read = |runs: &str| {
+        fs::read(world.join(runs).join(file)).unwrap_or_else(|err| panic!("{runs}/{file}: {err}"))
+    };
+    assert!(read("calm") == read(runs), "{file} is another in {runs}");
 }
 
 #[test]
@@ -240,14 +312,12 @@ fn a_sweep_with_a_judge_chooses_by_win_rate() {
         return;
     }
     let folder = world();
-    let table = succeeds(just(
-        folder.path(),
-        "runs",
-        &[&judge(folder.path())],
-        "sweep",
-    ));
+    let server = JudgeServer::start(&[Act::Weigh]);
+    let judge = format!("judge=--endpoint {} --judge llama", server.url);
+    let table = succeeds(just(folder.path(), "runs", &[&judge], "sweep"));
     assert!(table.contains("length-controlled win rate"), "{table}");
     assert_eq!(table.matches("| chosen |").count(), 1);
+    assert!(server.asked() > 0);
 }
 
 #[test]

@@ -1,192 +1,22 @@
 //! Killed, stopped and torn runs: `--resume` makes of them, byte for byte, what an undisturbed run makes.
 
-use dice_tests::{Finished, Tiny, Tool, lines, text};
+use dice_tests::world::{
+    Made, Moment, ROW_TOOLS, TOOLS, World, newest_checkpoint, pairs, prompts, samples, signal,
+};
+use dice_tests::{Finished, Tool, lines};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use serde_json::json;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// SIGKILLs per tool: `DICE_KILLS`, else few enough for every run of the tests.
 fn kills() -> usize {
     match std::env::var("DICE_KILLS") {
         Ok(kills) => kills.parse().expect("DICE_KILLS is a number"),
         Err(_) => 12,
-    }
-}
-
-/// A model large enough for its work to take a while.
-const MODEL: Tiny = Tiny {
-    hidden: 64,
-    layers: 3,
-    vocab: 264,
-    context: 512,
-};
-
-/// A folder with the inputs of every tool.
-struct World {
-    folder: tempfile::TempDir,
-}
-
-impl World {
-    fn new() -> Self {
-        let world = Self {
-            folder: tempfile::tempdir().unwrap(),
-        };
-        MODEL.write(&world.path("pi"), 1);
-        MODEL.write(&world.path("ref"), 2);
-        for (name, rows) in [
-            ("prompts.jsonl", prompts()),
-            ("samples.jsonl", samples()),
-            ("scored.jsonl", scored()),
-            ("pairs.jsonl", pairs()),
-        ] {
-            fs::write(world.path(name), lines(&rows)).unwrap();
-        }
-        world
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn arg(&self, name: &str) -> String {
-        text(&self.path(name))
-    }
-
-    /// A tool at its work, which it writes to `output`.
-    fn tool(&self, name: &str, output: &str) -> Tool {
-        let args = match name {
-            "dice-gen" => vec![
-                "--model",
-                "=pi",
-                "--k",
-                "4",
-                "--max-tokens",
-                "24",
-                "--batch-size",
-                "16",
-                "=prompts.jsonl",
-            ],
-            "dice-score" => vec!["--policy", "=pi", "--ref", "=ref", "=samples.jsonl"],
-            "dice-pairs" => vec!["--min-samples", "2", "=scored.jsonl"],
-            "dice-train" => vec![
-                "--model",
-                "=pi",
-                "--batch-size",
-                "2",
-                "--save-steps",
-                "2",
-                "--learning-rate",
-                "1e-3",
-                "=pairs.jsonl",
-            ],
-            _ => unreachable!(),
-        };
-        let path = |arg: &str| {
-            arg.strip_prefix('=')
-                .map_or_else(|| arg.to_owned(), |name| self.arg(name))
-        };
-        Tool::new(name, args.into_iter().map(path)).args(["--output", &self.arg(output)])
-    }
-
-    /// The files of an undisturbed run, and how long it took.
-    fn undisturbed(&self, tool: &str) -> (Made, Duration) {
-        let started = Instant::now();
-        self.tool(tool, "straight")
-            .stdout_to(self.path("straight.log"))
-            .run()
-            .ok();
-        let made = Made::read(self, "straight");
-        (made, started.elapsed())
-    }
-}
-
-const ROW_TOOLS: [&str; 3] = ["dice-gen", "dice-score", "dice-pairs"];
-
-fn prompts() -> Vec<Value> {
-    (0..150)
-        .map(|i| json!({"prompt": format!("Say {i}")}))
-        .collect()
-}
-
-fn samples() -> Vec<Value> {
-    let sample = |i: usize| json!({"prompt": format!("Question {}", i / 4), "response": format!("Answer {i}. {}", "So be it. ".repeat(i % 5))});
-    (0..1000).map(sample).collect()
-}
-
-fn scored() -> Vec<Value> {
-    let sample = |i: usize| {
-        let (prompt, sample) = (i / 4, i % 4);
-        json!({"prompt": format!("Question {prompt}"), "response": "y".repeat(5 + (prompt * 7 + sample * 3) % 40) + &sample.to_string(),
-            "reward": ((i * 31) % 17) as f64 / 8.0, "filler": "z".repeat(600)})
-    };
-    (0..20_000).map(sample).collect()
-}
-
-fn pairs() -> Vec<Value> {
-    (0..60).map(|i| json!({"prompt": format!("Say {i}"), "chosen": format!("Yes, {i}."), "rejected": "No."})).collect()
-}
-
-/// What a run made: the bytes of its output (every file of a folder), and its stdout.
-#[derive(PartialEq)]
-struct Made {
-    files: BTreeMap<String, Vec<u8>>,
-    log: Vec<u8>,
-}
-
-impl Made {
-    fn read(world: &World, output: &str) -> Self {
-        let path = world.path(output);
-        let mut files = BTreeMap::new();
-        if path.is_dir() {
-            for entry in fs::read_dir(&path).unwrap() {
-                let entry = entry.unwrap();
-                let name = entry.file_name().into_string().unwrap();
-                files.insert(name, fs::read(entry.path()).unwrap());
-            }
-        } else {
-            files.insert(String::new(), fs::read(&path).unwrap());
-        }
-        let log = fs::read(world.path(&format!("{output}.log"))).unwrap();
-        Self { files, log }
-    }
-
-    #[track_caller]
-    fn assert_same(&self, other: &Self) {
-        let names = |made: &Self| made.files.keys().cloned().collect::<Vec<_>>();
-        assert_eq!(names(self), names(other));
-        for (name, bytes) in &self.files {
-            assert!(*bytes == other.files[name], "the output differs: {name}");
-        }
-        assert!(self.log == other.log, "stdout differs");
-    }
-}
-
-/// When to strike.
-#[derive(Debug)]
-enum Moment {
-    /// So long after the start.
-    Time(Duration),
-    /// When a file has so many bytes.
-    Bytes(PathBuf, u64),
-}
-
-impl Moment {
-    /// Waits for it, or for the program's end.
-    fn wait(&self, child: &mut Child) {
-        let started = Instant::now();
-        let come = || match self {
-            Self::Time(after) => started.elapsed() >= *after,
-            Self::Bytes(file, bytes) => file.metadata().is_ok_and(|meta| meta.len() >= *bytes),
-        };
-        while !come() && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_micros(200));
-        }
     }
 }
 
@@ -247,11 +77,8 @@ fn kill_and_resume(tool: &str) {
         {
             Made::read(&world, "out").assert_same(&straight);
         }
-        check_nothing_else_left(&world);
-        match rows {
-            true => fs::remove_file(world.path("out")).unwrap(),
-            false => fs::remove_dir_all(world.path("out")).unwrap(),
-        }
+        world.check_no_part_left();
+        world.remove("out");
     }
     assert!(
         in_the_middle > 0,
@@ -268,7 +95,7 @@ fn check_left(world: &World, straight: &Made) -> bool {
             "a torn file has the name of a whole one"
         );
     } else if out.is_dir() {
-        let files = Made::read(world, "out").files;
+        let files = Made::files(&out);
         assert!(
             files == straight.files,
             "a torn folder has the name of a whole one"
@@ -284,35 +111,6 @@ fn check_left(world: &World, straight: &Made) -> bool {
     }
     // Where the output is there, the part was being removed.
     part.is_dir() && !out.exists() && newest_checkpoint(&part).is_some()
-}
-
-/// The newest whole checkpoint of an interrupted training, which opens as a model does.
-fn newest_checkpoint(part: &Path) -> Option<u64> {
-    let steps = |entry: fs::DirEntry| {
-        entry
-            .file_name()
-            .to_str()?
-            .strip_prefix("checkpoint-")?
-            .parse()
-            .ok()
-    };
-    let newest = fs::read_dir(part)
-        .unwrap()
-        .filter_map(|entry| steps(entry.unwrap()))
-        .max()?;
-    let bytes = fs::read(part.join(format!("checkpoint-{newest}/model.safetensors"))).unwrap();
-    safetensors::SafeTensors::deserialize(&bytes).expect("a checkpoint under its name is whole");
-    Some(newest)
-}
-
-fn check_nothing_else_left(world: &World) {
-    let names = fs::read_dir(world.folder.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name());
-    let left: Vec<_> = names
-        .filter(|name| name.to_str().unwrap().contains(".part"))
-        .collect();
-    assert!(left.is_empty(), "{left:?} is left");
 }
 
 #[test]
@@ -331,21 +129,19 @@ fn killed_choosing_goes_on() {
 }
 
 #[test]
-fn killed_training_goes_on_to_the_same_weights() {
-    kill_and_resume("dice-train");
+fn killed_judging_goes_on() {
+    kill_and_resume("dice-eval");
 }
 
-fn signal(child: &Child, name: &str) {
-    let sent = Command::new("bash")
-        .args(["-c", &format!("kill -{name} {}", child.id())])
-        .status();
-    assert!(sent.unwrap().success());
+#[test]
+fn killed_training_goes_on_to_the_same_weights() {
+    kill_and_resume("dice-train");
 }
 
 #[test]
 fn a_signal_leaves_what_can_be_gone_on_with() {
     for (name, code) in [("INT", 130), ("TERM", 143)] {
-        for tool in ["dice-gen", "dice-score", "dice-train"] {
+        for tool in ["dice-gen", "dice-score", "dice-eval", "dice-train"] {
             let world = World::new();
             let (straight, _) = world.undisturbed(tool);
             let watched = if tool == "dice-train" {
@@ -354,17 +150,11 @@ fn a_signal_leaves_what_can_be_gone_on_with() {
                 "out.part"
             };
             // No checkpoint but the one that the signal causes.
-            let more: &[&str] = if tool == "dice-train" {
-                &["--save-steps", "1000000"]
-            } else {
-                &[]
+            let run = match tool {
+                "dice-train" => world.train("out", 1_000_000),
+                _ => world.tool(tool, "out"),
             };
-            let run = if tool == "dice-train" {
-                untimed_saves(&world)
-            } else {
-                world.tool(tool, "out")
-            };
-            let mut child = run.args(more).stdout_to(world.path("out.log")).start();
+            let mut child = run.stdout_to(world.path("out.log")).start();
             Moment::Bytes(world.path(watched), 1).wait(&mut child);
             signal(&child, name);
             let stopped = Finished::new(tool, child.wait_with_output().unwrap());
@@ -382,20 +172,6 @@ fn a_signal_leaves_what_can_be_gone_on_with() {
             Made::read(&world, "out").assert_same(&straight);
         }
     }
-}
-
-/// Training as in [`World::tool`], but for `--save-steps`.
-fn untimed_saves(world: &World) -> Tool {
-    let args = [
-        "--model",
-        &world.arg("pi"),
-        "--batch-size",
-        "2",
-        "--learning-rate",
-        "1e-3",
-        &world.arg("pairs.jsonl"),
-    ];
-    Tool::new("dice-train", args.map(str::to_owned)).args(["--output", &world.arg("out")])
 }
 
 /// A program at its work whose input stays open, and which has begun to read it.
@@ -430,7 +206,7 @@ fn a_signal_ends_the_wait_for_input() {
     let stopped = Finished::new("dice-gen", child.wait_with_output().unwrap());
     assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
     drop(stdin);
-    check_nothing_else_left(&world);
+    world.check_no_part_left();
 }
 
 #[test]
@@ -533,7 +309,7 @@ fn input_from_a_pipe_is_gone_on_with_too() {
 
 #[test]
 fn work_is_neither_overwritten_nor_done_twice() {
-    for tool in ["dice-gen", "dice-score", "dice-pairs", "dice-train"] {
+    for tool in TOOLS {
         let world = World::new();
         let first = world.tool(tool, "out").run().ok();
         let refused = world.tool(tool, "out").run();

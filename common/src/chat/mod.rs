@@ -200,6 +200,12 @@ impl Chat {
         contained(|| self.encoder.decode(ids, &self.end_ids))
     }
 
+    /// The day that the template writes into prompts; none if it writes none.
+    pub fn date(&self) -> Option<String> {
+        let template = self.template.as_ref()?;
+        (template.source().contains("strftime_now")).then(strftime::today)
+    }
+
     /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.
     pub fn vocab_size(&self) -> usize {
         self.encoder.vocab_size()

@@ -1,8 +1,10 @@
 //! `strftime_now` for chat templates that write today's date (Llama 3.x).
 //!
 //! Times are UTC, and `SOURCE_DATE_EPOCH` (seconds, the reproducible-builds convention) fixes them: a prompt
-//! scored on another day than it was sampled would otherwise be another prompt.
+//! scored on another day than it was sampled would otherwise be another prompt. For one process time stands still, so
+//! that neither midnight nor a clock that is set changes its prompts on the way.
 
+use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::{Error, ErrorKind};
@@ -31,17 +33,28 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// The template function: the current time in Python's `strftime` notation.
+/// The template function: the process's time in Python's `strftime` notation.
 pub fn strftime_now(format: &str) -> Result<String, Error> {
-    let fixed = std::env::var("SOURCE_DATE_EPOCH")
-        .ok()
-        .and_then(|seconds| seconds.trim().parse().ok());
-    let now = fixed.unwrap_or_else(|| {
-        SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |elapsed| elapsed.as_secs())
-    });
-    strftime(format, now)
+    strftime(format, now())
+}
+
+/// The day that templates see, `YYYY-MM-DD`.
+pub fn today() -> String {
+    strftime("%Y-%m-%d", now()).expect("the notation is a known one")
+}
+
+/// When this process first asked, in seconds since 1970 UTC; or as SOURCE_DATE_EPOCH says.
+fn now() -> u64 {
+    static NOW: OnceLock<u64> = OnceLock::new();
+    let fixed = || {
+        let seconds = std::env::var("SOURCE_DATE_EPOCH").ok()?;
+        seconds.trim().parse().ok()
+    };
+    let clock = || {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        since.map_or(0, |elapsed| elapsed.as_secs())
+    };
+    *NOW.get_or_init(|| fixed().unwrap_or_else(clock))
 }
 
 /// Formats a moment, in seconds since 1970 UTC.

@@ -133,13 +133,23 @@ impl<'a> Generator<'a> {
         Ok(())
     }
 
+    /// How many tokens a response to a prompt of so many may have.
+    fn limit(&self, prompt: usize) -> usize {
+        self.how
+            .max_tokens
+            .min(self.decoder.config.context - prompt)
+    }
+
+    /// Pages for a response to a prompt of so many tokens.
+    fn own_pages(&self, prompt: usize) -> usize {
+        self.limit(prompt).div_ceil(PAGE)
+    }
+
     /// Starts the next sample of a group in a slot, if there are pages for it.
     fn start(&mut self, slot: usize, group: usize) -> Result<bool> {
-        let Self { decoder, how, .. } = self;
         let entry = self.groups.group(group);
         let prompt = entry.request.prompt.len();
-        let limit = how.max_tokens.min(decoder.config.context - prompt);
-        let own = limit.div_ceil(PAGE);
+        let (limit, own) = (self.limit(prompt), self.own_pages(prompt));
         let shared = match entry.own.table {
             None => prompt.div_ceil(PAGE),
             Some(_) => 0,
@@ -442,6 +452,11 @@ impl Generate for Generator<'_> {
 
     fn tokens(&self) -> u64 {
         self.tokens
+    }
+
+    fn has_room_for(&self, prompt: usize) -> bool {
+        let shared = prompt.div_ceil(PAGE);
+        shared <= self.pages.most && shared + self.own_pages(prompt) <= self.pages.all
     }
 
     fn push(&mut self, request: Request) {

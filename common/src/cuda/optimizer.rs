@@ -182,6 +182,11 @@ impl Trained {
         Ok(self.norm.read(0, 1)?[0])
     }
 
+    /// Sets the gradient to zero, as a step would.
+    pub fn drop_gradient(&self) -> Result<()> {
+        self.gradient.clear()
+    }
+
     /// A step of AdamW on everything, given [`Self::gradient_norm`] before; the gradient is zero after it.
     pub fn step(&self, rates: Rates) -> Result<()> {
         let kernel = match self.moments_in {

@@ -10,8 +10,7 @@ use anyhow::{Result, ensure};
 pub struct Choice {
     /// β·(log π − log π_ref) of each response.
     pub rewards: Vec<f64>,
-    /// The best and the worst by r − α·length, as [`crate::reward::best_and_worst`] has them; none where there is no
-    /// response.
+    /// The best and the worst by r − α·length, as `best_and_worst` chooses them on the CPU; none where there is no response.
     pub best_and_worst: Option<(usize, usize)>,
 }
 

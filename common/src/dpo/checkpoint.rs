@@ -8,15 +8,17 @@ use crate::chat::Chat;
 use crate::files::{part_path, publish, write_aside};
 use crate::mapped::Mapped;
 use crate::model::Params;
-use crate::run::check_same;
+use crate::run::{IN_FOLDER, Manifest, settings};
 use crate::weights::{Weights, save_vectors};
 use anyhow::{Context, Result, ensure};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a run is: it may be resumed only as what it was. Also the head of `trainer_state.json`.
+/// What a run is: it may be resumed only as what it was. The settings of its manifest, and the head of
+/// `trainer_state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// Of the tool that trains.
@@ -30,8 +32,14 @@ pub struct Run {
     pub pairs: String,
     /// Number format of the products.
     pub dtype: String,
+    /// The day that the chat template writes into prompts, if it writes one.
+    #[serde(default)]
+    pub date: Option<String>,
     /// All settings.
     pub settings: Settings,
+    /// What layer states may take, bytes: it decides in which order a batch is summed.
+    #[serde(default)]
+    pub state_bytes: usize,
 }
 
 /// `trainer_state.json`; the names are transformers'.
@@ -125,7 +133,8 @@ impl Writer<'_> {
         };
         let file = dir.join(STATE);
         fs::write(&file, serde_json::to_vec_pretty(&state)?)
-            .with_context(|| format!("cannot write {}", file.display()))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        Manifest::new(settings(self.run)).write(&dir.join(IN_FOLDER))
     }
 }
 
@@ -137,12 +146,10 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut dyn Train) -> Result<Vec<S
     let Some((_, path)) = checkpoints(&part_path(output)).into_iter().max() else {
         return Ok(vec![]);
     };
+    if let Some(begun) = Manifest::read(&path.join(IN_FOLDER))? {
+        begun.check_same(&settings(run), &path)?;
+    }
     let state = state(&path)?;
-    check_same(
-        &serde_json::to_value(&state.run)?,
-        &serde_json::to_value(run)?,
-        &path,
-    )?;
     let saved = Saved::open(&path, trainer.settings().lora.is_none())?;
     let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
     trainer.restore(&saved, state.global_step, tokens)?;
@@ -152,8 +159,12 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut dyn Train) -> Result<Vec<S
 /// The log of a finished run to `output`; empty where it has none. Clears away what a kill in the last moment left.
 ///
 /// # Errors
-/// The log is there but cannot be read, or the leftover cannot be removed.
-pub fn finished(output: &Path) -> Result<Vec<StepMetrics>> {
+/// The run had other settings than those known of ours; the log is there but cannot be read, or the leftover cannot be
+/// removed.
+pub fn finished(output: &Path, ours: &Map<String, Value>) -> Result<Vec<StepMetrics>> {
+    if let Some(made) = Manifest::read(&output.join(IN_FOLDER))? {
+        made.check_same(ours, output)?;
+    }
     let part = part_path(output);
     if part.is_dir() {
         fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;

@@ -5,7 +5,7 @@ use super::loss::Objective;
 use super::optimizer::{corrections, kept};
 use super::step::{Mean, Pair, Sums, parts};
 use super::trainer::{
-    Kept, Moments, Settings, State, StepMetrics, Take, Train, check_finite, fill, initial_adapters,
+    Kept, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, fill, initial_adapters,
     matrices,
 };
 use crate::cuda::{self, Decoder, Device, Flat, Footprint, Forward, Gradients, Rates, Trained};
@@ -188,7 +188,10 @@ impl Train for CudaTrainer {
     fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
         let sums = self.accumulate(pairs)?;
         let grad_norm = self.trained.gradient_norm(self.settings.max_grad_norm)?;
-        check_finite(self.steps + 1, sums.loss, grad_norm)?;
+        if let Err(broken) = NotFinite::check(self.steps + 1, &sums, grad_norm) {
+            self.trained.drop_gradient()?;
+            return Err(broken.into());
+        }
         let learning_rate = self.settings.learning_rate(self.steps);
         self.steps += 1;
         let (rate, root) = corrections(self.steps, learning_rate);
@@ -208,6 +211,10 @@ impl Train for CudaTrainer {
             learning_rate,
             self.tokens,
         ))
+    }
+
+    fn skip(&mut self) {
+        self.steps += 1;
     }
 
     fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {

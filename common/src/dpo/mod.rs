@@ -14,7 +14,8 @@ pub use optimizer::{AdamW, Scheduler};
 pub(crate) use step::Forward;
 pub use step::{Pair, Sums};
 pub use trainer::{
-    Kept, LoraSettings, Moments, Settings, State, StepMetrics, Take, Train, Trainer, order,
+    Kept, LoraSettings, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, Trainer,
+    order,
 };
 
 use crate::policy::Place;

@@ -54,6 +54,10 @@ pub struct Sums {
     pub logp_rejected: f64,
     /// Tokens of the forward passes.
     pub tokens: u64,
+    /// Pairs so far.
+    pub pairs: usize,
+    /// The batch's first pair whose loss is not a number.
+    pub broken: Option<usize>,
 }
 
 /// How much of a batch runs at once.
@@ -129,7 +133,12 @@ impl<'a> Mean<'a> {
             });
             slopes.push((found.d_chosen / n - rpo) as f32);
             slopes.push((found.d_rejected / n) as f32);
-            sums.loss += found.loss - rpo * n * chosen;
+            let loss = found.loss - rpo * n * chosen;
+            if !loss.is_finite() {
+                sums.broken = sums.broken.or(Some(sums.pairs));
+            }
+            sums.pairs += 1;
+            sums.loss += loss;
             sums.reward_chosen += found.reward_chosen;
             sums.reward_rejected += found.reward_rejected;
             sums.correct += f64::from(found.reward_chosen > found.reward_rejected);

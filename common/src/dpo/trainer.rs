@@ -115,6 +115,47 @@ pub struct StepMetrics {
     pub num_tokens: u64,
 }
 
+/// A step whose loss or gradient is not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NotFinite {
+    /// From 1.
+    pub step: u64,
+    /// The sum over the batch.
+    pub loss: f64,
+    /// Of the gradient.
+    pub norm: f64,
+    /// The batch's first pair that it comes from, where a pair's loss is not a number already.
+    pub pair: Option<usize>,
+}
+
+impl NotFinite {
+    /// Of a step's sums and its gradient's norm.
+    pub(super) fn check(step: u64, sums: &Sums, norm: f64) -> Result<(), Self> {
+        if sums.loss.is_finite() && norm.is_finite() {
+            return Ok(());
+        }
+        Err(Self {
+            step,
+            loss: sums.loss,
+            norm,
+            pair: sums.broken,
+        })
+    }
+}
+
+impl std::fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            step, loss, norm, ..
+        } = self;
+        let wrong =
+            format_args!("the loss ({loss}) or the gradient's norm ({norm}) is not a number");
+        write!(f, "step {step}: {wrong}")
+    }
+}
+
+impl std::error::Error for NotFinite {}
+
 impl StepMetrics {
     /// The means over a step's pairs; `step` counts from 1, `tokens` are those of all steps so far.
     pub(crate) fn new(
@@ -197,8 +238,11 @@ pub trait Train: State {
     /// One optimiser step on a batch.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite: no parameter is changed then, and the trainer is of no further use.
+    /// [`NotFinite`]: nothing is changed then, and [`Self::skip`] goes on without this batch. A GPU that fails.
     fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics>;
+
+    /// Counts a step that is not taken; weights and moments stay as they are.
+    fn skip(&mut self);
 
     /// Goes back to a state of this trainer or of another with the same settings, after `steps` steps and `tokens` tokens.
     ///
@@ -214,15 +258,6 @@ pub trait Train: State {
     /// # Errors
     /// There are none: all weights were trained.
     fn save_adapter(&self, dir: &Path, base: &str) -> Result<()>;
-}
-
-/// The error of a step whose numbers are not finite.
-pub(super) fn check_finite(step: u64, loss: f64, grad_norm: f64) -> Result<()> {
-    ensure!(
-        loss.is_finite() && grad_norm.is_finite(),
-        "step {step}: the loss ({loss}) or the gradient's norm ({grad_norm}) is not a number; lower --learning-rate"
-    );
-    Ok(())
 }
 
 /// Training in progress on the CPU.
@@ -373,7 +408,10 @@ impl Train for Trainer {
         let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
         (self.gradient, self.workspace) = (gradient, workspace);
         let grad_norm = norm(&self.gradient);
-        check_finite(step + 1, sums.loss, grad_norm)?;
+        if let Err(broken) = NotFinite::check(step + 1, &sums, grad_norm) {
+            self.gradient.fill(0.0);
+            return Err(broken.into());
+        }
         let learning_rate = self.settings.learning_rate(step);
         let factor = clip_factor(grad_norm, self.settings.max_grad_norm);
         match &mut self.adapters {
@@ -397,6 +435,10 @@ impl Train for Trainer {
             learning_rate,
             self.tokens,
         ))
+    }
+
+    fn skip(&mut self) {
+        self.optimizer.steps += 1;
     }
 
     fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Keys and values of a run of tokens, kept as the matrix kernel wants them: growing them is a write, never a copy.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::gemm::{Aligned, Panels, Precision, panel_width, store, words};
+use crate::kernels::gemm::{Aligned, Panels, Precision, panel_width, put_column, put_row, words};
 
 /// One layer's keys and values of one run of tokens, all key heads.
 pub struct LayerCache {
@@ -33,20 +33,44 @@ impl LayerCache {
         }
     }
 
+    /// The bytes that so many tokens take: storage doubles as it grows.
+    pub fn bytes(heads: Heads, precision: Precision, tokens: usize) -> usize {
+        let capacity = tokens.next_power_of_two().max(panel_width());
+        let stride = heads.dim.next_multiple_of(panel_width());
+        let keys = capacity * words(heads.dim, precision);
+        heads.kv * (keys + words(capacity, precision) * stride) * size_of::<f32>()
+    }
+
     /// Appends a token: its row of the fused projection, after rotation.
     pub fn push(&mut self, heads: Heads, qkv: &[f32]) {
-        let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
-        let parts = keys
-            .chunks_exact(heads.dim)
-            .zip(values.chunks_exact(heads.dim));
-        for (head, (key, value)) in self.heads.iter_mut().zip(parts) {
-            head.push(key, value, self.precision);
+        for kv_head in 0..heads.kv {
+            self.push_head(heads, kv_head, qkv);
         }
     }
 
-    /// The number of tokens.
-    pub fn tokens(&self) -> usize {
-        self.heads.first().map_or(0, |h| h.tokens)
+    /// Appends a token to one head alone.
+    pub fn push_head(&mut self, heads: Heads, kv_head: usize, qkv: &[f32]) {
+        let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
+        let at = kv_head * heads.dim;
+        self.heads[kv_head].push(
+            &keys[at..][..heads.dim],
+            &values[at..][..heads.dim],
+            self.precision,
+        );
+    }
+
+    /// The number of tokens of a head.
+    pub fn tokens(&self, kv_head: usize) -> usize {
+        self.heads[kv_head].tokens
+    }
+
+    /// Asks for the keys and values of a head, which are to be read soon.
+    pub fn fetch(&self, kv_head: usize) {
+        let head = &self.heads[kv_head];
+        let panel = words(head.dim, self.precision) * panel_width();
+        head.keys.fetch(head.tokens.div_ceil(panel_width()) * panel);
+        head.values
+            .fetch(words(head.tokens, self.precision) * head.value_stride());
     }
 
     /// The keys of a head as an operand: queries times this are scores.
@@ -84,16 +108,11 @@ impl HeadCache {
         let capacity = (at + 1).next_power_of_two().max(width);
         self.keys.grow(capacity / width * panel);
         self.values.grow(words(capacity, precision) * stride);
-        let panel = &mut self.keys.as_mut_slice()[at / width * panel..][..panel];
-        for (d, &k) in key.iter().enumerate() {
-            store(d, k, precision, |word| {
-                &mut panel[word * width + at % width]
-            });
-        }
-        let values = self.values.as_mut_slice();
-        for (d, &v) in value.iter().enumerate() {
-            store(at, v, precision, |word| &mut values[word * stride + d]);
-        }
+        let keys = &mut self.keys.as_mut_slice()[at / width * panel..][..panel];
+        put_row(key, precision, width, &mut keys[at % width..]);
+        let line = (words(at + 1, precision) - 1) * stride;
+        let values = &mut self.values.as_mut_slice()[line..];
+        put_column(value, at, precision, values);
         self.tokens += 1;
     }
 }

@@ -45,6 +45,15 @@ pub struct Sample {
     pub logp: f64,
 }
 
+/// How much runs at a time. What comes out does not depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences.
+    pub sequences: usize,
+    /// Memory for keys, values and activations; a single sequence that needs more runs all the same, alone.
+    pub bytes: usize,
+}
+
 /// What ends a response besides the model: sees its tokens after each draw.
 pub type Stopped<'a> = &'a (dyn Fn(&[u32]) -> bool + Sync);
 
@@ -56,7 +65,9 @@ pub trait Generate {
     fn is_idle(&self) -> bool;
     /// Tokens generated so far.
     fn tokens(&self) -> u64;
-    /// Takes a prompt, of at least one token and shorter than the context.
+    /// Whether a prompt of so many tokens and one response to it fit into the memory.
+    fn has_room_for(&self, prompt: usize) -> bool;
+    /// Takes a prompt, of at least one token and shorter than the context. It is run when its first sample starts.
     fn push(&mut self, request: Request);
     /// Fills free slots, then draws one token for each running sequence. `stopped` may end a response by a rule of its
     /// own.
@@ -73,7 +84,7 @@ pub struct Generator<'a> {
     decoder: &'a Decoder,
     how: Sampling,
     end_ids: Vec<u32>,
-    slots: usize,
+    limits: Limits,
     rotary: Rotary,
     groups: Queue<Prefix>,
     running: Vec<Sequence>,
@@ -82,12 +93,20 @@ pub struct Generator<'a> {
     logits: Vec<Vec<f32>>,
 }
 
-/// What a prompt left behind.
+/// What a prompt leaves behind: from the start of its first sample to the end of the last, else nothing.
+#[derive(Default)]
 pub(super) struct Prefix {
     /// Its keys and values, layer by layer.
     pub cache: Vec<LayerCache>,
     /// The logits after it.
     first: Vec<f32>,
+}
+
+impl Prefix {
+    /// Whether the prompt has run.
+    fn is_ready(&self) -> bool {
+        !self.cache.is_empty()
+    }
 }
 
 /// A response at work.
@@ -103,15 +122,19 @@ pub(super) struct Sequence {
 }
 
 impl<'a> Generator<'a> {
-    /// At most `slots` sequences run at a time.
-    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], slots: usize) -> Self {
+    /// Nothing to do yet.
+    pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], limits: Limits) -> Self {
         let rotary = decoder.rotary(0);
         let end_ids = end_ids.to_vec();
+        let sequences = limits.sequences.max(1);
         Self {
             decoder,
             how,
             end_ids,
-            slots: slots.max(1),
+            limits: Limits {
+                sequences,
+                ..limits
+            },
             rotary,
             groups: Queue::new(),
             running: vec![],
@@ -145,9 +168,14 @@ impl<'a> Generator<'a> {
 
     /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
     fn fill(&mut self, stopped: Stopped) {
-        while self.running.len() < self.slots
-            && let Some(number) = self.groups.next()
-        {
+        while let Some(number) = self.groups.next() {
+            if !self.running.is_empty() && !self.has_room_to_start(number) {
+                return;
+            }
+            if !self.groups.group(number).own.is_ready() {
+                let prefix = self.prefill(&self.groups.group(number).request.prompt);
+                self.groups.group_mut(number).own = prefix;
+            }
             let sample = self.groups.start(number);
             let Group { request, own, .. } = self.groups.group(number);
             let layers = self.decoder.config.layers;
@@ -168,6 +196,44 @@ impl<'a> Generator<'a> {
                 None => self.running.push(sequence),
             }
         }
+    }
+
+    /// Whether a sample of a group may start beside what is running.
+    fn has_room_to_start(&self, group: usize) -> bool {
+        let prompt_of = |group: &Group<Prefix>| group.request.prompt.len();
+        let running = self.running.iter().map(|s| self.groups.group(s.group));
+        let running = running.map(|group| self.response_bytes(prompt_of(group)));
+        let prompts = self.groups.iter().filter(|group| group.own.is_ready());
+        let prompts = prompts.map(|group| self.prompt_bytes(prompt_of(group)));
+        let group = self.groups.group(group);
+        let prefill = match group.own.is_ready() {
+            false => {
+                self.prompt_bytes(prompt_of(group)) + self.decoder.forward_bytes(prompt_of(group))
+            }
+            true => 0,
+        };
+        let taken = running.sum::<usize>() + prompts.sum::<usize>();
+        self.running.len() < self.limits.sequences
+            && taken + prefill + self.response_bytes(prompt_of(group)) <= self.limits.bytes
+    }
+
+    /// What a prompt holds while it is at work: keys, values and logits.
+    fn prompt_bytes(&self, prompt: usize) -> usize {
+        self.cache_bytes(prompt) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    /// What a response to a prompt may come to hold: keys, values and logits.
+    fn response_bytes(&self, prompt: usize) -> usize {
+        let longest = (self.decoder.config.context.saturating_sub(prompt)).min(self.how.max_tokens);
+        self.cache_bytes(longest) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        let layers = 0..self.decoder.config.layers;
+        let precision = self.decoder.precision;
+        layers
+            .map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens))
+            .sum()
     }
 
     fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<Finish> {
@@ -191,13 +257,15 @@ impl<'a> Generator<'a> {
             finish,
             logp: sequence.logp,
         };
-        (self.groups).finish(sequence.group, sequence.number, sample);
+        if (self.groups).finish(sequence.group, sequence.number, sample) {
+            self.groups.group_mut(sequence.group).own = Prefix::default();
+        }
     }
 }
 
 impl Generate for Generator<'_> {
     fn wants_prompt(&self) -> bool {
-        self.running.len() + self.groups.waiting() < self.slots
+        self.running.len() + self.groups.waiting() < self.limits.sequences
     }
 
     fn is_idle(&self) -> bool {
@@ -208,14 +276,18 @@ impl Generate for Generator<'_> {
         self.tokens
     }
 
+    fn has_room_for(&self, prompt: usize) -> bool {
+        self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt) + self.response_bytes(prompt)
+            <= self.limits.bytes
+    }
+
     fn push(&mut self, request: Request) {
         assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
         let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
         if needed > self.rotary.positions() {
             self.rotary = self.decoder.rotary(needed);
         }
-        let prefix = self.prefill(&request.prompt);
-        self.groups.push(request, prefix);
+        self.groups.push(request, Prefix::default());
     }
 
     fn step(&mut self, stopped: Stopped) -> Result<()> {
@@ -322,18 +394,31 @@ mod tests {
         requests: Vec<Request>,
         slots: usize,
     ) -> Vec<(String, Vec<Sample>)> {
-        let mut generator = Generator::new(decoder, how, &[0, 7], slots);
+        let limits = Limits {
+            sequences: slots,
+            bytes: usize::MAX,
+        };
+        let mut generator = Generator::new(decoder, how, &[0, 7], limits);
+        all(&mut generator, requests).0
+    }
+
+    /// What comes of requests, and the most sequences that ran at a time.
+    fn all(
+        generator: &mut Generator,
+        requests: Vec<Request>,
+    ) -> (Vec<(String, Vec<Sample>)>, usize) {
         let mut waiting = requests.into_iter();
-        let mut out = vec![];
+        let (mut out, mut most) = (vec![], 0);
         loop {
             while generator.wants_prompt() {
                 let Some(request) = waiting.next() else { break };
                 generator.push(request);
             }
             if generator.is_idle() {
-                return out;
+                return (out, most);
             }
             generator.step(&|_| false).unwrap();
+            most = most.max(generator.running.len());
             out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
         }
     }
@@ -360,6 +445,28 @@ mod tests {
             assert_eq!(alone[0], all[2]);
             let other_seed = run(&decoder, Sampling { seed: 8, ..how() }, requests(), 64);
             assert_ne!(other_seed, all);
+        }
+    }
+
+    #[test]
+    fn little_memory_makes_it_slower_and_nothing_else() {
+        let decoder = decoder(None, Precision::F32);
+        let expected = run(&decoder, how(), requests(), 64);
+        let of = |bytes: usize| {
+            let limits = Limits {
+                sequences: 64,
+                bytes,
+            };
+            Generator::new(&decoder, how(), &[0, 7], limits)
+        };
+        let one = of(0).prompt_bytes(41) + decoder.forward_bytes(41) + of(0).response_bytes(41);
+        assert!(of(one).has_room_for(41) && !of(one - 1).has_room_for(41));
+        let mut before = 0;
+        for bytes in [0, one, 4 * one, usize::MAX] {
+            let (samples, most) = all(&mut of(bytes), requests());
+            assert_eq!(samples, expected, "{bytes} bytes");
+            assert!(before < most, "{most} at a time in {bytes} bytes");
+            before = most;
         }
     }
 

@@ -40,6 +40,11 @@ impl<T> Queue<T> {
         });
     }
 
+    /// The groups, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &Group<T>> {
+        self.groups.iter()
+    }
+
     /// Samples that have not started.
     pub fn waiting(&self) -> usize {
         self.groups.iter().map(|g| g.request.k - g.started).sum()

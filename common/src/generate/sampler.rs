@@ -87,7 +87,11 @@ pub(super) fn draw<'a>(
         greedy(logits)
     } else {
         let scaled = Scaled {
-            max: softmax::max(logits),
+            max: if changed.is_empty() {
+                max
+            } else {
+                softmax::max(logits)
+            },
             scale: 1.0 / how.temperature,
         };
         if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 {

@@ -5,7 +5,7 @@ use super::engine::{Prefix, Sequence};
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
 use crate::kernels::attention::Heads;
-use crate::kernels::gemm::{Left, Mat, Threads, Write, matmul};
+use crate::kernels::gemm::{Left, Mat, Panels, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
 use crate::kernels::softmax;
 use crate::model::{Decoder, LayerState};
@@ -52,8 +52,6 @@ impl Step<'_> {
         for i in 0..decoder.config.layers {
             let heads = decoder.heads(i);
             decoder.project(i, &positions, self.rotary, &mut state);
-            let rows = state.qkv.par_chunks_exact(heads.qkv_width());
-            (running.par_iter_mut().zip(rows)).for_each(|(s, row)| s.cache[i].push(heads, row));
             state.attention.resize(last.len() * heads.q_width(), 0.0);
             self.attention(i, running, &state.qkv, &mut state.attention);
             decoder.finish(i, &mut state, &mut next);
@@ -62,16 +60,16 @@ impl Step<'_> {
         logits_of(decoder, &state.x, logits);
     }
 
-    /// Attention of each sequence's last token over its prompt and its own past: `qkv` `[running, qkv_width]`, `out`
-    /// `[running, q_width]`.
-    fn attention(&self, layer: usize, running: &[Sequence], qkv: &[f32], out: &mut [f32]) {
+    /// Attention of each sequence's last token over its prompt and its own past, to which its key and value are added:
+    /// `qkv` `[running, qkv_width]`, `out` `[running, q_width]`.
+    fn attention(&self, layer: usize, running: &mut [Sequence], qkv: &[f32], out: &mut [f32]) {
         let heads = self.decoder.heads(layer);
         // Enough in a task to share the reading of the prompt's keys, few enough to share the work.
         let most = (running.len() / (4 * rayon::current_num_threads())).clamp(1, 8);
         let mut tasks = vec![];
         let (mut qkv, mut out) = (qkv, out);
-        for group in running.chunk_by(|a, b| a.group == b.group) {
-            for members in group.chunks(most) {
+        for group in running.chunk_by_mut(|a, b| a.group == b.group) {
+            for members in group.chunks_mut(most) {
                 let (queries, left) = qkv.split_at(members.len() * heads.qkv_width());
                 let (result, rest) = out.split_at_mut(members.len() * heads.q_width());
                 tasks.push((members, queries, result));
@@ -83,7 +81,7 @@ impl Step<'_> {
             .for_each_init(Scratch::default, |scratch, (members, qkv, out)| {
                 let prefix = &self.group(&members[0]).own.cache[layer];
                 for head in 0..heads.kv {
-                    scratch.attend(heads, head, prefix, (layer, members), qkv, out);
+                    scratch.attend(heads, head, prefix, (layer, &mut *members), qkv, out);
                 }
             });
     }
@@ -107,16 +105,18 @@ impl Scratch {
         heads: Heads,
         kv_head: usize,
         prefix: &LayerCache,
-        (layer, members): (usize, &[Sequence]),
+        (layer, members): (usize, &mut [Sequence]),
         qkv: &[f32],
         out: &mut [f32],
     ) {
         let (dim, group) = (heads.dim, heads.group());
         let width = group * dim; // the query heads of a key head lie side by side
         let rows = members.len() * group;
-        let own = |m: usize| &members[m].cache[layer];
-        let seen = prefix.tokens();
-        let longest = (0..members.len()).map(|m| own(m).tokens()).max();
+        members[0].cache[layer].fetch(kv_head);
+        let seen = prefix.tokens(kv_head);
+        let longest = (members.iter())
+            .map(|m| m.cache[layer].tokens(kv_head) + 1)
+            .max();
         let stride = seen + longest.unwrap_or(0);
         self.queries.clear();
         for row in qkv.chunks_exact(heads.qkv_width()) {
@@ -125,7 +125,7 @@ impl Scratch {
                 .extend(queries.iter().map(|q| q * heads.scale()));
         }
         self.scores.resize(rows * stride, 0.0);
-        let one = |a: Mat, b, c: &mut [f32], stride, write| {
+        let one = |a: Mat, b: Panels, c: &mut [f32], stride, write| {
             matmul(Left::Rows(a), b, c, stride, write, Threads::One)
         };
         let queries = Mat::new(&self.queries, rows, dim);
@@ -137,15 +137,21 @@ impl Scratch {
             Write::Set,
         );
         for (m, scores) in self.scores.chunks_exact_mut(group * stride).enumerate() {
+            // Caches come from memory: the next is asked for while this one is worked on.
+            if let Some(next) = members.get(m + 1) {
+                next.cache[layer].fetch(kv_head);
+            }
+            let own = &mut members[m].cache[layer];
+            own.push_head(heads, kv_head, &qkv[m * heads.qkv_width()..]);
             let queries = Mat::new(&self.queries[m * width..], group, dim);
             one(
                 queries,
-                own(m).keys(kv_head),
+                own.keys(kv_head),
                 &mut scores[seen..],
                 stride,
                 Write::Set,
             );
-            let end = seen + own(m).tokens();
+            let end = seen + own.tokens(kv_head);
             let start = end.saturating_sub(heads.window.unwrap_or(usize::MAX));
             for row in scores.chunks_exact_mut(stride) {
                 row[..start].fill(0.0);
@@ -166,8 +172,9 @@ impl Scratch {
         );
         for (m, result) in self.result.chunks_exact_mut(width).enumerate() {
             let past = &self.scores[m * group * stride + seen..];
-            let weights = Mat::strided(past, group, own(m).tokens(), stride);
-            one(weights, own(m).values(kv_head), result, dim, Write::Add);
+            let own = &members[m].cache[layer];
+            let weights = Mat::strided(past, group, own.tokens(kv_head), stride);
+            one(weights, own.values(kv_head), result, dim, Write::Add);
         }
         let columns = out.chunks_exact_mut(heads.q_width());
         for (out, result) in columns.zip(self.result.chunks_exact(width)) {

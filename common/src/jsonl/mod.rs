@@ -14,6 +14,7 @@ pub use row::{FinishReason, Place, Row};
 use std::path::PathBuf;
 
 use anyhow::Result;
+use serde_json::{Map, Value};
 
 /// The arguments that every tool shares; `#[command(flatten)]` them.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -33,7 +34,8 @@ pub struct To {
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
-    /// Go on after the last whole row of an interrupted run's FILE.part; nothing to do where FILE exists
+    /// Go on after the last whole row of an interrupted run's FILE.part; nothing to do where FILE exists. FILE.run.json
+    /// says what made it: other settings or another model are refused
     #[arg(long, requires = "output")]
     pub resume: bool,
 }
@@ -45,14 +47,14 @@ impl Files {
     }
 
     /// Opens the output; see [`Output::open`].
-    pub fn open(&self) -> Result<Opened> {
-        self.to.open()
+    pub fn open(&self, settings: Map<String, Value>) -> Result<Opened> {
+        self.to.open(settings)
     }
 }
 
 impl To {
     /// Opens the output; see [`Output::open`].
-    pub fn open(&self) -> Result<Opened> {
-        Output::open(self.output.as_deref(), self.resume)
+    pub fn open(&self, settings: Map<String, Value>) -> Result<Opened> {
+        Output::open(self.output.as_deref(), self.resume, settings)
     }
 }

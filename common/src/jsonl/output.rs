@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::read::{MAX_LINE_BYTES, Rows, object, rows};
-use crate::files::{holds_work, parent, part_path, publish, write_aside};
+use super::read::{MAX_LINE_BYTES, Rows, object};
+use crate::files::{holds_work, parent, part_path, publish};
 use crate::program;
-use crate::run::check_same;
+use crate::run::{Manifest, beside};
 
 /// What [`Output::open`] found.
 pub enum Opened {
@@ -25,6 +25,8 @@ pub enum Opened {
 /// `--resume`, and the user is told; a `FILE.part` without rows goes away.
 pub struct Output {
     sink: Sink,
+    /// For the manifest.
+    settings: Map<String, Value>,
     kept: u64,
     written: u64,
     finished: bool,
@@ -43,12 +45,13 @@ impl Output {
     /// Rows to stdout.
     pub fn stdout() -> Self {
         let writer = BufWriter::with_capacity(1 << 16, io::stdout());
-        Self::new(Sink::Stdout(writer), 0)
+        Self::new(Sink::Stdout(writer), 0, Map::new())
     }
 
-    fn new(sink: Sink, kept: u64) -> Self {
+    fn new(sink: Sink, kept: u64, settings: Map<String, Value>) -> Self {
         Self {
             sink,
+            settings,
             kept,
             written: 0,
             finished: false,
@@ -60,7 +63,14 @@ impl Output {
     /// With `resume`: an existing file is [`Opened::AlreadyDone`]; an existing `.part` is gone on with, a torn
     /// last line cut away. Without: either of them is an error, so that no work is overwritten unasked.
     /// The `.part` is locked: two runs never write one file.
-    pub fn open(output: Option<&Path>, resume: bool) -> Result<Opened> {
+    ///
+    /// `settings` are those of the command that the rows depend on. An output that is there, or begun, with others is
+    /// refused, and the difference named; what is known only later (fingerprints) comes by [`Self::begin`].
+    pub fn open(
+        output: Option<&Path>,
+        resume: bool,
+        settings: Map<String, Value>,
+    ) -> Result<Opened> {
         let Some(path) = output.filter(|path| *path != Path::new("-")) else {
             return Ok(Opened::Ready(Self::stdout()));
         };
@@ -72,8 +82,12 @@ impl Output {
                     path.display()
                 );
             }
+            // Whoever made it without a manifest is to be trusted.
+            if let Some(made) = Manifest::read(&beside(path))? {
+                made.check_same(&settings, path)?;
+            }
             // A kill just after the file got its name leaves this.
-            drop(fs::remove_file(run_path(&part)));
+            drop(fs::remove_file(beside(&part)));
             program::say(format_args!(
                 "{} is already there, nothing to do",
                 path.display()
@@ -109,30 +123,26 @@ impl Output {
             part,
             path: path.to_owned(),
         };
-        Ok(Opened::Ready(Self::new(sink, kept)))
+        Ok(Opened::Ready(Self::new(sink, kept, settings)))
     }
 
-    /// Says what the run is (settings, fingerprints): kept as `FILE.part.run.json` until the file is whole.
+    /// Begins the work: with `more` settings, what the run is, is written to `FILE.part.run.json`.
     ///
     /// # Errors
     /// The rows that are kept come from another run; the error names the differences.
-    pub fn of_run(&self, run: &Value) -> Result<()> {
+    pub fn begin(&mut self, more: Map<String, Value>) -> Result<()> {
+        self.settings.extend(more);
         let Sink::File { part, .. } = &self.sink else {
             return Ok(());
         };
-        let path = run_path(part);
+        let path = beside(part);
         // Rows without it are the caller's to check: somebody moved them here.
-        if self.kept > 0 && path.exists() {
-            let begun =
-                fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            let begun = serde_json::from_slice(&begun)
-                .with_context(|| format!("{} is not JSON", path.display()))?;
-            return check_same(&begun, run, part);
+        if self.kept > 0
+            && let Some(begun) = Manifest::read(&path)?
+        {
+            return begun.check_same(&self.settings, part);
         }
-        let text = serde_json::to_vec_pretty(run)?;
-        write_aside(&path, |aside| {
-            fs::write(aside, &text).with_context(|| format!("cannot write {}", aside.display()))
-        })
+        Manifest::new(self.settings.clone()).write(&path)
     }
 
     /// How many whole rows an earlier run left, and this one keeps.
@@ -145,7 +155,7 @@ impl Output {
         match &self.sink {
             Sink::Stdout(_) => Box::new(std::iter::empty()),
             Sink::File { part, .. } => {
-                let kept: Rows = rows(std::slice::from_ref(part));
+                let kept = Rows::unnoted(part);
                 Box::new(kept.take(usize::try_from(self.kept).unwrap_or(usize::MAX)))
             }
         }
@@ -200,12 +210,14 @@ impl Output {
         flushed.map_err(|err| self.failed(err))
     }
 
-    /// Flushes stdout; syncs the file and gives it its name.
+    /// Flushes stdout; syncs the file and gives it its name, with its manifest beside it.
     pub fn finish(mut self) -> Result<()> {
         self.flush()?;
         if let Sink::File { part, path, .. } = &self.sink {
+            // First: where the file is, its manifest is.
+            Manifest::new(self.settings.clone()).write(&beside(path))?;
             publish(part, path)?;
-            drop(fs::remove_file(run_path(part)));
+            drop(fs::remove_file(beside(part)));
         }
         self.finished = true;
         Ok(())
@@ -232,7 +244,7 @@ impl Drop for Output {
             // Nothing to go on with; left there, it would only be in the way.
             0 => {
                 drop(fs::remove_file(part));
-                drop(fs::remove_file(run_path(part)));
+                drop(fs::remove_file(beside(part)));
             }
             _ => program::say(format_args!(
                 "{} is kept: --resume goes on after its last whole row",
@@ -276,13 +288,6 @@ fn whole_rows(file: &File, part: &Path) -> Result<(u64, u64)> {
     }
 }
 
-/// Where the description of the run lies that makes `part`.
-fn run_path(part: &Path) -> PathBuf {
-    let mut name = part.as_os_str().to_owned();
-    name.push(".run.json");
-    name.into()
-}
-
 fn cut(file: &mut File, bytes: u64) -> io::Result<()> {
     file.set_len(bytes)?;
     file.seek(SeekFrom::Start(bytes)).map(|_| ())
@@ -291,10 +296,11 @@ fn cut(file: &mut File, bytes: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::settings;
     use serde_json::json;
 
     fn open(path: &Path, resume: bool) -> Result<Output> {
-        match Output::open(Some(path), resume)? {
+        match Output::open(Some(path), resume, Map::new())? {
             Opened::Ready(output) => Ok(output),
             Opened::AlreadyDone => bail!("already done"),
         }
@@ -322,7 +328,7 @@ mod tests {
         );
         assert!(!part_path(&path).exists());
         assert!(matches!(
-            Output::open(Some(&path), true).unwrap(),
+            Output::open(Some(&path), true, Map::new()).unwrap(),
             Opened::AlreadyDone
         ));
         assert_eq!(
@@ -383,6 +389,38 @@ mod tests {
         assert_eq!(
             refusal(&path, true),
             "o.part:2: not JSON: expected value at column 1; remove the file to start again"
+        );
+    }
+
+    #[test]
+    fn an_output_has_its_manifest_and_is_not_taken_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o");
+        let open = |seed: u8, model: &str| {
+            let seed = settings(json!({"seed": seed}));
+            let Opened::Ready(mut output) = Output::open(Some(&path), true, seed)? else {
+                bail!("already done");
+            };
+            output.begin(settings(json!({"model": model})))?;
+            anyhow::Ok(output)
+        };
+        let refusal = |seed: u8, model: &str| open(seed, model).err().unwrap().to_string();
+        let mut output = open(1, "a").unwrap();
+        output.write(&json!({"n": 0})).unwrap();
+        drop(output);
+        assert!(
+            refusal(2, "a")
+                .contains("o.part: the run that made it was another one (seed: 1, now 2)")
+        );
+        assert!(refusal(1, "b").contains("(model: \"a\", now \"b\")"));
+        open(1, "a").unwrap().finish().unwrap();
+        let made = Manifest::read(&beside(&path)).unwrap().unwrap();
+        assert_eq!(Value::from(made.settings), json!({"seed": 1, "model": "a"}));
+        assert!(!beside(&part_path(&path)).exists());
+        // The model of a finished one is not opened again.
+        assert_eq!(refusal(1, "b"), "already done");
+        assert!(
+            refusal(2, "a").contains("o: the run that made it was another one (seed: 1, now 2)")
         );
     }
 

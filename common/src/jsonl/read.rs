@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
 
 use super::row::{Place, Row};
+use crate::run::{self, Input};
 use crate::{pipe, program};
 
 /// The longest line that is read, in bytes: a bound on memory when the input is not JSON Lines at all.
@@ -32,6 +33,7 @@ pub fn rows(files: &[PathBuf]) -> Rows {
         waiting: files.into_iter().rev().collect(),
         open: None,
         max_line: MAX_LINE_BYTES,
+        noted: true,
     }
 }
 
@@ -42,6 +44,8 @@ pub struct Rows {
     waiting: Vec<PathBuf>,
     open: Option<Lines>,
     max_line: u64,
+    /// Whether the manifest of what is made names what was read.
+    noted: bool,
 }
 
 struct Lines {
@@ -50,6 +54,9 @@ struct Lines {
     source: Option<File>,
     place: Place,
     buffer: Vec<u8>,
+    /// Of all bytes so far.
+    hash: blake3::Hasher,
+    bytes: u64,
 }
 
 impl Iterator for Rows {
@@ -66,6 +73,14 @@ impl Iterator for Rows {
 }
 
 impl Rows {
+    /// Rows of a file of our own, which are no input.
+    pub(super) fn unnoted(file: &Path) -> Self {
+        Self {
+            noted: false,
+            ..rows(&[file.to_owned()])
+        }
+    }
+
     fn next_row(&mut self) -> Result<Option<Row>> {
         if !self.checked {
             self.waiting.iter().try_for_each(|file| look_at(file))?;
@@ -81,7 +96,10 @@ impl Rows {
             }
             let lines = self.open.as_mut().expect("opened above");
             if !lines.next_line(self.max_line)? {
-                self.open = None;
+                let read = self.open.take();
+                if let Some(lines) = read.filter(|_| self.noted) {
+                    run::has_read(lines.input());
+                }
             } else if !lines.buffer.trim_ascii().is_empty() {
                 return lines.row().map(Some);
             }
@@ -113,6 +131,8 @@ impl Lines {
             source,
             place: Place { file, line: 0 },
             buffer: Vec::new(),
+            hash: blake3::Hasher::new(),
+            bytes: 0,
         })
     }
 
@@ -135,6 +155,8 @@ impl Lines {
             return Ok(false);
         }
         self.place.line += 1;
+        self.bytes += self.buffer.len() as u64;
+        self.hash.update(&self.buffer);
         if self.buffer.len() as u64 > max {
             bail!(
                 "{}: the line is longer than {} MiB; rows are one JSON object a line",
@@ -143,6 +165,16 @@ impl Lines {
             );
         }
         Ok(true)
+    }
+
+    /// What the manifest says of it once it is read.
+    fn input(self) -> Input {
+        Input {
+            file: self.place.file.to_string(),
+            bytes: self.bytes,
+            lines: self.place.line,
+            blake3: self.hash.finalize().to_string(),
+        }
     }
 
     fn row(&self) -> Result<Row> {

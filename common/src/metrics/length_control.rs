@@ -155,6 +155,11 @@ impl LengthModel {
         self.fit_counted(pairs, &vec![1.0; pairs.len()], c, &Weights::default())
     }
 
+    /// Fits the weights at the grid's greatest C, where the penalty hardly pulls.
+    pub fn fit_freely(&self, pairs: &[Judged]) -> Weights {
+        self.fit(pairs, c_grid()[9])
+    }
+
     /// Fits the weights where pair i counts `counts[i]` times. `start` is where the search begins: near the result it
     /// is short.
     pub fn fit_counted(

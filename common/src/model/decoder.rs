@@ -198,6 +198,14 @@ impl Decoder {
         tokens * row * c.layers * size_of::<f32>()
     }
 
+    /// The bytes that a forward pass over so many tokens takes at its height, no state kept.
+    pub fn forward_bytes(&self, tokens: usize) -> usize {
+        let c = &self.config;
+        let layer = self.state_bytes(tokens) / c.layers.max(1);
+        // Beside one layer's state: its output and scratch; the rows that meet the LM head, gathered and normed.
+        layer + tokens * (3 * c.hidden + c.hidden.max(c.ffn)) * size_of::<f32>()
+    }
+
     /// The LM head, `[vocab, hidden]`.
     pub fn head(&self) -> &Packed {
         self.head.as_ref().unwrap_or(&self.embedding)

@@ -3,9 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Pair, Skipped};
+use super::spool::Kept;
+use super::{Pair, Skipped, Spool};
 use crate::jsonl::{FinishReason, Place, Row};
 use crate::reward::{Balance, MAX_REWARD, Point, balance_lengths, best_and_worst, shaped};
 
@@ -49,9 +51,11 @@ const OF_THE_SAMPLE: [&str; 13] = [
     "ref",
 ];
 
-/// Scored samples, gathered by prompt in whatever order they come. Holds the fit responses and little else.
+/// Scored samples, gathered by prompt in whatever order they come. Memory holds numbers and hashes of the fit ones; their
+/// texts are in the spool.
 pub struct Samples {
     rules: Rules,
+    spool: Spool,
     index: HashMap<String, usize>,
     prompts: Vec<OnePrompt>,
     rows: u64,
@@ -63,15 +67,18 @@ struct OnePrompt {
     id: String,
     first: Place,
     key: blake3::Hash,
-    prompt: Value,
+    /// As the first row has it.
+    prompt: Kept,
     /// Fields that all rows so far agree on.
     common: Map<String, Value>,
-    seen: HashSet<blake3::Hash>,
-    samples: Vec<Sample>,
+    /// The first half of each response's hash.
+    seen: HashSet<u128>,
+    samples: Vec<(Point, Kept)>,
 }
 
+/// What a pair wants of a sample besides its [`Point`].
+#[derive(Serialize, Deserialize)]
 struct Sample {
-    point: Point,
     response: String,
     token_ids: Option<Vec<u32>>,
     finish_reason: Option<Value>,
@@ -96,9 +103,10 @@ pub struct Chosen {
 }
 
 impl Samples {
-    pub fn new(rules: Rules) -> Self {
+    pub fn new(rules: Rules, spool: Spool) -> Self {
         Self {
             rules,
+            spool,
             index: HashMap::new(),
             prompts: Vec::new(),
             rows: 0,
@@ -109,11 +117,16 @@ impl Samples {
     /// Takes one scored row in. Errors name the row and the field.
     pub fn add(&mut self, row: &Row) -> Result<()> {
         let prompt = self.prompt_of(row)?;
-        let sample = self.sample(row)?;
+        let (point, sample) = self.sample(row)?;
         self.rows += 1;
         let chars = sample.response.chars().count();
         let truncated = row.finish_reason("finish_reason")? == FinishReason::Length;
-        let seen = || blake3::hash(sample.response.as_bytes());
+        let seen = || {
+            let hash = *blake3::hash(sample.response.as_bytes()).as_bytes();
+            hash.iter()
+                .take(16)
+                .fold(0, |sum, &byte| (sum << 8) | u128::from(byte))
+        };
         let reason = if truncated && !self.rules.keep_truncated {
             "truncated"
         } else if chars < self.rules.min_chars {
@@ -123,7 +136,8 @@ impl Samples {
         } else if !self.prompts[prompt].seen.insert(seen()) {
             "duplicate"
         } else {
-            self.prompts[prompt].samples.push(sample);
+            let kept = self.spool.put(&sample)?;
+            self.prompts[prompt].samples.push((point, kept));
             return Ok(());
         };
         self.skipped.add(reason, 1);
@@ -156,7 +170,7 @@ impl Samples {
             id,
             first: row.place.clone(),
             key: prompt.key(),
-            prompt: row.fields["prompt"].clone(),
+            prompt: self.spool.put(&row.fields["prompt"])?,
             common,
             seen: HashSet::new(),
             samples: Vec::new(),
@@ -164,7 +178,7 @@ impl Samples {
         Ok(self.prompts.len() - 1)
     }
 
-    fn sample(&self, row: &Row) -> Result<Sample> {
+    fn sample(&self, row: &Row) -> Result<(Point, Sample)> {
         let response = row.string("response")?.to_owned();
         let reward = row.number("reward")?;
         if reward.abs() > MAX_REWARD {
@@ -182,21 +196,25 @@ impl Samples {
             }
         };
         let present = |field: &str| row.fields.get(field).filter(|v| !v.is_null()).cloned();
-        Ok(Sample {
-            point: Point {
-                reward,
-                length: length as u64,
-            },
+        let point = Point {
+            reward,
+            length: length as u64,
+        };
+        let sample = Sample {
             response,
             token_ids,
             finish_reason: present("finish_reason"),
             policy_logps: row.opt_number("policy_logps")?,
             policy: row.opt_string("policy")?.map(str::to_owned),
-        })
+        };
+        Ok((point, sample))
     }
 
     /// Finds α* where the rules leave it open, and pairs the best of each prompt with its worst.
-    pub fn choose(mut self) -> Chosen {
+    ///
+    /// # Errors
+    /// The spool cannot be read or written.
+    pub fn choose(mut self) -> Result<Chosen> {
         let read = self.prompts.len() as u64;
         let enough = |p: &OnePrompt| p.samples.len() >= self.rules.min_samples;
         self.prompts.retain(enough);
@@ -206,7 +224,7 @@ impl Samples {
             skipped.add("prompts with too few samples", read - compared);
         }
 
-        let points = |p: &OnePrompt| p.samples.iter().map(|s| s.point).collect();
+        let points = |p: &OnePrompt| p.samples.iter().map(|(point, _)| *point).collect();
         let points: Vec<Vec<Point>> = self.prompts.iter().map(points).collect();
         let balance = balance_lengths(&points);
         let alpha = self.rules.alpha.unwrap_or(balance.alpha);
@@ -232,17 +250,19 @@ impl Samples {
                 continue;
             }
             chosen.points.push((points[best], points[worst]));
-            chosen
-                .pairs
-                .push(prompt.pair(best, worst, score(best), score(worst)));
+            let (key, scores) = (prompt.key, [score(best), score(worst)]);
+            let fields = prompt.pair([best, worst], scores)?;
+            chosen.pairs.push(Pair::new(key, &fields, &self.spool)?);
         }
-        chosen
+        Ok(chosen)
     }
 }
 
 impl OnePrompt {
-    fn pair(self, best: usize, worst: usize, score_best: f64, score_worst: f64) -> Pair {
-        let (chosen, rejected) = (&self.samples[best], &self.samples[worst]);
+    /// The row of a pair: of the best and the worst sample, with their scores.
+    fn pair(self, [best, worst]: [usize; 2], scores: [f64; 2]) -> Result<Map<String, Value>> {
+        let chosen: Sample = self.samples[best].1.get()?;
+        let rejected: Sample = self.samples[worst].1.get()?;
         let mut fields = Map::new();
         let mut put = |field: &str, value: Option<Value>| {
             if let Some(value) = value {
@@ -250,11 +270,11 @@ impl OnePrompt {
             }
         };
         put("id", Some(self.id.into()));
-        put("prompt", Some(self.prompt));
+        put("prompt", Some(self.prompt.get()?));
         put("chosen", Some(chosen.response.as_str().into()));
         put("rejected", Some(rejected.response.as_str().into()));
-        put("score_chosen", Some(score_best.into()));
-        put("score_rejected", Some(score_worst.into()));
+        put("score_chosen", Some(scores[0].into()));
+        put("score_rejected", Some(scores[1].into()));
         // The next round's reference is the policy that scored both: worth passing on only where it is one model.
         if chosen.policy == rejected.policy
             && let (Some(of_chosen), Some(of_rejected)) =
@@ -267,21 +287,15 @@ impl OnePrompt {
         for (side, sample) in [("chosen", chosen), ("rejected", rejected)] {
             put(
                 &format!("{side}_token_ids"),
-                sample.token_ids.clone().map(Value::from),
+                sample.token_ids.map(Value::from),
             );
-            put(
-                &format!("{side}_finish_reason"),
-                sample.finish_reason.clone(),
-            );
+            put(&format!("{side}_finish_reason"), sample.finish_reason);
         }
         put("source", Some("generated".into()));
         for (field, value) in self.common {
             fields.entry(field).or_insert(value);
         }
-        Pair {
-            prompt: self.key,
-            fields,
-        }
+        Ok(fields)
     }
 }
 
@@ -314,7 +328,7 @@ pub(super) mod tests {
     }
 
     fn samples(rules: Rules, rows: &[Value]) -> Result<Samples> {
-        let mut samples = Samples::new(rules);
+        let mut samples = Samples::new(rules, Spool::new(None));
         for (i, value) in rows.iter().enumerate() {
             samples.add(&row(value.clone(), i as u64 + 1))?;
         }
@@ -322,7 +336,7 @@ pub(super) mod tests {
     }
 
     fn choose(rules: Rules, rows: &[Value]) -> Chosen {
-        samples(rules, rows).unwrap().choose()
+        samples(rules, rows).unwrap().choose().unwrap()
     }
 
     fn error(rules: Rules, rows: &[Value]) -> String {
@@ -352,7 +366,7 @@ pub(super) mod tests {
             ],
         );
         assert_eq!(
-            serde_json::to_string(&got.pairs[0].fields).unwrap(),
+            serde_json::to_string(&got.pairs[0].fields().unwrap()).unwrap(),
             json!({
                 "id": "p1", "prompt": [{"role": "user", "content": "q"}],
                 "chosen": "good", "rejected": "bad", "score_chosen": 1.0, "score_rejected": -1.0,
@@ -371,7 +385,8 @@ pub(super) mod tests {
             rules(),
             &[sample("q", "good", 1.0), sample("q", "bad", 0.0)],
         );
-        let fields: Vec<_> = got.pairs[0].fields.keys().map(String::as_str).collect();
+        let pair = got.pairs[0].fields().unwrap();
+        let fields: Vec<_> = pair.keys().map(String::as_str).collect();
         let expected = [
             "id",
             "prompt",
@@ -391,8 +406,13 @@ pub(super) mod tests {
             rules(),
             &[scored("good", 1.0, "a"), scored("bad", 0.0, "b")],
         );
-        assert!(!got.pairs[0].fields.contains_key("ref_chosen_logps"));
-        assert!(!got.pairs[0].fields.contains_key("ref"));
+        assert!(
+            !got.pairs[0]
+                .fields()
+                .unwrap()
+                .contains_key("ref_chosen_logps")
+        );
+        assert!(!got.pairs[0].fields().unwrap().contains_key("ref"));
     }
 
     #[test]
@@ -431,13 +451,16 @@ pub(super) mod tests {
         );
         assert_eq!((got.rows, got.prompts, got.compared), (9, 3, 2));
         assert_eq!(got.pairs.len(), 1);
-        assert_eq!(got.pairs[0].fields["chosen"], "good");
+        assert_eq!(got.pairs[0].fields().unwrap()["chosen"], "good");
 
         let kept = Rules {
             keep_truncated: true,
             ..rules()
         };
-        assert_eq!(choose(kept, &rows).pairs[0].fields["chosen"], "cut");
+        assert_eq!(
+            choose(kept, &rows).pairs[0].fields().unwrap()["chosen"],
+            "cut"
+        );
     }
 
     #[test]
@@ -449,8 +472,8 @@ pub(super) mod tests {
         };
         let rows = ["é", "éé", "ééé", "éééé"].map(|r| sample("q", r, r.len() as f64));
         let got = choose(rules, &rows);
-        assert_eq!(got.pairs[0].fields["chosen"], "ééé");
-        assert_eq!(got.pairs[0].fields["rejected"], "éé");
+        assert_eq!(got.pairs[0].fields().unwrap()["chosen"], "ééé");
+        assert_eq!(got.pairs[0].fields().unwrap()["rejected"], "éé");
         assert_eq!(got.points[0].0.length, 3);
     }
 
@@ -463,7 +486,11 @@ pub(super) mod tests {
             sample("a", "a2", 2.0),
         ];
         let got = choose(rules(), &rows);
-        let chosen: Vec<_> = got.pairs.iter().map(|p| &p.fields["chosen"]).collect();
+        let chosen: Vec<_> = got
+            .pairs
+            .iter()
+            .map(|p| p.fields().unwrap()["chosen"].clone())
+            .collect();
         assert_eq!(chosen, ["b1", "a2"]);
     }
 
@@ -479,8 +506,8 @@ pub(super) mod tests {
             tokens.clone(),
             &[scored("a", 3.0, &[1, 2, 3]), scored("bbbb", 2.0, &[1])],
         );
-        assert_eq!(got.pairs[0].fields["chosen"], "bbbb");
-        assert_eq!(got.pairs[0].fields["score_rejected"], 0.0);
+        assert_eq!(got.pairs[0].fields().unwrap()["chosen"], "bbbb");
+        assert_eq!(got.pairs[0].fields().unwrap()["score_rejected"], 0.0);
         assert_eq!(
             error(tokens, &[sample("q", "a", 1.0)]),
             "s.jsonl:1: field \"token_ids\" is missing: --length tokens counts them; use --length chars"
@@ -500,7 +527,7 @@ pub(super) mod tests {
         ];
         let got = choose(auto, &rows);
         assert_eq!((got.alpha, got.balance.gap_at_zero), (0.125, 16.0));
-        assert_eq!(got.pairs[0].fields["chosen"], "y".repeat(14));
+        assert_eq!(got.pairs[0].fields().unwrap()["chosen"], "y".repeat(14));
     }
 
     #[test]
@@ -578,9 +605,9 @@ pub(super) mod tests {
                     let worst = fit.iter().find(|r| score(r) == low && r.0.len() == longest).unwrap();
                     (best.0.to_owned(), worst.0.to_owned())
                 });
-                let pair = got.pairs.iter().find(|p| p.fields["prompt"] == format!("p{prompt}"));
+                let pair = got.pairs.iter().find(|p| p.fields().unwrap()["prompt"] == format!("p{prompt}"));
                 let pair = pair.map(|p| {
-                    let text = |f: &str| p.fields[f].as_str().unwrap().to_owned();
+                    let text = |f: &str| p.fields().unwrap()[f].as_str().unwrap().to_owned();
                     (text("chosen"), text("rejected"))
                 });
                 prop_assert_eq!(pair, expected);

@@ -2,18 +2,37 @@
 
 mod choose;
 mod replay;
+mod spool;
 
 pub use choose::{Chosen, Length, Rules, Samples};
 pub use replay::{Mix, Replay, mix};
+pub use spool::Spool;
 
+use anyhow::Result;
 use serde_json::{Map, Value};
+use spool::Kept;
 
 /// A preference pair, ready to be written.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone)]
 pub struct Pair {
     /// See [`crate::records::Prompt::key`].
     pub prompt: blake3::Hash,
-    pub fields: Map<String, Value>,
+    row: Kept,
+}
+
+impl Pair {
+    fn new(prompt: blake3::Hash, fields: &Map<String, Value>, spool: &Spool) -> Result<Self> {
+        let row = spool.put(fields)?;
+        Ok(Self { prompt, row })
+    }
+
+    /// Its row.
+    ///
+    /// # Errors
+    /// The temporary file cannot be read.
+    pub fn fields(&self) -> Result<Map<String, Value>> {
+        self.row.get()
+    }
 }
 
 /// How many were left out, by reason, in order of first appearance.

@@ -6,19 +6,18 @@ use std::collections::HashSet;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::{Pair, Skipped};
+use super::{Pair, Skipped, Spool};
 use crate::jsonl::Row;
 
 /// Offline preference pairs, one to a prompt.
-#[derive(Default)]
 pub struct Replay {
+    spool: Spool,
     pairs: Vec<Pair>,
     prompts: HashSet<blake3::Hash>,
     skipped: Skipped,
 }
 
 /// What [`mix`] made.
-#[derive(Debug, Default, PartialEq)]
 pub struct Mix {
     /// The generated pairs in their order, then the offline ones in theirs.
     pub pairs: Vec<Pair>,
@@ -27,6 +26,16 @@ pub struct Mix {
 }
 
 impl Replay {
+    /// None yet.
+    pub fn new(spool: Spool) -> Self {
+        Self {
+            spool,
+            pairs: vec![],
+            prompts: HashSet::new(),
+            skipped: Skipped::default(),
+        }
+    }
+
     /// Takes in one preference row in any of TRL's forms; what comes out has `prompt`, and text as `chosen` and `rejected`.
     /// A prompt that is there already, and a pair without a difference, are counted and left out.
     pub fn add(&mut self, row: &Row) -> Result<()> {
@@ -62,10 +71,7 @@ impl Replay {
                 fields.insert(field.clone(), value.clone());
             }
         }
-        self.pairs.push(Pair {
-            prompt: key,
-            fields,
-        });
+        self.pairs.push(Pair::new(key, &fields, &self.spool)?);
         Ok(())
     }
 
@@ -171,7 +177,7 @@ mod tests {
     use serde_json::json;
 
     fn replay(rows: &[Value]) -> Result<Replay> {
-        let mut replay = Replay::default();
+        let mut replay = Replay::new(Spool::new(None));
         for (i, value) in rows.iter().enumerate() {
             replay.add(&row(value.clone(), i as u64 + 1))?;
         }
@@ -187,11 +193,13 @@ mod tests {
     }
 
     fn generated(prompts: impl IntoIterator<Item = u32>) -> Vec<Pair> {
-        let mut pairs = offline(prompts).pairs;
-        for pair in &mut pairs {
-            pair.fields.insert("source".into(), "generated".into());
-        }
-        pairs
+        let spool = Spool::new(None);
+        let generated = |pair: Pair| {
+            let mut fields = pair.fields().unwrap();
+            fields.insert("source".into(), "generated".into());
+            Pair::new(pair.prompt, &fields, &spool).unwrap()
+        };
+        offline(prompts).pairs.into_iter().map(generated).collect()
     }
 
     #[test]
@@ -203,16 +211,19 @@ mod tests {
             json!({"id": 3, "chosen": [turn("user", "r"), turn("assistant", "good")], "rejected": [turn("user", "r"), turn("assistant", "bad")]}),
         ])
         .unwrap();
-        let text = |i: usize| serde_json::to_string(&got.pairs[i].fields).unwrap();
+        let text = |i: usize| serde_json::to_string(&got.pairs[i].fields().unwrap()).unwrap();
         let id = Prompt::Text("p".into()).derived_id();
         assert_eq!(
             text(0),
             json!({"id": id, "prompt": "p", "chosen": "good", "rejected": "bad", "source": "replay", "score": 7}).to_string()
         );
-        assert_eq!(got.pairs[1].fields["chosen"], "good");
-        assert_eq!(got.pairs[1].fields["rejected"], "bad");
-        assert_eq!(got.pairs[2].fields["prompt"], json!([turn("user", "r")]));
-        assert_eq!(got.pairs[2].fields["id"], "3");
+        assert_eq!(got.pairs[1].fields().unwrap()["chosen"], "good");
+        assert_eq!(got.pairs[1].fields().unwrap()["rejected"], "bad");
+        assert_eq!(
+            got.pairs[2].fields().unwrap()["prompt"],
+            json!([turn("user", "r")])
+        );
+        assert_eq!(got.pairs[2].fields().unwrap()["id"], "3");
         assert_eq!(got.len(), 3);
     }
 
@@ -295,13 +306,19 @@ mod tests {
         assert_eq!(mix(generated(0..4), offline(0..0), 0.5, 1).pairs.len(), 4);
         assert_eq!(mix(vec![], offline(0..4), 0.5, 1).pairs.len(), 4);
         assert_eq!(mix(generated(0..4), offline(0..0), 1.0, 1).pairs.len(), 0);
-        assert_eq!(mix(vec![], offline(0..0), 0.5, 1), Mix::default());
+        assert_eq!(mix(vec![], offline(0..0), 0.5, 1).pairs.len(), 0);
     }
 
     #[test]
     fn the_seed_alone_decides_and_the_order_stays() {
         let prompts = |mix: Mix| -> Vec<u32> {
-            let prompt = |p: Pair| p.fields["prompt"].as_str().unwrap().parse().unwrap();
+            let prompt = |p: Pair| {
+                p.fields().unwrap()["prompt"]
+                    .as_str()
+                    .unwrap()
+                    .parse()
+                    .unwrap()
+            };
             mix.pairs.into_iter().map(prompt).collect()
         };
         let a = prompts(mix(generated(0..50), offline(0..50), 0.5, 7));
@@ -331,7 +348,7 @@ mod tests {
 
             let prompts: HashSet<_> = got.pairs.iter().map(|p| p.prompt).collect();
             prop_assert_eq!(prompts.len(), got.pairs.len(), "a prompt twice");
-            let of = |source: &str| got.pairs.iter().filter(|p| p.fields["source"] == source).count();
+            let of = |source: &str| got.pairs.iter().filter(|p| p.fields().unwrap()["source"] == source).count();
             prop_assert_eq!((of("generated"), of("replay")), (got.generated, got.replayed));
 
             let one_side = ours == 0 || theirs == 0;

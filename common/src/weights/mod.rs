@@ -14,6 +14,7 @@ pub use config::{Activation, Config, FAMILIES};
 pub use rope::{Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
 
+use crate::run;
 use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
@@ -214,6 +215,7 @@ impl Weights {
             }
         }
         let digits = hash.finalize().to_hex()[..16].to_owned();
+        run::has_opened(&self.path.display().to_string(), &digits);
         Ok(self.fingerprint.get_or_init(|| digits))
     }
 

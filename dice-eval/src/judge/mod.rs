@@ -16,9 +16,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use common::jsonl::{Opened, Output, To};
 use common::program::Progress;
+use common::run::settings;
 use serde_json::{Map, Value, json};
 
-use crate::implicit::Models;
+use crate::implicit::{Models, Scorer};
 use endpoint::{Endpoint, Patience};
 use journal::Journal;
 use outputs::{Pair, generators};
@@ -131,10 +132,12 @@ fn judge(args: Args, [wait, longest_wait]: [Duration; 2]) -> Result<()> {
             .any(|file| file.as_os_str() != "-"),
         "--a and --b cannot both come from stdin"
     );
-    let Opened::Ready(output) = args.to.open()? else {
+    let Opened::Ready(mut output) = args.to.open(run_settings(&args)?)? else {
         return Ok(());
     };
     let pairs = outputs::pairs(&args.a, &args.b)?;
+    let scorer = Scorer::open(&args.models)?;
+    output.begin(scorer.settings())?;
     let mut job = Job {
         generators: generators([&args.a, &args.b], &pairs),
         annotator: annotator(&args),
@@ -169,16 +172,27 @@ fn judge(args: Args, [wait, longest_wait]: [Duration; 2]) -> Result<()> {
         })?;
     } else {
         let mut waiting = rest.iter();
-        let each = |win| {
+        let each = |win: Option<f64>| {
             let pair = waiting.next().expect("one probability per pair");
             job.write(pair, Judged::scored(win))
         };
         match &args.command {
             Some(command) => scores::command(command, rest, each)?,
-            None => scores::implicit(&args.models, rest, each)?,
+            None => scores::implicit(scorer, args.models.beta, rest, each)?,
         }
     }
     job.finish()
+}
+
+/// What the annotations depend on besides the outputs and the models.
+fn run_settings(args: &Args) -> Result<Map<String, Value>> {
+    Ok(settings(match args.endpoint {
+        Some(_) => json!({
+            "annotator": annotator(args), "template": template(args)?, "labels": args.labels.0,
+            "order": format!("{:?}", args.order).to_lowercase(), "seed": args.seed, "max_tokens": args.max_tokens,
+        }),
+        None => json!({"annotator": annotator(args), "beta": args.models.beta}),
+    }))
 }
 
 /// The judge's name in the output.
@@ -232,9 +246,9 @@ struct Judged {
 }
 
 impl Judged {
-    fn scored(win: f64) -> Self {
+    fn scored(win: Option<f64>) -> Self {
         Self {
-            win: Some(win),
+            win,
             by_order: [None; 2],
             turned: false,
             from: None,
@@ -302,7 +316,7 @@ impl Jury<'_> {
 
     fn judge(&self, pair: &Pair) -> Result<Judged> {
         if pair.outputs[0] == pair.outputs[1] {
-            return Ok(Judged::scored(0.5));
+            return Ok(Judged::scored(Some(0.5)));
         }
         let switched = match self.order {
             Order::Both => vec![false, true],
@@ -432,8 +446,7 @@ impl Job {
             row.insert("verdict_from".into(), json!(from));
         }
         if judged.win.is_none() {
-            self.progress
-                .skip("no verdict in the reply (\"preference\" is null)", 1);
+            self.progress.skip("no verdict (\"preference\" is null)", 1);
         }
         self.output.write(&row)?;
         self.progress.add(1, 0);
@@ -576,11 +589,13 @@ mod tests {
         assert!(server.most_at_a_time() <= 2);
         // One that is too slow, and one that asks for a second's rest.
         let start = std::time::Instant::now();
-        let acts = [Act::Hang(1500), Act::Later(1), Act::Weigh];
-        let (server, rows) = ask(&acts, &["--in-flight", "1", "--timeout", "1"]);
+        let acts = [Act::Hang(3000), Act::Later(1), Act::Weigh];
+        let words = ["--in-flight", "1", "--timeout", "2", "--retries", "30"];
+        let (server, rows) = ask(&acts, &words);
         near(&wins(&rows.unwrap()), &expected(0.9));
-        assert_eq!(server.asked(), 22 + 2);
-        assert!(start.elapsed() > Duration::from_secs(2));
+        // On a busy machine even the others may be too slow at first.
+        assert!(server.asked() >= 22 + 2);
+        assert!(start.elapsed() > Duration::from_secs(3));
     }
 
     #[test]

@@ -11,29 +11,25 @@ use common::reward::implicit_reward;
 use serde_json::{Map, Value, json};
 
 use super::outputs::Pair;
-use crate::implicit::{Models, Scorer};
+use crate::implicit::{Scored, Scorer};
 
 /// Probability that the second output is better.
 fn preference([a, b]: [f64; 2]) -> f64 {
     1.0 / (1.0 + (a - b).exp())
 }
 
-/// By the implicit reward of two models; `each` gets every pair's probability in order.
+/// By the implicit reward of two models; `each` gets every pair's probability in order, none where it is left out.
 pub fn implicit(
-    models: &Models,
+    mut scorer: Scorer,
+    beta: f64,
     pairs: &[Pair],
-    mut each: impl FnMut(f64) -> Result<()>,
+    mut each: impl FnMut(Option<f64>) -> Result<()>,
 ) -> Result<()> {
-    let mut scorer = Scorer::open(models)?;
-    let mut take = |scored: Vec<(common::jsonl::Row, [Logps; 2])>| -> Result<()> {
-        for (row, logps) in scored {
-            let [b, a] = logps.map(|l| implicit_reward(models.beta, l.policy, l.reference));
-            ensure!(
-                a.is_finite() && b.is_finite(),
-                "{}: a log-prob is not a number: are the models sound?",
-                row.place
-            );
-            each(preference([a, b]))?;
+    let mut take = |scored: Vec<Scored>| -> Result<()> {
+        for (_, logps) in scored {
+            let reward = |l: Logps| implicit_reward(beta, l.policy, l.reference);
+            let rewards = logps.map(|[b, a]| [a, b].map(reward));
+            each(rewards.map(preference))?;
         }
         Ok(())
     };
@@ -61,7 +57,11 @@ pub fn implicit(
 
 /// By a command that reads rows with `prompt` and `response` and answers each with a row that has a `reward` or a `score`,
 /// in their order.
-pub fn command(shell: &str, pairs: &[Pair], mut each: impl FnMut(f64) -> Result<()>) -> Result<()> {
+pub fn command(
+    shell: &str,
+    pairs: &[Pair],
+    mut each: impl FnMut(Option<f64>) -> Result<()>,
+) -> Result<()> {
     let mut child = Command::new("sh")
         .args(["-c", shell])
         .stdin(Stdio::piped())
@@ -104,7 +104,7 @@ pub fn command(shell: &str, pairs: &[Pair], mut each: impl FnMut(f64) -> Result<
 fn read_scores(
     from: impl BufRead,
     pairs: usize,
-    each: &mut impl FnMut(f64) -> Result<()>,
+    each: &mut impl FnMut(Option<f64>) -> Result<()>,
 ) -> Result<()> {
     let mut scores = from
         .lines()
@@ -119,7 +119,7 @@ fn read_scores(
             let missing = || anyhow!("it gave {} scores for {} outputs", 2 * done, 2 * pairs);
             scores.next().ok_or_else(missing)?
         };
-        each(preference([next()?, next()?]))?;
+        each(Some(preference([next()?, next()?])))?;
     }
     if scores.next().is_some() {
         bail!(

@@ -90,6 +90,7 @@ pub fn training(rounds: &[Round]) -> Result<Markup> {
 pub fn pairs(rounds: &[Round]) -> Result<Markup> {
     let of_rounds: Vec<(&str, Markup)> = rounds
         .iter()
+        .filter(|round| round.pairs.is_some() || round.stats.is_some() || round.samples.is_some())
         .map(|round| Ok((round.name.as_str(), figures(choice(round))?)))
         .collect::<Result<_>>()?;
     Ok(html! {

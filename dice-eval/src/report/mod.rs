@@ -6,12 +6,11 @@ mod plot;
 mod rounds;
 mod texts;
 
-use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use common::files::write_aside;
+use common::run::write_with_manifest;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use rounds::Round;
@@ -38,9 +37,7 @@ pub fn run(args: Args) -> Result<()> {
     let rounds = rounds::read(&args.run)?;
     let page = page(&args.run.display().to_string(), &rounds)?.into_string();
     match &args.output {
-        Some(file) if file.as_os_str() != "-" => {
-            write_aside(file, |part| Ok(fs::write(part, &page)?))
-        }
+        Some(file) if file.as_os_str() != "-" => write_with_manifest(file, page.as_bytes()),
         _ => std::io::stdout()
             .write_all(page.as_bytes())
             .context("cannot write to stdout"),

@@ -1,0 +1,205 @@
+//! The inner kernel: a tile of C kept in registers over the whole of k.
+
+use super::super::isa::Isa;
+
+/// One call of the inner kernel: a tile of `rows` × `columns` of C over `k` words.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub k: usize,
+    /// Word p of row i of the block lies at `p * block + i`.
+    pub a: *const f32,
+    /// Word p of column j lies at `p * b_step + j`.
+    pub b: *const f32,
+    pub b_step: usize,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub add: bool,
+    /// What the next calls will read: a line of 64 bytes from here on is asked for every `ahead_every` steps.
+    pub ahead: *const f32,
+    pub ahead_every: usize,
+}
+
+/// Runs the kernel for blocks of `block` rows.
+///
+/// # Safety
+/// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps of a whole panel.
+pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
+    #[cfg(target_arch = "x86_64")]
+    use x86::{avx2, avx512, avx512_bf16};
+    macro_rules! by_rows {
+        ($kernel:ident, $($rows:literal)*) => {
+            match block {
+                // SAFETY: the caller's promise; the instruction set was detected.
+                $($rows => unsafe { $kernel::<$rows>(tile) },)*
+                _ => unreachable!("blocks are at most block_rows() high"),
+            }
+        };
+    }
+    match Isa::current() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 { .. } if pairs => by_rows!(avx512_bf16, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 { .. } => by_rows!(avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => by_rows!(avx2, 1 2 3 4 5 6),
+        _ => by_rows!(portable, 1 2 3 4),
+    }
+}
+
+/// The kernel in plain Rust, 16 columns wide.
+///
+/// # Safety
+/// As [`run_kernel`], with `R` the block's rows.
+unsafe fn portable<const R: usize>(t: Tile) {
+    let mut sums = [[0.0f32; 16]; R];
+    for p in 0..t.k {
+        // SAFETY: A has k × R words, B k steps of 16 words.
+        let (a, b) = unsafe {
+            (
+                &*t.a.add(p * R).cast::<[f32; R]>(),
+                &*t.b.add(p * t.b_step).cast::<[f32; 16]>(),
+            )
+        };
+        for (sum, &x) in sums.iter_mut().zip(a) {
+            for (s, &y) in sum.iter_mut().zip(b) {
+                *s += x * y;
+            }
+        }
+    }
+    // SAFETY: the caller's promise on C.
+    unsafe { write_rows(&sums, t) }
+}
+
+/// Stores the sums of 16 columns through a plain loop, for kernels without masked stores.
+///
+/// # Safety
+/// C must hold `rows` × `columns` at its stride.
+unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
+    for (i, sum) in sums.iter().take(t.rows).enumerate() {
+        // SAFETY: the caller's promise.
+        let row = unsafe { std::slice::from_raw_parts_mut(t.c.add(i * t.c_stride), t.columns) };
+        for (c, &s) in row.iter_mut().zip(sum) {
+            *c = if t.add { *c + s } else { s };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! The kernels on x86-64 vectors: `R` rows by two registers of columns, one broadcast of A per row and step.
+    use super::{Tile, write_rows};
+    use std::arch::x86_64::*;
+
+    /// The loop over k, which all of these share: what differs are the vectors and how they are multiplied.
+    macro_rules! kernel {
+        ($(#[$doc:meta])* $name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $broadcast:ident,
+         $multiply:ident, $write:ident) => {
+            $(#[$doc])*
+            ///
+            /// # Safety
+            /// As [`super::run_kernel`], with `R` the block's rows; needs the instructions.
+            #[target_feature(enable = $features)]
+            pub unsafe fn $name<const R: usize>(t: Tile) {
+                let mut left = [$zero(); R];
+                let mut right = [$zero(); R];
+                let mut ahead = t.ahead;
+                if t.add {
+                    // What the sums are added to is read last: gradients come from memory, too.
+                    for i in 0..t.rows.min(R) {
+                        let c = t.c.wrapping_add(i * t.c_stride);
+                        prefetch(c);
+                        prefetch(c.wrapping_add(16));
+                    }
+                }
+                for start in (0..t.k).step_by(t.ahead_every) {
+                    prefetch(ahead);
+                    ahead = ahead.wrapping_add(16);
+                    for p in start..(start + t.ahead_every).min(t.k) {
+                        // SAFETY: A has k × R words, B k steps of two vectors.
+                        unsafe {
+                            let b = t.b.add(p * t.b_step);
+                            let (b0, b1) = ($load(b), $load(b.add($lanes)));
+                            for i in 0..R {
+                                let x = $broadcast(*t.a.add(p * R + i));
+                                left[i] = $multiply(x, b0, left[i]);
+                                right[i] = $multiply(x, b1, right[i]);
+                            }
+                        }
+                    }
+                }
+                // SAFETY: the caller's promise on C.
+                unsafe { $write(&left, &right, t) }
+            }
+        };
+    }
+
+    kernel!(
+        /// Float32.
+        avx512, "avx512f", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, write_masked
+    );
+
+    kernel!(
+        /// Words that hold pairs of bfloat16.
+        avx512_bf16, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, multiply_pairs,
+        write_masked
+    );
+
+    kernel!(
+        /// Float32 in half the width.
+        avx2, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_copied
+    );
+
+    /// Asks for the line that a word lies in, which may be any address.
+    #[inline(always)]
+    fn prefetch(word: *const f32) {
+        // SAFETY: a hint. (Newer compilers know that it is safe.)
+        #[allow(unused_unsafe)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(word.cast())
+        };
+    }
+
+    /// sum + the products of pairs.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn multiply_pairs(x: __m512, y: __m512, sum: __m512) -> __m512 {
+        // SAFETY: a vector of words and one of bfloat16 pairs are the same bits.
+        let pairs = |v: __m512| unsafe { std::mem::transmute::<__m512, __m512bh>(v) };
+        _mm512_dpbf16_ps(sum, pairs(x), pairs(y))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn write_masked<const R: usize>(left: &[__m512; R], right: &[__m512; R], t: Tile) {
+        let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
+        let (m0, m1) = (mask(t.columns), mask(t.columns.saturating_sub(16)));
+        for i in 0..t.rows.min(R) {
+            // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
+            unsafe {
+                let c = t.c.add(i * t.c_stride);
+                let high = c.wrapping_add(16);
+                let (mut x, mut y) = (left[i], right[i]);
+                if t.add {
+                    x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
+                    y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
+                }
+                _mm512_mask_storeu_ps(c, m0, x);
+                _mm512_mask_storeu_ps(high, m1, y);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    unsafe fn write_copied<const R: usize>(left: &[__m256; R], right: &[__m256; R], t: Tile) {
+        let mut sums = [[0.0f32; 16]; R];
+        for i in 0..R {
+            // SAFETY: each row of `sums` holds 16 floats.
+            unsafe {
+                _mm256_storeu_ps(sums[i].as_mut_ptr(), left[i]);
+                _mm256_storeu_ps(sums[i].as_mut_ptr().add(8), right[i]);
+            }
+        }
+        // SAFETY: the caller's promise on C.
+        unsafe { write_rows(&sums, t) }
+    }
+}

@@ -1,0 +1,434 @@
+//! Matrix product C (+)= A·Bᵀ: the heart of generation, scoring and training.
+//!
+//! B is stored in panels of [`panel_width`] rows, `[panel][k][width]`, A in blocks of up to 14 rows, `[block][k][rows]`,
+//! so that the inner kernel reads both in order and keeps its tile of C in registers over the whole of k. While it works
+//! on some panels it fetches those after them, since weights come from memory. Each element of C is one chain of fused
+//! multiply-adds in the order of k, whatever the sizes, blocks and threads are: a row's result does not depend on the
+//! rows beside it.
+//!
+//! In bfloat16, 32-bit words hold the pair of elements (k, k+1); products are summed in float32 (`vdpbf16ps`). On a
+//! machine without that instruction the operands are rounded to bfloat16 and multiplied in float32.
+
+mod kernel;
+mod pack;
+mod packed;
+
+pub use pack::{put_column, put_row, words};
+pub use packed::{Aligned, Packed, Panels};
+
+use super::isa::Isa;
+use kernel::{Tile, run_kernel};
+use pack::{pack, paired, sixteen_bits};
+use rayon::prelude::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// The number format of a product's operands; sums are float32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// IEEE single precision.
+    F32,
+    /// Operands rounded to bfloat16.
+    Bf16,
+}
+
+/// A row-major matrix view: `rows` × `cols`, the rows `stride` elements apart.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    /// The number of the first element in the buffer that the rounding of weights in training is derived from.
+    dither: Option<usize>,
+}
+
+impl<'a> Mat<'a> {
+    /// A dense matrix.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// A matrix whose rows lie `stride` elements apart.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(cols <= stride || rows <= 1);
+        assert!(
+            rows == 0 || (rows - 1) * stride + cols <= data.len(),
+            "matrix view past its data"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            stride,
+            dither: None,
+        }
+    }
+
+    /// The same matrix, rounded to bfloat16 stochastically: up with the probability that keeps the expectation, by a
+    /// noise that depends on the element's number alone, of which `first` is that of the first.
+    ///
+    /// Weights in training need this. A step of 1e-6 is far below bfloat16's resolution: to the nearest, most weights
+    /// would not move for hundreds of steps, and those that began halfway (dequantised ones often do) would all jump
+    /// with the first. This way every step shows in proportion, and rounding adds no noise of its own from step to step.
+    pub fn dithered(self, first: usize) -> Self {
+        Self {
+            dither: Some(first),
+            ..self
+        }
+    }
+
+    /// What is added to element (r, c) before it is cut to bfloat16, if it is not rounded to the nearest.
+    #[inline(always)]
+    fn noise(&self, r: usize, c: usize) -> Option<u32> {
+        self.dither
+            .map(|first| sixteen_bits((first + r * self.stride + c) as u32))
+    }
+
+    fn row(&self, r: usize) -> &'a [f32] {
+        &self.data[r * self.stride..][..self.cols]
+    }
+}
+
+/// The left operand: `m` rows to multiply, given row by row or as the columns of a matrix.
+#[derive(Clone, Copy)]
+pub enum Left<'a> {
+    /// `[m, k]`.
+    Rows(Mat<'a>),
+    /// `[k, m]`, used transposed.
+    Columns(Mat<'a>),
+}
+
+impl Left<'_> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Rows(a) => (a.rows, a.cols),
+            Self::Columns(a) => (a.cols, a.rows),
+        }
+    }
+}
+
+/// How many rows of B a panel holds.
+pub fn panel_width() -> usize {
+    match Isa::current() {
+        Isa::Avx512 { .. } => 32,
+        Isa::Avx2 | Isa::Portable => 16,
+    }
+}
+
+/// How many rows of A the kernel can take at once.
+fn block_rows() -> usize {
+    match Isa::current() {
+        Isa::Avx512 { .. } => 14,
+        Isa::Avx2 => 6,
+        Isa::Portable => 4,
+    }
+}
+
+/// Whether a product stays in the calling thread or may use the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// In this thread alone (inside a loop that is parallel already).
+    One,
+    /// Over the pool.
+    All,
+}
+
+/// What happens to what C holds before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// C = A·Bᵀ.
+    Set,
+    /// C += A·Bᵀ (the sum is formed first, then added).
+    Add,
+}
+
+thread_local! {
+    /// The left operand, where it is not read as it is; kept, since fresh pages cost more than the packing.
+    static LEFT: RefCell<Aligned> = const { RefCell::new(Aligned::new()) };
+}
+
+/// C (+)= A·Bᵀ: `a` is `[m, k]`, `b` has `n` rows of `k`, `c` is `[m, n]` with its rows `c_stride` apart.
+pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, threads: Threads) {
+    let (m, k) = a.shape();
+    assert_eq!(k, b.k(), "inner dimensions differ");
+    if m == 0 || b.n() == 0 {
+        return;
+    }
+    assert!(b.n() <= c_stride || m == 1);
+    assert!(
+        (m - 1) * c_stride + b.n() <= c.len(),
+        "result past its buffer"
+    );
+    let rows = m.div_ceil(m.div_ceil(block_rows())); // even blocks: 16 rows are 8 + 8, not 14 + 2
+    let mut packed = LEFT.with(RefCell::take);
+    let block = words(k, b.precision()) * rows;
+    let len = m.div_ceil(rows) * block;
+    packed.grow(len);
+    let blocks = &mut packed.as_mut_slice()[..len];
+    let fill = |(i, out): (usize, &mut [f32])| pack(a, i * rows, rows, b.precision(), out);
+    if threads == Threads::One || len < 1 << 15 {
+        blocks.chunks_mut(block.max(1)).enumerate().for_each(fill);
+    } else {
+        blocks.par_chunks_mut(block).enumerate().for_each(fill);
+    }
+    let product = Product {
+        a: packed.as_slice(),
+        rows,
+        m,
+        k: words(k, b.precision()),
+        b,
+        c: c.as_mut_ptr(),
+        c_stride,
+        write,
+    };
+    product.run(threads);
+    LEFT.with(|left| *left.borrow_mut() = packed);
+}
+
+/// One product, ready to be cut into tiles.
+struct Product<'a> {
+    a: &'a [f32],
+    /// Rows of a block of A; the last one is filled up with zeros.
+    rows: usize,
+    m: usize,
+    /// Words of a sum.
+    k: usize,
+    b: Panels<'a>,
+    c: *mut f32,
+    c_stride: usize,
+    write: Write,
+}
+
+// SAFETY: tasks write disjoint tiles of C, which the caller borrowed mutably for the whole call.
+unsafe impl Sync for Product<'_> {}
+
+/// So many panels of B stay in the second cache while blocks of A run by them, each block in the first.
+const PANELS: usize = 4;
+
+impl Product<'_> {
+    fn run(&self, threads: Threads) {
+        let blocks = self.m.div_ceil(self.rows);
+        let panels = self.b.n().div_ceil(panel_width());
+        if threads == Threads::One {
+            return self.tiles(0..blocks, 0..panels);
+        }
+        // Tasks of a few panels and about a hundred rows.
+        let panel_step = panels
+            .div_ceil(4 * rayon::current_num_threads())
+            .clamp(1, PANELS);
+        let block_step = blocks.min(10);
+        let (across, down) = (panels.div_ceil(panel_step), blocks.div_ceil(block_step));
+        (0..across * down).into_par_iter().for_each(|task| {
+            // Neighbouring tasks share their panels of B: they are the larger operand as a rule.
+            let (p, b) = (task / down * panel_step, task % down * block_step);
+            self.tiles(
+                b..(b + block_step).min(blocks),
+                p..(p + panel_step).min(panels),
+            );
+        });
+    }
+
+    fn tiles(&self, blocks: Range<usize>, panels: Range<usize>) {
+        for first in panels.clone().step_by(PANELS) {
+            let some = first..(first + PANELS).min(panels.end);
+            for (i, block) in blocks.clone().enumerate() {
+                for panel in some.clone() {
+                    self.tile(block, panel, panel + some.len(), (i, blocks.len()));
+                }
+            }
+        }
+    }
+
+    /// One call of the kernel, which fetches the i-th of `parts` parts of the panel `ahead`.
+    fn tile(&self, block: usize, panel: usize, ahead: usize, (i, parts): (usize, usize)) {
+        let width = panel_width();
+        let (first, left) = (block * self.rows, panel * width);
+        let a = &self.a[block * self.rows * self.k..][..self.rows * self.k];
+        let lines = self.b.panel_lines().div_ceil(parts);
+        // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `self.rows` × k
+        // words here, B k steps of `width`, C `rows` × `columns`.
+        unsafe {
+            let tile = Tile {
+                k: self.k,
+                a: a.as_ptr(),
+                b: self.b.panel(panel).as_ptr(),
+                b_step: self.b.step(),
+                c: self.c.add(first * self.c_stride + left),
+                c_stride: self.c_stride,
+                rows: self.rows.min(self.m - first),
+                columns: width.min(self.b.n() - left),
+                add: self.write == Write::Add,
+                ahead: self.b.ahead(ahead).wrapping_add(i * lines * 16),
+                ahead_every: (self.k / lines.max(1)).max(1),
+            };
+            run_kernel(tile, self.rows, paired(self.b.precision()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::noise;
+
+    /// C = A·Bᵀ in float64.
+    fn plain(a: &[f32], b: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
+        let at = |i: usize, j: usize| {
+            (0..k)
+                .map(|p| a[i * k + p] as f64 * b[j * k + p] as f64)
+                .sum()
+        };
+        (0..m * n).map(|i| at(i / n, i % n)).collect()
+    }
+
+    fn transpose(a: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        (0..rows * cols)
+            .map(|i| a[i % rows * cols + i / rows])
+            .collect()
+    }
+
+    #[test]
+    fn products_of_all_layouts_agree_with_float64() {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (1, 100, 33),
+            (3, 32, 64),
+            (15, 31, 7),
+            (16, 65, 130),
+            (47, 200, 96),
+            (150, 48, 51),
+        ] {
+            let (a, b) = (noise(m * k, 1), noise(n * k, 2));
+            let (at, bt) = (transpose(&a, m, k), transpose(&b, n, k));
+            let expected = plain(&a, &b, m, n, k);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let tolerance = if precision == Precision::F32 {
+                    1e-5
+                } else {
+                    0.02
+                } * (k as f64).sqrt();
+                let rows = Packed::from_rows(Mat::new(&b, n, k), precision);
+                let columns = Packed::from_columns(Mat::new(&bt, k, n), precision);
+                for b in [&rows, &columns] {
+                    for a in [
+                        Left::Rows(Mat::new(&a, m, k)),
+                        Left::Columns(Mat::new(&at, k, m)),
+                    ] {
+                        for threads in [Threads::One, Threads::All] {
+                            let mut c = vec![f32::NAN; m * n];
+                            matmul(a, b.panels(), &mut c, n, Write::Set, threads);
+                            matmul(a, b.panels(), &mut c, n, Write::Add, threads);
+                            for (x, y) in c.iter().zip(&expected) {
+                                assert!(
+                                    (*x as f64 - 2.0 * y).abs() < 2.0 * tolerance,
+                                    "{m}×{n}×{k} {precision:?}: {x} {y}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_rows_beside_it() {
+        let (m, n, k) = (45, 70, 133);
+        let (a, b) = (noise(m * k, 3), noise(n * k, 4));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let b = Packed::from_rows(Mat::new(&b, n, k), precision);
+            let mut together = vec![0.0; m * n];
+            matmul(
+                Left::Rows(Mat::new(&a, m, k)),
+                b.panels(),
+                &mut together,
+                n,
+                Write::Set,
+                Threads::All,
+            );
+            for count in [1, 2, 7, 16, 30] {
+                let mut alone = vec![0.0; count * n];
+                let rows = Mat::new(&a[5 * k..], count, k);
+                matmul(
+                    Left::Rows(rows),
+                    b.panels(),
+                    &mut alone,
+                    n,
+                    Write::Set,
+                    Threads::One,
+                );
+                assert_eq!(alone[..], together[5 * n..(5 + count) * n]);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_can_be_read_back() {
+        let (n, k) = (37, 9);
+        let b = noise(n * k, 5);
+        let packed = Packed::from_rows(Mat::new(&b, n, k), Precision::F32);
+        let rounded = Packed::from_rows(Mat::new(&b, n, k), Precision::Bf16);
+        let mut row = vec![0.0; k];
+        for r in 0..n {
+            packed.read_row(r, &mut row);
+            assert_eq!(row, b[r * k..][..k]);
+            rounded.read_row(r, &mut row);
+            for (x, y) in row.iter().zip(&b[r * k..]) {
+                assert_eq!(*x, half::bf16::from_f32(*y).to_f32());
+            }
+        }
+    }
+
+    #[test]
+    fn weights_in_training_show_every_small_step() {
+        let (n, k) = (40, 512);
+        let read = |w: &[f32], columns: bool| -> Vec<f32> {
+            let mut packed = Packed::empty(Precision::Bf16);
+            let mut out = vec![0.0; n * k];
+            if columns {
+                packed.set_columns(Mat::new(w, n, k).dithered(7));
+                let mut row = vec![0.0; n];
+                for c in 0..k {
+                    packed.read_row(c, &mut row);
+                    (0..n).for_each(|r| out[r * k + c] = row[r]);
+                }
+            } else {
+                packed.set_rows(Mat::new(w, n, k).dithered(7));
+                out.chunks_exact_mut(k)
+                    .enumerate()
+                    .for_each(|(r, row)| packed.read_row(r, row));
+            }
+            out
+        };
+        let mean = |w: &[f32]| w.iter().map(|&x| x as f64).sum::<f64>() / w.len() as f64;
+        // Halfway between two bfloat16 numbers, which lie 2⁻¹⁰ apart here, as dequantised weights often are.
+        let halfway = vec![0.125 + 2.0_f32.powi(-11); n * k];
+        let start = mean(&read(&halfway, false));
+        let step = 2.0_f32.powi(-13);
+        let moved: Vec<f32> = halfway.iter().map(|w| w + step).collect();
+        let seen = mean(&read(&moved, false)) - start;
+        assert!((start - 0.125 - 2.0_f64.powi(-11)).abs() < 1e-5, "{start}");
+        assert!((seen / step as f64 - 1.0).abs() < 0.05, "{seen}");
+        // What bfloat16 can say stays as it is, and both orders of packing round alike.
+        assert_eq!(read(&vec![0.15625; n * k], false), vec![0.15625; n * k]);
+        let w = noise(n * k, 3);
+        assert_eq!(read(&w, false), read(&w, true));
+    }
+
+    #[test]
+    fn strided_results_leave_the_gaps_alone() {
+        let (a, b) = (noise(3 * 5, 6), noise(4 * 5, 7));
+        let b = Packed::from_rows(Mat::new(&b, 4, 5), Precision::F32);
+        let mut c = vec![9.0; 3 * 6];
+        matmul(
+            Left::Rows(Mat::new(&a, 3, 5)),
+            b.panels(),
+            &mut c,
+            6,
+            Write::Set,
+            Threads::One,
+        );
+        assert!(c.chunks(6).all(|row| row[4..] == [9.0, 9.0]));
+    }
+}

@@ -1,0 +1,313 @@
+//! Operands brought into the order and the number format that the kernel reads.
+
+use super::super::isa::{Isa, multiversion};
+use super::{Left, Mat, Precision};
+
+/// Whether operands of this precision are stored as pairs of bfloat16 (else as float32, rounded where asked).
+pub(super) fn paired(precision: Precision) -> bool {
+    precision == Precision::Bf16 && Isa::current() == Isa::Avx512 { bf16: true }
+}
+
+/// The number of 32-bit words that a row of `k` elements takes in an operand: bfloat16 comes in pairs, where the
+/// machine can multiply them.
+pub fn words(k: usize, precision: Precision) -> usize {
+    if paired(precision) { k.div_ceil(2) } else { k }
+}
+
+/// Writes a row of an operand whose words lie `step` apart.
+pub fn put_row(x: &[f32], precision: Precision, step: usize, out: &mut [f32]) {
+    let words = out.iter_mut().step_by(step);
+    if paired(precision) {
+        for (word, pair) in words.zip(x.chunks(2)) {
+            let high = pair.get(1).map_or(0, |&x| bf16_bits(x, None));
+            *word = bf16_pair(bf16_bits(pair[0], None), high);
+        }
+    } else {
+        words
+            .zip(x)
+            .for_each(|(word, &x)| *word = rounded(x, precision));
+    }
+}
+
+/// Writes element k of the rows of an operand, of which `line` holds the words that it belongs to. Elements come in
+/// the order of k.
+pub fn put_column(x: &[f32], k: usize, precision: Precision, line: &mut [f32]) {
+    let places = line.iter_mut().zip(x);
+    if !paired(precision) {
+        places.for_each(|(word, &x)| *word = rounded(x, precision));
+    } else if k.is_multiple_of(2) {
+        places.for_each(|(word, &x)| *word = bf16_pair(bf16_bits(x, None), 0));
+    } else {
+        places.for_each(|(word, &x)| *word = bf16_pair(word.to_bits(), bf16_bits(x, None)));
+    }
+}
+
+/// What an operand in words of its own holds of x.
+fn rounded(x: f32, precision: Precision) -> f32 {
+    match precision {
+        Precision::F32 => x,
+        Precision::Bf16 => f32::from_bits(bf16_bits(x, None) << 16),
+    }
+}
+
+/// Packs rows `first .. first + width` of an operand as `[k][width]`; rows past the end become zero.
+pub(super) fn pack(
+    source: Left,
+    first: usize,
+    width: usize,
+    precision: Precision,
+    out: &mut [f32],
+) {
+    let (m, _) = source.shape();
+    let valid = width.min(m - first);
+    match (source, paired(precision)) {
+        (Left::Rows(a), false) => rows(a, first, valid, width, out),
+        (Left::Columns(a), false) => pack_columns(a, first, valid, width, out),
+        (Left::Rows(a), true) => return row_pairs(a, first, valid, width, out),
+        (Left::Columns(a), true) => return pack_column_pairs(a, first, valid, width, out),
+    }
+    if precision == Precision::Bf16 {
+        round_panel(source, first, valid, width, out);
+    }
+}
+
+/// Rows of float32, turned: in squares of 16 where there are vectors so wide.
+fn rows(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512 { .. } = Isa::current() {
+        // SAFETY: the instructions are there.
+        return unsafe { x86::rows(a, first, valid, width, out) };
+    }
+    strips(a, first, valid, width, out);
+}
+
+multiversion! {
+    /// The same with narrower vectors: of each row a cache line at a time, which goes to as many lines of the target.
+    pub fn strips(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        for (strip, target) in out.chunks_mut(16 * width).enumerate() {
+            for i in 0..valid {
+                let row = &a.row(first + i)[16 * strip..];
+                for (line, &x) in target.chunks_exact_mut(width).zip(row) {
+                    line[i] = x;
+                }
+            }
+            for line in target.chunks_exact_mut(width) {
+                line[valid..].fill(0.0);
+            }
+        }
+    }
+}
+
+/// Rows as pairs of bfloat16.
+fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: pairs are made only where the instructions are.
+    unsafe {
+        x86::row_pairs(a, first, valid, width, out)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such machine multiplies pairs")
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Rows turned into columns with 512-bit vectors.
+    use super::{Mat, strip_pairs};
+    use std::arch::x86_64::*;
+
+    /// Turns squares of 16 rows by 16 words; what `load` gives of a row past its end must be zero.
+    macro_rules! turned {
+        ($(#[$doc:meta])* $name:ident, $features:literal, $per_word:literal, $load:ident) => {
+            $(#[$doc])*
+            #[target_feature(enable = $features)]
+            pub fn $name(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+                let lines = a.cols.div_ceil($per_word);
+                assert!(lines * width <= out.len());
+                for start in (0..lines).step_by(16) {
+                    for left in (0..width).step_by(16) {
+                        let mut square = [_mm512_setzero_ps(); 16];
+                        for (i, words) in square.iter_mut().enumerate().take(valid.saturating_sub(left)) {
+                            *words = $load(a, first + left + i, start * $per_word);
+                        }
+                        let lanes = mask(width - left);
+                        for (line, words) in (start..lines).zip(turn(square)) {
+                            // SAFETY: masked lanes are not touched; the others are inside the line.
+                            unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add(line * width + left), lanes, words) };
+                        }
+                    }
+                }
+            }
+        };
+    }
+
+    turned!(
+        /// `[rows, k]` as `[k][width]`.
+        rows, "avx512f", 1, load_words
+    );
+    turned!(
+        /// `[rows, k]` as `[k / 2][width]` of pairs.
+        row_pairs, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16", 2, load_pairs
+    );
+
+    fn mask(lanes: usize) -> u16 {
+        ((1u32 << lanes.min(16)) - 1) as u16
+    }
+
+    /// 16 elements of a row from k on.
+    #[target_feature(enable = "avx512f")]
+    fn load_words(a: Mat, row: usize, k: usize) -> __m512 {
+        let x = &a.row(row)[k.min(a.cols)..];
+        // SAFETY: masked lanes, past the end, are not read.
+        unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
+    }
+
+    /// 32 elements of a row from k on, as pairs of bfloat16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    fn load_pairs(a: Mat, row: usize, k: usize) -> __m512 {
+        let Some(first) = a.dither else {
+            let (low, high) = (load_words(a, row, k), load_words(a, row, k + 16));
+            // SAFETY: the same bits.
+            return unsafe {
+                std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
+            };
+        };
+        let number = Some((first + row * a.stride + k) as u32);
+        let x = &a.row(row)[k..];
+        let pairs = if let Some(strip) = x.first_chunk() {
+            strip_pairs(strip, number)
+        } else {
+            let mut strip = [0.0; 32];
+            strip[..x.len()].copy_from_slice(x);
+            let mut pairs = strip_pairs(&strip, number);
+            pairs[x.len().div_ceil(2)..].fill(0.0);
+            pairs
+        };
+        // SAFETY: 16 words.
+        unsafe { _mm512_loadu_ps(pairs.as_ptr()) }
+    }
+
+    /// Rows become columns.
+    #[target_feature(enable = "avx512f")]
+    fn turn(r: [__m512; 16]) -> [__m512; 16] {
+        let pair = |v: __m512| _mm512_castps_pd(v);
+        let word = |v: __m512d| _mm512_castpd_ps(v);
+        let mut quads = r;
+        for g in (0..16).step_by(4) {
+            let (a, b) = (
+                _mm512_unpacklo_ps(r[g], r[g + 1]),
+                _mm512_unpackhi_ps(r[g], r[g + 1]),
+            );
+            let (c, d) = (
+                _mm512_unpacklo_ps(r[g + 2], r[g + 3]),
+                _mm512_unpackhi_ps(r[g + 2], r[g + 3]),
+            );
+            quads[g] = word(_mm512_unpacklo_pd(pair(a), pair(c)));
+            quads[g + 1] = word(_mm512_unpackhi_pd(pair(a), pair(c)));
+            quads[g + 2] = word(_mm512_unpacklo_pd(pair(b), pair(d)));
+            quads[g + 3] = word(_mm512_unpackhi_pd(pair(b), pair(d)));
+        }
+        // Now quarter q of quads[g + j] holds column 4q + j of the rows g … g + 3.
+        let mut out = r;
+        for j in 0..4 {
+            let [a, b, c, d] = [quads[j], quads[4 + j], quads[8 + j], quads[12 + j]];
+            let (even, odd) = (
+                _mm512_shuffle_f32x4::<0x88>(a, b),
+                _mm512_shuffle_f32x4::<0xdd>(a, b),
+            );
+            let (even2, odd2) = (
+                _mm512_shuffle_f32x4::<0x88>(c, d),
+                _mm512_shuffle_f32x4::<0xdd>(c, d),
+            );
+            out[j] = _mm512_shuffle_f32x4::<0x88>(even, even2);
+            out[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd2);
+            out[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even, even2);
+            out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd2);
+        }
+        out
+    }
+}
+
+multiversion! {
+    pub fn pack_columns(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        for (r, line) in out.chunks_exact_mut(width).enumerate() {
+            line[..valid].copy_from_slice(&a.row(r)[first..first + valid]);
+            line[valid..].fill(0.0);
+        }
+    }
+}
+
+/// Neighbours of a strip as words of two bfloat16; `number` is that of the first element where rounding is dithered.
+#[inline(always)]
+fn strip_pairs(strip: &[f32; 32], number: Option<u32>) -> [f32; 16] {
+    // Rounded in whole vectors first, then paired: in one loop the compiler would not see the vectors.
+    let mut bits = [0; 32];
+    match number {
+        None => (bits.iter_mut().zip(strip)).for_each(|(b, &x)| *b = bf16_bits(x, None)),
+        Some(first) => (0u32..)
+            .zip(bits.iter_mut().zip(strip))
+            .for_each(|(i, (b, &x))| {
+                *b = bf16_bits(x, Some(sixteen_bits(first.wrapping_add(i))));
+            }),
+    }
+    std::array::from_fn(|i| bf16_pair(bits[2 * i], bits[2 * i + 1]))
+}
+
+multiversion! {
+    pub fn pack_column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        for (r, line) in out.chunks_exact_mut(width).enumerate() {
+            let low = &a.row(2 * r)[first..first + valid];
+            if 2 * r + 1 < a.rows {
+                let high = &a.row(2 * r + 1)[first..first + valid];
+                for (c, ((x, &low), &high)) in line.iter_mut().zip(low).zip(high).enumerate() {
+                    let noise = |odd| a.noise(2 * r + odd, first + c);
+                    *x = bf16_pair(bf16_bits(low, noise(0)), bf16_bits(high, noise(1)));
+                }
+            } else {
+                for (c, (x, &low)) in line.iter_mut().zip(low).enumerate() {
+                    *x = bf16_pair(bf16_bits(low, a.noise(2 * r, first + c)), 0);
+                }
+            }
+            line[valid..].fill(0.0);
+        }
+    }
+}
+
+multiversion! {
+    pub fn round_panel(source: Left, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        for (c, line) in out.chunks_exact_mut(width).enumerate() {
+            for (i, x) in line[..valid].iter_mut().enumerate() {
+                let noise = match source {
+                    Left::Rows(a) => a.noise(first + i, c),
+                    Left::Columns(a) => a.noise(c, first + i),
+                };
+                *x = f32::from_bits(bf16_bits(*x, noise) << 16);
+            }
+        }
+    }
+}
+
+/// x in bfloat16, in the low half of a word: the nearest (ties to even), or what `noise` (16 bits) makes of it. NaN
+/// stays NaN.
+#[inline(always)]
+fn bf16_bits(x: f32, noise: Option<u32>) -> u32 {
+    let bits = x.to_bits();
+    let added = noise.unwrap_or(0x7fff + ((bits >> 16) & 1));
+    if x.is_nan() {
+        (bits >> 16) | 0x40
+    } else {
+        bits.wrapping_add(added) >> 16
+    }
+}
+
+#[inline(always)]
+fn bf16_pair(low: u32, high: u32) -> f32 {
+    f32::from_bits(low | (high << 16))
+}
+
+/// Bits that look random, from an element's number.
+#[inline(always)]
+pub(super) fn sixteen_bits(number: u32) -> u32 {
+    let x = (number ^ (number >> 16)).wrapping_mul(0x7feb_352d);
+    let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x >> 16
+}

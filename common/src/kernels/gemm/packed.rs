@@ -1,0 +1,280 @@
+//! The right operand in panels, and the storage that operands lie in.
+
+use super::pack::{pack, paired, words};
+use super::{Left, Mat, Precision, panel_width};
+use rayon::prelude::*;
+
+/// Float32 storage aligned to a cache line.
+#[derive(Clone, Default)]
+pub struct Aligned {
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Aligned {
+    /// None yet.
+    pub const fn new() -> Self {
+        Self { lines: Vec::new() }
+    }
+
+    /// Zeroed storage for at least `len` elements.
+    pub fn zeroed(len: usize) -> Self {
+        Self {
+            lines: vec![Line([0.0; 16]); len.div_ceil(16)],
+        }
+    }
+
+    /// Makes room for `len` elements; what was there stays, new elements are zero.
+    pub fn grow(&mut self, len: usize) {
+        let lines = len.div_ceil(16);
+        if lines > self.lines.len() {
+            self.lines.resize(lines, Line([0.0; 16]));
+        }
+    }
+
+    /// Asks for the first `len` elements to be brought near, if the processor can be asked.
+    pub fn fetch(&self, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for line in &self.lines[..len.div_ceil(16)] {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            // SAFETY: a hint. (Newer compilers know that it is safe.)
+            #[allow(unused_unsafe)]
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(line).cast())
+            };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = len;
+    }
+
+    /// The elements.
+    pub fn as_slice(&self) -> &[f32] {
+        // SAFETY: a `Line` is exactly 16 floats without padding, and f32 needs less alignment.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+    }
+
+    /// The elements, writable.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as in `as_slice`.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16)
+        }
+    }
+}
+
+/// A packed right operand B: `n` rows of length `k`.
+#[derive(Clone)]
+pub struct Packed {
+    storage: Aligned,
+    n: usize,
+    k: usize,
+    precision: Precision,
+}
+
+impl Packed {
+    /// Storage for operands to come.
+    pub fn empty(precision: Precision) -> Self {
+        Self {
+            storage: Aligned::default(),
+            n: 0,
+            k: 0,
+            precision,
+        }
+    }
+
+    /// Packs the rows of `b`, `[n, k]`: the product is A·bᵀ.
+    pub fn from_rows(b: Mat, precision: Precision) -> Self {
+        let mut packed = Self::empty(precision);
+        packed.set_rows(b);
+        packed
+    }
+
+    /// Packs the columns of `b`, `[k, n]`: the product is A·b.
+    pub fn from_columns(b: Mat, precision: Precision) -> Self {
+        let mut packed = Self::empty(precision);
+        packed.set_columns(b);
+        packed
+    }
+
+    /// As [`Self::from_rows`], into the storage that is there.
+    pub fn set_rows(&mut self, b: Mat) {
+        self.fill(Left::Rows(b));
+    }
+
+    /// As [`Self::from_columns`], into the storage that is there.
+    pub fn set_columns(&mut self, b: Mat) {
+        self.fill(Left::Columns(b));
+    }
+
+    fn fill(&mut self, b: Left) {
+        let width = panel_width();
+        (self.n, self.k) = b.shape();
+        let panel = words(self.k, self.precision) * width;
+        let len = self.n.div_ceil(width) * panel;
+        self.storage.grow(len);
+        if len > 0 {
+            let precision = self.precision;
+            // Small operands (attention inside a parallel loop) are packed by the caller's thread.
+            let panels = &mut self.storage.as_mut_slice()[..len];
+            if len < 1 << 16 {
+                panels
+                    .chunks_mut(panel)
+                    .enumerate()
+                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
+            } else {
+                panels
+                    .par_chunks_mut(panel)
+                    .enumerate()
+                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
+            }
+        }
+    }
+
+    /// The format of the elements.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The number of rows of B (columns of the product).
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// The length of the sums.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// All of B.
+    pub fn panels(&self) -> Panels<'_> {
+        self.panel_range(0, self.n)
+    }
+
+    /// The rows `start .. start + n` of B; `start` must be a multiple of [`panel_width`].
+    pub fn panel_range(&self, start: usize, n: usize) -> Panels<'_> {
+        let width = panel_width();
+        assert!(start.is_multiple_of(width) && start + n <= self.n);
+        let panel = words(self.k, self.precision) * width;
+        Panels {
+            data: &self.storage.as_slice()[start / width * panel..],
+            n,
+            k: self.k,
+            panel_stride: panel,
+            row_stride: width,
+            precision: self.precision,
+        }
+    }
+
+    /// All rows of B with their sums taken over a part of `k` alone; it must begin at an even place.
+    pub fn sum_range(&self, part: std::ops::Range<usize>) -> Panels<'_> {
+        assert!(part.start.is_multiple_of(2) && part.end <= self.k);
+        assert!(
+            part.end == self.k || part.end.is_multiple_of(2) || !paired(self.precision),
+            "a pair would be cut"
+        );
+        let all = self.panels();
+        let skipped = words(part.start, self.precision) * all.row_stride;
+        Panels {
+            data: &all.data[skipped.min(all.data.len())..],
+            k: part.len(),
+            ..all
+        }
+    }
+
+    /// Copies row `r` of B (rounded, if the precision rounds) into `out`, `[k]`.
+    pub fn read_row(&self, r: usize, out: &mut [f32]) {
+        let width = panel_width();
+        let k_words = words(self.k, self.precision);
+        let panel = &self.storage.as_slice()[r / width * k_words * width..];
+        for (i, out) in out[..self.k].iter_mut().enumerate() {
+            *out = if paired(self.precision) {
+                let word = panel[i / 2 * width + r % width].to_bits();
+                f32::from_bits(if i % 2 == 0 {
+                    word << 16
+                } else {
+                    word & 0xffff_0000
+                })
+            } else {
+                panel[i * width + r % width]
+            };
+        }
+    }
+}
+
+/// A borrowed right operand in panels: a [`Packed`], a part of it, or a key/value cache that keeps this layout.
+#[derive(Clone, Copy)]
+pub struct Panels<'a> {
+    data: &'a [f32],
+    n: usize,
+    k: usize,
+    panel_stride: usize,
+    row_stride: usize,
+    precision: Precision,
+}
+
+impl<'a> Panels<'a> {
+    /// An operand of `n` rows and sums of length `k`: word w of row r (see [`words`]) lies at
+    /// `r / width * panel_stride + w * row_stride + r % width`. The data must reach to the end of the last panel.
+    pub fn strided(
+        data: &'a [f32],
+        (n, k): (usize, usize),
+        (panel_stride, row_stride): (usize, usize),
+        precision: Precision,
+    ) -> Self {
+        let width = panel_width();
+        if n > 0 && k > 0 {
+            let end = (n.div_ceil(width) - 1) * panel_stride
+                + (words(k, precision) - 1) * row_stride
+                + width;
+            assert!(end <= data.len(), "panels past their data");
+        }
+        Self {
+            data,
+            n,
+            k,
+            panel_stride,
+            row_stride,
+            precision,
+        }
+    }
+
+    pub(super) fn n(&self) -> usize {
+        self.n
+    }
+
+    pub(super) fn k(&self) -> usize {
+        self.k
+    }
+
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Words between the steps of k.
+    pub(super) fn step(&self) -> usize {
+        self.row_stride
+    }
+
+    /// What a panel's first word begins.
+    pub(super) fn panel(&self, i: usize) -> &'a [f32] {
+        &self.data[i * self.panel_stride..]
+    }
+
+    /// Where panel i is, if there is one.
+    pub(super) fn ahead(&self, i: usize) -> *const f32 {
+        self.data.as_ptr().wrapping_add(i * self.panel_stride)
+    }
+
+    /// The cache lines of a panel that lies in one piece, else none.
+    pub(super) fn panel_lines(&self) -> usize {
+        let whole = self.row_stride == panel_width();
+        if whole {
+            words(self.k, self.precision) * panel_width() / 16
+        } else {
+            0
+        }
+    }
+}
