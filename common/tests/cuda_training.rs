@@ -319,6 +319,8 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
             pairs: "pairs".into(),
             dtype: "f32".into(),
             settings: settings.clone(),
+            date: None,
+            state_bytes: 0,
         };
         let writer = Writer {
             output: &output,
@@ -330,7 +332,7 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
         let mut straight = gpu(&device, &weights, &settings, precision);
         let mut log = vec![];
         for _ in 0..2 {
-            log.push(straight.step(&refs(&pairs), 0.0).unwrap());
+            log.push(straight.step(&refs(pairs), 0.0).unwrap());
         }
         writer.save(&straight, &log).unwrap();
         // Streamed, and yet what the crate writes.
@@ -343,8 +345,8 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
         let mut resumed = gpu(&device, &weights, &settings, precision);
         assert_eq!(resume(&output, &run, &mut resumed).unwrap(), log);
         assert_eq!(resumed.steps(), 2);
-        let metrics = straight.step(&refs(&pairs), 0.5).unwrap();
-        assert_eq!(resumed.step(&refs(&pairs), 0.5).unwrap(), metrics);
+        let metrics = straight.step(&refs(pairs), 0.5).unwrap();
+        assert_eq!(resumed.step(&refs(pairs), 0.5).unwrap(), metrics);
         assert_eq!(Numbers::of(&resumed).0, Numbers::of(&straight).0);
         // The other machine goes on from it, too.
         if settings.moments == Moments::F32 {

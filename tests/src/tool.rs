@@ -98,6 +98,8 @@ impl Tool {
     }
 
     /// Runs it to its end; gives its greatest resident memory, too, in KiB.
+    // `wait4` below waits for it.
+    #[expect(clippy::zombie_processes)]
     pub fn run_measured(self) -> (Finished, u64) {
         let name = self.name.clone();
         let mut child = self.start();

@@ -45,10 +45,11 @@ fn case_files(case: &Value, folder: &Path) -> Vec<String> {
     if !baselines.is_empty() {
         let mut table = "variant,index,len_1,len_2,preference\n".to_owned();
         for baseline in baselines {
-            let columns = ["len_1", "len_2", "preference"].map(|name| list(baseline, name));
-            for i in 0..columns[0].len() {
-                let [len_1, len_2, preference] = [0, 1, 2].map(|column| &columns[column][i]);
-                let variant = baseline["variant"].as_str().unwrap();
+            let [len_1, len_2, preference] =
+                ["len_1", "len_2", "preference"].map(|name| list(baseline, name));
+            let variant = baseline["variant"].as_str().unwrap();
+            let rows = len_1.iter().zip(&len_2).zip(&preference);
+            for (i, ((len_1, len_2), preference)) in rows.enumerate() {
                 table += &format!("{variant},{i},{len_1},{len_2},{preference}\n");
             }
         }
@@ -139,7 +140,7 @@ fn write_world(folder: &Path) {
     let prompt = |i: usize| format!("question {i}");
     for (name, every) in [("base", 7), ("round-1", 3), ("round-2", 2)] {
         let row = |i: usize| {
-            let marks = "!".repeat(1 + usize::from(i % every == 0));
+            let marks = "!".repeat(1 + usize::from(i.is_multiple_of(every)));
             json!({"prompt": prompt(i), "response": format!("{} answer{marks}", "some ".repeat(i % 5 + every % 4)),
                 "dataset": (["a", "b"][i % 2]), "finish_reason": "stop"})
         };

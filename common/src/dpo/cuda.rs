@@ -49,7 +49,7 @@ impl CudaTrainer {
         let lora = settings.lora.map(|s| Lora::new(&params, s.rank, s.alpha));
         let len = lora.as_ref().map_or(params.len, |lora| lora.len);
         let decayed = match &lora {
-            Some(_) => vec![0..len],
+            Some(_) => std::iter::once(0..len).collect(),
             None => matrices(&params),
         };
         let moments = format_of(settings.moments);
