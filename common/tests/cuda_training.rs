@@ -13,6 +13,7 @@ use common::dpo::{
 use common::kernels::gemm::Precision;
 use common::model::{Lora, Params};
 use common::weights::{Config, Weights};
+use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
     FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, devices, golden, objective, open, settings,
@@ -342,6 +343,13 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
             log.push(straight.step(&refs(pairs), 0.0).unwrap());
         }
         writer.save(&straight, &log).unwrap();
+        // Streamed, and yet what the crate writes.
+        let state = folder
+            .path()
+            .join("next.part/checkpoint-2/optimizer.safetensors");
+        let state = std::fs::read(state).unwrap();
+        let tensors = SafeTensors::deserialize(&state).unwrap();
+        assert!(safetensors::serialize(tensors.tensors(), None).unwrap() == state);
         let mut resumed = gpu(&device, &weights, &settings, precision);
         assert_eq!(resume(&output, &run, &mut resumed).unwrap(), log);
         assert_eq!(resumed.steps(), 2);
