@@ -245,7 +245,11 @@ impl Product<'_> {
         let width = panel_width();
         let (first, left) = (block * self.rows, panel * width);
         let a = &self.a[block * self.rows * self.k..][..self.rows * self.k];
-        let lines = self.b.panel_lines().div_ceil(parts);
+        // With many rows a panel serves for long: what its fetching would hide is less than what it costs.
+        let lines = match self.m <= FETCHED_ROWS {
+            true => self.b.panel_lines().div_ceil(parts),
+            false => 1,
+        };
         // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `self.rows` × k
         // words here, B k steps of `width`, C `rows` × `columns`.
         unsafe {
@@ -266,6 +270,9 @@ impl Product<'_> {
         }
     }
 }
+
+/// Up to so many rows of A the panels of B are fetched ahead: those of a decoding step.
+const FETCHED_ROWS: usize = 128;
 
 #[cfg(test)]
 mod tests {
