@@ -1,4 +1,4 @@
-//! How much memory a tool may use: `--memory-budget`, or half of what the machine has left. Batches are made to fit into
+//! How much memory a tool may use: `--memory-budget`, or three quarters of what the machine has left. Batches are made to fit into
 //! it, so that a long prompt makes a run slower, not dead; what does not fit even alone is left out and named.
 
 use std::fs;

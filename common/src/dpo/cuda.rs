@@ -205,7 +205,6 @@ impl Train for CudaTrainer {
         let at = (self.steps, epoch);
         Ok(StepMetrics::new(
             &sums,
-            pairs.len(),
             at,
             grad_norm,
             learning_rate,

@@ -160,13 +160,12 @@ impl StepMetrics {
     /// The means over a step's pairs; `step` counts from 1, `tokens` are those of all steps so far.
     pub(crate) fn new(
         sums: &Sums,
-        pairs: usize,
         (step, epoch): (u64, f64),
         grad_norm: f64,
         learning_rate: f64,
         tokens: u64,
     ) -> Self {
-        let mean = |sum: f64| sum / pairs as f64;
+        let mean = |sum: f64| sum / sums.pairs as f64;
         Self {
             step,
             epoch,
@@ -429,7 +428,6 @@ impl Train for Trainer {
         let at = (self.optimizer.steps, epoch);
         Ok(StepMetrics::new(
             &sums,
-            pairs.len(),
             at,
             grad_norm,
             learning_rate,
