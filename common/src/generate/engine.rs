@@ -3,7 +3,7 @@
 use super::cache::LayerCache;
 use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
-use super::step::{Step, logits_of};
+use super::step::{Step, Storage, logits_of};
 use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
 use crate::model::Decoder;
@@ -13,6 +13,9 @@ use rayon::prelude::*;
 
 /// Fewer sequences than this are no share of their own: reading the weights would cost more than waiting.
 const LEAST_SHARE: usize = 32;
+
+/// Prompts run together up to so many tokens: more of them are no quicker, and would not stay in the caches.
+const PROMPT_TOKENS: usize = 1024;
 
 /// A prompt to answer.
 #[derive(Clone, Debug)]
@@ -89,8 +92,8 @@ pub struct Generator<'a> {
     groups: Queue<Prefix>,
     running: Vec<Sequence>,
     tokens: u64,
-    /// Storage for a step's logits, `[sequences, vocab]` of each share.
-    logits: Vec<Vec<f32>>,
+    /// Of each share of a step.
+    storage: Vec<Storage>,
 }
 
 /// What a prompt leaves behind: from the start of its first sample to the end of the last, else nothing.
@@ -139,31 +142,63 @@ impl<'a> Generator<'a> {
             groups: Queue::new(),
             running: vec![],
             tokens: 0,
-            logits: vec![],
+            storage: vec![],
         }
     }
 
-    /// Runs a prompt; gives its keys and values and the logits after its last token.
-    fn prefill(&self, prompt: &[u32]) -> Prefix {
+    /// Runs the prompt of a group, and in the same pass those that wait after it, where they leave room for as many
+    /// samples as there are slots: weights are read once for all of them.
+    fn prefill(&mut self, first: usize) {
+        let together = self.run_together(first);
         let mut layout = Layout::default();
-        layout.push(prompt.len(), &[]);
-        let mut caches = vec![];
-        let hidden = self.decoder.forward(&layout, prompt, |i, state| {
-            let heads = self.decoder.heads(i);
-            let mut cache = LayerCache::new(heads, self.decoder.precision);
-            state
-                .qkv
-                .chunks_exact(heads.qkv_width())
-                .for_each(|row| cache.push(heads, row));
-            caches.push(cache);
-        });
-        let last = &hidden[hidden.len() - self.decoder.config.hidden..];
-        let mut logits = vec![];
-        logits_of(self.decoder, last, &mut logits);
-        Prefix {
-            cache: caches,
-            first: logits,
+        let mut tokens = vec![];
+        for &number in &together {
+            let prompt = &self.groups.group(number).request.prompt;
+            layout.push(prompt.len(), &[]);
+            tokens.extend(prompt);
         }
+        let mut prefixes: Vec<Prefix> = together.iter().map(|_| Prefix::default()).collect();
+        let hidden = self.decoder.forward(&layout, &tokens, |i, state| {
+            let heads = self.decoder.heads(i);
+            (prefixes.par_iter_mut())
+                .zip(layout.segments())
+                .for_each(|(prefix, segment)| {
+                    let mut cache = LayerCache::new(heads, self.decoder.precision);
+                    let rows = state.qkv.chunks_exact(heads.qkv_width());
+                    (rows.skip(segment.tokens.start).take(segment.tokens.len()))
+                        .for_each(|row| cache.push(heads, row));
+                    prefix.cache.push(cache);
+                });
+        });
+        let width = self.decoder.config.hidden;
+        for ((number, mut prefix), segment) in
+            together.into_iter().zip(prefixes).zip(layout.segments())
+        {
+            let last = &hidden[(segment.tokens.end - 1) * width..][..width];
+            logits_of(self.decoder, last, &mut prefix.first);
+            self.groups.group_mut(number).own = prefix;
+        }
+    }
+
+    /// A group whose prompt must run, and those after it that may with it.
+    fn run_together(&self, first: usize) -> Vec<usize> {
+        let prompt_of = |number| self.groups.group(number).request.prompt.len();
+        let mut together = vec![first];
+        let mut tokens = prompt_of(first);
+        let mut held = self.taken() + self.prompt_bytes(tokens);
+        let slots = self.limits.sequences - self.running.len();
+        let mut longest = self.response_bytes(tokens);
+        for number in self.groups.after(first) {
+            tokens += prompt_of(number);
+            held += self.prompt_bytes(prompt_of(number));
+            longest = longest.max(self.response_bytes(prompt_of(number)));
+            let needed = held + slots * longest + self.decoder.forward_bytes(tokens);
+            if tokens > PROMPT_TOKENS || needed > self.limits.bytes {
+                break;
+            }
+            together.push(number);
+        }
+        together
     }
 
     /// Starts waiting samples in the free slots; each draws its first token from its prompt's logits.
@@ -173,8 +208,7 @@ impl<'a> Generator<'a> {
                 return;
             }
             if !self.groups.group(number).own.is_ready() {
-                let prefix = self.prefill(&self.groups.group(number).request.prompt);
-                self.groups.group_mut(number).own = prefix;
+                self.prefill(number);
             }
             let sample = self.groups.start(number);
             let Group { request, own, .. } = self.groups.group(number);
@@ -198,23 +232,26 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// Whether a sample of a group may start beside what is running.
-    fn has_room_to_start(&self, group: usize) -> bool {
+    /// What the running samples may come to hold, and the prompts that ran.
+    fn taken(&self) -> usize {
         let prompt_of = |group: &Group<Prefix>| group.request.prompt.len();
         let running = self.running.iter().map(|s| self.groups.group(s.group));
         let running = running.map(|group| self.response_bytes(prompt_of(group)));
         let prompts = self.groups.iter().filter(|group| group.own.is_ready());
         let prompts = prompts.map(|group| self.prompt_bytes(prompt_of(group)));
+        running.sum::<usize>() + prompts.sum::<usize>()
+    }
+
+    /// Whether a sample of a group may start beside what is running.
+    fn has_room_to_start(&self, group: usize) -> bool {
         let group = self.groups.group(group);
+        let prompt = group.request.prompt.len();
         let prefill = match group.own.is_ready() {
-            false => {
-                self.prompt_bytes(prompt_of(group)) + self.decoder.forward_bytes(prompt_of(group))
-            }
+            false => self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt),
             true => 0,
         };
-        let taken = running.sum::<usize>() + prompts.sum::<usize>();
         self.running.len() < self.limits.sequences
-            && taken + prefill + self.response_bytes(prompt_of(group)) <= self.limits.bytes
+            && self.taken() + prefill + self.response_bytes(prompt) <= self.limits.bytes
     }
 
     /// What a prompt holds while it is at work: keys, values and logits.
@@ -304,10 +341,10 @@ impl Generate for Generator<'_> {
         // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
         let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
         let share = self.running.len().div_ceil(shares);
-        self.logits.resize_with(shares, Vec::new);
+        self.storage.resize_with(shares, Storage::default);
         (self.running.par_chunks_mut(share))
-            .zip(&mut self.logits)
-            .for_each(|(running, logits)| step.run(running, logits));
+            .zip(&mut self.storage)
+            .for_each(|(running, storage)| step.run(running, storage));
         self.tokens += self.running.len() as u64;
         for i in (0..self.running.len()).rev() {
             if let Some(finish) = self.ended(&self.running[i], stopped) {

@@ -56,6 +56,11 @@ impl<T> Queue<T> {
         at.map(|at| self.retired + at)
     }
 
+    /// The numbers of the groups after one.
+    pub fn after(&self, group: usize) -> impl Iterator<Item = usize> + use<T> {
+        group + 1..self.retired + self.groups.len()
+    }
+
     /// Starts a sample of a group; gives its number.
     pub fn start(&mut self, group: usize) -> usize {
         let group = self.group_mut(group);

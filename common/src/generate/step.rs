@@ -19,25 +19,34 @@ pub(super) struct Step<'a> {
     pub groups: &'a Queue<Prefix>,
 }
 
+/// Storage for a share of the running sequences, kept from step to step: fresh pages would cost a few percent.
+#[derive(Default)]
+pub(super) struct Storage {
+    state: LayerState,
+    next: Vec<f32>,
+    /// `[sequences, vocab]`
+    logits: Vec<f32>,
+}
+
 impl Step<'_> {
     fn group(&self, sequence: &Sequence) -> &Group<Prefix> {
         self.groups.group(sequence.group)
     }
 
-    /// Draws the next token of each sequence. `logits` is storage.
-    pub fn run(&self, running: &mut [Sequence], logits: &mut Vec<f32>) {
-        self.advance(running, logits);
+    /// Draws the next token of each sequence.
+    pub fn run(&self, running: &mut [Sequence], storage: &mut Storage) {
+        self.advance(running, storage);
         let vocab = self.decoder.config.vocab;
         (running.par_iter_mut())
-            .zip(logits.par_chunks_exact_mut(vocab))
+            .zip(storage.logits.par_chunks_exact_mut(vocab))
             .for_each(|(sequence, logits)| {
                 let prompt = &self.group(sequence).request.prompt;
                 sequence.draw(logits, prompt, self.how);
             });
     }
 
-    /// Runs the last token of every sequence; `logits` receives those of the next, `[running, vocab]`.
-    fn advance(&self, running: &mut [Sequence], logits: &mut Vec<f32>) {
+    /// Runs the last token of every sequence, up to the logits of the next.
+    fn advance(&self, running: &mut [Sequence], storage: &mut Storage) {
         let decoder = self.decoder;
         let positions: Vec<usize> = running
             .iter()
@@ -47,15 +56,19 @@ impl Step<'_> {
             .iter()
             .map(|s| *s.token_ids.last().expect("a token was drawn"))
             .collect();
-        let (mut state, mut next) = (LayerState::default(), vec![]);
+        let Storage {
+            state,
+            next,
+            logits,
+        } = storage;
         decoder.embed(&last, &mut state.x);
         for i in 0..decoder.config.layers {
             let heads = decoder.heads(i);
-            decoder.project(i, &positions, self.rotary, &mut state);
+            decoder.project(i, &positions, self.rotary, state);
             state.attention.resize(last.len() * heads.q_width(), 0.0);
             self.attention(i, running, &state.qkv, &mut state.attention);
-            decoder.finish(i, &mut state, &mut next);
-            std::mem::swap(&mut state.x, &mut next);
+            decoder.finish(i, state, next);
+            std::mem::swap(&mut state.x, next);
         }
         logits_of(decoder, &state.x, logits);
     }

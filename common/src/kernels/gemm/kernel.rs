@@ -8,9 +8,11 @@ pub(super) struct Tile {
     pub k: usize,
     /// Word p of row i of the block lies at `p * block + i`.
     pub a: *const f32,
-    /// Word p of column j lies at `p * b_step + j`.
+    /// Word p of column j of a panel lies at `p * b_step + j`.
     pub b: *const f32,
     pub b_step: usize,
+    /// From one panel to the next.
+    pub b_panel: usize,
     pub c: *mut f32,
     pub c_stride: usize,
     pub rows: usize,
@@ -21,38 +23,54 @@ pub(super) struct Tile {
     pub ahead_every: usize,
 }
 
-/// Runs the kernel for blocks of `block` rows.
+/// How many panels the kernel takes at once for blocks of so many rows. Few rows leave registers free, and their sums
+/// are too few chains to keep the multipliers busy.
+pub(super) fn panels_at_once(block: usize) -> usize {
+    match Isa::current() {
+        Isa::Avx512 { .. } if block <= 3 => 2,
+        _ => 1,
+    }
+}
+
+/// Runs the kernel for blocks of `block` rows and `panels` panels, at most [`panels_at_once`].
 ///
 /// # Safety
-/// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps of a whole panel.
-pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
+/// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps of whole panels.
+pub(super) unsafe fn run_kernel(tile: Tile, block: usize, panels: usize, pairs: bool) {
     #[cfg(target_arch = "x86_64")]
     use x86::{avx2, avx512, avx512_bf16};
-    macro_rules! by_rows {
-        ($kernel:ident, $($rows:literal)*) => {
-            match block {
+    macro_rules! by_shape {
+        ($kernel:ident, $($rows:literal by $panels:literal)*) => {
+            match (block, panels) {
                 // SAFETY: the caller's promise; the instruction set was detected.
-                $($rows => unsafe { $kernel::<$rows>(tile) },)*
-                _ => unreachable!("blocks are at most block_rows() high"),
+                $(($rows, $panels) => unsafe { $kernel::<$rows, $panels>(tile) },)*
+                _ => unreachable!("blocks are at most block_rows() high, and panels_at_once() wide"),
             }
+        };
+    }
+    #[cfg(target_arch = "x86_64")]
+    macro_rules! by_shape_512 {
+        ($kernel:ident) => {
+            by_shape!($kernel, 1 by 1 2 by 1 3 by 1 4 by 1 5 by 1 6 by 1 7 by 1 8 by 1 9 by 1 10 by 1 11 by 1 12 by 1
+                13 by 1 14 by 1 1 by 2 2 by 2 3 by 2)
         };
     }
     match Isa::current() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 { .. } if pairs => by_rows!(avx512_bf16, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        Isa::Avx512 { .. } if pairs => by_shape_512!(avx512_bf16),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 { .. } => by_rows!(avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        Isa::Avx512 { .. } => by_shape_512!(avx512),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => by_rows!(avx2, 1 2 3 4 5 6),
-        _ => by_rows!(portable, 1 2 3 4),
+        Isa::Avx2 => by_shape!(avx2, 1 by 1 2 by 1 3 by 1 4 by 1 5 by 1 6 by 1),
+        _ => by_shape!(portable, 1 by 1 2 by 1 3 by 1 4 by 1),
     }
 }
 
-/// The kernel in plain Rust, 16 columns wide.
+/// The kernel in plain Rust, for one panel of 16 columns.
 ///
 /// # Safety
 /// As [`run_kernel`], with `R` the block's rows.
-unsafe fn portable<const R: usize>(t: Tile) {
+unsafe fn portable<const R: usize, const ONE: usize>(t: Tile) {
     let mut sums = [[0.0f32; 16]; R];
     for p in 0..t.k {
         // SAFETY: A has k × R words, B k steps of 16 words.
@@ -88,7 +106,7 @@ unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! The kernels on x86-64 vectors: `R` rows by two registers of columns, one broadcast of A per row and step.
+    //! The kernels on x86-64 vectors: `R` rows by `P` panels of two registers, one broadcast of A per row and step.
     use super::{Tile, write_rows};
     use std::arch::x86_64::*;
 
@@ -101,9 +119,8 @@ mod x86 {
             /// # Safety
             /// As [`super::run_kernel`], with `R` the block's rows; needs the instructions.
             #[target_feature(enable = $features)]
-            pub unsafe fn $name<const R: usize>(t: Tile) {
-                let mut left = [$zero(); R];
-                let mut right = [$zero(); R];
+            pub unsafe fn $name<const R: usize, const P: usize>(t: Tile) {
+                let mut sums = [[[$zero(); 2]; P]; R];
                 let mut ahead = t.ahead;
                 if t.add {
                     // What the sums are added to is read last: gradients come from memory, too.
@@ -117,20 +134,26 @@ mod x86 {
                     prefetch(ahead);
                     ahead = ahead.wrapping_add(16);
                     for p in start..(start + t.ahead_every).min(t.k) {
-                        // SAFETY: A has k × R words, B k steps of two vectors.
+                        // SAFETY: A has k × R words, each panel of B k steps of two vectors.
                         unsafe {
                             let b = t.b.add(p * t.b_step);
-                            let (b0, b1) = ($load(b), $load(b.add($lanes)));
+                            let mut columns = [[$zero(); 2]; P];
+                            for j in 0..P {
+                                let b = b.add(j * t.b_panel);
+                                columns[j] = [$load(b), $load(b.add($lanes))];
+                            }
                             for i in 0..R {
                                 let x = $broadcast(*t.a.add(p * R + i));
-                                left[i] = $multiply(x, b0, left[i]);
-                                right[i] = $multiply(x, b1, right[i]);
+                                for j in 0..P {
+                                    sums[i][j][0] = $multiply(x, columns[j][0], sums[i][j][0]);
+                                    sums[i][j][1] = $multiply(x, columns[j][1], sums[i][j][1]);
+                                }
                             }
                         }
                     }
                 }
                 // SAFETY: the caller's promise on C.
-                unsafe { $write(&left, &right, t) }
+                unsafe { $write(&sums, t) }
             }
         };
     }
@@ -170,36 +193,41 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_masked<const R: usize>(left: &[__m512; R], right: &[__m512; R], t: Tile) {
+    unsafe fn write_masked<const R: usize, const P: usize>(sums: &[[[__m512; 2]; P]; R], t: Tile) {
         let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
-        let (m0, m1) = (mask(t.columns), mask(t.columns.saturating_sub(16)));
-        for i in 0..t.rows.min(R) {
-            // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
-            unsafe {
-                let c = t.c.add(i * t.c_stride);
+        for (i, sums) in sums.iter().enumerate().take(t.rows) {
+            for (j, &[mut x, mut y]) in sums.iter().enumerate() {
+                let columns = t.columns.saturating_sub(32 * j);
+                let (m0, m1) = (mask(columns), mask(columns.saturating_sub(16)));
+                let c = t.c.wrapping_add(i * t.c_stride + 32 * j);
                 let high = c.wrapping_add(16);
-                let (mut x, mut y) = (left[i], right[i]);
-                if t.add {
-                    x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
-                    y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
+                // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
+                unsafe {
+                    if t.add {
+                        x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
+                        y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
+                    }
+                    _mm512_mask_storeu_ps(c, m0, x);
+                    _mm512_mask_storeu_ps(high, m1, y);
                 }
-                _mm512_mask_storeu_ps(c, m0, x);
-                _mm512_mask_storeu_ps(high, m1, y);
             }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    unsafe fn write_copied<const R: usize>(left: &[__m256; R], right: &[__m256; R], t: Tile) {
-        let mut sums = [[0.0f32; 16]; R];
-        for i in 0..R {
-            // SAFETY: each row of `sums` holds 16 floats.
+    unsafe fn write_copied<const R: usize, const ONE: usize>(
+        sums: &[[[__m256; 2]; ONE]; R],
+        t: Tile,
+    ) {
+        let mut copied = [[0.0f32; 16]; R];
+        for (copied, sums) in copied.iter_mut().zip(sums) {
+            // SAFETY: each row of `copied` holds 16 floats.
             unsafe {
-                _mm256_storeu_ps(sums[i].as_mut_ptr(), left[i]);
-                _mm256_storeu_ps(sums[i].as_mut_ptr().add(8), right[i]);
+                _mm256_storeu_ps(copied.as_mut_ptr(), sums[0][0]);
+                _mm256_storeu_ps(copied.as_mut_ptr().add(8), sums[0][1]);
             }
         }
         // SAFETY: the caller's promise on C.
-        unsafe { write_rows(&sums, t) }
+        unsafe { write_rows(&copied, t) }
     }
 }

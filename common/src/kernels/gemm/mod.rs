@@ -17,7 +17,7 @@ pub use pack::{put_column, put_row, words};
 pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;
-use kernel::{Tile, run_kernel};
+use kernel::{Tile, panels_at_once, run_kernel};
 use pack::{pack, paired, sixteen_bits};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -181,6 +181,7 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
         c: c.as_mut_ptr(),
         c_stride,
         write,
+        fetched: m <= FETCHED_ROWS && words(k, b.precision()) * b.n() >= FETCHED_WORDS,
     };
     product.run(threads);
     LEFT.with(|left| *left.borrow_mut() = packed);
@@ -198,6 +199,8 @@ struct Product<'a> {
     c: *mut f32,
     c_stride: usize,
     write: Write,
+    /// Whether panels are fetched ahead.
+    fetched: bool,
 }
 
 // SAFETY: tasks write disjoint tiles of C, which the caller borrowed mutably for the whole call.
@@ -230,49 +233,55 @@ impl Product<'_> {
     }
 
     fn tiles(&self, blocks: Range<usize>, panels: Range<usize>) {
+        let at_once = panels_at_once(self.rows);
         for first in panels.clone().step_by(PANELS) {
             let some = first..(first + PANELS).min(panels.end);
             for (i, block) in blocks.clone().enumerate() {
-                for panel in some.clone() {
-                    self.tile(block, panel, panel + some.len(), (i, blocks.len()));
+                for panel in some.clone().step_by(at_once) {
+                    let these = panel..(panel + at_once).min(some.end);
+                    self.tile(block, these, some.len(), (i, blocks.len()));
                 }
             }
         }
     }
 
-    /// One call of the kernel, which fetches the i-th of `parts` parts of the panel `ahead`.
-    fn tile(&self, block: usize, panel: usize, ahead: usize, (i, parts): (usize, usize)) {
+    /// One call of the kernel, which fetches the i-th of `parts` parts of the panel that lies `ahead` after these.
+    fn tile(&self, block: usize, panels: Range<usize>, ahead: usize, (i, parts): (usize, usize)) {
         let width = panel_width();
-        let (first, left) = (block * self.rows, panel * width);
+        let (first, left) = (block * self.rows, panels.start * width);
         let a = &self.a[block * self.rows * self.k..][..self.rows * self.k];
-        // With many rows a panel serves for long: what its fetching would hide is less than what it costs.
-        let lines = match self.m <= FETCHED_ROWS {
+        let lines = match self.fetched {
             true => self.b.panel_lines().div_ceil(parts),
             false => 1,
         };
         // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `self.rows` × k
-        // words here, B k steps of `width`, C `rows` × `columns`.
+        // words here, each panel of B k steps of `width`, C `rows` × `columns`.
         unsafe {
             let tile = Tile {
                 k: self.k,
                 a: a.as_ptr(),
-                b: self.b.panel(panel).as_ptr(),
+                b: self.b.panel(panels.start).as_ptr(),
                 b_step: self.b.step(),
+                b_panel: self.b.panel_stride(),
                 c: self.c.add(first * self.c_stride + left),
                 c_stride: self.c_stride,
                 rows: self.rows.min(self.m - first),
-                columns: width.min(self.b.n() - left),
+                columns: (panels.len() * width).min(self.b.n() - left),
                 add: self.write == Write::Add,
-                ahead: self.b.ahead(ahead).wrapping_add(i * lines * 16),
+                ahead: (self.b.ahead(panels.start + ahead)).wrapping_add(i * lines * 16),
                 ahead_every: (self.k / lines.max(1)).max(1),
             };
-            run_kernel(tile, self.rows, paired(self.b.precision()));
+            run_kernel(tile, self.rows, panels.len(), paired(self.b.precision()));
         }
     }
 }
 
-/// Up to so many rows of A the panels of B are fetched ahead: those of a decoding step.
+/// Up to so many rows of A the panels of B are fetched ahead: those of a decoding step. With more a panel serves for
+/// long, and what its fetching would hide is less than what it costs.
 const FETCHED_ROWS: usize = 128;
+
+/// Operands of fewer words, such as a response's keys, come in sooner than they can be asked for.
+const FETCHED_WORDS: usize = 1 << 14;
 
 #[cfg(test)]
 mod tests {

@@ -258,6 +258,11 @@ impl<'a> Panels<'a> {
         self.row_stride
     }
 
+    /// Words from one panel to the next.
+    pub(super) fn panel_stride(&self) -> usize {
+        self.panel_stride
+    }
+
     /// What a panel's first word begins.
     pub(super) fn panel(&self, i: usize) -> &'a [f32] {
         &self.data[i * self.panel_stride..]
