@@ -198,9 +198,15 @@ fn read_samples(args: &Args, spool: &Spool, progress: &Progress) -> Result<Sampl
     };
     let mut samples = Samples::new(rules, spool.clone());
     progress.read(0);
+    let mut empty = true;
     for row in args.files.rows() {
         samples.add(&row?)?;
         progress.read(1);
+        empty = false;
+    }
+    // A stage that is killed as it starts leaves an empty pipe: no reason to train on offline pairs alone.
+    if empty && args.replay.is_some() && args.gamma < 1.0 {
+        bail!("the input has no rows; pairs of --replay alone are made by --gamma 1");
     }
     Ok(samples)
 }

@@ -560,6 +560,13 @@ fn no_input_is_no_output() {
     let pairs = Tool::new("dice-pairs", [""; 0]).run().ok();
     assert_eq!(pairs.stdout, "");
     assert!(pairs.stderr.contains("no pair is left"), "{}", pairs.stderr);
+    // No input is not the wish to train on offline pairs alone, which has a flag.
+    let replay =
+        |gamma| ["--replay", &world.arg("offline.jsonl"), "--gamma", gamma].map(str::to_owned);
+    let mixed = Tool::new("dice-pairs", replay("0.5")).run();
+    assert!(mixed.error_line().contains("the input has no rows"));
+    let replayed = Tool::new("dice-pairs", replay("1")).run().ok();
+    assert_eq!(replayed.stdout.lines().count(), offline().len());
     let train = Tool::new(
         "dice-train",
         ["--model", &world.arg("pi"), "--output", &world.arg("next")],
