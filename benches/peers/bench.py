@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5, help="runs of each side")
     parser.add_argument("--stage", nargs="*", default=STAGES, choices=STAGES)
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--alone", action="store_true", help="our side only: how near to the limit it is")
+    parser.add_argument("--peer", nargs="*", help="only these peers (transformers, TRL, …); none after the flag: ours alone, beside the limit")
     args = parser.parse_args()
     gemm = ours.gemm_rates()
     print("matrix product: " + ", ".join(f"{gemm[d] / 1e9:.0f} GFLOP/s in {d}" for d in args.dtype) + "\n")
@@ -169,13 +169,13 @@ def main():
         for dtype in args.dtype:
             bench = Bench(args, dtype, Path(folder))
             for stage in args.stage:
-                report(bench, stage, dtype, args.runs, gemm[dtype], args.alone)
+                report(bench, stage, dtype, args.runs, gemm[dtype], args.peer)
 
 
-def report(bench, stage, dtype, runs, gemm, alone):
+def report(bench, stage, dtype, runs, gemm, peers):
     sides = list(getattr(bench, stage)())
-    if alone:
-        sides = [side for side in sides if side[0] in ("ours", "start")]
+    if peers is not None:
+        sides = [side for side in sides if side[0] in ("ours", "start", *peers)]
     times = {name: [] for name, _, _ in sides}
     for _ in range(runs):
         for name, work, _ in sides:
@@ -186,7 +186,7 @@ def report(bench, stage, dtype, runs, gemm, alone):
     tokens = {name: count for name, _, count in sides}
     rate = lambda name, t: f"{t:.0f} s" if stage == "round" else f"{tokens[name] / t:.0f} tokens/s"
     share = f"{bench.flops / seconds / gemm:.0%}" if bench.flops else ""
-    if alone:
+    if median.keys() == {"ours"}:
         print(f"| {stage} | {dtype} | {rate('ours', seconds)} | {share} | | | |", flush=True)
     for name, taken in median.items():
         if name != "ours":
