@@ -64,15 +64,6 @@ impl LayerCache {
         self.heads[kv_head].tokens
     }
 
-    /// Asks for the keys and values of a head, which are to be read soon.
-    pub fn fetch(&self, kv_head: usize) {
-        let head = &self.heads[kv_head];
-        let panel = words(head.dim, self.precision) * panel_width();
-        head.keys.fetch(head.tokens.div_ceil(panel_width()) * panel);
-        head.values
-            .fetch(words(head.tokens, self.precision) * head.value_stride());
-    }
-
     /// The keys of a head as an operand: queries times this are scores.
     pub fn keys(&self, kv_head: usize) -> Panels<'_> {
         let head = &self.heads[kv_head];

@@ -125,7 +125,6 @@ impl Scratch {
         let (dim, group) = (heads.dim, heads.group());
         let width = group * dim; // the query heads of a key head lie side by side
         let rows = members.len() * group;
-        members[0].cache[layer].fetch(kv_head);
         let seen = prefix.tokens(kv_head);
         let longest = (members.iter())
             .map(|m| m.cache[layer].tokens(kv_head) + 1)
@@ -150,10 +149,6 @@ impl Scratch {
             Write::Set,
         );
         for (m, scores) in self.scores.chunks_exact_mut(group * stride).enumerate() {
-            // Caches come from memory: the next is asked for while this one is worked on.
-            if let Some(next) = members.get(m + 1) {
-                next.cache[layer].fetch(kv_head);
-            }
             let own = &mut members[m].cache[layer];
             own.push_head(heads, kv_head, &qkv[m * heads.qkv_width()..]);
             let queries = Mat::new(&self.queries[m * width..], group, dim);

@@ -35,21 +35,6 @@ impl Aligned {
         }
     }
 
-    /// Asks for the first `len` elements to be brought near, if the processor can be asked.
-    pub fn fetch(&self, len: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for line in &self.lines[..len.div_ceil(16)] {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            // SAFETY: a hint. (Newer compilers know that it is safe.)
-            #[allow(unused_unsafe)]
-            unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(line).cast())
-            };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = len;
-    }
-
     /// The elements.
     pub fn as_slice(&self) -> &[f32] {
         // SAFETY: a `Line` is exactly 16 floats without padding, and f32 needs less alignment.
