@@ -137,6 +137,10 @@ fn run(args: Args) -> Result<()> {
     let spool = Spool::new(output_file.map(parent));
     let replay = read_replay(&args, &spool)?;
     let chosen = read_samples(&args, &spool, &progress)?.choose()?;
+    // A stage that is killed as it starts leaves an empty pipe: no reason to train on offline pairs alone.
+    if chosen.rows == 0 && args.replay.is_some() && args.gamma < 1.0 {
+        bail!("the input has no rows; pairs of --replay alone are made by --gamma 1");
+    }
 
     let mut stats = stats::Stats::new(&chosen, args.length, args.alpha.0.is_none());
     for (reason, n) in chosen.skipped.0.iter().chain(&replay.skipped().0) {
@@ -198,15 +202,9 @@ fn read_samples(args: &Args, spool: &Spool, progress: &Progress) -> Result<Sampl
     };
     let mut samples = Samples::new(rules, spool.clone());
     progress.read(0);
-    let mut empty = true;
     for row in args.files.rows() {
         samples.add(&row?)?;
         progress.read(1);
-        empty = false;
-    }
-    // A stage that is killed as it starts leaves an empty pipe: no reason to train on offline pairs alone.
-    if empty && args.replay.is_some() && args.gamma < 1.0 {
-        bail!("the input has no rows; pairs of --replay alone are made by --gamma 1");
     }
     Ok(samples)
 }

@@ -147,7 +147,7 @@ impl<'a> Generator<'a> {
     }
 
     /// Runs the prompt of a group, and in the same pass those that wait after it, where they leave room for as many
-    /// samples as there are slots: weights are read once for all of them.
+    /// samples as there are slots: the layers' weights are read once for all of them.
     fn prefill(&mut self, first: usize) {
         let together = self.run_together(first);
         let mut layout = Layout::default();
