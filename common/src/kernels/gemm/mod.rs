@@ -233,7 +233,11 @@ impl Product<'_> {
     }
 
     fn tiles(&self, blocks: Range<usize>, panels: Range<usize>) {
-        let at_once = panels_at_once(self.rows);
+        // What is fetched ahead comes panel by panel, and waiting for it is what costs, not too few chains.
+        let at_once = match self.fetched {
+            true => 1,
+            false => panels_at_once(self.rows),
+        };
         for first in panels.clone().step_by(PANELS) {
             let some = first..(first + PANELS).min(panels.end);
             for (i, block) in blocks.clone().enumerate() {
