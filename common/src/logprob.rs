@@ -6,10 +6,10 @@
 
 use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
-use crate::kernels::{rows, softmax};
+use crate::kernels::{rows, softmax, team};
 use crate::model::{Decoder, Model};
 use anyhow::Result;
-use rayon::prelude::*;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// A prompt and the responses to score after it, as token ids.
@@ -131,12 +131,18 @@ pub struct TargetLogps {
 /// Words per tile of logits; a multiple of every panel width.
 const WORDS: usize = 2048;
 
+thread_local! {
+    /// A tile of logits, kept: fresh pages cost more than a tile.
+    static LOGITS: Cell<Vec<f32>> = const { Cell::new(vec![]) };
+}
+
 /// log p of each target, for `normed` `[targets, hidden]`, the hidden states after the last norm.
 pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> TargetLogps {
-    // Each task takes rows whose tile of logits stays in its core's second cache, through all words.
+    // Each task takes rows whose tile of logits stays in its core's second cache, through all words; all cores have as
+    // many tasks.
     const ROWS: usize = 112;
-    let share = targets.len().div_ceil(rayon::current_num_threads());
-    let rows = share.clamp(1, ROWS);
+    let tasks = (targets.len().div_ceil(ROWS)).next_multiple_of(rayon::current_num_threads());
+    let rows = targets.len().div_ceil(tasks).max(1);
     let width = decoder.config.hidden;
     let mut stats = vec![
         Running {
@@ -146,21 +152,22 @@ pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> Targe
         };
         targets.len()
     ];
-    (stats.par_chunks_mut(rows))
-        .zip(normed.par_chunks(rows * width))
-        .zip(targets.par_chunks(rows))
-        .for_each_init(Vec::new, |logits, ((stats, normed), targets)| {
-            for words in tiles(decoder.config.vocab) {
-                tile(decoder, normed, words.clone(), logits, Threads::One);
-                let rows = logits.chunks_exact(words.len());
-                for ((s, &target), row) in stats.iter_mut().zip(targets).zip(rows) {
-                    s.add(row);
-                    if words.contains(&(target as usize)) {
-                        s.target = row[target as usize - words.start];
-                    }
+    team::chunks(&mut stats, rows, |i, stats| {
+        let at = i * rows;
+        let normed = &normed[at * width..][..stats.len() * width];
+        let mut logits = LOGITS.take();
+        for words in tiles(decoder.config.vocab) {
+            tile(decoder, normed, words.clone(), &mut logits, Threads::One);
+            let rows = logits.chunks_exact(words.len());
+            for ((s, &target), row) in stats.iter_mut().zip(&targets[at..]).zip(rows) {
+                s.add(row);
+                if words.contains(&(target as usize)) {
+                    s.target = row[target as usize - words.start];
                 }
             }
-        });
+        }
+        LOGITS.set(logits);
+    });
     let (logps, lse) = (stats.iter())
         .map(|s| {
             let lse = s.max as f64 + s.sum.ln();
@@ -231,7 +238,7 @@ pub fn target_logps_backward(
                 }
             });
             let d_logits = Mat::new(&logits, logits.len() / n, n);
-            model.head_columns(words.clone(), &mut head);
+            head.set_transposed(decoder.head(), words.clone());
             matmul(
                 Left::Rows(d_logits),
                 head.panels(),
@@ -450,7 +457,6 @@ mod tests {
         let model = Model {
             decoder: &decoder,
             params,
-            flat,
         };
         pass.backward(
             model,

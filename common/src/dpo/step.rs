@@ -1,6 +1,7 @@
 //! One batch of pairs: forward over the packed pairs, the loss, and back through LM head and layers.
 
 use super::loss::{Objective, PairLogps};
+use crate::kernels::team;
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
 use crate::model::{Decoder, Gradients, LayerState, Model, Workspace, backward};
 
@@ -92,7 +93,7 @@ pub fn accumulate(
     let mean = Mean::new(objective, pairs);
     let mut sums = Sums::default();
     for part in parts(pairs, limits.tokens) {
-        accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums);
+        team::with(|| accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums));
     }
     sums
 }

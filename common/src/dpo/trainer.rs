@@ -360,7 +360,6 @@ impl Trainer {
         let model = Model {
             decoder: &self.decoder,
             params: &self.params,
-            flat: &self.model,
         };
         let limits = self.limits;
         accumulate(model, objective, pairs, limits, &mut gradients, workspace)

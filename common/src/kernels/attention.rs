@@ -6,7 +6,7 @@
 
 use super::gemm::{Left, Mat, Packed, Panels, Precision, Threads, Write, matmul};
 use super::softmax;
-use rayon::prelude::*;
+use super::team;
 use std::ops::Range;
 
 /// A run of tokens in the batch.
@@ -142,7 +142,7 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
         .iter()
         .flat_map(|s| (0..heads.kv).map(move |h| (s, h)))
         .collect();
-    tasks.into_par_iter().for_each(|(segment, kv_head)| {
+    team::items(tasks, |_, (segment, kv_head)| {
         let side = Side {
             heads,
             kv_head,
@@ -217,7 +217,7 @@ pub fn backward(
         .iter()
         .flat_map(|g| (0..heads.kv).map(move |h| (*g, h)))
         .collect();
-    tasks.into_par_iter().for_each(|(group, kv_head)| {
+    team::items(tasks, |_, (group, kv_head)| {
         let side = Side {
             heads,
             kv_head,

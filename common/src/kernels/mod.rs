@@ -10,8 +10,7 @@ pub mod isa;
 pub mod norm;
 pub mod rope;
 pub mod softmax;
-
-use rayon::prelude::*;
+pub mod team;
 
 /// Makes `v` so long. What it holds then is left to chance: it is to be written whole.
 pub fn fit(v: &mut Vec<f32>, len: usize) {
@@ -38,9 +37,7 @@ pub fn rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync
         return f(0, data);
     }
     let step = count.div_ceil(4 * rayon::current_num_threads()).max(1);
-    data.par_chunks_mut(step * width)
-        .enumerate()
-        .for_each(|(i, part)| f(i * step, part));
+    team::chunks(data, step * width, |i, part| f(i * step, part));
 }
 
 #[cfg(test)]

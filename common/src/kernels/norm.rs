@@ -77,25 +77,18 @@ multiversion! {
 /// The gradient of all rows: adds ∂L/∂x to `dx` and ∂L/∂w to `dw`. The rows are cut at fixed places, so that the sum
 /// over rows has one order whatever the threads.
 pub fn backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
-    use rayon::prelude::*;
     const ROWS: usize = 64;
     let width = weight.len();
-    let parts: Vec<Vec<f32>> = dx
-        .par_chunks_mut(ROWS * width)
-        .enumerate()
-        .map(|(i, dx)| {
-            let mut dw = vec![0.0; width];
-            let at = i * ROWS * width;
-            let rows = x[at..]
-                .chunks_exact(width)
-                .zip(dy[at..].chunks_exact(width));
-            for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
-                backward_row(x, weight, eps, dy, dx, &mut dw);
-            }
-            dw
-        })
-        .collect();
-    for part in parts {
+    let mut parts = vec![0.0; dx.len().div_ceil(ROWS * width) * width];
+    let tasks = dx.chunks_mut(ROWS * width).zip(parts.chunks_mut(width));
+    super::team::items(tasks.collect(), |i, (dx, dw)| {
+        let at = i * ROWS * width;
+        let rows = (x[at..].chunks_exact(width)).zip(dy[at..].chunks_exact(width));
+        for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
+            backward_row(x, weight, eps, dy, dx, dw);
+        }
+    });
+    for part in parts.chunks_exact(width) {
         dw.iter_mut().zip(part).for_each(|(dw, part)| *dw += part);
     }
 }

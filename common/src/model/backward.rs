@@ -1,49 +1,32 @@
 //! The backward pass, layer by layer from the last, with each layer's state kept or made again from its input.
 
-use super::decoder::{Decoder, LayerState};
+use super::decoder::{Decoder, LayerState, Linear};
 use super::gradients::Gradients;
-use super::params::{Matrix, Params};
+use super::params::Params;
 use super::workspace::{Buffers, Workspace};
 use crate::kernels::attention::{self, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, fit, norm, rows};
-use std::ops::Range;
 
-/// A model as its backward pass reads it. The transposed products pack their weights from the flat buffer each time: that
-/// costs a few percent of a pass over some hundred tokens, and saves a second copy of the model.
+/// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
+/// percent of a pass over some hundred tokens, and saves a second copy of the model.
 #[derive(Clone, Copy)]
 pub struct Model<'a> {
     /// The forward pass.
     pub decoder: &'a Decoder,
     /// Where the parameters lie.
     pub params: &'a Params,
-    /// The parameters that the decoder has packed, flat.
-    pub flat: &'a [f32],
 }
 
-impl Model<'_> {
-    /// For y = x·Wᵀ + b: sets `dx` `[T, in]` to dy·W. `right` is storage to pack W in.
-    fn linear(&self, matrix: &Matrix, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
-        right.set_columns(matrix.of(self.flat));
-        let tokens = dy.len() / matrix.rows;
-        fit(dx, tokens * matrix.cols);
-        matmul(
-            Left::Rows(Mat::new(dy, tokens, matrix.rows)),
-            right.panels(),
-            dx,
-            matrix.cols,
-            Write::Set,
-            Threads::All,
-        );
-    }
-
-    /// Packs the LM head's rows of some words as the columns of an operand: `[rows, words]` × this = `[rows, hidden]`.
-    pub fn head_columns(&self, words: Range<usize>, right: &mut Packed) {
-        let head = self.params.head.as_ref().unwrap_or(&self.params.embedding);
-        let width = self.decoder.config.hidden;
-        right.set_columns(head.rows(self.flat, words, width));
-    }
+/// For y = x·Wᵀ + b: sets `dx` `[T, in]` to dy·W. `right` is storage for W turned.
+fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
+    let (rows, cols) = (layer.weight.n(), layer.weight.k());
+    right.set_transposed(&layer.weight, 0..rows);
+    let tokens = dy.len() / rows;
+    fit(dx, tokens * cols);
+    let dy = Left::Rows(Mat::new(dy, tokens, rows));
+    matmul(dy, right.panels(), dx, cols, Write::Set, Threads::All);
 }
 
 /// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
@@ -113,15 +96,14 @@ impl Pass<'_> {
         );
         self.model.decoder.mlp_inner(&state.gate_up, &mut b.inner);
         gradients.linear(&p.down, &b.inner, dx, &mut b.right);
-        self.model.linear(&p.down, dx, &mut b.d_inner, &mut b.right);
+        linear(&layer.down, dx, &mut b.d_inner, &mut b.right);
         let d_gate_up = &mut state.gate_up;
         activation::swiglu_backward(d_gate_up, self.model.decoder.config.ffn, &b.d_inner);
         self.model
             .decoder
             .mlp_input(self.layer, &state.middle, &mut b.inner);
         gradients.linear(&p.gate_up, &b.inner, d_gate_up, &mut b.right);
-        self.model
-            .linear(&p.gate_up, d_gate_up, &mut b.d_inner, &mut b.right);
+        linear(&layer.gate_up, d_gate_up, &mut b.d_inner, &mut b.right);
         let eps = self.model.decoder.config.norm_eps;
         let d_weight = gradients
             .vector(&p.mlp_norm)
@@ -150,8 +132,7 @@ impl Pass<'_> {
         );
         let eps = self.model.decoder.config.norm_eps;
         gradients.linear(&p.output, &state.attention, dx, &mut b.right);
-        self.model
-            .linear(&p.output, dx, &mut b.d_inner, &mut b.right);
+        linear(&layer.output, dx, &mut b.d_inner, &mut b.right);
         fit(&mut b.d_wide, state.qkv.len());
         rows(&mut b.d_wide, 1, |_, part| part.fill(0.0)); // attention adds to it
         attention::backward(
@@ -168,8 +149,7 @@ impl Pass<'_> {
         fit(&mut b.inner, state.x.len());
         norm::forward(&state.x, &layer.input_norm, eps, &mut b.inner);
         gradients.linear(&p.qkv, &b.inner, &b.d_wide, &mut b.right);
-        self.model
-            .linear(&p.qkv, &b.d_wide, &mut b.d_inner, &mut b.right);
+        linear(&layer.qkv, &b.d_wide, &mut b.d_inner, &mut b.right);
         let d_weight = gradients
             .vector(&p.input_norm)
             .unwrap_or_else(|| spare(&mut b.unused, layer.input_norm.len()));

@@ -34,7 +34,7 @@ pub(super) struct Layer {
 
 /// y = x·Wᵀ + b.
 pub(super) struct Linear {
-    weight: Packed,
+    pub weight: Packed,
     bias: Option<Vec<f32>>,
 }
 

@@ -17,9 +17,9 @@ pub use pack::{put_column, put_row, words};
 pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;
+use super::team;
 use kernel::{Tile, panels_at_once, run_kernel};
 use pack::{pack, paired, sixteen_bits};
-use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -170,7 +170,7 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
     if threads == Threads::One || len < 1 << 15 {
         blocks.chunks_mut(block.max(1)).enumerate().for_each(fill);
     } else {
-        blocks.par_chunks_mut(block).enumerate().for_each(fill);
+        team::chunks(blocks, block, |i, out| fill((i, out)));
     }
     let product = Product {
         a: packed.as_slice(),
@@ -222,7 +222,7 @@ impl Product<'_> {
             .clamp(1, PANELS);
         let block_step = blocks.min(10);
         let (across, down) = (panels.div_ceil(panel_step), blocks.div_ceil(block_step));
-        (0..across * down).into_par_iter().for_each(|task| {
+        team::each(across * down, |task| {
             // Neighbouring tasks share their panels of B: they are the larger operand as a rule.
             let (p, b) = (task / down * panel_step, task % down * block_step);
             self.tiles(

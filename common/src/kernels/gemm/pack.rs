@@ -1,7 +1,7 @@
 //! Operands brought into the order and the number format that the kernel reads.
 
 use super::super::isa::{Isa, multiversion};
-use super::{Left, Mat, Precision};
+use super::{Left, Mat, Panels, Precision, panel_width};
 
 /// Whether operands of this precision are stored as pairs of bfloat16 (else as float32, rounded where asked).
 pub(super) fn paired(precision: Precision) -> bool {
@@ -98,6 +98,35 @@ multiversion! {
     }
 }
 
+/// Packs the elements `first ..` of the sums of a packed operand as the rows of a panel, one for each element: out is
+/// `[row of the operand][width]`, in the operand's own words.
+pub(super) fn transpose(of: Panels, first: usize, out: &mut [f32]) {
+    let width = panel_width();
+    let valid = width.min(of.k() - first);
+    let pairs = paired(of.precision());
+    for (i, left) in (0..of.n()).step_by(width).enumerate() {
+        let (some, panel) = (width.min(of.n() - left), of.panel(i));
+        if pairs {
+            let square = &mut out[left / 2 * width..][..some.div_ceil(2) * width];
+            turn_pairs(&panel[first / 2 * width..], valid.div_ceil(2), square);
+        } else {
+            let square = &mut out[left * width..][..some * width];
+            rows(Mat::strided(panel, of.k(), some, width), first, valid, width, square);
+        }
+    }
+}
+
+/// A square of pairs turned: `words` lines of 32 rows' words become lines of 32 elements, each of two rows.
+fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: pairs are made only where the instructions are.
+    unsafe {
+        x86::turn_pairs(from, words, out)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such machine multiplies pairs")
+}
+
 /// Rows as pairs of bfloat16.
 fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
@@ -184,6 +213,34 @@ mod x86 {
         };
         // SAFETY: 16 words.
         unsafe { _mm512_loadu_ps(pairs.as_ptr()) }
+    }
+
+    /// See [`super::turn_pairs`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]) {
+        const WIDTH: usize = 32;
+        assert!(words <= 16 && words * WIDTH <= from.len());
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+        // Line w has the elements 2w and 2w + 1 of rows 0 … 31; column e is to have element e of the rows 2r and 2r + 1.
+        let mut columns = [_mm512_setzero_ps(); 32];
+        for (line, two) in from.chunks_exact(WIDTH).take(words).zip(columns.chunks_exact_mut(2)) {
+            // SAFETY: a line is two vectors.
+            let (low, high) = unsafe { (_mm512_loadu_epi32(line.as_ptr().cast()), _mm512_loadu_epi32(line.as_ptr().add(16).cast())) };
+            let (a, b) = (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
+            const HIGH: u32 = 0xaaaa_aaaa;
+            two[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(HIGH, a, _mm512_slli_epi32::<16>(b)));
+            two[1] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(HIGH, _mm512_srli_epi32::<16>(a), b));
+        }
+        let (left, right) = columns.split_at(16);
+        let both = turn(left.try_into().expect("16")).into_iter().zip(turn(right.try_into().expect("16")));
+        for (line, (left, right)) in out.chunks_exact_mut(WIDTH).zip(both) {
+            // SAFETY: a line is two vectors.
+            unsafe {
+                _mm512_storeu_ps(line.as_mut_ptr(), left);
+                _mm512_storeu_ps(line.as_mut_ptr().add(16), right);
+            }
+        }
     }
 
     /// Rows become columns.

@@ -1,8 +1,9 @@
 //! The right operand in panels, and the storage that operands lie in.
 
-use super::pack::{pack, paired, words};
+use super::pack::{pack, paired, transpose, words};
 use super::{Left, Mat, Precision, panel_width};
-use rayon::prelude::*;
+use super::super::team;
+use std::ops::Range;
 
 /// Float32 storage aligned to a cache line.
 #[derive(Clone, Default)]
@@ -94,6 +95,21 @@ impl Packed {
         self.fill(Left::Columns(b));
     }
 
+    /// Packs the transpose of some rows of `of`, `[rows, k]`: the product is A·rows. The first row must begin a panel.
+    /// What was rounded there stays as it is, which a second packing of the source could not be sure of.
+    pub fn set_transposed(&mut self, of: &Packed, rows: Range<usize>) {
+        assert_eq!(self.precision, of.precision);
+        let width = panel_width();
+        (self.n, self.k) = (of.k, rows.len());
+        let panel = words(self.k, self.precision) * width;
+        let len = self.n.div_ceil(width) * panel;
+        self.storage.grow(len);
+        let source = of.panel_range(rows.start, rows.len());
+        team::chunks(&mut self.storage.as_mut_slice()[..len], panel, |i, out| {
+            transpose(source, i * width, out);
+        });
+    }
+
     fn fill(&mut self, b: Left) {
         let width = panel_width();
         (self.n, self.k) = b.shape();
@@ -110,10 +126,9 @@ impl Packed {
                     .enumerate()
                     .for_each(|(i, out)| pack(b, i * width, width, precision, out));
             } else {
-                panels
-                    .par_chunks_mut(panel)
-                    .enumerate()
-                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
+                team::chunks(panels, panel, |i, out| {
+                    pack(b, i * width, width, precision, out)
+                });
             }
         }
     }
@@ -154,7 +169,7 @@ impl Packed {
     }
 
     /// All rows of B with their sums taken over a part of `k` alone; it must begin at an even place.
-    pub fn sum_range(&self, part: std::ops::Range<usize>) -> Panels<'_> {
+    pub fn sum_range(&self, part: Range<usize>) -> Panels<'_> {
         assert!(part.start.is_multiple_of(2) && part.end <= self.k);
         assert!(
             part.end == self.k || part.end.is_multiple_of(2) || !paired(self.precision),
