@@ -120,12 +120,19 @@ fn packing_rows_dithered(bencher: Bencher, dithered: bool) {
     packing(bencher, dithered, Packed::set_rows);
 }
 
-#[divan::bench(args = [false, true])]
-fn packing_columns_dithered(bencher: Bencher, dithered: bool) {
-    packing(bencher, dithered, Packed::set_columns);
+/// Activations packed by their columns, for the gradients of weights; and packed weights turned.
+#[divan::bench]
+fn packing_columns(bencher: Bencher) {
+    packing(bencher, false, Packed::set_columns);
 }
 
-fn packing(bencher: Bencher, dithered: bool, set: fn(&mut Packed, Mat)) {
+#[divan::bench]
+fn packing_turned(bencher: Bencher) {
+    let w = Packed::from_rows(Mat::new(&vec![0.1; 1536 * 576], 1536, 576), Precision::Bf16);
+    packing(bencher, false, |packed, _| packed.set_transposed(&w, 0..1536));
+}
+
+fn packing(bencher: Bencher, dithered: bool, set: impl Fn(&mut Packed, Mat)) {
     let (n, k) = (1536, 576);
     let w = vec![0.1; n * k];
     let w = Mat::new(&w, n, k);

@@ -403,37 +403,59 @@ mod tests {
     #[test]
     fn weights_in_training_show_every_small_step() {
         let (n, k) = (40, 512);
-        let read = |w: &[f32], columns: bool| -> Vec<f32> {
-            let mut packed = Packed::empty(Precision::Bf16);
+        let read = |w: &[f32]| -> Vec<f32> {
+            let packed = Packed::from_rows(Mat::new(w, n, k).dithered(7), Precision::Bf16);
             let mut out = vec![0.0; n * k];
-            if columns {
-                packed.set_columns(Mat::new(w, n, k).dithered(7));
-                let mut row = vec![0.0; n];
-                for c in 0..k {
-                    packed.read_row(c, &mut row);
-                    (0..n).for_each(|r| out[r * k + c] = row[r]);
-                }
-            } else {
-                packed.set_rows(Mat::new(w, n, k).dithered(7));
-                out.chunks_exact_mut(k)
-                    .enumerate()
-                    .for_each(|(r, row)| packed.read_row(r, row));
-            }
+            (out.chunks_exact_mut(k).enumerate()).for_each(|(r, row)| packed.read_row(r, row));
             out
         };
         let mean = |w: &[f32]| w.iter().map(|&x| x as f64).sum::<f64>() / w.len() as f64;
         // Halfway between two bfloat16 numbers, which lie 2⁻¹⁰ apart here, as dequantised weights often are.
         let halfway = vec![0.125 + 2.0_f32.powi(-11); n * k];
-        let start = mean(&read(&halfway, false));
+        let start = mean(&read(&halfway));
         let step = 2.0_f32.powi(-13);
         let moved: Vec<f32> = halfway.iter().map(|w| w + step).collect();
-        let seen = mean(&read(&moved, false)) - start;
+        let seen = mean(&read(&moved)) - start;
         assert!((start - 0.125 - 2.0_f64.powi(-11)).abs() < 1e-5, "{start}");
         assert!((seen / step as f64 - 1.0).abs() < 0.05, "{seen}");
-        // What bfloat16 can say stays as it is, and both orders of packing round alike.
-        assert_eq!(read(&vec![0.15625; n * k], false), vec![0.15625; n * k]);
+        // What bfloat16 can say stays as it is; NaN stays NaN.
+        assert_eq!(read(&vec![0.15625; n * k]), vec![0.15625; n * k]);
+        assert!(read(&vec![f32::NAN; n * k]).iter().all(|x| x.is_nan()));
+        // By vectors as one by one.
         let w = noise(n * k, 3);
-        assert_eq!(read(&w, false), read(&w, true));
+        let expected = (7u32..).zip(&w).map(|(number, w)| {
+            f32::from_bits((w.to_bits() + pack::sixteen_bits(number)) & 0xffff_0000)
+        });
+        assert_eq!(read(&w), expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_packed_operand_can_be_turned() {
+        for (n, k, rows) in [(1, 1, 0..1), (70, 45, 0..70), (70, 45, 32..69), (96, 64, 64..96), (33, 130, 0..33)] {
+            let b = noise(n * k, 5);
+            for precision in [Precision::F32, Precision::Bf16] {
+                let packed = Packed::from_rows(Mat::new(&b, n, k), precision);
+                let mut turned = Packed::empty(precision);
+                turned.set_transposed(&packed, rows.clone());
+                let mut columns = Packed::empty(precision);
+                columns.set_columns(Mat::new(&b[rows.start * k..][..rows.len() * k], rows.len(), k));
+                let (mut ours, mut theirs) = (vec![0.0; rows.len()], vec![0.0; rows.len()]);
+                for r in 0..k {
+                    turned.read_row(r, &mut ours);
+                    columns.read_row(r, &mut theirs);
+                    assert_eq!(ours, theirs, "column {r} of {n}×{k}, {precision:?}");
+                }
+                // What fills up panels and pairs is zero, as the kernel needs it.
+                let a = noise(2 * rows.len(), 6);
+                let product = |right: &Packed| {
+                    let mut c = vec![0.0; 2 * k];
+                    let a = Left::Rows(Mat::new(&a, 2, rows.len()));
+                    matmul(a, right.panels(), &mut c, k, Write::Set, Threads::One);
+                    c
+                };
+                assert_eq!(product(&turned), product(&columns));
+            }
+        }
     }
 
     #[test]

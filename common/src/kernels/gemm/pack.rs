@@ -64,7 +64,7 @@ pub(super) fn pack(
         (Left::Rows(a), false) => rows(a, first, valid, width, out),
         (Left::Columns(a), false) => pack_columns(a, first, valid, width, out),
         (Left::Rows(a), true) => return row_pairs(a, first, valid, width, out),
-        (Left::Columns(a), true) => return pack_column_pairs(a, first, valid, width, out),
+        (Left::Columns(a), true) => return column_pairs(a, first, valid, width, out),
     }
     if precision == Precision::Bf16 {
         round_panel(source, first, valid, width, out);
@@ -138,10 +138,22 @@ fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) 
     unreachable!("no such machine multiplies pairs")
 }
 
+/// Columns as pairs of bfloat16, to the nearest.
+fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+    assert!(a.dither.is_none(), "weights in training are packed by their rows");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: pairs are made only where the instructions are.
+    unsafe {
+        x86::column_pairs(a, first, valid, width, out)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such machine multiplies pairs")
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! Rows turned into columns with 512-bit vectors.
-    use super::{Mat, strip_pairs};
+    use super::{Mat, NOISE};
     use std::arch::x86_64::*;
 
     /// Turns squares of 16 rows by 16 words; what `load` gives of a row past its end must be zero.
@@ -156,7 +168,7 @@ mod x86 {
                     for left in (0..width).step_by(16) {
                         let mut square = [_mm512_setzero_ps(); 16];
                         for (i, words) in square.iter_mut().enumerate().take(valid.saturating_sub(left)) {
-                            *words = $load(a, first + left + i, start * $per_word);
+                            *words = $load(a, first + left + i, start * $per_word, valid * a.stride);
                         }
                         let lanes = mask(width - left);
                         for (line, words) in (start..lines).zip(turn(square)) {
@@ -175,44 +187,114 @@ mod x86 {
     );
     turned!(
         /// `[rows, k]` as `[k / 2][width]` of pairs.
-        row_pairs, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16", 2, load_pairs
+        row_pairs, "avx512f,avx512bw", 2, load_pairs
     );
 
     fn mask(lanes: usize) -> u16 {
         ((1u32 << lanes.min(16)) - 1) as u16
     }
 
-    /// 16 elements of a row from k on.
+    /// Asks for a line of the block that is packed next: in the order of packing it would be a miss each.
+    #[inline(always)]
+    fn fetch(word: *const f32) {
+        // SAFETY: a hint. (Newer compilers know that it is safe.)
+        #[allow(unused_unsafe)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(word.cast())
+        };
+    }
+
+    /// 16 elements of a row from k on; those `ahead` words after them are fetched.
     #[target_feature(enable = "avx512f")]
-    fn load_words(a: Mat, row: usize, k: usize) -> __m512 {
+    fn load_words(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
         let x = &a.row(row)[k.min(a.cols)..];
+        fetch(x.as_ptr().wrapping_add(ahead));
         // SAFETY: masked lanes, past the end, are not read.
         unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
     }
 
     /// 32 elements of a row from k on, as pairs of bfloat16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn load_pairs(a: Mat, row: usize, k: usize) -> __m512 {
-        let Some(first) = a.dither else {
-            let (low, high) = (load_words(a, row, k), load_words(a, row, k + 16));
-            // SAFETY: the same bits.
-            return unsafe {
-                std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
-            };
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn load_pairs(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
+        let words = (load_words(a, row, k, ahead), load_words(a, row, k + 16, ahead));
+        let (low, high) = match a.dither {
+            None => (nearest(words.0), nearest(words.1)),
+            Some(first) => {
+                let number = (first + row * a.stride + k) as u32;
+                (
+                    dithered(words.0, number),
+                    dithered(words.1, number.wrapping_add(16)),
+                )
+            }
         };
-        let number = Some((first + row * a.stride + k) as u32);
-        let x = &a.row(row)[k..];
-        let pairs = if let Some(strip) = x.first_chunk() {
-            strip_pairs(strip, number)
-        } else {
-            let mut strip = [0.0; 32];
-            strip[..x.len()].copy_from_slice(x);
-            let mut pairs = strip_pairs(&strip, number);
-            pairs[x.len().div_ceil(2)..].fill(0.0);
-            pairs
+        let (even, odd) = even_and_odd(low, high);
+        pairs(even, odd)
+    }
+
+    /// The upper halves of words.
+    const UPPER: u32 = 0xaaaa_aaaa;
+
+    /// The even and the odd words of two vectors, in order.
+    #[target_feature(enable = "avx512f")]
+    fn even_and_odd(low: __m512i, high: __m512i) -> (__m512i, __m512i) {
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+        (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high))
+    }
+
+    /// Words of the upper halves of two.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn pairs(low: __m512i, high: __m512i) -> __m512 {
+        let low = _mm512_srli_epi32::<16>(low);
+        _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, low, high))
+    }
+
+    /// Elements whose upper half is the nearest bfloat16. (The instruction for it, `vcvtne2ps2bf16`, is slower.)
+    #[target_feature(enable = "avx512f")]
+    fn nearest(x: __m512) -> __m512i {
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(_mm512_castps_si512(x)), _mm512_set1_epi32(1));
+        plus(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
+    }
+
+    /// Elements whose upper half is what the noise of their number makes of them; `number` is that of the first.
+    #[target_feature(enable = "avx512f")]
+    fn dithered(x: __m512, number: u32) -> __m512i {
+        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let n = _mm512_add_epi32(_mm512_set1_epi32(number as i32), lanes);
+        let n = _mm512_xor_si512(n, _mm512_srli_epi32::<16>(n));
+        let n = _mm512_mullo_epi32(n, _mm512_set1_epi32(NOISE[0] as i32));
+        let n = _mm512_xor_si512(n, _mm512_srli_epi32::<15>(n));
+        let n = _mm512_mullo_epi32(n, _mm512_set1_epi32(NOISE[1] as i32));
+        plus(x, _mm512_srli_epi32::<16>(n))
+    }
+
+    /// Elements with something added to their bits, but for NaN. See [`super::bf16_bits`].
+    #[target_feature(enable = "avx512f")]
+    fn plus(x: __m512, added: __m512i) -> __m512i {
+        let bits = _mm512_castps_si512(x);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        _mm512_mask_or_epi32(_mm512_add_epi32(bits, added), nan, bits, _mm512_set1_epi32(0x40_0000))
+    }
+
+    /// `[k, columns]` as `[k / 2][width]` of pairs.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        let load = |row: usize, left: usize| match row < a.rows {
+            true => {
+                let x = &a.row(row)[first + left.min(valid)..first + valid];
+                fetch(x.as_ptr().wrapping_add(width));
+                // SAFETY: masked lanes, past the end, are not read.
+                unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
+            }
+            false => _mm512_setzero_ps(),
         };
-        // SAFETY: 16 words.
-        unsafe { _mm512_loadu_ps(pairs.as_ptr()) }
+        for (r, line) in out.chunks_exact_mut(width).enumerate() {
+            for (i, part) in line.chunks_mut(16).enumerate() {
+                let words = pairs(nearest(load(2 * r, 16 * i)), nearest(load(2 * r + 1, 16 * i)));
+                // SAFETY: masked lanes are not touched.
+                unsafe { _mm512_mask_storeu_ps(part.as_mut_ptr(), mask(part.len()), words) };
+            }
+        }
     }
 
     /// See [`super::turn_pairs`].
@@ -220,17 +302,14 @@ mod x86 {
     pub fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]) {
         const WIDTH: usize = 32;
         assert!(words <= 16 && words * WIDTH <= from.len());
-        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
         // Line w has the elements 2w and 2w + 1 of rows 0 … 31; column e is to have element e of the rows 2r and 2r + 1.
         let mut columns = [_mm512_setzero_ps(); 32];
         for (line, two) in from.chunks_exact(WIDTH).take(words).zip(columns.chunks_exact_mut(2)) {
             // SAFETY: a line is two vectors.
             let (low, high) = unsafe { (_mm512_loadu_epi32(line.as_ptr().cast()), _mm512_loadu_epi32(line.as_ptr().add(16).cast())) };
-            let (a, b) = (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
-            const HIGH: u32 = 0xaaaa_aaaa;
-            two[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(HIGH, a, _mm512_slli_epi32::<16>(b)));
-            two[1] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(HIGH, _mm512_srli_epi32::<16>(a), b));
+            let (a, b) = even_and_odd(low, high);
+            two[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, a, _mm512_slli_epi32::<16>(b)));
+            two[1] = pairs(a, b);
         }
         let (left, right) = columns.split_at(16);
         let both = turn(left.try_into().expect("16")).into_iter().zip(turn(right.try_into().expect("16")));
@@ -293,42 +372,6 @@ multiversion! {
     }
 }
 
-/// Neighbours of a strip as words of two bfloat16; `number` is that of the first element where rounding is dithered.
-#[inline(always)]
-fn strip_pairs(strip: &[f32; 32], number: Option<u32>) -> [f32; 16] {
-    // Rounded in whole vectors first, then paired: in one loop the compiler would not see the vectors.
-    let mut bits = [0; 32];
-    match number {
-        None => (bits.iter_mut().zip(strip)).for_each(|(b, &x)| *b = bf16_bits(x, None)),
-        Some(first) => (0u32..)
-            .zip(bits.iter_mut().zip(strip))
-            .for_each(|(i, (b, &x))| {
-                *b = bf16_bits(x, Some(sixteen_bits(first.wrapping_add(i))));
-            }),
-    }
-    std::array::from_fn(|i| bf16_pair(bits[2 * i], bits[2 * i + 1]))
-}
-
-multiversion! {
-    pub fn pack_column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-        for (r, line) in out.chunks_exact_mut(width).enumerate() {
-            let low = &a.row(2 * r)[first..first + valid];
-            if 2 * r + 1 < a.rows {
-                let high = &a.row(2 * r + 1)[first..first + valid];
-                for (c, ((x, &low), &high)) in line.iter_mut().zip(low).zip(high).enumerate() {
-                    let noise = |odd| a.noise(2 * r + odd, first + c);
-                    *x = bf16_pair(bf16_bits(low, noise(0)), bf16_bits(high, noise(1)));
-                }
-            } else {
-                for (c, (x, &low)) in line.iter_mut().zip(low).enumerate() {
-                    *x = bf16_pair(bf16_bits(low, a.noise(2 * r, first + c)), 0);
-                }
-            }
-            line[valid..].fill(0.0);
-        }
-    }
-}
-
 multiversion! {
     pub fn round_panel(source: Left, first: usize, valid: usize, width: usize, out: &mut [f32]) {
         for (c, line) in out.chunks_exact_mut(width).enumerate() {
@@ -361,10 +404,13 @@ fn bf16_pair(low: u32, high: u32) -> f32 {
     f32::from_bits(low | (high << 16))
 }
 
+/// The factors of the hash below.
+const NOISE: [u32; 2] = [0x7feb_352d, 0x846c_a68b];
+
 /// Bits that look random, from an element's number.
 #[inline(always)]
 pub(super) fn sixteen_bits(number: u32) -> u32 {
-    let x = (number ^ (number >> 16)).wrapping_mul(0x7feb_352d);
-    let x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    let x = (number ^ (number >> 16)).wrapping_mul(NOISE[0]);
+    let x = (x ^ (x >> 15)).wrapping_mul(NOISE[1]);
     x >> 16
 }
