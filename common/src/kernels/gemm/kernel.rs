@@ -15,7 +15,6 @@ pub(super) struct Tile {
     pub b_panel: usize,
     pub c: *mut f32,
     pub c_stride: usize,
-    pub rows: usize,
     pub columns: usize,
     pub add: bool,
     /// What the next calls will read: a line of 64 bytes from here on is asked for every `ahead_every` steps.
@@ -95,7 +94,7 @@ unsafe fn portable<const R: usize, const ONE: usize>(t: Tile) {
 /// # Safety
 /// C must hold `rows` × `columns` at its stride.
 unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
-    for (i, sum) in sums.iter().take(t.rows).enumerate() {
+    for (i, sum) in sums.iter().enumerate() {
         // SAFETY: the caller's promise.
         let row = unsafe { std::slice::from_raw_parts_mut(t.c.add(i * t.c_stride), t.columns) };
         for (c, &s) in row.iter_mut().zip(sum) {
@@ -124,7 +123,7 @@ mod x86 {
                 let mut ahead = t.ahead;
                 if t.add {
                     // What the sums are added to is read last: gradients come from memory, too.
-                    for i in 0..t.rows.min(R) {
+                    for i in 0..R {
                         let c = t.c.wrapping_add(i * t.c_stride);
                         prefetch(c);
                         prefetch(c.wrapping_add(16));
@@ -195,7 +194,7 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     unsafe fn write_masked<const R: usize, const P: usize>(sums: &[[[__m512; 2]; P]; R], t: Tile) {
         let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
-        for (i, sums) in sums.iter().enumerate().take(t.rows) {
+        for (i, sums) in sums.iter().enumerate() {
             for (j, &[mut x, mut y]) in sums.iter().enumerate() {
                 let columns = t.columns.saturating_sub(32 * j);
                 let (m0, m1) = (mask(columns), mask(columns.saturating_sub(16)));

@@ -163,10 +163,12 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
     let rows = m.div_ceil(m.div_ceil(block_rows())); // even blocks: 16 rows are 8 + 8, not 14 + 2
     let mut packed = LEFT.with(RefCell::take);
     let block = words(k, b.precision()) * rows;
-    let len = m.div_ceil(rows) * block;
+    let len = words(k, b.precision()) * m;
     packed.grow(len);
     let blocks = &mut packed.as_mut_slice()[..len];
-    let fill = |(i, out): (usize, &mut [f32])| pack(a, i * rows, rows, b.precision(), out);
+    let fill = |(i, out): (usize, &mut [f32])| {
+        pack(a, i * rows, rows.min(m - i * rows), b.precision(), out);
+    };
     if threads == Threads::One || len < 1 << 15 {
         blocks.chunks_mut(block.max(1)).enumerate().for_each(fill);
     } else {
@@ -190,7 +192,7 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
 /// One product, ready to be cut into tiles.
 struct Product<'a> {
     a: &'a [f32],
-    /// Rows of a block of A; the last one is filled up with zeros.
+    /// Rows of a block of A; the last one may have fewer.
     rows: usize,
     m: usize,
     /// Words of a sum.
@@ -253,12 +255,13 @@ impl Product<'_> {
     fn tile(&self, block: usize, panels: Range<usize>, ahead: usize, (i, parts): (usize, usize)) {
         let width = panel_width();
         let (first, left) = (block * self.rows, panels.start * width);
-        let a = &self.a[block * self.rows * self.k..][..self.rows * self.k];
+        let rows = self.rows.min(self.m - first);
+        let a = &self.a[first * self.k..][..rows * self.k];
         let lines = match self.fetched {
             true => self.b.panel_lines().div_ceil(parts),
             false => 1,
         };
-        // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `self.rows` × k
+        // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `rows` × k
         // words here, each panel of B k steps of `width`, C `rows` × `columns`.
         unsafe {
             let tile = Tile {
@@ -269,13 +272,12 @@ impl Product<'_> {
                 b_panel: self.b.panel_stride(),
                 c: self.c.add(first * self.c_stride + left),
                 c_stride: self.c_stride,
-                rows: self.rows.min(self.m - first),
                 columns: (panels.len() * width).min(self.b.n() - left),
                 add: self.write == Write::Add,
                 ahead: (self.b.ahead(panels.start + ahead)).wrapping_add(i * lines * 16),
                 ahead_every: (self.k / lines.max(1)).max(1),
             };
-            run_kernel(tile, self.rows, panels.len(), paired(self.b.precision()));
+            run_kernel(tile, rows, panels.len(), paired(self.b.precision()));
         }
     }
 }
