@@ -1,9 +1,10 @@
 //! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
 
 use super::cache::LayerCache;
+use super::logits::{Logits, Row};
 use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
-use super::step::{Step, Storage, logits_of};
+use super::step::{Step, Storage};
 use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
 use crate::model::Decoder;
@@ -102,7 +103,7 @@ pub(super) struct Prefix {
     /// Its keys and values, layer by layer.
     pub cache: Vec<LayerCache>,
     /// The logits after it.
-    first: Vec<f32>,
+    first: Logits,
 }
 
 impl Prefix {
@@ -175,7 +176,7 @@ impl<'a> Generator<'a> {
             together.into_iter().zip(prefixes).zip(layout.segments())
         {
             let last = &hidden[(segment.tokens.end - 1) * width..][..width];
-            logits_of(self.decoder, last, &mut prefix.first);
+            prefix.first.set(self.decoder, last, self.how.scale());
             self.groups.group_mut(number).own = prefix;
         }
     }
@@ -223,7 +224,7 @@ impl<'a> Generator<'a> {
                     .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
                     .collect(),
             };
-            sequence.draw(&mut own.first.clone(), &request.prompt, &self.how);
+            sequence.draw(own.first.row(0), &request.prompt, &self.how);
             self.tokens += 1;
             match self.ended(&sequence, stopped) {
                 Some(finish) => self.retire(sequence, finish),
@@ -361,7 +362,7 @@ impl Generate for Generator<'_> {
 }
 
 impl Sequence {
-    pub fn draw(&mut self, logits: &mut [f32], prompt: &[u32], how: &Sampling) {
+    pub fn draw(&mut self, logits: Row, prompt: &[u32], how: &Sampling) {
         let Drawn { token, logp } = draw(
             logits,
             prompt.iter().chain(&self.token_ids),

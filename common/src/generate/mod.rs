@@ -6,6 +6,7 @@
 
 mod cache;
 mod engine;
+mod logits;
 mod queue;
 mod sampler;
 mod step;

@@ -1,5 +1,6 @@
 //! From logits to a token: penalties, temperature, truncation, and one draw that does not sort the vocabulary.
 
+use super::logits::{CHUNK, Chunk, Row};
 use crate::kernels::softmax;
 use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
@@ -46,6 +47,23 @@ impl Sampling {
         ensure!(self.max_tokens > 0, "--max-tokens must be at least 1");
         Ok(())
     }
+
+    /// What logits are multiplied by before they become weights.
+    pub(super) fn scale(&self) -> f32 {
+        match self.temperature {
+            0.0 => 1.0,
+            temperature => 1.0 / temperature,
+        }
+    }
+
+    /// Whether logits stay as they are, and all tokens have their chance.
+    fn takes_all(&self) -> bool {
+        self.repetition_penalty == 1.0 && self.truncates_nothing()
+    }
+
+    fn truncates_nothing(&self) -> bool {
+        self.temperature == 0.0 || (self.top_k == 0 && self.top_p == 1.0 && self.min_p == 0.0)
+    }
 }
 
 /// The random numbers of one sample: one draw per token, from a stream that no other sample shares.
@@ -73,37 +91,58 @@ pub(super) struct Drawn {
     pub logp: f64,
 }
 
-/// Draws one token. `seen` are the prompt's tokens and the response's so far; `logits` may be changed.
+/// Draws one token. `seen` are the prompt's tokens and the response's so far; `logits` were made for this scale.
 pub(super) fn draw<'a>(
-    logits: &mut [f32],
+    logits: Row,
     seen: impl Iterator<Item = &'a u32>,
     how: &Sampling,
     rng: &mut ChaCha8Rng,
 ) -> Drawn {
-    let max = softmax::max(logits);
-    let lse = max as f64 + (softmax::sum_exp(logits, max, 1.0) as f64).ln();
-    let changed = penalise(logits, seen, how.repetition_penalty);
-    let token = if how.temperature == 0.0 {
-        greedy(logits)
+    let max = max_of(logits.chunks());
+    let parts = (logits.chunks()).map(|c| c.sum as f64 * ((c.max - max) as f64).exp());
+    let lse = max as f64 + parts.sum::<f64>().ln();
+    let token = if how.takes_all() {
+        let chunks: Vec<Chunk> = logits.chunks().copied().collect();
+        choose(&chunks, |i| logits.chunk(i), how, rng)
     } else {
-        let scaled = Scaled {
-            max: if changed.is_empty() {
-                max
-            } else {
-                softmax::max(logits)
-            },
-            scale: 1.0 / how.temperature,
+        let mut values = logits.values();
+        penalise(&mut values, seen, how.repetition_penalty);
+        truncate(&mut values, how);
+        let chunks: Vec<Chunk> = (values.chunks(CHUNK))
+            .map(|part| Chunk::of(part, how.scale()))
+            .collect();
+        let chunk = |i: usize| {
+            let part = values.chunks(CHUNK).nth(i).expect("a chunk of these");
+            (part, i * CHUNK)
         };
-        if how.top_k > 0 || how.top_p < 1.0 || how.min_p > 0.0 {
-            truncate(logits, scaled, how)
-        }
-        pick(logits, scaled, uniform(rng))
+        choose(&chunks, chunk, how, rng)
     };
-    let own = changed.iter().find(|(t, _)| *t == token);
     Drawn {
         token: token as u32,
-        logp: own.map_or(logits[token], |(_, raw)| *raw) as f64 - lse,
+        logp: logits.value(token) as f64 - lse,
     }
+}
+
+/// The largest of all logits.
+fn max_of<'a>(chunks: impl Iterator<Item = &'a Chunk>) -> f32 {
+    chunks.fold(f32::NEG_INFINITY, |max, chunk| chunk.max.max(max))
+}
+
+/// The token to take, given all chunks and the logits of each with the number of the first.
+fn choose<'a>(
+    chunks: &[Chunk],
+    chunk: impl Fn(usize) -> (&'a [f32], usize),
+    how: &Sampling,
+    rng: &mut ChaCha8Rng,
+) -> usize {
+    let (max, scale) = (max_of(chunks.iter()), how.scale());
+    if how.temperature == 0.0 {
+        // The first of the largest logits.
+        let best = chunks.iter().position(|c| c.max == max).unwrap_or(0);
+        let (values, first) = chunk(best);
+        return first + values.iter().position(|&l| l == max).unwrap_or(0);
+    }
+    pick(chunks, chunk, Scaled { max, scale }, uniform(rng))
 }
 
 /// How logits become weights: exp((l − max)·scale), at most 1.
@@ -121,37 +160,37 @@ impl Scaled {
     fn weight(self, logit: f32) -> f64 {
         softmax::exp(self.exponent(logit)) as f64
     }
+
+    /// The weights of a chunk together.
+    fn sum(self, chunk: &Chunk) -> f64 {
+        chunk.scaled as f64 * (self.exponent(chunk.max) as f64).exp()
+    }
 }
 
-/// Gives the tokens whose logits changed, with what they were.
-fn penalise<'a>(
-    logits: &mut [f32],
-    seen: impl Iterator<Item = &'a u32>,
-    penalty: f32,
-) -> Vec<(usize, f32)> {
+fn penalise<'a>(logits: &mut [f32], seen: impl Iterator<Item = &'a u32>, penalty: f32) {
     if penalty == 1.0 {
-        return vec![];
+        return;
     }
     let mut tokens: Vec<usize> = seen.map(|&t| t as usize).collect();
     tokens.sort_unstable();
     tokens.dedup(); // a token is penalised once, however often it occurred
-    let changed = tokens.into_iter().map(|t| (t, logits[t])).collect();
-    for &(token, l) in &changed {
+    for token in tokens {
+        let l = logits[token];
         logits[token] = if l > 0.0 { l / penalty } else { l * penalty };
     }
-    changed
-}
-
-/// The first of the largest logits.
-fn greedy(logits: &[f32]) -> usize {
-    let max = softmax::max(logits);
-    logits.iter().position(|&l| l == max).unwrap_or(0)
 }
 
 /// Sets to −∞ what top-k, top-p and min-p drop.
 ///
 /// Only tokens above a floor are looked at one by one; the floor falls until they hold all that is kept.
-fn truncate(logits: &mut [f32], scaled: Scaled, how: &Sampling) {
+fn truncate(logits: &mut [f32], how: &Sampling) {
+    if how.truncates_nothing() {
+        return;
+    }
+    let scaled = Scaled {
+        max: softmax::max(logits),
+        scale: how.scale(),
+    };
     let lowest = how.min_p.ln(); // −∞ for 0
     let mass = |kept: &[usize]| -> f64 { kept.iter().map(|&i| scaled.weight(logits[i])).sum() };
     let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
@@ -197,37 +236,45 @@ fn truncate(logits: &mut [f32], scaled: Scaled, how: &Sampling) {
 }
 
 /// The token at which the cumulative weight passes `u` of the total.
-fn pick(logits: &[f32], scaled: Scaled, u: f64) -> usize {
-    const CHUNK: usize = 512;
-    let sums: Vec<f64> = logits
-        .chunks(CHUNK)
-        .map(|c| softmax::sum_exp(c, scaled.max, scaled.scale) as f64)
-        .collect();
+fn pick<'a>(
+    chunks: &[Chunk],
+    chunk: impl Fn(usize) -> (&'a [f32], usize),
+    scaled: Scaled,
+    u: f64,
+) -> usize {
+    let sums: Vec<f64> = chunks.iter().map(|c| scaled.sum(c)).collect();
     let mut rest = u * sums.iter().sum::<f64>();
-    let mut last = 0;
-    for (chunk, sum) in sums.iter().enumerate() {
+    for (i, sum) in sums.iter().enumerate() {
         if rest >= *sum {
             rest -= sum;
             continue;
         }
-        for (i, &l) in logits[chunk * CHUNK..].iter().take(CHUNK).enumerate() {
+        let (values, first) = chunk(i);
+        let mut last = first;
+        for (token, &l) in (first..).zip(values) {
             let w = scaled.weight(l);
             if w > 0.0 {
-                last = chunk * CHUNK + i;
+                last = token;
             }
             if rest < w {
-                return last;
+                break;
             }
             rest -= w;
         }
         // Rounding can leave a little beyond the chunk's last token: it is the one.
         return last;
     }
-    (logits.iter().rposition(|&l| scaled.weight(l) > 0.0)).unwrap_or(0)
+    let last_of = |i: usize| {
+        let (values, first) = chunk(i);
+        let last = values.iter().rposition(|&l| scaled.weight(l) > 0.0);
+        last.map(|at| first + at)
+    };
+    (0..chunks.len()).rev().find_map(last_of).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::logits::Logits;
     use super::*;
 
     pub fn plain() -> Sampling {
@@ -245,8 +292,9 @@ mod tests {
     fn counts(logits: &[f32], seen: &[u32], how: &Sampling, draws: usize) -> Vec<f64> {
         let mut rng = stream(1, "p", 0);
         let mut counts = vec![0.0; logits.len()];
+        let made = Logits::of_row(logits, how.scale());
         for _ in 0..draws {
-            let drawn = draw(&mut logits.to_vec(), seen.iter(), how, &mut rng);
+            let drawn = draw(made.row(0), seen.iter(), how, &mut rng);
             counts[drawn.token as usize] += 1.0 / draws as f64;
         }
         counts
@@ -362,7 +410,8 @@ mod tests {
             top_k: 1,
             ..plain()
         };
-        let drawn = draw(&mut [0.0, 1.0, 2.0], [].iter(), &how, &mut rng);
+        let logits = Logits::of_row(&[0.0, 1.0, 2.0], how.scale());
+        let drawn = draw(logits.row(0), [].iter(), &how, &mut rng);
         let exact = 2.0 - (1.0 + 1f64.exp() + 2f64.exp()).ln();
         assert!(drawn.token == 2 && (drawn.logp - exact).abs() < 1e-6);
     }

@@ -2,12 +2,13 @@
 
 use super::cache::LayerCache;
 use super::engine::{Prefix, Sequence};
+use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
 use crate::kernels::attention::Heads;
 use crate::kernels::gemm::{Left, Mat, Panels, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
-use crate::kernels::softmax;
+use crate::kernels::{softmax, team};
 use crate::model::{Decoder, LayerState};
 use rayon::prelude::*;
 
@@ -24,8 +25,7 @@ pub(super) struct Step<'a> {
 pub(super) struct Storage {
     state: LayerState,
     next: Vec<f32>,
-    /// `[sequences, vocab]`
-    logits: Vec<f32>,
+    logits: Logits,
 }
 
 impl Step<'_> {
@@ -36,13 +36,11 @@ impl Step<'_> {
     /// Draws the next token of each sequence.
     pub fn run(&self, running: &mut [Sequence], storage: &mut Storage) {
         self.advance(running, storage);
-        let vocab = self.decoder.config.vocab;
-        (running.par_iter_mut())
-            .zip(storage.logits.par_chunks_exact_mut(vocab))
-            .for_each(|(sequence, logits)| {
-                let prompt = &self.group(sequence).request.prompt;
-                sequence.draw(logits, prompt, self.how);
-            });
+        let logits = &storage.logits;
+        team::items(running.iter_mut().collect(), |row, sequence| {
+            let prompt = &self.group(sequence).request.prompt;
+            sequence.draw(logits.row(row), prompt, self.how);
+        });
     }
 
     /// Runs the last token of every sequence, up to the logits of the next.
@@ -70,7 +68,7 @@ impl Step<'_> {
             decoder.finish(i, state, next);
             std::mem::swap(&mut state.x, next);
         }
-        logits_of(decoder, &state.x, logits);
+        logits.set(decoder, &state.x, self.how.scale());
     }
 
     /// Attention of each sequence's last token over its prompt and its own past, to which its key and value are added:
@@ -189,15 +187,4 @@ impl Scratch {
             out[kv_head * width..][..width].copy_from_slice(result);
         }
     }
-}
-
-/// The logits of rows of the residual stream, `[rows, vocab]`.
-pub(super) fn logits_of(decoder: &Decoder, x: &[f32], logits: &mut Vec<f32>) {
-    let (width, vocab) = (decoder.config.hidden, decoder.config.vocab);
-    let mut normed = vec![];
-    decoder.final_norm(x, &mut normed);
-    logits.resize(x.len() / width * vocab, 0.0);
-    let rows = Left::Rows(Mat::new(&normed, x.len() / width, width));
-    let head = decoder.head().panels();
-    matmul(rows, head, logits, vocab, Write::Set, Threads::All);
 }

@@ -20,7 +20,7 @@ use super::isa::Isa;
 use super::team;
 use kernel::{Tile, panels_at_once, run_kernel};
 use pack::{pack, paired, sixteen_bits};
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// The number format of a product's operands; sums are float32 always.
@@ -143,50 +143,84 @@ pub enum Write {
     Add,
 }
 
+/// A packed left operand, for products with several right ones.
+#[derive(Default)]
+pub struct PackedLeft {
+    storage: Aligned,
+    /// Rows of a block; the last one may have fewer.
+    block: usize,
+    m: usize,
+    k: usize,
+    precision: Option<Precision>,
+}
+
+impl PackedLeft {
+    /// Packs `a` into the storage that is there.
+    pub fn set(&mut self, a: Left, precision: Precision, threads: Threads) {
+        (self.m, self.k) = a.shape();
+        self.precision = Some(precision);
+        // Even blocks: 16 rows are 8 + 8, not 14 + 2.
+        self.block = self.m.div_ceil(self.m.div_ceil(block_rows()).max(1)).max(1);
+        let k = words(self.k, precision);
+        self.storage.grow(self.m * k);
+        let out = &mut self.storage.as_mut_slice()[..self.m * k];
+        let (len, block) = (self.block * k, self.block);
+        let fill = |i: usize, out: &mut [f32]| {
+            pack(a, i * block, out.len() / k, precision, out);
+        };
+        if threads == Threads::One || out.len() < 1 << 15 {
+            (out.chunks_mut(len.max(1)).enumerate()).for_each(|(i, out)| fill(i, out));
+        } else {
+            team::chunks(out, len, fill);
+        }
+    }
+}
+
 thread_local! {
-    /// The left operand, where it is not read as it is; kept, since fresh pages cost more than the packing.
-    static LEFT: RefCell<Aligned> = const { RefCell::new(Aligned::new()) };
+    /// The left operand of [`matmul`]; kept, since fresh pages cost more than the packing.
+    static LEFT: Cell<PackedLeft> = Cell::default();
 }
 
 /// C (+)= A·Bᵀ: `a` is `[m, k]`, `b` has `n` rows of `k`, `c` is `[m, n]` with its rows `c_stride` apart.
 pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, threads: Threads) {
-    let (m, k) = a.shape();
-    assert_eq!(k, b.k(), "inner dimensions differ");
-    if m == 0 || b.n() == 0 {
+    let mut left = LEFT.take();
+    left.set(a, b.precision(), threads);
+    multiply(&left, b, c, c_stride, write, threads);
+    LEFT.set(left);
+}
+
+/// As [`matmul`], with `a` packed before.
+pub fn multiply(
+    a: &PackedLeft,
+    b: Panels,
+    c: &mut [f32],
+    c_stride: usize,
+    write: Write,
+    threads: Threads,
+) {
+    assert_eq!(a.k, b.k(), "inner dimensions differ");
+    assert_eq!(a.precision, Some(b.precision()), "formats differ");
+    if a.m == 0 || b.n() == 0 {
         return;
     }
-    assert!(b.n() <= c_stride || m == 1);
+    assert!(b.n() <= c_stride || a.m == 1);
     assert!(
-        (m - 1) * c_stride + b.n() <= c.len(),
+        (a.m - 1) * c_stride + b.n() <= c.len(),
         "result past its buffer"
     );
-    let rows = m.div_ceil(m.div_ceil(block_rows())); // even blocks: 16 rows are 8 + 8, not 14 + 2
-    let mut packed = LEFT.with(RefCell::take);
-    let block = words(k, b.precision()) * rows;
-    let len = words(k, b.precision()) * m;
-    packed.grow(len);
-    let blocks = &mut packed.as_mut_slice()[..len];
-    let fill = |(i, out): (usize, &mut [f32])| {
-        pack(a, i * rows, rows.min(m - i * rows), b.precision(), out);
-    };
-    if threads == Threads::One || len < 1 << 15 {
-        blocks.chunks_mut(block.max(1)).enumerate().for_each(fill);
-    } else {
-        team::chunks(blocks, block, |i, out| fill((i, out)));
-    }
+    let k = words(a.k, b.precision());
     let product = Product {
-        a: packed.as_slice(),
-        rows,
-        m,
-        k: words(k, b.precision()),
+        a: &a.storage.as_slice()[..a.m * k],
+        rows: a.block,
+        m: a.m,
+        k,
         b,
         c: c.as_mut_ptr(),
         c_stride,
         write,
-        fetched: m <= FETCHED_ROWS && words(k, b.precision()) * b.n() >= FETCHED_WORDS,
+        fetched: a.m <= FETCHED_ROWS && k * b.n() >= FETCHED_WORDS,
     };
     product.run(threads);
-    LEFT.with(|left| *left.borrow_mut() = packed);
 }
 
 /// One product, ready to be cut into tiles.
