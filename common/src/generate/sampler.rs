@@ -158,7 +158,7 @@ impl Scaled {
     }
 
     fn weight(self, logit: f32) -> f64 {
-        softmax::exp(self.exponent(logit)) as f64
+        softmax::exp::<false>(self.exponent(logit)) as f64
     }
 
     /// The weights of a chunk together.

@@ -31,7 +31,7 @@ pub fn swiglu_backward(gate_up: &mut [f32], ffn: usize, dy: &[f32]) {
 multiversion! {
     pub fn forward_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-            *out = g / (1.0 + exp(-g)) * u;
+            *out = g / (1.0 + exp::<FMA>(-g)) * u;
         }
     }
 }
@@ -40,7 +40,7 @@ multiversion! {
     pub fn backward_row(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
         for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(dy) {
             let (g, u) = (*gate, *up);
-            let sigmoid = 1.0 / (1.0 + exp(-g));
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-g));
             *up = dy * g * sigmoid;
             *gate = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
         }

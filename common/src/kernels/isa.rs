@@ -51,7 +51,8 @@ impl Isa {
 }
 
 /// Compiles the body once per instruction set and picks one at run time. The body must be plain loops over slices,
-/// which the compiler then vectorises; no sum in it may rely on an order that differs between the versions.
+/// which the compiler then vectorises; no sum in it may rely on an order that differs between the versions. In it `FMA`
+/// says whether a fused multiply-add is an instruction: where it is not, it would be a slow call.
 macro_rules! multiversion {
     ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
@@ -59,15 +60,15 @@ macro_rules! multiversion {
         pub fn $name($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body<const FMA: bool>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
                 match $crate::kernels::isa::Isa::current() {
                     // SAFETY: `Isa::current` returns a set only where the processor has its features.
                     $crate::kernels::isa::Isa::Avx512 { .. } => return unsafe { avx512($($arg),*) },
@@ -77,7 +78,7 @@ macro_rules! multiversion {
                 }
             }
             #[allow(unreachable_code)]
-            { body($($arg),*) }
+            { body::<{ cfg!(target_arch = "aarch64") }>($($arg),*) }
         }
     };
 }
