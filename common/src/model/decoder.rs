@@ -2,7 +2,7 @@
 
 use super::params::{LayerParams, Matrix, Params, Source, Span};
 use crate::kernels::attention::{self, Heads, Layout};
-use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::Config;
@@ -70,6 +70,18 @@ impl Linear {
             write,
             Threads::All,
         );
+        self.add_bias(y);
+    }
+
+    /// The same with row r of `x` written by `make(r, row)`.
+    fn forward_made(&self, make: impl Fn(usize, &mut [f32]) + Sync, y: &mut [f32], write: Write) {
+        let n = self.weight.n();
+        matmul_made(y.len() / n, make, self.weight.panels(), y, n, write);
+        self.add_bias(y);
+    }
+
+    fn add_bias(&self, y: &mut [f32]) {
+        let n = self.weight.n();
         if let Some(bias) = &self.bias {
             rows(y, n, |_, y| {
                 for row in y.chunks_exact_mut(n) {
@@ -97,8 +109,6 @@ pub struct LayerState {
     pub middle: Vec<f32>,
     /// `[gate | up]`.
     pub gate_up: Vec<f32>,
-    /// A norm's output, then the MLP's inner activation: recomputed in the backward pass.
-    pub scratch: Vec<f32>,
 }
 
 impl Decoder {
@@ -202,8 +212,8 @@ impl Decoder {
     pub fn forward_bytes(&self, tokens: usize) -> usize {
         let c = &self.config;
         let layer = self.state_bytes(tokens) / c.layers.max(1);
-        // Beside one layer's state: its output and scratch; the rows that meet the LM head, gathered and normed.
-        layer + tokens * (3 * c.hidden + c.hidden.max(c.ffn)) * size_of::<f32>()
+        // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed.
+        layer + tokens * 3 * c.hidden * size_of::<f32>()
     }
 
     /// The LM head, `[vocab, hidden]`.
@@ -302,12 +312,12 @@ impl Decoder {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let width = heads.qkv_width();
-        fit(&mut state.scratch, state.x.len());
-        norm::forward(&state.x, &layer.input_norm, eps, &mut state.scratch);
         fit(&mut state.qkv, positions.len() * width);
-        layer
-            .qkv
-            .forward(&state.scratch, &mut state.qkv, Write::Set);
+        let (x, hidden) = (&state.x, self.config.hidden);
+        let normed = |r: usize, row: &mut [f32]| {
+            norm::row(&x[r * hidden..][..hidden], &layer.input_norm, eps, row);
+        };
+        layer.qkv.forward_made(normed, &mut state.qkv, Write::Set);
         if layer.head_norms.is_some() {
             copy(&state.qkv, &mut state.qkv_raw);
         }
@@ -338,15 +348,20 @@ impl Decoder {
         layer
             .output
             .forward(&state.attention, &mut state.middle, Write::Add);
-        self.mlp_input(i, &state.middle, &mut state.scratch);
-        let tokens = state.x.len() / self.config.hidden;
-        fit(&mut state.gate_up, tokens * 2 * self.config.ffn);
-        layer
-            .gate_up
-            .forward(&state.scratch, &mut state.gate_up, Write::Set);
-        self.mlp_inner(&state.gate_up, &mut state.scratch);
-        copy(&state.middle, next);
-        layer.down.forward(&state.scratch, next, Write::Add);
+        let (hidden, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
+        fit(&mut state.gate_up, state.x.len() / hidden * 2 * ffn);
+        let middle = &state.middle;
+        let normed = |r: usize, row: &mut [f32]| {
+            norm::row(&middle[r * hidden..][..hidden], &layer.mlp_norm, eps, row);
+        };
+        let gate_up = &mut state.gate_up;
+        layer.gate_up.forward_made(normed, gate_up, Write::Set);
+        let inner = |r: usize, row: &mut [f32]| {
+            let (gate, up) = gate_up[r * 2 * ffn..][..2 * ffn].split_at(ffn);
+            activation::forward_row(gate, up, row);
+        };
+        copy(middle, next);
+        layer.down.forward_made(inner, next, Write::Add);
     }
 
     /// The norm before the MLP.

@@ -36,9 +36,7 @@ impl Workspace {
 
     /// Takes a state that is to be kept, and leaves storage for the next in its place.
     pub fn keep(&mut self, state: &mut LayerState) -> LayerState {
-        let scratch = std::mem::take(&mut state.scratch); // no backward pass reads it
-        let next = self.spare.pop().unwrap_or_default();
-        std::mem::replace(state, LayerState { scratch, ..next })
+        std::mem::replace(state, self.spare.pop().unwrap_or_default())
     }
 
     /// Has a state back.

@@ -17,7 +17,7 @@ pub use pack::{put_column, put_row, words};
 pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;
-use super::team;
+use super::{fit, team};
 use kernel::{Tile, panels_at_once, run_kernel};
 use pack::{pack, paired, sixteen_bits};
 use std::cell::Cell;
@@ -157,7 +157,40 @@ pub struct PackedLeft {
 impl PackedLeft {
     /// Packs `a` into the storage that is there.
     pub fn set(&mut self, a: Left, precision: Precision, threads: Threads) {
-        (self.m, self.k) = a.shape();
+        self.fill(a.shape(), precision, threads, |rows, out| {
+            pack(a, rows.start, rows.len(), precision, out);
+        });
+    }
+
+    /// The same for an operand `[m, k]` that is not there: `make(r, row)` writes row r of it. So it need not be written
+    /// to memory and read again.
+    pub fn set_made(
+        &mut self,
+        (m, k): (usize, usize),
+        make: impl Fn(usize, &mut [f32]) + Sync,
+        precision: Precision,
+        threads: Threads,
+    ) {
+        self.fill((m, k), precision, threads, |rows, out| {
+            let mut made = MADE.take();
+            fit(&mut made, rows.len() * k);
+            for (r, row) in rows.clone().zip(made.chunks_exact_mut(k)) {
+                make(r, row);
+            }
+            let block = Left::Rows(Mat::new(&made, rows.len(), k));
+            pack(block, 0, rows.len(), precision, out);
+            MADE.set(made);
+        });
+    }
+
+    fn fill(
+        &mut self,
+        shape: (usize, usize),
+        precision: Precision,
+        threads: Threads,
+        fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
+    ) {
+        (self.m, self.k) = shape;
         self.precision = Some(precision);
         // Even blocks: 16 rows are 8 + 8, not 14 + 2.
         self.block = self.m.div_ceil(self.m.div_ceil(block_rows()).max(1)).max(1);
@@ -165,9 +198,7 @@ impl PackedLeft {
         self.storage.grow(self.m * k);
         let out = &mut self.storage.as_mut_slice()[..self.m * k];
         let (len, block) = (self.block * k, self.block);
-        let fill = |i: usize, out: &mut [f32]| {
-            pack(a, i * block, out.len() / k, precision, out);
-        };
+        let fill = |i: usize, out: &mut [f32]| fill(i * block..i * block + out.len() / k, out);
         if threads == Threads::One || out.len() < 1 << 15 {
             (out.chunks_mut(len.max(1)).enumerate()).for_each(|(i, out)| fill(i, out));
         } else {
@@ -179,6 +210,8 @@ impl PackedLeft {
 thread_local! {
     /// The left operand of [`matmul`]; kept, since fresh pages cost more than the packing.
     static LEFT: Cell<PackedLeft> = Cell::default();
+    /// A block of rows that are made.
+    static MADE: Cell<Vec<f32>> = const { Cell::new(vec![]) };
 }
 
 /// C (+)= A·Bᵀ: `a` is `[m, k]`, `b` has `n` rows of `k`, `c` is `[m, n]` with its rows `c_stride` apart.
@@ -186,6 +219,21 @@ pub fn matmul(a: Left, b: Panels, c: &mut [f32], c_stride: usize, write: Write, 
     let mut left = LEFT.take();
     left.set(a, b.precision(), threads);
     multiply(&left, b, c, c_stride, write, threads);
+    LEFT.set(left);
+}
+
+/// As [`matmul`], with row r of `a` `[m, k]` written by `make(r, row)`; see [`PackedLeft::set_made`].
+pub fn matmul_made(
+    m: usize,
+    make: impl Fn(usize, &mut [f32]) + Sync,
+    b: Panels,
+    c: &mut [f32],
+    c_stride: usize,
+    write: Write,
+) {
+    let mut left = LEFT.take();
+    left.set_made((m, b.k()), make, b.precision(), Threads::All);
+    multiply(&left, b, c, c_stride, write, Threads::All);
     LEFT.set(left);
 }
 
