@@ -78,7 +78,16 @@ fn decoding(bencher: Bencher, rows: usize, precision: Precision) {
 
 /// Attention of a prompt of 64 tokens and 8 responses of 128, forward and backward; an item is one token.
 #[divan::bench(args = [false, true])]
-fn attention_backward(bencher: Bencher, backward: bool) {
+fn attention_float32(bencher: Bencher, backward: bool) {
+    attend(bencher, backward, Precision::F32);
+}
+
+#[divan::bench(args = [false, true])]
+fn attention_bfloat16(bencher: Bencher, backward: bool) {
+    attend(bencher, backward, Precision::Bf16);
+}
+
+fn attend(bencher: Bencher, backward: bool, precision: Precision) {
     let heads = Heads {
         query: 9,
         kv: 3,
@@ -93,14 +102,14 @@ fn attention_backward(bencher: Bencher, backward: bool) {
         .collect();
     let mut out = vec![0.0; tokens * heads.q_width()];
     let mut lse = vec![0.0; tokens * heads.query];
-    attention::forward(&layout, heads, &qkv, &mut out, &mut lse);
+    attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
     let mut d_qkv = vec![0.0; qkv.len()];
     bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
         if backward {
-            attention::backward(&layout, heads, &qkv, &out, &lse, &out, &mut d_qkv);
+            attention::backward(&layout, heads, precision, &qkv, &out, &lse, &out, &mut d_qkv);
         } else {
             let (mut out, mut lse) = (out.clone(), lse.clone());
-            attention::forward(&layout, heads, &qkv, &mut out, &mut lse);
+            attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
         }
     });
 }

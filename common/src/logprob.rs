@@ -142,7 +142,7 @@ pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> Targe
     // many tasks.
     const ROWS: usize = 112;
     let tasks = (targets.len().div_ceil(ROWS)).next_multiple_of(rayon::current_num_threads());
-    let rows = targets.len().div_ceil(tasks).max(1);
+    let rows = targets.len().div_ceil(tasks.max(1)).max(1);
     let width = decoder.config.hidden;
     let mut stats = vec![
         Running {

@@ -7,6 +7,7 @@
 use super::gemm::{Left, Mat, Packed, Panels, Precision, Threads, Write, matmul};
 use super::softmax;
 use super::team;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// A run of tokens in the batch.
@@ -133,8 +134,15 @@ impl Heads {
 const BLOCK: usize = 64;
 
 /// Attention of every token: `qkv` is `[T, qkv_width]` after rotation, `out` `[T, q_width]`, `lse` `[T, query]` receives
-/// the log-sum-exp of each score row for the backward pass.
-pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
+/// the log-sum-exp of each score row for the backward pass. The products' operands have the given precision.
+pub fn forward(
+    layout: &Layout,
+    heads: Heads,
+    precision: Precision,
+    qkv: &[f32],
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
     assert_eq!(qkv.len(), layout.tokens() * heads.qkv_width());
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     let tasks: Vec<_> = layout
@@ -148,18 +156,23 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
             kv_head,
             qkv,
         };
-        let prefix = segment
-            .prefix
-            .as_ref()
-            .map(|p| Keys::for_forward(side, p.clone()));
-        let own = Keys::for_forward(side, segment.tokens.clone());
-        let mut scratch = Scratch::default();
+        let mut storage = Storage::take(precision);
+        let Storage {
+            prefix,
+            own,
+            scratch,
+        } = &mut storage;
+        let prefix = segment.prefix.as_ref().map(|tokens| {
+            prefix.set_for_forward(side, tokens.clone());
+            &*prefix
+        });
+        own.set_for_forward(side, segment.tokens.clone());
         for block in blocks(segment) {
             let view = View {
                 segment,
-                block: block.clone(),
-                prefix: prefix.as_ref(),
-                own: &own,
+                block,
+                prefix,
+                own,
             };
             view.gather(
                 side,
@@ -169,11 +182,17 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
                 heads.scale(),
                 &mut scratch.q,
             );
-            view.scores(side, &mut scratch);
+            view.scores(side, scratch);
             let rows = view.rows(heads);
-            let mut result = vec![0.0; rows * heads.dim];
-            let mut log_sums = vec![0.0; rows];
-            for (r, row) in scratch.scores.chunks_exact_mut(view.columns()).enumerate() {
+            let Scratch {
+                scores,
+                result,
+                log_sums,
+                ..
+            } = &mut *scratch;
+            result.resize(rows * heads.dim, 0.0);
+            log_sums.resize(rows, 0.0);
+            for (r, row) in scores.chunks_exact_mut(view.columns()).enumerate() {
                 let visible = view.visible(heads, r);
                 row[..visible.start].fill(0.0);
                 row[visible.end..].fill(0.0);
@@ -183,7 +202,7 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
                 log_sums[r] = max + sum.ln();
                 row.iter_mut().for_each(|p| *p /= sum);
             }
-            view.weighted_values(heads, &scratch.scores, &mut result);
+            view.weighted_values(heads, scores, result);
             for r in 0..rows {
                 let (token, head) = view.token_and_head(side, r);
                 // SAFETY: this task alone writes this segment's rows of this key head's query heads.
@@ -194,6 +213,7 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
                 }
             }
         }
+        storage.give_back();
     });
 }
 
@@ -205,6 +225,7 @@ pub fn forward(layout: &Layout, heads: Heads, qkv: &[f32], out: &mut [f32], lse:
 pub fn backward(
     layout: &Layout,
     heads: Heads,
+    precision: Precision,
     qkv: &[f32],
     out: &[f32],
     lse: &[f32],
@@ -223,35 +244,34 @@ pub fn backward(
             kv_head,
             qkv,
         };
-        let mut root = Keys::for_backward(side, group[0].tokens.clone());
+        let mut storage = Storage::take(precision);
+        let Storage {
+            prefix: root,
+            own,
+            scratch,
+        } = &mut storage;
+        let given = (out, lse, d_out);
+        root.set_for_backward(side, group[0].tokens.clone());
         for segment in &group[1..] {
-            let mut own = Keys::for_backward(side, segment.tokens.clone());
-            backward_segment(
-                side,
-                segment,
-                Some(&mut root),
-                &mut own,
-                (out, lse, d_out),
-                &d_qkv,
-            );
+            own.set_for_backward(side, segment.tokens.clone());
+            backward_segment(side, segment, (Some(root), own), given, scratch, &d_qkv);
             own.scatter(side, &d_qkv);
         }
-        backward_segment(side, &group[0], None, &mut root, (out, lse, d_out), &d_qkv);
+        backward_segment(side, &group[0], (None, root), given, scratch, &d_qkv);
         root.scatter(side, &d_qkv);
+        storage.give_back();
     });
 }
 
 fn backward_segment(
     side: Side,
     segment: &Segment,
-    mut prefix: Option<&mut Keys>,
-    own: &mut Keys,
+    (mut prefix, own): (Option<&mut Keys>, &mut Keys),
     (out, lse, d_out): (&[f32], &[f32], &[f32]),
+    scratch: &mut Scratch,
     d_qkv: &Shared,
 ) {
     let heads = side.heads;
-    let mut scratch = Scratch::default();
-    let (mut d_o, mut d_scores, mut d_q) = (vec![], vec![], vec![]);
     for block in blocks(segment) {
         let view = View {
             segment,
@@ -268,10 +288,20 @@ fn backward_segment(
             heads.scale(),
             &mut scratch.q,
         );
-        view.gather(side, d_out, 0, heads.q_width(), 1.0, &mut d_o);
-        view.scores(side, &mut scratch);
+        view.scores(side, scratch);
+        let Scratch {
+            q,
+            scores,
+            d_o,
+            d_scores,
+            d_q,
+            q_columns,
+            d_o_columns,
+            ..
+        } = &mut *scratch;
+        view.gather(side, d_out, 0, heads.q_width(), 1.0, d_o);
         d_scores.resize(rows * columns, 0.0);
-        view.products(&d_o, heads.dim, |keys| &keys.v_rows, &mut d_scores);
+        view.products(d_o, heads.dim, |keys| &keys.v_rows, d_scores);
         for r in 0..rows {
             let (token, head) = view.token_and_head(side, r);
             let log_sum = lse[token * heads.query + head];
@@ -279,7 +309,7 @@ fn backward_segment(
             let delta = softmax::dot(o, &d_o[r * heads.dim..][..heads.dim]);
             let visible = view.visible(heads, r);
             let (p, d) = (
-                &mut scratch.scores[r * columns..][..columns],
+                &mut scores[r * columns..][..columns],
                 &mut d_scores[r * columns..][..columns],
             );
             for hidden in [0..visible.start, visible.end..columns] {
@@ -300,15 +330,15 @@ fn backward_segment(
         };
         if let Some(prefix) = view.prefix {
             add(
-                Mat::strided(&d_scores, rows, seen, columns),
+                Mat::strided(d_scores, rows, seen, columns),
                 prefix.k_columns.panels(),
-                &mut d_q,
+                d_q,
             );
         }
         add(
             Mat::strided(&d_scores[seen..], rows, own_columns, columns),
             view.own.k_columns.sum_range(0..own_columns),
-            &mut d_q,
+            d_q,
         );
         for r in 0..rows {
             let (token, head) = view.token_and_head(side, r);
@@ -320,12 +350,12 @@ fn backward_segment(
                 .zip(&d_q[r * heads.dim..])
                 .for_each(|(t, d)| *t += d * heads.scale());
         }
-        let q = Packed::from_columns(Mat::new(&scratch.q, rows, heads.dim), Precision::F32);
-        let d_o = Packed::from_columns(Mat::new(&d_o, rows, heads.dim), Precision::F32);
+        q_columns.set_columns(Mat::new(q, rows, heads.dim));
+        d_o_columns.set_columns(Mat::new(d_o, rows, heads.dim));
         let collect = |keys: &mut Keys, first: usize, len: usize| {
             for (weights, right, out) in [
-                (&scratch.scores, &d_o, &mut keys.d_v),
-                (&d_scores, &q, &mut keys.d_k),
+                (&*scores, &*d_o_columns, &mut keys.d_v),
+                (&*d_scores, &*q_columns, &mut keys.d_k),
             ] {
                 let left = Left::Columns(Mat::strided(&weights[first..], rows, len, columns));
                 matmul(
@@ -372,6 +402,7 @@ impl<'a> Side<'a> {
 /// The packed keys and values of one segment and head, and their gradients.
 struct Keys {
     tokens: Range<usize>,
+    /// For Q·Kᵀ.
     k_rows: Packed,
     /// Forward: for P·V.
     v_columns: Packed,
@@ -383,28 +414,33 @@ struct Keys {
 }
 
 impl Keys {
-    fn for_forward(side: Side, tokens: Range<usize>) -> Self {
-        let empty = || Packed::from_rows(Mat::new(&[], 0, 0), Precision::F32);
+    fn empty(precision: Precision) -> Self {
         Self {
-            k_rows: Packed::from_rows(side.keys(tokens.clone()), Precision::F32),
-            v_columns: Packed::from_columns(side.values(tokens.clone()), Precision::F32),
-            v_rows: empty(),
-            k_columns: empty(),
+            tokens: 0..0,
+            k_rows: Packed::empty(precision),
+            v_columns: Packed::empty(precision),
+            v_rows: Packed::empty(precision),
+            k_columns: Packed::empty(precision),
             d_k: vec![],
             d_v: vec![],
-            tokens,
         }
     }
 
-    fn for_backward(side: Side, tokens: Range<usize>) -> Self {
-        let len = tokens.len() * side.heads.dim;
-        Self {
-            v_rows: Packed::from_rows(side.values(tokens.clone()), Precision::F32),
-            k_columns: Packed::from_columns(side.keys(tokens.clone()), Precision::F32),
-            d_k: vec![0.0; len],
-            d_v: vec![0.0; len],
-            ..Self::for_forward(side, tokens)
+    fn set_for_forward(&mut self, side: Side, tokens: Range<usize>) {
+        self.k_rows.set_rows(side.keys(tokens.clone()));
+        self.v_columns.set_columns(side.values(tokens.clone()));
+        self.tokens = tokens;
+    }
+
+    fn set_for_backward(&mut self, side: Side, tokens: Range<usize>) {
+        self.k_rows.set_rows(side.keys(tokens.clone()));
+        self.v_rows.set_rows(side.values(tokens.clone()));
+        self.k_columns.set_columns(side.keys(tokens.clone()));
+        for gradient in [&mut self.d_k, &mut self.d_v] {
+            gradient.clear();
+            gradient.resize(tokens.len() * side.heads.dim, 0.0);
         }
+        self.tokens = tokens;
     }
 
     /// Adds the gradients of keys and values to their places.
@@ -435,10 +471,57 @@ struct View<'a> {
     own: &'a Keys,
 }
 
-#[derive(Default)]
+/// What a task works in; kept from one to the next.
+struct Storage {
+    prefix: Keys,
+    own: Keys,
+    scratch: Scratch,
+}
+
 struct Scratch {
     q: Vec<f32>,
     scores: Vec<f32>,
+    result: Vec<f32>,
+    log_sums: Vec<f32>,
+    d_o: Vec<f32>,
+    d_scores: Vec<f32>,
+    d_q: Vec<f32>,
+    q_columns: Packed,
+    d_o_columns: Packed,
+}
+
+thread_local! {
+    static STORAGE: Cell<Option<Storage>> = const { Cell::new(None) };
+}
+
+impl Storage {
+    /// This thread's.
+    fn take(precision: Precision) -> Self {
+        let kept = STORAGE.take().filter(|s| s.precision() == precision);
+        kept.unwrap_or_else(|| Self {
+            prefix: Keys::empty(precision),
+            own: Keys::empty(precision),
+            scratch: Scratch {
+                q: vec![],
+                scores: vec![],
+                result: vec![],
+                log_sums: vec![],
+                d_o: vec![],
+                d_scores: vec![],
+                d_q: vec![],
+                q_columns: Packed::empty(precision),
+                d_o_columns: Packed::empty(precision),
+            },
+        })
+    }
+
+    fn precision(&self) -> Precision {
+        self.scratch.q_columns.precision()
+    }
+
+    fn give_back(self) {
+        STORAGE.set(Some(self));
+    }
 }
 
 fn blocks(segment: &Segment) -> impl Iterator<Item = Range<usize>> {
@@ -567,7 +650,11 @@ impl View<'_> {
             columns,
         ));
         let own = self.own.v_columns.sum_range(0..self.own_len());
-        matmul(left, own, out, heads.dim, Write::Add, Threads::One);
+        let write = match self.prefix {
+            Some(_) => Write::Add,
+            None => Write::Set,
+        };
+        matmul(left, own, out, heads.dim, write, Threads::One);
     }
 }
 
@@ -613,7 +700,7 @@ mod tests {
     fn run(layout: &Layout, heads: Heads, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut out = vec![f32::NAN; layout.tokens() * heads.q_width()];
         let mut lse = vec![f32::NAN; layout.tokens() * heads.query];
-        forward(layout, heads, qkv, &mut out, &mut lse);
+        forward(layout, heads, Precision::F32, qkv, &mut out, &mut lse);
         (out, lse)
     }
 
@@ -693,7 +780,8 @@ mod tests {
             let d_out = noise(layout.tokens() * heads.q_width(), 2);
             let (out, lse) = run(&layout, heads, &qkv);
             let mut d_qkv = vec![0.0; qkv.len()];
-            backward(&layout, heads, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            let f32 = Precision::F32;
+            backward(&layout, heads, f32, &qkv, &out, &lse, &d_out, &mut d_qkv);
             finite_difference(&qkv, &d_qkv, |qkv| {
                 run(&layout, heads, qkv)
                     .0
@@ -718,11 +806,37 @@ mod tests {
         let gradient = |layout: &Layout| {
             let (out, lse) = run(layout, heads, &qkv);
             let mut d_qkv = vec![0.0; qkv.len()];
-            backward(layout, heads, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            let f32 = Precision::F32;
+            backward(layout, heads, f32, &qkv, &out, &lse, &d_out, &mut d_qkv);
             d_qkv
         };
         for (a, b) in gradient(&shared).iter().zip(&gradient(&whole)) {
             assert!((a - b).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn bfloat16_is_float32_but_for_its_rounding() {
+        let heads = HEADS;
+        let mut layout = Layout::default();
+        layout.push(81, &[130, 7]);
+        let qkv = noise(layout.tokens() * heads.qkv_width(), 1);
+        let d_out = noise(layout.tokens() * heads.q_width(), 2);
+        let run = |precision| {
+            let mut out = vec![0.0; layout.tokens() * heads.q_width()];
+            let mut lse = vec![0.0; layout.tokens() * heads.query];
+            forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
+            let mut d_qkv = vec![0.0; qkv.len()];
+            backward(&layout, heads, precision, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            (out, d_qkv)
+        };
+        let (exact, rounded) = (run(Precision::F32), run(Precision::Bf16));
+        // Errors of 2⁻⁹ a factor, over sums of some dozen terms.
+        for (exact, rounded) in [(exact.0, rounded.0), (exact.1, rounded.1)] {
+            let norm = |x: &[f32]| x.iter().map(|x| (x * x) as f64).sum::<f64>().sqrt();
+            let difference: Vec<f32> = exact.iter().zip(&rounded).map(|(a, b)| a - b).collect();
+            let relative = norm(&difference) / norm(&exact);
+            assert!((1e-5..5e-3).contains(&relative), "{relative}");
         }
     }
 }

@@ -138,6 +138,7 @@ impl Pass<'_> {
         attention::backward(
             self.layout,
             layer.heads,
+            self.model.decoder.precision,
             &state.qkv,
             &state.attention,
             &state.lse,

@@ -300,6 +300,7 @@ impl Decoder {
         attention::forward(
             layout,
             heads,
+            self.precision,
             &state.qkv,
             &mut state.attention,
             &mut state.lse,
