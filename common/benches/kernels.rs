@@ -106,7 +106,9 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
     let mut d_qkv = vec![0.0; qkv.len()];
     bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
         if backward {
-            attention::backward(&layout, heads, precision, &qkv, &out, &lse, &out, &mut d_qkv);
+            attention::backward(
+                &layout, heads, precision, &qkv, &out, &lse, &out, &mut d_qkv,
+            );
         } else {
             let (mut out, mut lse) = (out.clone(), lse.clone());
             attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
@@ -138,7 +140,9 @@ fn packing_columns(bencher: Bencher) {
 #[divan::bench]
 fn packing_turned(bencher: Bencher) {
     let w = Packed::from_rows(Mat::new(&vec![0.1; 1536 * 576], 1536, 576), Precision::Bf16);
-    packing(bencher, false, |packed, _| packed.set_transposed(&w, 0..1536));
+    packing(bencher, false, |packed, _| {
+        packed.set_transposed(&w, 0..1536)
+    });
 }
 
 fn packing(bencher: Bencher, dithered: bool, set: impl Fn(&mut Packed, Mat)) {

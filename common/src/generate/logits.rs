@@ -39,8 +39,16 @@ impl Chunk {
     pub fn of(logits: &[f32], scale: f32) -> Self {
         let max = softmax::max(logits);
         if max == f32::NEG_INFINITY {
-            let sum = if logits.iter().any(|l| l.is_nan()) { f32::NAN } else { 0.0 };
-            return Self { max, sum, scaled: sum };
+            let sum = if logits.iter().any(|l| l.is_nan()) {
+                f32::NAN
+            } else {
+                0.0
+            };
+            return Self {
+                max,
+                sum,
+                scaled: sum,
+            };
         }
         let sum = softmax::sum_exp(logits, max, 1.0);
         let scaled = match scale {
@@ -61,14 +69,18 @@ impl Logits {
         let normed = Left::Rows(Mat::new(&self.normed, rows, width));
         self.left.set(normed, decoder.precision, Threads::All);
         fit(&mut self.values, rows * vocab);
-        self.chunks.resize(rows * vocab.div_ceil(CHUNK), Chunk::default());
+        self.chunks
+            .resize(rows * vocab.div_ceil(CHUNK), Chunk::default());
         let (left, head) = (&self.left, decoder.head());
-        let tiles = (self.values.chunks_mut(rows * TILE)).zip(self.chunks.chunks_mut(rows * TILE / CHUNK));
+        let tiles =
+            (self.values.chunks_mut(rows * TILE)).zip(self.chunks.chunks_mut(rows * TILE / CHUNK));
         team::items(tiles.collect(), |i, (values, chunks)| {
             let n = values.len() / rows;
             let panels = head.panel_range(i * TILE, n);
             multiply(left, panels, values, n, Write::Set, Threads::One);
-            for (row, chunks) in (values.chunks_exact(n)).zip(chunks.chunks_exact_mut(n.div_ceil(CHUNK))) {
+            for (row, chunks) in
+                (values.chunks_exact(n)).zip(chunks.chunks_exact_mut(n.div_ceil(CHUNK)))
+            {
                 for (part, chunk) in row.chunks(CHUNK).zip(chunks) {
                     *chunk = Chunk::of(part, scale);
                 }
@@ -83,7 +95,10 @@ impl Logits {
             rows: 1,
             vocab: values.len(),
             values: values.to_vec(),
-            chunks: values.chunks(CHUNK).map(|part| Chunk::of(part, scale)).collect(),
+            chunks: values
+                .chunks(CHUNK)
+                .map(|part| Chunk::of(part, scale))
+                .collect(),
             ..Self::default()
         }
     }
@@ -104,8 +119,15 @@ pub(super) struct Row<'a> {
 impl<'a> Row<'a> {
     /// The tiles, in order.
     fn tiles(self) -> impl Iterator<Item = (&'a [f32], &'a [Chunk])> {
-        let Logits { rows, values, chunks, .. } = self.logits;
-        let tiles = values.chunks(rows * TILE).zip(chunks.chunks(rows * TILE / CHUNK));
+        let Logits {
+            rows,
+            values,
+            chunks,
+            ..
+        } = self.logits;
+        let tiles = values
+            .chunks(rows * TILE)
+            .zip(chunks.chunks(rows * TILE / CHUNK));
         tiles.map(move |(values, chunks)| {
             let (n, c) = (values.len() / rows, chunks.len() / rows);
             (&values[self.row * n..][..n], &chunks[self.row * c..][..c])

@@ -827,7 +827,9 @@ mod tests {
             let mut lse = vec![0.0; layout.tokens() * heads.query];
             forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
             let mut d_qkv = vec![0.0; qkv.len()];
-            backward(&layout, heads, precision, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            backward(
+                &layout, heads, precision, &qkv, &out, &lse, &d_out, &mut d_qkv,
+            );
             (out, d_qkv)
         };
         let (exact, rounded) = (run(Precision::F32), run(Precision::Bf16));

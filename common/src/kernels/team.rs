@@ -57,7 +57,10 @@ pub fn chunks<T: Send>(data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) +
 
 /// Runs `f(i, item)` on every item.
 pub fn items<T: Send>(items: Vec<T>, f: impl Fn(usize, T) + Sync) {
-    let items: Vec<Slot<T>> = items.into_iter().map(|item| Slot(Cell::new(Some(item)))).collect();
+    let items: Vec<Slot<T>> = items
+        .into_iter()
+        .map(|item| Slot(Cell::new(Some(item))))
+        .collect();
     each(items.len(), |i| {
         if let Some(item) = items[i].0.take() {
             f(i, item);
@@ -186,7 +189,11 @@ impl Team {
                 return false;
             }
             let work = self.work.load(Ordering::Relaxed);
-            let (ticket, rest) = if own { (first, word + (1 << 16)) } else { (end - 1, word - 1) };
+            let (ticket, rest) = if own {
+                (first, word + (1 << 16))
+            } else {
+                (end - 1, word - 1)
+            };
             match tickets.compare_exchange_weak(word, rest, Ordering::AcqRel, Ordering::Acquire) {
                 // SAFETY: the ticket was of the loop whose number the word has, so its loop is the one that was read,
                 // and it stays until this ticket is counted as done.

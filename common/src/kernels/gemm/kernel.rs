@@ -1,12 +1,13 @@
 //! The inner kernel: a tile of C kept in registers over the whole of k.
 
 use super::super::isa::Isa;
+use super::pack::FEW;
 
 /// One call of the inner kernel: a tile of `rows` × `columns` of C over `k` words.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     pub k: usize,
-    /// Word p of row i of the block lies at `p * block + i`.
+    /// Word p of row i of the block lies at [`place`].
     pub a: *const f32,
     /// Word p of column j of a panel lies at `p * b_step + j`.
     pub b: *const f32,
@@ -22,11 +23,17 @@ pub(super) struct Tile {
     pub ahead_every: usize,
 }
 
+/// Where word p of row i of a block of `rows` rows lies: see [`FEW`].
+#[inline(always)]
+fn place(rows: usize, k: usize, (i, p): (usize, usize)) -> usize {
+    if rows <= FEW { i * k + p } else { p * rows + i }
+}
+
 /// How many panels the kernel takes at once for blocks of so many rows. Few rows leave registers free, and their sums
 /// are too few chains to keep the multipliers busy.
 pub(super) fn panels_at_once(block: usize) -> usize {
     match Isa::current() {
-        Isa::Avx512 { .. } if block <= 3 => 2,
+        Isa::Avx512 { .. } if block <= FEW => 2,
         _ => 1,
     }
 }
@@ -72,14 +79,11 @@ pub(super) unsafe fn run_kernel(tile: Tile, block: usize, panels: usize, pairs: 
 unsafe fn portable<const R: usize, const ONE: usize>(t: Tile) {
     let mut sums = [[0.0f32; 16]; R];
     for p in 0..t.k {
-        // SAFETY: A has k × R words, B k steps of 16 words.
-        let (a, b) = unsafe {
-            (
-                &*t.a.add(p * R).cast::<[f32; R]>(),
-                &*t.b.add(p * t.b_step).cast::<[f32; 16]>(),
-            )
-        };
-        for (sum, &x) in sums.iter_mut().zip(a) {
+        // SAFETY: B has k steps of 16 words.
+        let b = unsafe { &*t.b.add(p * t.b_step).cast::<[f32; 16]>() };
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: A has k × R words.
+            let x = unsafe { *t.a.add(place(R, t.k, (i, p))) };
             for (s, &y) in sum.iter_mut().zip(b) {
                 *s += x * y;
             }
@@ -106,7 +110,7 @@ unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! The kernels on x86-64 vectors: `R` rows by `P` panels of two registers, one broadcast of A per row and step.
-    use super::{Tile, write_rows};
+    use super::{Tile, place, write_rows};
     use std::arch::x86_64::*;
 
     /// The loop over k, which all of these share: what differs are the vectors and how they are multiplied.
@@ -142,7 +146,7 @@ mod x86 {
                                 columns[j] = [$load(b), $load(b.add($lanes))];
                             }
                             for i in 0..R {
-                                let x = $broadcast(*t.a.add(p * R + i));
+                                let x = $broadcast(*t.a.add(place(R, t.k, (i, p))));
                                 for j in 0..P {
                                     sums[i][j][0] = $multiply(x, columns[j][0], sums[i][j][0]);
                                     sums[i][j][1] = $multiply(x, columns[j][1], sums[i][j][1]);

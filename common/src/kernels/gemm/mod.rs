@@ -19,7 +19,7 @@ pub use packed::{Aligned, Packed, Panels};
 use super::isa::Isa;
 use super::{fit, team};
 use kernel::{Tile, panels_at_once, run_kernel};
-use pack::{pack, paired, sixteen_bits};
+use pack::{pack_left, paired, sixteen_bits};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -158,7 +158,7 @@ impl PackedLeft {
     /// Packs `a` into the storage that is there.
     pub fn set(&mut self, a: Left, precision: Precision, threads: Threads) {
         self.fill(a.shape(), precision, threads, |rows, out| {
-            pack(a, rows.start, rows.len(), precision, out);
+            pack_left(a, rows, precision, out);
         });
     }
 
@@ -178,7 +178,7 @@ impl PackedLeft {
                 make(r, row);
             }
             let block = Left::Rows(Mat::new(&made, rows.len(), k));
-            pack(block, 0, rows.len(), precision, out);
+            pack_left(block, 0..rows.len(), precision, out);
             MADE.set(made);
         });
     }
@@ -515,14 +515,24 @@ mod tests {
 
     #[test]
     fn a_packed_operand_can_be_turned() {
-        for (n, k, rows) in [(1, 1, 0..1), (70, 45, 0..70), (70, 45, 32..69), (96, 64, 64..96), (33, 130, 0..33)] {
+        for (n, k, rows) in [
+            (1, 1, 0..1),
+            (70, 45, 0..70),
+            (70, 45, 32..69),
+            (96, 64, 64..96),
+            (33, 130, 0..33),
+        ] {
             let b = noise(n * k, 5);
             for precision in [Precision::F32, Precision::Bf16] {
                 let packed = Packed::from_rows(Mat::new(&b, n, k), precision);
                 let mut turned = Packed::empty(precision);
                 turned.set_transposed(&packed, rows.clone());
                 let mut columns = Packed::empty(precision);
-                columns.set_columns(Mat::new(&b[rows.start * k..][..rows.len() * k], rows.len(), k));
+                columns.set_columns(Mat::new(
+                    &b[rows.start * k..][..rows.len() * k],
+                    rows.len(),
+                    k,
+                ));
                 let (mut ours, mut theirs) = (vec![0.0; rows.len()], vec![0.0; rows.len()]);
                 for r in 0..k {
                     turned.read_row(r, &mut ours);

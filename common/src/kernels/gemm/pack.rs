@@ -2,6 +2,7 @@
 
 use super::super::isa::{Isa, multiversion};
 use super::{Left, Mat, Panels, Precision, panel_width};
+use std::ops::Range;
 
 /// Whether operands of this precision are stored as pairs of bfloat16 (else as float32, rounded where asked).
 pub(super) fn paired(precision: Precision) -> bool {
@@ -16,29 +17,41 @@ pub fn words(k: usize, precision: Precision) -> usize {
 
 /// Writes a row of an operand whose words lie `step` apart.
 pub fn put_row(x: &[f32], precision: Precision, step: usize, out: &mut [f32]) {
-    let words = out.iter_mut().step_by(step);
     if paired(precision) {
-        for (word, pair) in words.zip(x.chunks(2)) {
-            let high = pair.get(1).map_or(0, |&x| bf16_bits(x, None));
-            *word = bf16_pair(bf16_bits(pair[0], None), high);
-        }
+        pairs_of_row(x, step, out)
     } else {
-        words
-            .zip(x)
-            .for_each(|(word, &x)| *word = rounded(x, precision));
+        (out.iter_mut().step_by(step).zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
     }
 }
 
 /// Writes element k of the rows of an operand, of which `line` holds the words that it belongs to. Elements come in
 /// the order of k.
 pub fn put_column(x: &[f32], k: usize, precision: Precision, line: &mut [f32]) {
-    let places = line.iter_mut().zip(x);
-    if !paired(precision) {
-        places.for_each(|(word, &x)| *word = rounded(x, precision));
-    } else if k.is_multiple_of(2) {
-        places.for_each(|(word, &x)| *word = bf16_pair(bf16_bits(x, None), 0));
+    if paired(precision) {
+        halves_of_column(x, k.is_multiple_of(2), line)
     } else {
-        places.for_each(|(word, &x)| *word = bf16_pair(word.to_bits(), bf16_bits(x, None)));
+        (line.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
+    }
+}
+
+/// Blocks of the left operand of so few rows lie row by row: to turn them would cost more than to read them so.
+pub(super) const FEW: usize = 3;
+
+/// Packs some rows of the left operand: as a panel is, or one after another.
+pub(super) fn pack_left(source: Left, rows: Range<usize>, precision: Precision, out: &mut [f32]) {
+    if rows.len() > FEW {
+        return pack(source, rows.start, rows.len(), precision, out);
+    }
+    let (_, k) = source.shape();
+    let lines = out.chunks_exact_mut(words(k, precision).max(1));
+    for (r, line) in rows.zip(lines) {
+        match source {
+            Left::Rows(a) => put_row(a.row(r), precision, 1, line),
+            Left::Columns(a) => {
+                let row: Vec<f32> = (0..k).map(|c| a.row(c)[r]).collect();
+                put_row(&row, precision, 1, line);
+            }
+        }
     }
 }
 
@@ -111,7 +124,13 @@ pub(super) fn transpose(of: Panels, first: usize, out: &mut [f32]) {
             turn_pairs(&panel[first / 2 * width..], valid.div_ceil(2), square);
         } else {
             let square = &mut out[left * width..][..some * width];
-            rows(Mat::strided(panel, of.k(), some, width), first, valid, width, square);
+            rows(
+                Mat::strided(panel, of.k(), some, width),
+                first,
+                valid,
+                width,
+                square,
+            );
         }
     }
 }
@@ -122,6 +141,28 @@ fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]) {
     // SAFETY: pairs are made only where the instructions are.
     unsafe {
         x86::turn_pairs(from, words, out)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such machine multiplies pairs")
+}
+
+/// A row as pairs of bfloat16, `step` words apart.
+fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: pairs are made only where the instructions are.
+    unsafe {
+        x86::pairs_of_row(x, step, out)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such machine multiplies pairs")
+}
+
+/// Elements as the first halves of their words, the second zero; or as the second, the first left as they are.
+fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: pairs are made only where the instructions are.
+    unsafe {
+        x86::halves_of_column(x, first, line)
     }
     #[cfg(not(target_arch = "x86_64"))]
     unreachable!("no such machine multiplies pairs")
@@ -140,7 +181,10 @@ fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) 
 
 /// Columns as pairs of bfloat16, to the nearest.
 fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-    assert!(a.dither.is_none(), "weights in training are packed by their rows");
+    assert!(
+        a.dither.is_none(),
+        "weights in training are packed by their rows"
+    );
     #[cfg(target_arch = "x86_64")]
     // SAFETY: pairs are made only where the instructions are.
     unsafe {
@@ -216,7 +260,10 @@ mod x86 {
     /// 32 elements of a row from k on, as pairs of bfloat16.
     #[target_feature(enable = "avx512f,avx512bw")]
     fn load_pairs(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
-        let words = (load_words(a, row, k, ahead), load_words(a, row, k + 16, ahead));
+        let words = (
+            load_words(a, row, k, ahead),
+            load_words(a, row, k + 16, ahead),
+        );
         let (low, high) = match a.dither {
             None => (nearest(words.0), nearest(words.1)),
             Some(first) => {
@@ -239,7 +286,10 @@ mod x86 {
     fn even_and_odd(low: __m512i, high: __m512i) -> (__m512i, __m512i) {
         let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-        (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high))
+        (
+            _mm512_permutex2var_epi32(low, even, high),
+            _mm512_permutex2var_epi32(low, odd, high),
+        )
     }
 
     /// Words of the upper halves of two.
@@ -252,7 +302,10 @@ mod x86 {
     /// Elements whose upper half is the nearest bfloat16. (The instruction for it, `vcvtne2ps2bf16`, is slower.)
     #[target_feature(enable = "avx512f")]
     fn nearest(x: __m512) -> __m512i {
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(_mm512_castps_si512(x)), _mm512_set1_epi32(1));
+        let odd = _mm512_and_si512(
+            _mm512_srli_epi32::<16>(_mm512_castps_si512(x)),
+            _mm512_set1_epi32(1),
+        );
         plus(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
     }
 
@@ -273,7 +326,53 @@ mod x86 {
     fn plus(x: __m512, added: __m512i) -> __m512i {
         let bits = _mm512_castps_si512(x);
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-        _mm512_mask_or_epi32(_mm512_add_epi32(bits, added), nan, bits, _mm512_set1_epi32(0x40_0000))
+        _mm512_mask_or_epi32(
+            _mm512_add_epi32(bits, added),
+            nan,
+            bits,
+            _mm512_set1_epi32(0x40_0000),
+        )
+    }
+
+    /// See [`super::pairs_of_row`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]) {
+        let row = Mat::new(x, 1, x.len());
+        for k in (0..x.len()).step_by(32) {
+            let words = load_pairs(row, 0, k, 0);
+            let count = (x.len() - k).div_ceil(2).min(16);
+            let target = &mut out[k / 2 * step..][..(count - 1) * step + 1];
+            if step == 1 {
+                // SAFETY: masked lanes are not touched; the others are in the target.
+                unsafe { _mm512_mask_storeu_ps(target.as_mut_ptr(), mask(count), words) };
+            } else {
+                let mut line = [0.0; 16];
+                // SAFETY: 16 words.
+                unsafe { _mm512_storeu_ps(line.as_mut_ptr(), words) };
+                (target.iter_mut().step_by(step).zip(line))
+                    .for_each(|(target, word)| *target = word);
+            }
+        }
+    }
+
+    /// See [`super::halves_of_column`].
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]) {
+        for (x, line) in x.chunks(16).zip(line.chunks_mut(16)) {
+            let lanes = mask(x.len().min(line.len()));
+            // SAFETY: masked lanes are neither read nor touched.
+            unsafe {
+                let new = nearest(_mm512_maskz_loadu_ps(lanes, x.as_ptr()));
+                let words = match first {
+                    true => pairs(new, _mm512_setzero_si512()),
+                    false => {
+                        let old = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes, line.as_ptr()));
+                        _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, old, new))
+                    }
+                };
+                _mm512_mask_storeu_ps(line.as_mut_ptr(), lanes, words);
+            }
+        }
     }
 
     /// `[k, columns]` as `[k / 2][width]` of pairs.
@@ -290,7 +389,10 @@ mod x86 {
         };
         for (r, line) in out.chunks_exact_mut(width).enumerate() {
             for (i, part) in line.chunks_mut(16).enumerate() {
-                let words = pairs(nearest(load(2 * r, 16 * i)), nearest(load(2 * r + 1, 16 * i)));
+                let words = pairs(
+                    nearest(load(2 * r, 16 * i)),
+                    nearest(load(2 * r + 1, 16 * i)),
+                );
                 // SAFETY: masked lanes are not touched.
                 unsafe { _mm512_mask_storeu_ps(part.as_mut_ptr(), mask(part.len()), words) };
             }
@@ -304,15 +406,30 @@ mod x86 {
         assert!(words <= 16 && words * WIDTH <= from.len());
         // Line w has the elements 2w and 2w + 1 of rows 0 … 31; column e is to have element e of the rows 2r and 2r + 1.
         let mut columns = [_mm512_setzero_ps(); 32];
-        for (line, two) in from.chunks_exact(WIDTH).take(words).zip(columns.chunks_exact_mut(2)) {
+        for (line, two) in from
+            .chunks_exact(WIDTH)
+            .take(words)
+            .zip(columns.chunks_exact_mut(2))
+        {
             // SAFETY: a line is two vectors.
-            let (low, high) = unsafe { (_mm512_loadu_epi32(line.as_ptr().cast()), _mm512_loadu_epi32(line.as_ptr().add(16).cast())) };
+            let (low, high) = unsafe {
+                (
+                    _mm512_loadu_epi32(line.as_ptr().cast()),
+                    _mm512_loadu_epi32(line.as_ptr().add(16).cast()),
+                )
+            };
             let (a, b) = even_and_odd(low, high);
-            two[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, a, _mm512_slli_epi32::<16>(b)));
+            two[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(
+                UPPER,
+                a,
+                _mm512_slli_epi32::<16>(b),
+            ));
             two[1] = pairs(a, b);
         }
         let (left, right) = columns.split_at(16);
-        let both = turn(left.try_into().expect("16")).into_iter().zip(turn(right.try_into().expect("16")));
+        let both = turn(left.try_into().expect("16"))
+            .into_iter()
+            .zip(turn(right.try_into().expect("16")));
         for (line, (left, right)) in out.chunks_exact_mut(WIDTH).zip(both) {
             // SAFETY: a line is two vectors.
             unsafe {
@@ -397,11 +514,6 @@ fn bf16_bits(x: f32, noise: Option<u32>) -> u32 {
     } else {
         bits.wrapping_add(added) >> 16
     }
-}
-
-#[inline(always)]
-fn bf16_pair(low: u32, high: u32) -> f32 {
-    f32::from_bits(low | (high << 16))
 }
 
 /// The factors of the hash below.

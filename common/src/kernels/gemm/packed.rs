@@ -1,8 +1,8 @@
 //! The right operand in panels, and the storage that operands lie in.
 
+use super::super::team;
 use super::pack::{pack, paired, transpose, words};
 use super::{Left, Mat, Precision, panel_width};
-use super::super::team;
 use std::ops::Range;
 
 /// Float32 storage aligned to a cache line.
