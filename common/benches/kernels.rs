@@ -107,7 +107,12 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
     bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
         if backward {
             attention::backward(
-                &layout, heads, precision, &qkv, &out, &lse, &out, &mut d_qkv,
+                &layout,
+                heads,
+                precision,
+                (&qkv, &out, &lse),
+                &out,
+                &mut d_qkv,
             );
         } else {
             let (mut out, mut lse) = (out.clone(), lse.clone());

@@ -217,7 +217,8 @@ pub fn forward(
     });
 }
 
-/// Adds the gradient of `qkv` to `d_qkv` `[T, qkv_width]`, given that of the output, `d_out` `[T, q_width]`.
+/// Adds the gradient of `qkv` to `d_qkv` `[T, qkv_width]`, given that of the output, `d_out` `[T, q_width]`, and what
+/// [`forward`] read and wrote: `qkv`, `out` and `lse`.
 ///
 /// With P = exp(S − lse), δ = Σ dO∘O: dV = Pᵀ·dO, dS = P∘(dO·Vᵀ − δ), dQ = dS·K·scale, dK = dSᵀ·Q·scale
 /// (FlashAttention-2, algorithm 2). One task per group and key head, so that the sums over branches and query heads
@@ -226,9 +227,7 @@ pub fn backward(
     layout: &Layout,
     heads: Heads,
     precision: Precision,
-    qkv: &[f32],
-    out: &[f32],
-    lse: &[f32],
+    (qkv, out, lse): (&[f32], &[f32], &[f32]),
     d_out: &[f32],
     d_qkv: &mut [f32],
 ) {
@@ -781,7 +780,7 @@ mod tests {
             let (out, lse) = run(&layout, heads, &qkv);
             let mut d_qkv = vec![0.0; qkv.len()];
             let f32 = Precision::F32;
-            backward(&layout, heads, f32, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            backward(&layout, heads, f32, (&qkv, &out, &lse), &d_out, &mut d_qkv);
             finite_difference(&qkv, &d_qkv, |qkv| {
                 run(&layout, heads, qkv)
                     .0
@@ -807,7 +806,7 @@ mod tests {
             let (out, lse) = run(layout, heads, &qkv);
             let mut d_qkv = vec![0.0; qkv.len()];
             let f32 = Precision::F32;
-            backward(layout, heads, f32, &qkv, &out, &lse, &d_out, &mut d_qkv);
+            backward(layout, heads, f32, (&qkv, &out, &lse), &d_out, &mut d_qkv);
             d_qkv
         };
         for (a, b) in gradient(&shared).iter().zip(&gradient(&whole)) {
@@ -828,7 +827,12 @@ mod tests {
             forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
             let mut d_qkv = vec![0.0; qkv.len()];
             backward(
-                &layout, heads, precision, &qkv, &out, &lse, &d_out, &mut d_qkv,
+                &layout,
+                heads,
+                precision,
+                (&qkv, &out, &lse),
+                &d_out,
+                &mut d_qkv,
             );
             (out, d_qkv)
         };

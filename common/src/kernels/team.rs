@@ -43,7 +43,7 @@ pub fn each(tasks: usize, f: impl Fn(usize) + Sync) {
     if BUSY.get() {
         (0..tasks).for_each(f);
     } else if led.is_null() {
-        (0..tasks).into_par_iter().for_each(|i| f(i));
+        (0..tasks).into_par_iter().for_each(&f);
     } else {
         // SAFETY: a leader's team lives until `with` returns, which sets this back.
         unsafe { &*led }.run(tasks, &f);
@@ -52,7 +52,7 @@ pub fn each(tasks: usize, f: impl Fn(usize) + Sync) {
 
 /// Runs `f(i, part)` on the parts of `data` of `len` elements each, the last one perhaps shorter.
 pub fn chunks<T: Send>(data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
-    items(data.chunks_mut(len.max(1)).collect(), |i, part| f(i, part));
+    items(data.chunks_mut(len.max(1)).collect(), f);
 }
 
 /// Runs `f(i, item)` on every item.

@@ -139,9 +139,7 @@ impl Pass<'_> {
             self.layout,
             layer.heads,
             self.model.decoder.precision,
-            &state.qkv,
-            &state.attention,
-            &state.lse,
+            (&state.qkv, &state.attention, &state.lse),
             &b.d_inner,
             &mut b.d_wide,
         );
