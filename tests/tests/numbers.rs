@@ -429,7 +429,7 @@ fn a_memory_budget_makes_it_slower_not_other() {
     let prompt =
         |i: usize, tokens: usize| row(&format!("{i} {}", "8".repeat(tokens)), &"9".repeat(500));
     let mut rows: Vec<Value> = (0..12).map(|i| prompt(i, 500)).collect();
-    rows.insert(6, prompt(99, 6000));
+    rows.insert(6, prompt(99, 7500));
     for tool in TOOLS {
         let rows = of(tool, rows.clone());
         let run = |budget: &str| {
