@@ -46,6 +46,6 @@ def gemm_rates():
     for part, dtype in (("bfloat16", "bf16"), ("float32", "f32")):
         block = re.search(rf"[├╰]─ {part}\b(.*?)(?:\n[├╰]─ \w|\Z)", text, re.S).group(1)
         # The third figure of a line of rates is that of the median time.
-        medians = [re.findall(r"([\d.]+) Gitem/s", line) for line in block.splitlines()]
-        rates[dtype] = max(float(found[2]) for found in medians if len(found) >= 3) * 1e9
+        lines = [re.findall(r"([\d.]+) ([GT])item/s", line) for line in block.splitlines()]
+        rates[dtype] = max(float(found[2][0]) * {"G": 1e9, "T": 1e12}[found[2][1]] for found in lines if len(found) == 4)
     return rates
