@@ -19,10 +19,14 @@ thread_local! {
     static BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether there is a team. One is enough: it takes all threads of the pool but one, and two that wait for a loop of
+/// the pool's would wait for each other.
+static THERE: AtomicBool = AtomicBool::new(false);
+
 /// Runs `f` with the pool's threads standing by for the loops in it.
 pub fn with<R>(f: impl FnOnce() -> R) -> R {
     let threads = rayon::current_num_threads();
-    if threads == 1 || !LED.get().is_null() {
+    if threads == 1 || THERE.swap(true, Ordering::AcqRel) {
         return f();
     }
     let team = Team::new(threads);
@@ -80,6 +84,7 @@ impl Drop for Leaves<'_> {
     fn drop(&mut self) {
         LED.set(ptr::null());
         self.0.over.store(true, Ordering::Release);
+        THERE.store(false, Ordering::Release);
     }
 }
 
@@ -232,5 +237,60 @@ impl Waiting {
         } else {
             std::thread::yield_now();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tests may run beside each other, and only one of them has the team then: the others check the pool's loops.
+    fn counts(tasks: usize) -> Vec<usize> {
+        let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        each(tasks, |i| {
+            counts[i].fetch_add(1, Ordering::Relaxed);
+        });
+        counts.into_iter().map(AtomicUsize::into_inner).collect()
+    }
+
+    #[test]
+    fn every_task_runs_once() {
+        with(|| {
+            for tasks in (0..200).chain([MOST_TICKETS, MOST_TICKETS + 1, 200_000]) {
+                assert_eq!(counts(tasks), vec![1; tasks]);
+            }
+        });
+        assert_eq!(counts(1000), vec![1; 1000]);
+    }
+
+    #[test]
+    fn tasks_may_have_loops_and_items_of_their_own() {
+        let mut numbers: Vec<usize> = (0..1000).collect();
+        with(|| {
+            chunks(&mut numbers, 7, |i, part| {
+                assert_eq!(part[0], 7 * i);
+                chunks(part, 2, |_, pair| pair.iter_mut().for_each(|n| *n *= 2));
+                with(|| assert_eq!(counts(3), vec![1; 3]));
+            });
+            let owned: Vec<String> = (0..50).map(|i| i.to_string()).collect();
+            items(owned, |i, text| assert_eq!(text, i.to_string()));
+        });
+        assert!(numbers.iter().enumerate().all(|(i, &n)| n == 2 * i));
+    }
+
+    #[test]
+    fn a_panic_reaches_the_leader_and_the_team_goes_on() {
+        with(|| {
+            for broken in [0, 99] {
+                let result = catch_unwind(|| each(100, |i| assert_ne!(i, broken, "task {i}")));
+                let payload = result.expect_err("one task panics");
+                let said = payload.downcast_ref::<String>().expect("a text");
+                assert!(said.contains(&format!("task {broken}")), "{said}");
+                assert_eq!(counts(100), vec![1; 100]);
+            }
+        });
+        let result = catch_unwind(|| with(|| panic!("outside of loops")));
+        assert!(result.is_err());
+        assert_eq!(with(|| counts(10)), vec![1; 10]);
     }
 }
