@@ -5,7 +5,7 @@
 //! backward pass makes each tile again.
 
 use crate::kernels::attention::Layout;
-use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
+use crate::kernels::gemm::{Left, Mat, Packed, PackedLeft, Threads, Write, matmul, multiply};
 use crate::kernels::{rows, softmax, team};
 use crate::model::{Decoder, Model};
 use anyhow::Result;
@@ -114,10 +114,13 @@ impl Batch {
 /// Σ log p over the tokens of each response, in nats, groups and responses in order.
 pub fn score(decoder: &Decoder, groups: &[Group]) -> Vec<f64> {
     let batch = Batch::new(groups);
-    let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, _| {});
-    let mut normed = vec![];
-    decoder.final_norm(&batch.gather(&hidden, decoder.config.hidden), &mut normed);
-    batch.sums(&target_logps(decoder, &normed, &batch.targets).logps)
+    let found = team::with(|| {
+        let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, _| {});
+        let mut normed = vec![];
+        decoder.final_norm(&batch.gather(&hidden, decoder.config.hidden), &mut normed);
+        target_logps(decoder, &normed, &batch.targets)
+    });
+    batch.sums(&found.logps)
 }
 
 /// What one pass over the LM head finds for each target.
@@ -155,9 +158,11 @@ pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> Targe
     team::chunks(&mut stats, rows, |i, stats| {
         let at = i * rows;
         let normed = &normed[at * width..][..stats.len() * width];
+        let left = packed(decoder, normed, Threads::One);
         let mut logits = LOGITS.take();
         for words in tiles(decoder.config.vocab) {
-            tile(decoder, normed, words.clone(), &mut logits, Threads::One);
+            let rows = (&left, stats.len());
+            tile(decoder, rows, words.clone(), &mut logits, Threads::One);
             let rows = logits.chunks_exact(words.len());
             for ((s, &target), row) in stats.iter_mut().zip(&targets[at..]).zip(rows) {
                 s.add(row);
@@ -220,12 +225,14 @@ pub fn target_logps_backward(
     for (i, (normed, d_normed)) in chunks {
         let at = i * ROWS;
         let mut logits = vec![];
+        let left = packed(decoder, normed, Threads::All);
         let right = Packed::from_columns(
             Mat::new(normed, normed.len() / width, width),
             decoder.precision,
         );
         for words in tiles(decoder.config.vocab) {
-            tile(decoder, normed, words.clone(), &mut logits, Threads::All);
+            let rows_of = (&left, normed.len() / width);
+            tile(decoder, rows_of, words.clone(), &mut logits, Threads::All);
             let n = words.len();
             rows(&mut logits, n, |first, part| {
                 for (r, row) in part.chunks_exact_mut(n).enumerate() {
@@ -320,26 +327,27 @@ fn tiles(vocab: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..(start + WORDS).min(vocab))
 }
 
-/// The logits of all rows for a range of words, `[rows, words]`.
+/// The logits of `rows` packed rows for a range of words, `[rows, words]`.
 fn tile(
     decoder: &Decoder,
-    normed: &[f32],
+    (left, rows): (&PackedLeft, usize),
     words: Range<usize>,
     logits: &mut Vec<f32>,
     threads: Threads,
 ) {
-    let width = decoder.config.hidden;
-    let (count, n) = (normed.len() / width, words.len());
-    logits.resize(count * n, 0.0);
+    let n = words.len();
+    logits.resize(rows * n, 0.0);
     let panels = decoder.head().panel_range(words.start, n);
-    matmul(
-        Left::Rows(Mat::new(normed, count, width)),
-        panels,
-        logits,
-        n,
-        Write::Set,
-        threads,
-    );
+    multiply(left, panels, logits, n, Write::Set, threads);
+}
+
+/// Packs rows that meet the LM head, once for all tiles.
+fn packed(decoder: &Decoder, normed: &[f32], threads: Threads) -> PackedLeft {
+    let width = decoder.config.hidden;
+    let rows = Left::Rows(Mat::new(normed, normed.len() / width, width));
+    let mut left = PackedLeft::default();
+    left.set(rows, decoder.precision, threads);
+    left
 }
 
 #[cfg(test)]
