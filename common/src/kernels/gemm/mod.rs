@@ -1,10 +1,10 @@
 //! Matrix product C (+)= A·Bᵀ: the heart of generation, scoring and training.
 //!
 //! B is stored in panels of [`panel_width`] rows, `[panel][k][width]`, A in blocks of up to 14 rows, `[block][k][rows]`
-//! (up to three rows lie as they are), so that the inner kernel reads both in order and keeps its tile of C in registers over the whole of k. While it works
-//! on some panels it fetches those after them, since weights come from memory. Each element of C is one chain of fused
-//! multiply-adds in the order of k, whatever the sizes, blocks and threads are: a row's result does not depend on the
-//! rows beside it.
+//! (up to three rows lie as they are), so that the inner kernel reads both in order and keeps its tile of C in registers
+//! over the whole of k. While it works on some panels it fetches those after them, since weights come from memory. Each
+//! element of C is one chain of fused multiply-adds in the order of k, whatever the sizes, blocks and threads are: a
+//! row's result does not depend on the rows beside it.
 //!
 //! In bfloat16, 32-bit words hold the pair of elements (k, k+1); products are summed in float32 (`vdpbf16ps`). On a
 //! machine without that instruction the operands are rounded to bfloat16 and multiplied in float32.

@@ -77,7 +77,13 @@ pub(super) fn pack(
         (Left::Rows(a), false) => rows(a, first, valid, width, out),
         (Left::Columns(a), false) => pack_columns(a, first, valid, width, out),
         (Left::Rows(a), true) => return row_pairs(a, first, valid, width, out),
-        (Left::Columns(a), true) => return column_pairs(a, first, valid, width, out),
+        (Left::Columns(a), true) => {
+            assert!(
+                a.dither.is_none(),
+                "weights in training are packed by their rows"
+            );
+            return column_pairs(a, first, valid, width, out);
+        }
     }
     if precision == Precision::Bf16 {
         round_panel(source, first, valid, width, out);
@@ -135,63 +141,33 @@ pub(super) fn transpose(of: Panels, first: usize, out: &mut [f32]) {
     }
 }
 
-/// A square of pairs turned: `words` lines of 32 rows' words become lines of 32 elements, each of two rows.
-fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: pairs are made only where the instructions are.
-    unsafe {
-        x86::turn_pairs(from, words, out)
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such machine multiplies pairs")
+/// Functions on pairs of bfloat16, which vectors alone make.
+macro_rules! on_pairs {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*);)*) => {$(
+        $(#[$doc])*
+        fn $name($($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: pairs are made only where the instructions are.
+            unsafe {
+                x86::$name($($arg),*)
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            unreachable!("no such machine multiplies pairs")
+        }
+    )*};
 }
 
-/// A row as pairs of bfloat16, `step` words apart.
-fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: pairs are made only where the instructions are.
-    unsafe {
-        x86::pairs_of_row(x, step, out)
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such machine multiplies pairs")
-}
-
-/// Elements as the first halves of their words, the second zero; or as the second, the first left as they are.
-fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: pairs are made only where the instructions are.
-    unsafe {
-        x86::halves_of_column(x, first, line)
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such machine multiplies pairs")
-}
-
-/// Rows as pairs of bfloat16.
-fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: pairs are made only where the instructions are.
-    unsafe {
-        x86::row_pairs(a, first, valid, width, out)
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such machine multiplies pairs")
-}
-
-/// Columns as pairs of bfloat16, to the nearest.
-fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-    assert!(
-        a.dither.is_none(),
-        "weights in training are packed by their rows"
-    );
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: pairs are made only where the instructions are.
-    unsafe {
-        x86::column_pairs(a, first, valid, width, out)
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no such machine multiplies pairs")
+on_pairs! {
+    /// A square of pairs turned: `words` lines of 32 rows' words become lines of 32 elements, each of two rows.
+    fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]);
+    /// A row as pairs of bfloat16, `step` words apart.
+    fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]);
+    /// Elements as the first halves of their words, the second zero; or as the second, the first left as they are.
+    fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]);
+    /// Rows as pairs of bfloat16.
+    fn row_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]);
+    /// Columns as pairs of bfloat16, to the nearest.
+    fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -299,7 +275,8 @@ mod x86 {
         _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, low, high))
     }
 
-    /// Elements whose upper half is the nearest bfloat16. (The instruction for it, `vcvtne2ps2bf16`, is slower.)
+    /// Elements whose upper half is the nearest bfloat16. (The instruction for it, `vcvtne2ps2bf16`, is no
+    /// faster.)
     #[target_feature(enable = "avx512f")]
     fn nearest(x: __m512) -> __m512i {
         let odd = _mm512_and_si512(
