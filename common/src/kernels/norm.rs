@@ -16,6 +16,11 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     });
 }
 
+/// What writes row r of `x`, normalised: an operand that is made row by row.
+pub fn rows_of(x: &[f32], weight: &[f32], eps: f32) -> impl Fn(usize, &mut [f32]) + Sync {
+    move |r, out| row(&x[r * weight.len()..][..weight.len()], weight, eps, out)
+}
+
 /// 1 / √(mean(x²) + ε) of one row.
 pub fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()

@@ -314,10 +314,7 @@ impl Decoder {
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let width = heads.qkv_width();
         fit(&mut state.qkv, positions.len() * width);
-        let (x, hidden) = (&state.x, self.config.hidden);
-        let normed = |r: usize, row: &mut [f32]| {
-            norm::row(&x[r * hidden..][..hidden], &layer.input_norm, eps, row);
-        };
+        let normed = norm::rows_of(&state.x, &layer.input_norm, eps);
         layer.qkv.forward_made(normed, &mut state.qkv, Write::Set);
         if layer.head_norms.is_some() {
             copy(&state.qkv, &mut state.qkv_raw);
@@ -352,9 +349,7 @@ impl Decoder {
         let (hidden, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
         fit(&mut state.gate_up, state.x.len() / hidden * 2 * ffn);
         let middle = &state.middle;
-        let normed = |r: usize, row: &mut [f32]| {
-            norm::row(&middle[r * hidden..][..hidden], &layer.mlp_norm, eps, row);
-        };
+        let normed = norm::rows_of(middle, &layer.mlp_norm, eps);
         let gate_up = &mut state.gate_up;
         layer.gate_up.forward_made(normed, gate_up, Write::Set);
         let inner = |r: usize, row: &mut [f32]| {
