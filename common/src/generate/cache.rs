@@ -1,109 +1,119 @@
-//! Keys and values of a run of tokens, kept as the matrix kernel wants them: growing them is a write, never a copy.
+//! Keys and values of a run of tokens, kept as the kernels want them: growing them is a write, never a copy.
+//!
+//! A step reads the caches of all sequences from memory. A core gets some 40 GB/s from a stream that its prefetcher
+//! follows, 15 GB/s from pieces of a few kilobytes; so a layer's keys and values of one run of tokens lie in one piece, in
+//! the order in which they are read.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::gemm::{Aligned, Panels, Precision, panel_width, put_column, put_row, words};
+use crate::kernels::decoding::{Block, value_stride};
+use crate::kernels::gemm::{Aligned, Precision, panel_width, put_column, put_row, words};
 
-/// One layer's keys and values of one run of tokens, all key heads.
+/// One layer's keys and values of one run of tokens.
 pub struct LayerCache {
-    heads: Vec<HeadCache>,
-    precision: Precision,
+    shape: Shape,
+    /// Blocks of [`panel_width`] tokens.
+    storage: Aligned,
+    tokens: usize,
 }
 
-struct HeadCache {
-    /// Panels of [`panel_width`] tokens, `[panel][word of dim][token]`: for q·Kᵀ.
-    keys: Aligned,
-    /// `[word of token][dim, rounded up to whole panels]`: for P·V.
-    values: Aligned,
-    tokens: usize,
-    dim: usize,
+/// How a block is laid out: head by head, the keys of all its tokens and then the values.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// The layer's heads.
+    pub heads: Heads,
+    /// The format of keys and values.
+    pub precision: Precision,
+}
+
+impl Shape {
+    /// Words of a head's keys in a block.
+    fn keys(self) -> usize {
+        words(self.heads.dim, self.precision) * panel_width()
+    }
+
+    /// Words of a head's values in a block.
+    fn values(self) -> usize {
+        words(panel_width(), self.precision) * value_stride(self.heads.dim)
+    }
+
+    fn head(self) -> usize {
+        self.keys() + self.values()
+    }
+
+    fn blocks(self, tokens: usize) -> usize {
+        tokens.div_ceil(panel_width()) * self.heads.kv * self.head()
+    }
 }
 
 impl LayerCache {
-    /// Nothing yet, for a layer with these heads.
-    pub fn new(heads: Heads, precision: Precision) -> Self {
-        let head = || HeadCache {
-            keys: Aligned::default(),
-            values: Aligned::default(),
-            tokens: 0,
-            dim: heads.dim,
-        };
+    /// Nothing yet, with room for `most` tokens.
+    pub fn new(shape: Shape, most: usize) -> Self {
         Self {
-            heads: (0..heads.kv).map(|_| head()).collect(),
-            precision,
+            shape,
+            storage: Aligned::with_capacity(shape.blocks(most)),
+            tokens: 0,
         }
     }
 
-    /// The bytes that so many tokens take: storage doubles as it grows.
-    pub fn bytes(heads: Heads, precision: Precision, tokens: usize) -> usize {
-        let capacity = tokens.next_power_of_two().max(panel_width());
-        let stride = heads.dim.next_multiple_of(panel_width());
-        let keys = capacity * words(heads.dim, precision);
-        heads.kv * (keys + words(capacity, precision) * stride) * size_of::<f32>()
+    /// The bytes that so many tokens take.
+    pub fn bytes(shape: Shape, tokens: usize) -> usize {
+        shape.blocks(tokens) * size_of::<f32>()
     }
 
     /// Appends a token: its row of the fused projection, after rotation.
-    pub fn push(&mut self, heads: Heads, qkv: &[f32]) {
-        for kv_head in 0..heads.kv {
-            self.push_head(heads, kv_head, qkv);
+    pub fn push(&mut self, qkv: &[f32]) {
+        let (shape, width, at) = (self.shape, panel_width(), self.tokens % panel_width());
+        let Shape { heads, precision } = shape;
+        let stride = value_stride(heads.dim);
+        let start = shape.blocks(self.tokens - at);
+        self.tokens += 1;
+        self.storage.grow(shape.blocks(self.tokens));
+        let block = &mut self.storage.as_mut_slice()[start..];
+        let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
+        let new = (keys.chunks_exact(heads.dim)).zip(values.chunks_exact(heads.dim));
+        for ((key, value), head) in new.zip(block.chunks_exact_mut(shape.head())) {
+            let (keys, values) = head.split_at_mut(shape.keys());
+            put_row(key, precision, width, &mut keys[at..]);
+            let line = (words(at + 1, precision) - 1) * stride;
+            put_column(value, at, precision, &mut values[line..][..stride]);
         }
     }
 
-    /// Appends a token to one head alone.
-    pub fn push_head(&mut self, heads: Heads, kv_head: usize, qkv: &[f32]) {
-        let (keys, values) = qkv[heads.q_width()..].split_at(heads.kv_width());
-        let at = kv_head * heads.dim;
-        self.heads[kv_head].push(
-            &keys[at..][..heads.dim],
-            &values[at..][..heads.dim],
-            self.precision,
-        );
+    /// The heads and the format.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
-    /// The number of tokens of a head.
-    pub fn tokens(&self, kv_head: usize) -> usize {
-        self.heads[kv_head].tokens
+    /// The number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
-    /// The keys of a head as an operand: queries times this are scores.
-    pub fn keys(&self, kv_head: usize) -> Panels<'_> {
-        let head = &self.heads[kv_head];
-        let panel = words(head.dim, self.precision) * panel_width();
-        Panels::strided(
-            head.keys.as_slice(),
-            (head.tokens, head.dim),
-            (panel, panel_width()),
-            self.precision,
-        )
-    }
-
-    /// The values of a head as an operand: weights times this are results.
-    pub fn values(&self, kv_head: usize) -> Panels<'_> {
-        let head = &self.heads[kv_head];
-        Panels::strided(
-            head.values.as_slice(),
-            (head.dim, head.tokens),
-            (panel_width(), head.value_stride()),
-            self.precision,
-        )
-    }
-}
-
-impl HeadCache {
-    fn value_stride(&self) -> usize {
-        self.dim.next_multiple_of(panel_width())
-    }
-
-    fn push(&mut self, key: &[f32], value: &[f32], precision: Precision) {
-        let (width, at, stride) = (panel_width(), self.tokens, self.value_stride());
-        let panel = words(self.dim, precision) * width;
-        let capacity = (at + 1).next_power_of_two().max(width);
-        self.keys.grow(capacity / width * panel);
-        self.values.grow(words(capacity, precision) * stride);
-        let keys = &mut self.keys.as_mut_slice()[at / width * panel..][..panel];
-        put_row(key, precision, width, &mut keys[at % width..]);
-        let line = (words(at + 1, precision) - 1) * stride;
-        let values = &mut self.values.as_mut_slice()[line..];
-        put_column(value, at, precision, values);
-        self.tokens += 1;
+    /// All blocks, in order, and of each one every head. After this cache, `next` will be read.
+    pub fn blocks<'a>(
+        &'a self,
+        next: Option<&'a Self>,
+    ) -> impl Iterator<Item = impl Iterator<Item = Block<'a>>> {
+        let Shape { heads, precision } = self.shape;
+        let storage = self.storage.as_slice();
+        let end = storage.as_ptr_range().end;
+        let next = next.unwrap_or(self).storage.as_slice().as_ptr();
+        let counts = (0..self.tokens).step_by(panel_width());
+        let counts = counts.map(move |first| (self.tokens - first).min(panel_width()));
+        let blocks = storage.chunks_exact(self.shape.blocks(1)).zip(counts);
+        blocks.map(move |(block, tokens)| {
+            block.chunks_exact(self.shape.head()).map(move |head| {
+                let (keys, values) = head.split_at(self.shape.keys());
+                let after = head.as_ptr_range().end;
+                Block {
+                    keys,
+                    values,
+                    tokens,
+                    dim: heads.dim,
+                    precision,
+                    ahead: if after < end { after } else { next },
+                }
+            })
+        })
     }
 }

@@ -1,6 +1,6 @@
 //! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
 
-use super::cache::LayerCache;
+use super::cache::{LayerCache, Shape};
 use super::logits::{Logits, Row};
 use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
@@ -164,10 +164,10 @@ impl<'a> Generator<'a> {
             (prefixes.par_iter_mut())
                 .zip(layout.segments())
                 .for_each(|(prefix, segment)| {
-                    let mut cache = LayerCache::new(heads, self.decoder.precision);
+                    let mut cache = LayerCache::new(self.shape(i), segment.tokens.len());
                     let rows = state.qkv.chunks_exact(heads.qkv_width());
                     (rows.skip(segment.tokens.start).take(segment.tokens.len()))
-                        .for_each(|row| cache.push(heads, row));
+                        .for_each(|row| cache.push(row));
                     prefix.cache.push(cache);
                 });
         });
@@ -221,7 +221,7 @@ impl<'a> Generator<'a> {
                 token_ids: vec![],
                 logp: 0.0,
                 cache: (0..layers)
-                    .map(|i| LayerCache::new(self.decoder.heads(i), self.decoder.precision))
+                    .map(|i| LayerCache::new(self.shape(i), self.longest(request.prompt.len())))
                     .collect(),
             };
             sequence.draw(own.first.row(0), &request.prompt, &self.how);
@@ -262,16 +262,25 @@ impl<'a> Generator<'a> {
 
     /// What a response to a prompt may come to hold: keys, values and logits.
     fn response_bytes(&self, prompt: usize) -> usize {
-        let longest = (self.decoder.config.context.saturating_sub(prompt)).min(self.how.max_tokens);
-        self.cache_bytes(longest) + self.decoder.config.vocab * size_of::<f32>()
+        self.cache_bytes(self.longest(prompt)) + self.decoder.config.vocab * size_of::<f32>()
+    }
+
+    /// The tokens of the longest response to a prompt.
+    fn longest(&self, prompt: usize) -> usize {
+        (self.decoder.config.context.saturating_sub(prompt)).min(self.how.max_tokens)
+    }
+
+    /// Of a layer's caches.
+    fn shape(&self, layer: usize) -> Shape {
+        Shape {
+            heads: self.decoder.heads(layer),
+            precision: self.decoder.precision,
+        }
     }
 
     fn cache_bytes(&self, tokens: usize) -> usize {
         let layers = 0..self.decoder.config.layers;
-        let precision = self.decoder.precision;
-        layers
-            .map(|i| LayerCache::bytes(self.decoder.heads(i), precision, tokens))
-            .sum()
+        (layers.map(|i| LayerCache::bytes(self.shape(i), tokens))).sum()
     }
 
     fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<Finish> {
@@ -500,7 +509,7 @@ mod tests {
         let one = of(0).prompt_bytes(41) + decoder.forward_bytes(41) + of(0).response_bytes(41);
         assert!(of(one).has_room_for(41) && !of(one - 1).has_room_for(41));
         let mut before = 0;
-        for bytes in [0, one, 4 * one, usize::MAX] {
+        for bytes in [0, one, 2 * one, usize::MAX] {
             let (samples, most) = all(&mut of(bytes), requests());
             assert_eq!(samples, expected, "{bytes} bytes");
             assert!(before < most, "{most} at a time in {bytes} bytes");

@@ -4,6 +4,7 @@
 //! sequence's slot is filled at once. What a sequence becomes depends on (seed, prompt's key, sample's number) and on
 //! its own tokens alone, never on what runs beside it.
 
+mod attention;
 mod cache;
 mod engine;
 mod logits;

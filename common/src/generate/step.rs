@@ -1,16 +1,15 @@
 //! One step of some of the running sequences: their last tokens through the model, and a draw from the logits.
 
-use super::cache::LayerCache;
+use super::attention::Rows;
 use super::engine::{Prefix, Sequence};
 use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
-use crate::kernels::attention::Heads;
-use crate::kernels::gemm::{Left, Mat, Panels, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
-use crate::kernels::{softmax, team};
+use crate::kernels::team;
 use crate::model::{Decoder, LayerState};
 use rayon::prelude::*;
+use std::cell::Cell;
 
 /// What all sequences share.
 pub(super) struct Step<'a> {
@@ -87,104 +86,34 @@ impl Step<'_> {
                 (qkv, out) = (left, rest);
             }
         }
-        tasks
-            .into_par_iter()
-            .for_each_init(Scratch::default, |scratch, (members, qkv, out)| {
-                let prefix = &self.group(&members[0]).own.cache[layer];
-                for head in 0..heads.kv {
-                    scratch.attend(heads, head, prefix, (layer, &mut *members), qkv, out);
-                }
-            });
-    }
-}
-
-/// Storage for one key head's attention of some sequences of one group.
-#[derive(Default)]
-struct Scratch {
-    /// `[members, group, dim]`
-    queries: Vec<f32>,
-    /// `[members, group, prompt and past]`
-    scores: Vec<f32>,
-    /// `[members, group, dim]`
-    result: Vec<f32>,
-}
-
-impl Scratch {
-    /// `qkv` `[members, qkv_width]`; writes its columns of `out` `[members, q_width]`.
-    fn attend(
-        &mut self,
-        heads: Heads,
-        kv_head: usize,
-        prefix: &LayerCache,
-        (layer, members): (usize, &mut [Sequence]),
-        qkv: &[f32],
-        out: &mut [f32],
-    ) {
-        let (dim, group) = (heads.dim, heads.group());
-        let width = group * dim; // the query heads of a key head lie side by side
-        let rows = members.len() * group;
-        let seen = prefix.tokens(kv_head);
-        let longest = (members.iter())
-            .map(|m| m.cache[layer].tokens(kv_head) + 1)
-            .max();
-        let stride = seen + longest.unwrap_or(0);
-        self.queries.clear();
-        for row in qkv.chunks_exact(heads.qkv_width()) {
-            let queries = &row[kv_head * width..][..width];
-            self.queries
-                .extend(queries.iter().map(|q| q * heads.scale()));
-        }
-        self.scores.resize(rows * stride, 0.0);
-        let one = |a: Mat, b: Panels, c: &mut [f32], stride, write| {
-            matmul(Left::Rows(a), b, c, stride, write, Threads::One)
-        };
-        let queries = Mat::new(&self.queries, rows, dim);
-        one(
-            queries,
-            prefix.keys(kv_head),
-            &mut self.scores,
-            stride,
-            Write::Set,
-        );
-        for (m, scores) in self.scores.chunks_exact_mut(group * stride).enumerate() {
-            let own = &mut members[m].cache[layer];
-            own.push_head(heads, kv_head, &qkv[m * heads.qkv_width()..]);
-            let queries = Mat::new(&self.queries[m * width..], group, dim);
-            one(
-                queries,
-                own.keys(kv_head),
-                &mut scores[seen..],
-                stride,
-                Write::Set,
-            );
-            let end = seen + own.tokens(kv_head);
-            let start = end.saturating_sub(heads.window.unwrap_or(usize::MAX));
-            for row in scores.chunks_exact_mut(stride) {
-                row[..start].fill(0.0);
-                let visible = &mut row[start..end];
-                let max = softmax::max(visible);
-                let scale = 1.0 / softmax::exp_in_place(visible, max);
-                visible.iter_mut().for_each(|p| *p *= scale);
+        tasks.into_par_iter().for_each(|(members, qkv, out)| {
+            let prefix = &self.group(&members[0]).own.cache[layer];
+            let (shape, seen) = (prefix.shape(), prefix.tokens());
+            let first = |m: &Sequence| {
+                let end = seen + m.cache[layer].tokens() + 1;
+                end.saturating_sub(heads.window.unwrap_or(usize::MAX))
+            };
+            let first: Vec<usize> = members.iter().map(first).collect();
+            let mut rows = ROWS.take();
+            rows.start(shape, qkv);
+            let own = members.first().map(|m| &m.cache[layer]);
+            rows.see(0..members.len(), (prefix, own), |m| first[m]);
+            let mut left = members;
+            for (m, qkv) in qkv.chunks_exact(heads.qkv_width()).enumerate() {
+                let (member, after) = left.split_first_mut().expect("one for each row");
+                let own = &mut member.cache[layer];
+                own.push(qkv);
+                let next = after.first().map(|m| &m.cache[layer]);
+                rows.see(m..m + 1, (own, next), |m| first[m].saturating_sub(seen));
+                left = after;
             }
-        }
-        self.result.resize(rows * dim, 0.0);
-        let weights = Mat::strided(&self.scores, rows, seen, stride);
-        one(
-            weights,
-            prefix.values(kv_head),
-            &mut self.result,
-            dim,
-            Write::Set,
-        );
-        for (m, result) in self.result.chunks_exact_mut(width).enumerate() {
-            let past = &self.scores[m * group * stride + seen..];
-            let own = &members[m].cache[layer];
-            let weights = Mat::strided(past, group, own.tokens(kv_head), stride);
-            one(weights, own.values(kv_head), result, dim, Write::Add);
-        }
-        let columns = out.chunks_exact_mut(heads.q_width());
-        for (out, result) in columns.zip(self.result.chunks_exact(width)) {
-            out[kv_head * width..][..width].copy_from_slice(result);
-        }
+            rows.finish(shape, out);
+            ROWS.set(rows);
+        });
     }
+}
+
+thread_local! {
+    /// The rows that a thread is at; kept, since fresh storage in every layer costs.
+    static ROWS: Cell<Rows> = Cell::default();
 }

@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod decoding;
 pub mod gemm;
 pub mod isa;
 pub mod norm;

@@ -27,6 +27,17 @@ fn exp_low<const FMA: bool>(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
+/// The terms of e^r below the seventh power.
+const TAYLOR: [f32; 7] = [
+    1.0 / 720.0,
+    1.0 / 120.0,
+    1.0 / 24.0,
+    1.0 / 6.0,
+    0.5,
+    1.0,
+    1.0,
+];
+
 /// (p, n) with eˣ = p·2ⁿ; anything where n is no exponent.
 #[inline(always)]
 fn reduced<const FMA: bool>(x: f32) -> (f32, i32) {
@@ -36,8 +47,7 @@ fn reduced<const FMA: bool>(x: f32) -> (f32, i32) {
     let n = shifted - MAGIC;
     let r = fused(n, -0.693_359_4, x);
     let r = fused(n, 2.121_944_4e-4, r); // ln 2 in two parts
-    let taylor = [720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0].map(|factorial: f32| 1.0 / factorial);
-    let p = (taylor.iter()).fold(1.0 / 5040.0, |p, &term| fused(p, r, term));
+    let p = (TAYLOR.iter()).fold(1.0 / 5040.0, |p, &term| fused(p, r, term));
     let n = shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
     (p, n)
 }
@@ -126,6 +136,28 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    //! The exponential for kernels that hold their numbers in vectors.
+    use std::arch::x86_64::*;
+
+    /// As [`exp`](super::exp), for x up to 88: where that gives 0 this gives what float32 has below its normal numbers.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn exp(x: __m512) -> __m512 {
+        let x = _mm512_max_ps(_mm512_set1_ps(-200.0), x); // −∞ would become NaN below; NaN as the second stays
+        let n =
+            _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693_359_4), x);
+        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.121_944_4e-4), r);
+        let mut p = _mm512_set1_ps(1.0 / 5040.0);
+        for term in super::TAYLOR {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
+        }
+        _mm512_scalef_ps(p, n)
+    }
 }
 
 #[cfg(test)]

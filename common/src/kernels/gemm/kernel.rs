@@ -9,11 +9,8 @@ pub(super) struct Tile {
     pub k: usize,
     /// Word p of row i of the block lies at [`place`].
     pub a: *const f32,
-    /// Word p of column j of a panel lies at `p * b_step + j`.
+    /// A panel.
     pub b: *const f32,
-    pub b_step: usize,
-    /// From one panel to the next.
-    pub b_panel: usize,
     pub c: *mut f32,
     pub c_stride: usize,
     pub columns: usize,
@@ -29,46 +26,30 @@ fn place(rows: usize, k: usize, (i, p): (usize, usize)) -> usize {
     if rows <= FEW { i * k + p } else { p * rows + i }
 }
 
-/// How many panels the kernel takes at once for blocks of so many rows. Few rows leave registers free, and their sums
-/// are too few chains to keep the multipliers busy.
-pub(super) fn panels_at_once(block: usize) -> usize {
-    match Isa::current() {
-        Isa::Avx512 { .. } if block <= FEW => 2,
-        _ => 1,
-    }
-}
-
-/// Runs the kernel for blocks of `block` rows and `panels` panels, at most [`panels_at_once`].
+/// Runs the kernel for a block of `block` rows and a panel.
 ///
 /// # Safety
-/// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps of whole panels.
-pub(super) unsafe fn run_kernel(tile: Tile, block: usize, panels: usize, pairs: bool) {
+/// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps.
+pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
     #[cfg(target_arch = "x86_64")]
     use x86::{avx2, avx512, avx512_bf16};
-    macro_rules! by_shape {
-        ($kernel:ident, $($rows:literal by $panels:literal)*) => {
-            match (block, panels) {
+    macro_rules! by_rows {
+        ($kernel:ident, $($rows:literal)*) => {
+            match block {
                 // SAFETY: the caller's promise; the instruction set was detected.
-                $(($rows, $panels) => unsafe { $kernel::<$rows, $panels>(tile) },)*
-                _ => unreachable!("blocks are at most block_rows() high, and panels_at_once() wide"),
+                $($rows => unsafe { $kernel::<$rows>(tile) },)*
+                _ => unreachable!("blocks are at most block_rows() high"),
             }
         };
     }
-    #[cfg(target_arch = "x86_64")]
-    macro_rules! by_shape_512 {
-        ($kernel:ident) => {
-            by_shape!($kernel, 1 by 1 2 by 1 3 by 1 4 by 1 5 by 1 6 by 1 7 by 1 8 by 1 9 by 1 10 by 1 11 by 1 12 by 1
-                13 by 1 14 by 1 1 by 2 2 by 2 3 by 2)
-        };
-    }
     match Isa::current() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 { .. } if pairs => by_shape_512!(avx512_bf16),
+        Isa::Avx512 { .. } if pairs => by_rows!(avx512_bf16, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 { .. } => by_shape_512!(avx512),
+        Isa::Avx512 { .. } => by_rows!(avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => by_shape!(avx2, 1 by 1 2 by 1 3 by 1 4 by 1 5 by 1 6 by 1),
-        _ => by_shape!(portable, 1 by 1 2 by 1 3 by 1 4 by 1),
+        Isa::Avx2 => by_rows!(avx2, 1 2 3 4 5 6),
+        _ => by_rows!(portable, 1 2 3 4),
     }
 }
 
@@ -76,11 +57,11 @@ pub(super) unsafe fn run_kernel(tile: Tile, block: usize, panels: usize, pairs: 
 ///
 /// # Safety
 /// As [`run_kernel`], with `R` the block's rows.
-unsafe fn portable<const R: usize, const ONE: usize>(t: Tile) {
+unsafe fn portable<const R: usize>(t: Tile) {
     let mut sums = [[0.0f32; 16]; R];
     for p in 0..t.k {
         // SAFETY: B has k steps of 16 words.
-        let b = unsafe { &*t.b.add(p * t.b_step).cast::<[f32; 16]>() };
+        let b = unsafe { &*t.b.add(p * 16).cast::<[f32; 16]>() };
         for (i, sum) in sums.iter_mut().enumerate() {
             // SAFETY: A has k × R words.
             let x = unsafe { *t.a.add(place(R, t.k, (i, p))) };
@@ -109,7 +90,7 @@ unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    //! The kernels on x86-64 vectors: `R` rows by `P` panels of two registers, one broadcast of A per row and step.
+    //! The kernels on x86-64 vectors: `R` rows by two registers, one broadcast of A per row and step.
     use super::{Tile, place, write_rows};
     use std::arch::x86_64::*;
 
@@ -122,8 +103,8 @@ mod x86 {
             /// # Safety
             /// As [`super::run_kernel`], with `R` the block's rows; needs the instructions.
             #[target_feature(enable = $features)]
-            pub unsafe fn $name<const R: usize, const P: usize>(t: Tile) {
-                let mut sums = [[[$zero(); 2]; P]; R];
+            pub unsafe fn $name<const R: usize>(t: Tile) {
+                let mut sums = [[$zero(); 2]; R];
                 let mut ahead = t.ahead;
                 if t.add {
                     // What the sums are added to is read last: gradients come from memory, too.
@@ -139,17 +120,12 @@ mod x86 {
                     for p in start..(start + t.ahead_every).min(t.k) {
                         // SAFETY: A has k × R words, each panel of B k steps of two vectors.
                         unsafe {
-                            let b = t.b.add(p * t.b_step);
-                            let mut columns = [[$zero(); 2]; P];
-                            for j in 0..P {
-                                let b = b.add(j * t.b_panel);
-                                columns[j] = [$load(b), $load(b.add($lanes))];
-                            }
+                            let b = t.b.add(p * 2 * $lanes);
+                            let columns = [$load(b), $load(b.add($lanes))];
                             for i in 0..R {
                                 let x = $broadcast(*t.a.add(place(R, t.k, (i, p))));
-                                for j in 0..P {
-                                    sums[i][j][0] = $multiply(x, columns[j][0], sums[i][j][0]);
-                                    sums[i][j][1] = $multiply(x, columns[j][1], sums[i][j][1]);
+                                for j in 0..2 {
+                                    sums[i][j] = $multiply(x, columns[j], sums[i][j]);
                                 }
                             }
                         }
@@ -196,38 +172,32 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_masked<const R: usize, const P: usize>(sums: &[[[__m512; 2]; P]; R], t: Tile) {
+    unsafe fn write_masked<const R: usize>(sums: &[[__m512; 2]; R], t: Tile) {
         let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, &[mut x, mut y]) in sums.iter().enumerate() {
-                let columns = t.columns.saturating_sub(32 * j);
-                let (m0, m1) = (mask(columns), mask(columns.saturating_sub(16)));
-                let c = t.c.wrapping_add(i * t.c_stride + 32 * j);
-                let high = c.wrapping_add(16);
-                // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
-                unsafe {
-                    if t.add {
-                        x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
-                        y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
-                    }
-                    _mm512_mask_storeu_ps(c, m0, x);
-                    _mm512_mask_storeu_ps(high, m1, y);
+        let (m0, m1) = (mask(t.columns), mask(t.columns.saturating_sub(16)));
+        for (i, &[mut x, mut y]) in sums.iter().enumerate() {
+            let c = t.c.wrapping_add(i * t.c_stride);
+            let high = c.wrapping_add(16);
+            // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
+            unsafe {
+                if t.add {
+                    x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
+                    y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
                 }
+                _mm512_mask_storeu_ps(c, m0, x);
+                _mm512_mask_storeu_ps(high, m1, y);
             }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    unsafe fn write_copied<const R: usize, const ONE: usize>(
-        sums: &[[[__m256; 2]; ONE]; R],
-        t: Tile,
-    ) {
+    unsafe fn write_copied<const R: usize>(sums: &[[__m256; 2]; R], t: Tile) {
         let mut copied = [[0.0f32; 16]; R];
         for (copied, sums) in copied.iter_mut().zip(sums) {
             // SAFETY: each row of `copied` holds 16 floats.
             unsafe {
-                _mm256_storeu_ps(copied.as_mut_ptr(), sums[0][0]);
-                _mm256_storeu_ps(copied.as_mut_ptr().add(8), sums[0][1]);
+                _mm256_storeu_ps(copied.as_mut_ptr(), sums[0]);
+                _mm256_storeu_ps(copied.as_mut_ptr().add(8), sums[1]);
             }
         }
         // SAFETY: the caller's promise on C.

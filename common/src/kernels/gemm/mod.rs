@@ -18,7 +18,7 @@ pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;
 use super::{fit, team};
-use kernel::{Tile, panels_at_once, run_kernel};
+use kernel::{Tile, run_kernel};
 use pack::{pack_left, paired, sixteen_bits};
 use std::cell::Cell;
 use std::ops::Range;
@@ -317,26 +317,20 @@ impl Product<'_> {
     }
 
     fn tiles(&self, blocks: Range<usize>, panels: Range<usize>) {
-        // What is fetched ahead comes panel by panel, and waiting for it is what costs, not too few chains.
-        let at_once = match self.fetched {
-            true => 1,
-            false => panels_at_once(self.rows),
-        };
         for first in panels.clone().step_by(PANELS) {
             let some = first..(first + PANELS).min(panels.end);
             for (i, block) in blocks.clone().enumerate() {
-                for panel in some.clone().step_by(at_once) {
-                    let these = panel..(panel + at_once).min(some.end);
-                    self.tile(block, these, some.len(), (i, blocks.len()));
+                for panel in some.clone() {
+                    self.tile(block, panel, some.len(), (i, blocks.len()));
                 }
             }
         }
     }
 
-    /// One call of the kernel, which fetches the i-th of `parts` parts of the panel that lies `ahead` after these.
-    fn tile(&self, block: usize, panels: Range<usize>, ahead: usize, (i, parts): (usize, usize)) {
+    /// One call of the kernel, which fetches the i-th of `parts` parts of the panel that lies `ahead` after this one.
+    fn tile(&self, block: usize, panel: usize, ahead: usize, (i, parts): (usize, usize)) {
         let width = panel_width();
-        let (first, left) = (block * self.rows, panels.start * width);
+        let (first, left) = (block * self.rows, panel * width);
         let rows = self.rows.min(self.m - first);
         let a = &self.a[first * self.k..][..rows * self.k];
         let lines = match self.fetched {
@@ -344,22 +338,20 @@ impl Product<'_> {
             false => 1,
         };
         // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `rows` × k
-        // words here, each panel of B k steps of `width`, C `rows` × `columns`.
+        // words here, a panel of B k steps of `width`, C `rows` × `columns`.
         unsafe {
             let tile = Tile {
                 k: self.k,
                 a: a.as_ptr(),
-                b: self.b.panel(panels.start).as_ptr(),
-                b_step: self.b.step(),
-                b_panel: self.b.panel_stride(),
+                b: self.b.panel(panel).as_ptr(),
                 c: self.c.add(first * self.c_stride + left),
                 c_stride: self.c_stride,
-                columns: (panels.len() * width).min(self.b.n() - left),
+                columns: width.min(self.b.n() - left),
                 add: self.write == Write::Add,
-                ahead: (self.b.ahead(panels.start + ahead)).wrapping_add(i * lines * 16),
+                ahead: (self.b.ahead(panel + ahead)).wrapping_add(i * lines * 16),
                 ahead_every: (self.k / lines.max(1)).max(1),
             };
-            run_kernel(tile, rows, panels.len(), paired(self.b.precision()));
+            run_kernel(tile, rows, paired(self.b.precision()));
         }
     }
 }
@@ -368,7 +360,7 @@ impl Product<'_> {
 /// long, and what its fetching would hide is less than what it costs.
 const FETCHED_ROWS: usize = 128;
 
-/// Operands of fewer words, such as a response's keys, come in sooner than they can be asked for.
+/// Operands of fewer words, such as a segment's keys, come in sooner than they can be asked for.
 const FETCHED_WORDS: usize = 1 << 14;
 
 #[cfg(test)]

@@ -21,6 +21,13 @@ impl Aligned {
         Self { lines: Vec::new() }
     }
 
+    /// None yet, with room for `len` elements: memory that is not touched before it is needed.
+    pub fn with_capacity(len: usize) -> Self {
+        Self {
+            lines: Vec::with_capacity(len.div_ceil(16)),
+        }
+    }
+
     /// Zeroed storage for at least `len` elements.
     pub fn zeroed(len: usize) -> Self {
         Self {
@@ -163,7 +170,6 @@ impl Packed {
             n,
             k: self.k,
             panel_stride: panel,
-            row_stride: width,
             precision: self.precision,
         }
     }
@@ -176,7 +182,7 @@ impl Packed {
             "a pair would be cut"
         );
         let all = self.panels();
-        let skipped = words(part.start, self.precision) * all.row_stride;
+        let skipped = words(part.start, self.precision) * panel_width();
         Panels {
             data: &all.data[skipped.min(all.data.len())..],
             k: part.len(),
@@ -204,43 +210,18 @@ impl Packed {
     }
 }
 
-/// A borrowed right operand in panels: a [`Packed`], a part of it, or a key/value cache that keeps this layout.
+/// A borrowed right operand in panels: a [`Packed`] or a part of it. Word w of row r (see [`words`]) lies at
+/// `r / width * panel_stride + w * width + r % width`.
 #[derive(Clone, Copy)]
 pub struct Panels<'a> {
     data: &'a [f32],
     n: usize,
     k: usize,
     panel_stride: usize,
-    row_stride: usize,
     precision: Precision,
 }
 
 impl<'a> Panels<'a> {
-    /// An operand of `n` rows and sums of length `k`: word w of row r (see [`words`]) lies at
-    /// `r / width * panel_stride + w * row_stride + r % width`. The data must reach to the end of the last panel.
-    pub fn strided(
-        data: &'a [f32],
-        (n, k): (usize, usize),
-        (panel_stride, row_stride): (usize, usize),
-        precision: Precision,
-    ) -> Self {
-        let width = panel_width();
-        if n > 0 && k > 0 {
-            let end = (n.div_ceil(width) - 1) * panel_stride
-                + (words(k, precision) - 1) * row_stride
-                + width;
-            assert!(end <= data.len(), "panels past their data");
-        }
-        Self {
-            data,
-            n,
-            k,
-            panel_stride,
-            row_stride,
-            precision,
-        }
-    }
-
     pub(super) fn n(&self) -> usize {
         self.n
     }
@@ -253,16 +234,6 @@ impl<'a> Panels<'a> {
         self.precision
     }
 
-    /// Words between the steps of k.
-    pub(super) fn step(&self) -> usize {
-        self.row_stride
-    }
-
-    /// Words from one panel to the next.
-    pub(super) fn panel_stride(&self) -> usize {
-        self.panel_stride
-    }
-
     /// What a panel's first word begins.
     pub(super) fn panel(&self, i: usize) -> &'a [f32] {
         &self.data[i * self.panel_stride..]
@@ -273,13 +244,8 @@ impl<'a> Panels<'a> {
         self.data.as_ptr().wrapping_add(i * self.panel_stride)
     }
 
-    /// The cache lines of a panel that lies in one piece, else none.
+    /// The cache lines of a panel.
     pub(super) fn panel_lines(&self) -> usize {
-        let whole = self.row_stride == panel_width();
-        if whole {
-            words(self.k, self.precision) * panel_width() / 16
-        } else {
-            0
-        }
+        words(self.k, self.precision) * panel_width() / 16
     }
 }
