@@ -70,28 +70,28 @@ unsafe fn portable<const R: usize>(t: Tile) {
             }
         }
     }
-    // SAFETY: the caller's promise on C.
-    unsafe { write_rows(&sums, t) }
+    for (i, sum) in sums.iter().enumerate() {
+        // SAFETY: the caller's promise on C.
+        unsafe { write_row(sum, i, t) }
+    }
 }
 
 /// Stores the sums of 16 columns through a plain loop, for kernels without masked stores.
 ///
 /// # Safety
-/// C must hold `rows` × `columns` at its stride.
-unsafe fn write_rows<const R: usize>(sums: &[[f32; 16]; R], t: Tile) {
-    for (i, sum) in sums.iter().enumerate() {
-        // SAFETY: the caller's promise.
-        let row = unsafe { std::slice::from_raw_parts_mut(t.c.add(i * t.c_stride), t.columns) };
-        for (c, &s) in row.iter_mut().zip(sum) {
-            *c = if t.add { *c + s } else { s };
-        }
+/// C must hold so many columns in this row.
+unsafe fn write_row(sums: &[f32; 16], row: usize, t: Tile) {
+    // SAFETY: the caller's promise.
+    let c = unsafe { std::slice::from_raw_parts_mut(t.c.add(row * t.c_stride), t.columns) };
+    for (c, &sum) in c.iter_mut().zip(sums) {
+        *c = if t.add { *c + sum } else { sum };
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! The kernels on x86-64 vectors: `R` rows by two registers, one broadcast of A per row and step.
-    use super::{Tile, place, write_rows};
+    use super::{Tile, place, write_row};
     use std::arch::x86_64::*;
 
     /// The loop over k, which all of these share: what differs are the vectors and how they are multiplied.
@@ -131,8 +131,10 @@ mod x86 {
                         }
                     }
                 }
-                // SAFETY: the caller's promise on C.
-                unsafe { $write(&sums, t) }
+                for (i, [low, high]) in sums.into_iter().enumerate() {
+                    // SAFETY: the caller's promise on C.
+                    unsafe { $write(low, high, i, t) }
+                }
             }
         };
     }
@@ -171,36 +173,35 @@ mod x86 {
         _mm512_dpbf16_ps(sum, pairs(x), pairs(y))
     }
 
+    /// Row by row: a function that is given all sums would have them in memory, if it is not inlined, and then they are
+    /// written there in every step.
+    #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_masked<const R: usize>(sums: &[[__m512; 2]; R], t: Tile) {
+    unsafe fn write_masked(mut low: __m512, mut high: __m512, row: usize, t: Tile) {
         let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
         let (m0, m1) = (mask(t.columns), mask(t.columns.saturating_sub(16)));
-        for (i, &[mut x, mut y]) in sums.iter().enumerate() {
-            let c = t.c.wrapping_add(i * t.c_stride);
-            let high = c.wrapping_add(16);
-            // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
-            unsafe {
-                if t.add {
-                    x = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), x);
-                    y = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, high), y);
-                }
-                _mm512_mask_storeu_ps(c, m0, x);
-                _mm512_mask_storeu_ps(high, m1, y);
+        let c = t.c.wrapping_add(row * t.c_stride);
+        let next = c.wrapping_add(16);
+        // SAFETY: masked lanes are not touched, and C holds `rows` × `columns`.
+        unsafe {
+            if t.add {
+                low = _mm512_add_ps(_mm512_maskz_loadu_ps(m0, c), low);
+                high = _mm512_add_ps(_mm512_maskz_loadu_ps(m1, next), high);
             }
+            _mm512_mask_storeu_ps(c, m0, low);
+            _mm512_mask_storeu_ps(next, m1, high);
         }
     }
 
+    #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn write_copied<const R: usize>(sums: &[[__m256; 2]; R], t: Tile) {
-        let mut copied = [[0.0f32; 16]; R];
-        for (copied, sums) in copied.iter_mut().zip(sums) {
-            // SAFETY: each row of `copied` holds 16 floats.
-            unsafe {
-                _mm256_storeu_ps(copied.as_mut_ptr(), sums[0]);
-                _mm256_storeu_ps(copied.as_mut_ptr().add(8), sums[1]);
-            }
+    unsafe fn write_copied(low: __m256, high: __m256, row: usize, t: Tile) {
+        let mut copied = [0.0f32; 16];
+        // SAFETY: 16 floats; the caller's promise on C.
+        unsafe {
+            _mm256_storeu_ps(copied.as_mut_ptr(), low);
+            _mm256_storeu_ps(copied.as_mut_ptr().add(8), high);
+            write_row(&copied, row, t);
         }
-        // SAFETY: the caller's promise on C.
-        unsafe { write_rows(&copied, t) }
     }
 }
