@@ -4,7 +4,10 @@
 //! `cargo bench -p common` prints for each shape the time and the rate in items/s; an item is one FLOP.
 
 use common::kernels::attention::{self, Heads, Layout};
-use common::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use common::kernels::decoding::{self, value_stride};
+use common::kernels::gemm::{
+    Left, Mat, Packed, Precision, Threads, Write, matmul, panel_width, words,
+};
 use common::kernels::softmax;
 use divan::Bencher;
 use divan::counter::ItemsCount;
@@ -117,6 +120,45 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
         } else {
             let (mut out, mut lse) = (out.clone(), lse.clone());
             attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
+        }
+    });
+}
+
+/// Attention of a decoding step over its sequences' own keys and values, which come from memory: 64 sequences, 30 layers,
+/// 64 tokens each. An item is a byte of them.
+#[divan::bench(args = [Precision::F32, Precision::Bf16])]
+fn decoding_attention(bencher: Bencher, precision: Precision) {
+    const DIM: usize = 64;
+    let (width, stride) = (panel_width(), value_stride(DIM));
+    let (keys, values) = (
+        words(DIM, precision) * width,
+        words(width, precision) * stride,
+    );
+    let blocks = 64 * 30 * 3 * 64 / width;
+    let cache = vec![0.5f32; blocks * (keys + values)];
+    let queries = vec![0.1; 3 * words(DIM, precision)];
+    let mut weighted = vec![0.0; 3 * stride];
+    let bytes = ItemsCount::new(size_of_val(&cache[..]));
+    bencher.counter(bytes).bench_local(|| {
+        for block in cache.chunks_exact(keys + values) {
+            let after = block.as_ptr_range().end;
+            let (keys, values) = block.split_at(keys);
+            let rows = decoding::Rows {
+                queries: &queries,
+                visible: &[u32::MAX; 3],
+                max: &mut [f32::NEG_INFINITY; 3],
+                sum: &mut [0.0; 3],
+                weighted: &mut weighted,
+            };
+            let block = decoding::Block {
+                keys: decoding::Keys::Panel(keys),
+                values,
+                tokens: width,
+                dim: DIM,
+                precision,
+                ahead: after,
+            };
+            decoding::see(rows, block);
         }
     });
 }

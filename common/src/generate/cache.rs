@@ -5,8 +5,10 @@
 //! the order in which they are read.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::decoding::{Block, value_stride};
-use crate::kernels::gemm::{Aligned, Precision, panel_width, put_column, put_row, words};
+use crate::kernels::decoding::{Block, Keys, value_stride};
+use crate::kernels::gemm::{
+    Aligned, Precision, panel_width, put_column, put_row, turn_words, words,
+};
 
 /// One layer's keys and values of one run of tokens.
 pub struct LayerCache {
@@ -14,9 +16,12 @@ pub struct LayerCache {
     /// Blocks of [`panel_width`] tokens.
     storage: Aligned,
     tokens: usize,
+    /// Those of them whose keys are in panels.
+    in_panels: usize,
 }
 
-/// How a block is laid out: head by head, the keys of all its tokens and then the values.
+/// How a block is laid out: head by head, the keys of all its tokens and then the values. Keys lie token by token, and
+/// are turned into a panel when the block is full.
 #[derive(Clone, Copy)]
 pub struct Shape {
     /// The layer's heads.
@@ -52,6 +57,7 @@ impl LayerCache {
             shape,
             storage: Aligned::with_capacity(shape.blocks(most)),
             tokens: 0,
+            in_panels: 0,
         }
     }
 
@@ -62,10 +68,11 @@ impl LayerCache {
 
     /// Appends a token: its row of the fused projection, after rotation.
     pub fn push(&mut self, qkv: &[f32]) {
-        let (shape, width, at) = (self.shape, panel_width(), self.tokens % panel_width());
+        let (shape, at) = (self.shape, self.tokens % panel_width());
         let Shape { heads, precision } = shape;
-        let stride = value_stride(heads.dim);
+        let (k, stride) = (words(heads.dim, precision), value_stride(heads.dim));
         let start = shape.blocks(self.tokens - at);
+        assert!(self.in_panels <= self.tokens - at, "the cache was closed");
         self.tokens += 1;
         self.storage.grow(shape.blocks(self.tokens));
         let block = &mut self.storage.as_mut_slice()[start..];
@@ -73,10 +80,28 @@ impl LayerCache {
         let new = (keys.chunks_exact(heads.dim)).zip(values.chunks_exact(heads.dim));
         for ((key, value), head) in new.zip(block.chunks_exact_mut(shape.head())) {
             let (keys, values) = head.split_at_mut(shape.keys());
-            put_row(key, precision, width, &mut keys[at..]);
+            put_row(key, precision, 1, &mut keys[at * k..][..k]);
             let line = (words(at + 1, precision) - 1) * stride;
             put_column(value, at, precision, &mut values[line..][..stride]);
         }
+        if at + 1 == panel_width() {
+            self.close();
+        }
+    }
+
+    /// Turns the keys of the last block, too, when no token is to follow.
+    pub fn close(&mut self) {
+        if self.in_panels == self.tokens {
+            return;
+        }
+        let shape = self.shape;
+        let last = shape.blocks(self.tokens) - shape.blocks(1);
+        for head in self.storage.as_mut_slice()[last..].chunks_exact_mut(shape.head()) {
+            let keys = &mut head[..shape.keys()];
+            let rows = keys.to_vec();
+            turn_words(&rows, words(shape.heads.dim, shape.precision), keys);
+        }
+        self.in_panels = self.tokens;
     }
 
     /// The heads and the format.
@@ -98,15 +123,19 @@ impl LayerCache {
         let storage = self.storage.as_slice();
         let end = storage.as_ptr_range().end;
         let next = next.unwrap_or(self).storage.as_slice().as_ptr();
-        let counts = (0..self.tokens).step_by(panel_width());
-        let counts = counts.map(move |first| (self.tokens - first).min(panel_width()));
-        let blocks = storage.chunks_exact(self.shape.blocks(1)).zip(counts);
-        blocks.map(move |(block, tokens)| {
+        let firsts = (0..self.tokens).step_by(panel_width());
+        let blocks = storage.chunks_exact(self.shape.blocks(1)).zip(firsts);
+        blocks.map(move |(block, first)| {
+            let tokens = (self.tokens - first).min(panel_width());
+            let layout = match first < self.in_panels {
+                true => Keys::Panel,
+                false => Keys::Rows,
+            };
             block.chunks_exact(self.shape.head()).map(move |head| {
                 let (keys, values) = head.split_at(self.shape.keys());
                 let after = head.as_ptr_range().end;
                 Block {
-                    keys,
+                    keys: layout(keys),
                     values,
                     tokens,
                     dim: heads.dim,

@@ -168,6 +168,7 @@ impl<'a> Generator<'a> {
                     let rows = state.qkv.chunks_exact(heads.qkv_width());
                     (rows.skip(segment.tokens.start).take(segment.tokens.len()))
                         .for_each(|row| cache.push(row));
+                    cache.close();
                     prefix.cache.push(cache);
                 });
         });

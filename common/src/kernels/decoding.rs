@@ -9,8 +9,8 @@ use super::softmax;
 /// [`words`](super::gemm::words) has them.
 #[derive(Clone, Copy)]
 pub struct Block<'a> {
-    /// `[word of dim][panel_width]`.
-    pub keys: &'a [f32],
+    /// The keys.
+    pub keys: Keys<'a>,
     /// `[word of token][value_stride]`.
     pub values: &'a [f32],
     /// How many tokens it holds; the values of others need not be there.
@@ -20,8 +20,17 @@ pub struct Block<'a> {
     /// The format of the words.
     pub precision: Precision,
     /// What will be read next, laid out like this block: it is asked for meanwhile, line by line, since caches come from
-    /// memory and the processor's own prefetching ends with each page. Any address will do.
+    /// memory, and the processor's own prefetching begins anew with every page. Any address will do.
     pub ahead: *const f32,
+}
+
+/// Keys as they lie.
+#[derive(Clone, Copy)]
+pub enum Keys<'a> {
+    /// `[word of dim][panel_width]`: quickest to read.
+    Panel(&'a [f32]),
+    /// `[token][word of dim]`: quickest to grow, since a key does not touch a line for each of its words.
+    Rows(&'a [f32]),
 }
 
 /// Some queries, and what they have seen so far.
@@ -52,7 +61,11 @@ const MOST: usize = 4;
 pub fn see(rows: Rows, block: Block) {
     let (k, stride) = (words(block.dim, block.precision), value_stride(block.dim));
     let (count, value_words) = (rows.max.len(), words(block.tokens, block.precision));
-    assert!(block.tokens <= panel_width() && block.keys.len() >= k * panel_width());
+    assert!(block.tokens <= panel_width());
+    match block.keys {
+        Keys::Panel(keys) => assert!(keys.len() >= k * panel_width()),
+        Keys::Rows(keys) => assert!(keys.len() >= k * block.tokens),
+    }
     assert!(block.values.len() >= value_words * stride);
     assert!(rows.queries.len() == count * k && rows.weighted.len() == count * stride);
     assert!(rows.visible.len() == count && rows.sum.len() == count);
@@ -96,9 +109,17 @@ multiversion! {
         let (dim, stride) = (block.dim, block.dim.next_multiple_of(WIDTH));
         for (r, query) in rows.queries.chunks_exact(dim).enumerate() {
             let mut scores = [0.0f32; WIDTH];
-            for (&q, keys) in query.iter().zip(block.keys.chunks_exact(WIDTH)) {
-                for (score, &key) in scores.iter_mut().zip(keys) {
-                    *score = if FMA { q.mul_add(key, *score) } else { q * key + *score };
+            match block.keys {
+                Keys::Panel(keys) => {
+                    for (&q, keys) in query.iter().zip(keys.chunks_exact(WIDTH)) {
+                        for (score, &key) in scores.iter_mut().zip(keys) {
+                            *score = if FMA { q.mul_add(key, *score) } else { q * key + *score };
+                        }
+                    }
+                }
+                Keys::Rows(keys) => {
+                    let keys = keys.chunks_exact(dim).take(block.tokens);
+                    (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
                 }
             }
             for (i, score) in scores.iter_mut().enumerate() {
@@ -130,7 +151,7 @@ multiversion! {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::softmax::x86::exp;
-    use super::{Block, Rows, value_stride};
+    use super::{Block, Keys, Rows, value_stride};
     use std::arch::x86_64::*;
 
     const WIDTH: usize = 32;
@@ -145,40 +166,18 @@ mod x86 {
             #[target_feature(enable = $features)]
             pub unsafe fn $name<const R: usize>(rows: Rows, block: Block) {
                 let k = block.dim.div_ceil($per_word);
-                // Even and odd words have sums of their own: few rows are too few chains for the multipliers.
-                let (mut even, mut odd) = ([[_mm512_setzero_ps(); 2]; R], [[_mm512_setzero_ps(); 2]; R]);
-                let (queries, keys) = (rows.queries.as_ptr(), block.keys.as_ptr());
-                let add = |p: usize, sums: &mut [[__m512; 2]; R]| {
+                let scores = match block.keys {
                     // SAFETY: the caller's promise.
-                    unsafe {
-                        let line = keys.add(p * WIDTH);
-                        fetch(block.ahead.wrapping_add(p * WIDTH));
-                        fetch(block.ahead.wrapping_add(p * WIDTH + 16));
-                        let line = [_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16))];
-                        for (r, sums) in sums.iter_mut().enumerate() {
-                            let q = _mm512_set1_ps(*queries.add(r * k + p));
-                            for j in 0..2 {
-                                sums[j] = $multiply(q, line[j], sums[j]);
-                            }
-                        }
-                    }
+                    Keys::Panel(keys) => unsafe { panel::<R>(rows.queries, keys, k, block.ahead) },
+                    // SAFETY: as above.
+                    Keys::Rows(keys) => unsafe { by_token::<R>(rows.queries, keys, k, block) },
                 };
-                for p in (0..k / 2 * 2).step_by(2) {
-                    add(p, &mut even);
-                    add(p + 1, &mut odd);
-                }
-                if k % 2 == 1 {
-                    add(k - 1, &mut even);
-                }
                 let mut factors = [_mm512_setzero_ps(); R];
                 let mut weights = [[0.0f32; WIDTH]; R];
                 let unseen = _mm512_set1_ps(f32::NEG_INFINITY);
                 for r in 0..R {
                     let seen = rows.visible[r];
-                    let score = |j: usize| {
-                        let score = _mm512_add_ps(even[r][j], odd[r][j]);
-                        _mm512_mask_blend_ps((seen >> (16 * j)) as u16, unseen, score)
-                    };
+                    let score = |j: usize| _mm512_mask_blend_ps((seen >> (16 * j)) as u16, unseen, scores[r][j]);
                     let (low, high) = (score(0), score(1));
                     let before = rows.max[r];
                     // Where a score is NaN the sum will be, too: it is computed from the score itself.
@@ -207,6 +206,83 @@ mod x86 {
                     }
                 }
 
+                /// Scores of a panel of keys.
+                #[inline]
+                #[target_feature(enable = $features)]
+                unsafe fn panel<const R: usize>(
+                    queries: &[f32],
+                    keys: &[f32],
+                    k: usize,
+                    ahead: *const f32,
+                ) -> [[__m512; 2]; R] {
+                    // Even and odd words have sums of their own: few rows are too few chains for the multipliers.
+                    let (mut even, mut odd) = ([[_mm512_setzero_ps(); 2]; R], [[_mm512_setzero_ps(); 2]; R]);
+                    let add = |p: usize, sums: &mut [[__m512; 2]; R]| {
+                        fetch(ahead.wrapping_add(p * WIDTH));
+                        fetch(ahead.wrapping_add(p * WIDTH + 16));
+                        // SAFETY: the caller's promise.
+                        unsafe {
+                            let line = keys.as_ptr().add(p * WIDTH);
+                            let line = [_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16))];
+                            for (r, sums) in sums.iter_mut().enumerate() {
+                                let q = _mm512_set1_ps(*queries.as_ptr().add(r * k + p));
+                                for j in 0..2 {
+                                    sums[j] = $multiply(q, line[j], sums[j]);
+                                }
+                            }
+                        }
+                    };
+                    for p in (0..k / 2 * 2).step_by(2) {
+                        add(p, &mut even);
+                        add(p + 1, &mut odd);
+                    }
+                    if k % 2 == 1 {
+                        add(k - 1, &mut even);
+                    }
+                    let mut scores = even;
+                    for r in 0..R {
+                        for j in 0..2 {
+                            scores[r][j] = _mm512_add_ps(even[r][j], odd[r][j]);
+                        }
+                    }
+                    scores
+                }
+
+                /// Scores of keys that lie token by token.
+                #[inline]
+                #[target_feature(enable = $features)]
+                unsafe fn by_token<const R: usize>(
+                    queries: &[f32],
+                    keys: &[f32],
+                    k: usize,
+                    block: Block,
+                ) -> [[__m512; 2]; R] {
+                    let mut scores = [[0.0f32; WIDTH]; R];
+                    for token in 0..block.tokens {
+                        let mut sums = [_mm512_setzero_ps(); R];
+                        for p in (0..k).step_by(16) {
+                            fetch(block.ahead.wrapping_add(token * k + p));
+                            let lanes = ((1u32 << (k - p).min(16)) - 1) as u16;
+                            // SAFETY: the caller's promise; masked lanes are not read.
+                            unsafe {
+                                let key = _mm512_maskz_loadu_ps(lanes, keys.as_ptr().add(token * k + p));
+                                for r in 0..R {
+                                    let query = _mm512_maskz_loadu_ps(lanes, queries.as_ptr().add(r * k + p));
+                                    sums[r] = $multiply(query, key, sums[r]);
+                                }
+                            }
+                        }
+                        for r in 0..R {
+                            scores[r][token] = _mm512_reduce_add_ps(sums[r]);
+                        }
+                    }
+                    // SAFETY: 32 words a row.
+                    scores.map(|row| unsafe {
+                        [_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(16))]
+                    })
+                }
+
+                /// Adds the values by their weights.
                 #[inline]
                 #[target_feature(enable = $features)]
                 unsafe fn weigh<const R: usize, const V: usize>(

@@ -13,7 +13,7 @@ mod kernel;
 mod pack;
 mod packed;
 
-pub use pack::{put_column, put_row, words};
+pub use pack::{put_column, put_row, turn_words, words};
 pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;

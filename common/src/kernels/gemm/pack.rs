@@ -100,6 +100,12 @@ fn rows(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
     strips(a, first, valid, width, out);
 }
 
+/// Rows of words, one after another, as a panel: `[rows, k]` as `[k][panel_width]`.
+pub fn turn_words(from: &[f32], k: usize, out: &mut [f32]) {
+    let count = from.len() / k;
+    rows(Mat::new(from, count, k), 0, count, panel_width(), out);
+}
+
 multiversion! {
     /// The same with narrower vectors: of each row a cache line at a time, which goes to as many lines of the target.
     pub fn strips(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
