@@ -200,9 +200,10 @@ impl Running {
 }
 
 /// Given ∂L/∂(log p) of each target in `d_logps`, sets `d_normed` `[targets, hidden]` and adds the LM head's gradient
-/// to `d_head` `[vocab, hidden]` where it is wanted.
+/// to `d_head` `[vocab, hidden]`, or writes it there, where it is wanted.
 ///
-/// ∂log p(t)/∂logits = onehot(t) − softmax, each tile of it made and used at once.
+/// ∂log p(t)/∂logits = onehot(t) − softmax, each tile of it made and used at once. Words come first, rows second: so
+/// weights are turned once, and the gradient of some words is near while it is added to.
 pub fn target_logps_backward(
     model: Model,
     normed: &[f32],
@@ -210,7 +211,7 @@ pub fn target_logps_backward(
     lse: &[f32],
     d_logps: &[f32],
     d_normed: &mut [f32],
-    mut d_head: Option<&mut [f32]>,
+    mut d_head: Option<(&mut [f32], Write)>,
 ) {
     // Rows per tile of logits.
     const ROWS: usize = 512;
@@ -218,25 +219,26 @@ pub fn target_logps_backward(
     let width = decoder.config.hidden;
     let mut head = Packed::empty(decoder.precision);
     d_normed.fill(0.0);
-    let chunks = normed
-        .chunks(ROWS * width)
-        .zip(d_normed.chunks_mut(ROWS * width))
-        .enumerate();
-    for (i, (normed, d_normed)) in chunks {
-        let at = i * ROWS;
-        let mut logits = vec![];
-        let left = packed(decoder, normed, Threads::All);
-        let right = Packed::from_columns(
-            Mat::new(normed, normed.len() / width, width),
-            decoder.precision,
-        );
-        for words in tiles(decoder.config.vocab) {
-            let rows_of = (&left, normed.len() / width);
+    let chunks: Vec<_> = (normed.chunks(ROWS * width))
+        .map(|normed| {
+            let columns = Mat::new(normed, normed.len() / width, width);
+            (
+                packed(decoder, normed, Threads::All),
+                Packed::from_columns(columns, decoder.precision),
+            )
+        })
+        .collect();
+    let mut logits = vec![];
+    for words in tiles(decoder.config.vocab) {
+        let n = words.len();
+        head.set_transposed(decoder.head(), words.clone());
+        let parts = chunks.iter().zip(d_normed.chunks_mut(ROWS * width));
+        for (i, ((left, right), d_normed)) in parts.enumerate() {
+            let rows_of = (left, d_normed.len() / width);
             tile(decoder, rows_of, words.clone(), &mut logits, Threads::All);
-            let n = words.len();
             rows(&mut logits, n, |first, part| {
                 for (r, row) in part.chunks_exact_mut(n).enumerate() {
-                    let r = at + first + r;
+                    let r = i * ROWS + first + r;
                     softmax::exp_in_place(row, lse[r]);
                     row.iter_mut().for_each(|p| *p *= -d_logps[r]);
                     if words.contains(&(targets[r] as usize)) {
@@ -245,7 +247,6 @@ pub fn target_logps_backward(
                 }
             });
             let d_logits = Mat::new(&logits, logits.len() / n, n);
-            head.set_transposed(decoder.head(), words.clone());
             matmul(
                 Left::Rows(d_logits),
                 head.panels(),
@@ -254,14 +255,15 @@ pub fn target_logps_backward(
                 Write::Add,
                 Threads::All,
             );
-            if let Some(d_head) = &mut d_head {
+            if let Some((d_head, first)) = &mut d_head {
                 let target = &mut d_head[words.start * width..];
+                let write = if i == 0 { *first } else { Write::Add };
                 matmul(
                     Left::Columns(d_logits),
                     right.panels(),
                     target,
                     width,
-                    Write::Add,
+                    write,
                     Threads::All,
                 );
             }
@@ -461,20 +463,18 @@ mod tests {
         for (range, c) in pass.batch.responses.iter().zip(coefficients) {
             d_logps[range.clone()].fill(*c);
         }
-        let mut sum = vec![0.0; params.len];
+        let mut sum = vec![f32::NAN; params.len]; // what was there does not matter
+        let mut gradients = Gradients::Full {
+            params,
+            flat: &mut sum,
+            fresh: false,
+        };
+        gradients.begin();
         let model = Model {
             decoder: &decoder,
             params,
         };
-        pass.backward(
-            model,
-            &d_logps,
-            &mut Gradients::Full {
-                params,
-                flat: &mut sum,
-            },
-            &mut workspace,
-        );
+        pass.backward(model, &d_logps, &mut gradients, &mut workspace);
         sum
     }
 

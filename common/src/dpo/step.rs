@@ -81,7 +81,7 @@ impl Limits {
     }
 }
 
-/// Adds the gradient of the mean loss over `pairs` to `gradients` and returns the sums of its metrics.
+/// Makes the gradient of the mean loss over `pairs` in `gradients` and returns the sums of its metrics.
 pub fn accumulate(
     model: Model,
     objective: &Objective,
@@ -92,8 +92,10 @@ pub fn accumulate(
 ) -> Sums {
     let mean = Mean::new(objective, pairs);
     let mut sums = Sums::default();
+    gradients.begin();
     for part in parts(pairs, limits.tokens) {
         team::with(|| accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums));
+        gradients.passed();
     }
     sums
 }

@@ -340,15 +340,16 @@ impl Trainer {
     pub fn gradient(&self, pairs: &[&Pair]) -> (Sums, Vec<f32>) {
         let mut gradient = vec![0.0; self.gradient.len()];
         let mut workspace = Workspace::new(self.decoder.precision);
-        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
+        let sums = self.fill_gradient(pairs, &mut gradient, &mut workspace);
         (sums, gradient)
     }
 
-    fn add_gradient(&self, pairs: &[&Pair], flat: &mut [f32], workspace: &mut Workspace) -> Sums {
+    fn fill_gradient(&self, pairs: &[&Pair], flat: &mut [f32], workspace: &mut Workspace) -> Sums {
         let mut gradients = match &self.adapters {
             None => Gradients::Full {
                 params: &self.params,
                 flat,
+                fresh: false,
             },
             Some(a) => Gradients::Lora {
                 lora: &a.lora,
@@ -403,11 +404,10 @@ impl Train for Trainer {
         let mut gradient = std::mem::take(&mut self.gradient);
         let none = Workspace::new(self.decoder.precision);
         let mut workspace = std::mem::replace(&mut self.workspace, none);
-        let sums = self.add_gradient(pairs, &mut gradient, &mut workspace);
+        let sums = self.fill_gradient(pairs, &mut gradient, &mut workspace);
         (self.gradient, self.workspace) = (gradient, workspace);
         let grad_norm = norm(&self.gradient);
         if let Err(broken) = NotFinite::check(step + 1, &sums, grad_norm) {
-            self.gradient.fill(0.0);
             return Err(broken.into());
         }
         let learning_rate = self.settings.learning_rate(step);
@@ -415,10 +415,10 @@ impl Train for Trainer {
         match &mut self.adapters {
             None => self
                 .optimizer
-                .step(&mut self.model, &mut self.gradient, factor, learning_rate),
+                .step(&mut self.model, &self.gradient, factor, learning_rate),
             Some(a) => {
                 self.optimizer
-                    .step(&mut a.values, &mut self.gradient, factor, learning_rate);
+                    .step(&mut a.values, &self.gradient, factor, learning_rate);
                 a.lora.merge(&a.values, &a.base, &mut self.model);
             }
         }

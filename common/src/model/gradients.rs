@@ -12,6 +12,8 @@ pub enum Gradients<'a> {
         params: &'a Params,
         /// The flat buffer, as long as the parameters'.
         flat: &'a mut [f32],
+        /// Whether matrices hold nothing yet, so that their first gradients are written, not added.
+        fresh: bool,
     },
     /// Of the adapters alone.
     Lora {
@@ -25,13 +27,39 @@ pub enum Gradients<'a> {
 }
 
 impl Gradients<'_> {
+    /// Begins a new sum. Of a model's matrices nothing is cleared: that would be another pass over memory, and the first
+    /// backward pass writes them whole.
+    pub fn begin(&mut self) {
+        match self {
+            Self::Full {
+                params,
+                flat,
+                fresh,
+            } => {
+                *fresh = true;
+                let spans = params.spans().into_iter();
+                for span in spans.filter(|span| !params.is_product(span)) {
+                    flat[span.range.clone()].fill(0.0);
+                }
+            }
+            Self::Lora { flat, .. } => flat.fill(0.0),
+        }
+    }
+
+    /// Says that a backward pass is over, to which the next will add.
+    pub fn passed(&mut self) {
+        if let Self::Full { fresh, .. } = self {
+            *fresh = false;
+        }
+    }
+
     /// For y = x·Wᵀ + b: adds dyᵀ·x to the weight's gradient and Σ dy to the bias's. `x` is `[T, in]`, `dy` `[T, out]`.
     /// `right` is storage to pack `x` in.
     pub fn linear(&mut self, matrix: &Matrix, x: &[f32], dy: &[f32], right: &mut Packed) {
         let tokens = x.len() / matrix.cols;
         right.set_columns(Mat::new(x, tokens, matrix.cols));
         match self {
-            Self::Full { flat, .. } => {
+            Self::Full { flat, fresh, .. } => {
                 let dy_columns = Left::Columns(Mat::new(dy, tokens, matrix.rows));
                 let target = &mut flat[matrix.weight.range.clone()];
                 matmul(
@@ -39,7 +67,7 @@ impl Gradients<'_> {
                     right.panels(),
                     target,
                     matrix.cols,
-                    Write::Add,
+                    first(*fresh),
                     Threads::All,
                 );
                 if let Some(bias) = &matrix.bias {
@@ -63,24 +91,21 @@ impl Gradients<'_> {
         }
     }
 
-    /// The LM head's gradient `[vocab, hidden]`, or none where it is not trained.
-    pub fn head(&mut self) -> Option<&mut [f32]> {
+    /// The LM head's gradient `[vocab, hidden]`, and how a pass's first products go into it; none where it is not trained.
+    pub fn head(&mut self) -> Option<(&mut [f32], Write)> {
         match self {
-            Self::Full { params, flat } => Some(
-                &mut flat[params
-                    .head
-                    .as_ref()
-                    .unwrap_or(&params.embedding)
-                    .range
-                    .clone()],
-            ),
+            Self::Full {
+                params,
+                flat,
+                fresh,
+            } => Some((&mut flat[params.head().range.clone()], first(*fresh))),
             Self::Lora { .. } => None,
         }
     }
 
     /// Adds the rows of `dx` `[T, hidden]` to the embeddings of their tokens.
     pub fn embedding(&mut self, tokens: &[u32], dx: &[f32]) {
-        if let Self::Full { params, flat } = self {
+        if let Self::Full { params, flat, .. } = self {
             let table = &mut flat[params.embedding.range.clone()];
             let width = dx.len() / tokens.len();
             for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
@@ -90,5 +115,13 @@ impl Gradients<'_> {
                     .for_each(|(t, d)| *t += d);
             }
         }
+    }
+}
+
+/// How the first of some products goes into a sum.
+fn first(fresh: bool) -> Write {
+    match fresh {
+        true => Write::Set,
+        false => Write::Add,
     }
 }

@@ -107,6 +107,18 @@ impl Params {
         }
     }
 
+    /// The LM head, which may be the embedding.
+    pub fn head(&self) -> &Span {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Whether a span's gradient is a matrix product: that of the matrices and of the LM head.
+    pub fn is_product(&self, span: &Span) -> bool {
+        let matrices = self.layers.iter().flat_map(LayerParams::matrices);
+        let mut products = matrices.map(|m| &m.weight).chain([self.head()]);
+        products.any(|product| product.range == span.range)
+    }
+
     /// All spans, in the order of the flat buffer.
     pub fn spans(&self) -> Vec<&Span> {
         let mut all = vec![&self.embedding];
