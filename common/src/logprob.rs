@@ -271,23 +271,41 @@ pub fn target_logps_backward(
     }
 }
 
-/// Scores many groups on the CPU with at most `limit` tokens in a forward pass; see [`in_parts`].
-pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Vec<Vec<f64>> {
-    in_parts(groups, limit, |part| Ok(score(decoder, part))).expect("a CPU does not fail")
+/// How many tokens run at once.
+#[derive(Clone, Copy, Debug)]
+pub struct PassLimits {
+    /// As many as are worth to be gathered for a forward pass.
+    pub gathered: usize,
+    /// More than these do not fit into the memory; a single longer response is run all the same.
+    pub most: usize,
 }
 
-/// Scores many groups with at most `limit` tokens in a forward pass, `score`; a group of more is cut between its
-/// responses. Gives Σ log p of each response, group by group.
+impl PassLimits {
+    /// Tokens of a pass over responses to one prompt. What is cut off needs the prompt once more: so at most a sixteenth
+    /// of a pass is prompt, where memory allows.
+    fn for_prompt(self, prompt: usize) -> usize {
+        self.gathered.max(16 * prompt).min(self.most)
+    }
+}
+
+/// Scores many groups on the CPU; see [`in_parts`].
+pub fn score_all(decoder: &Decoder, groups: &[Group], limits: PassLimits) -> Vec<Vec<f64>> {
+    in_parts(groups, limits, |part| Ok(score(decoder, part))).expect("a CPU does not fail")
+}
+
+/// Scores many groups, some tokens in a forward pass, `score`; a group of more is cut between its responses. Gives
+/// Σ log p of each response, group by group.
 ///
 /// # Errors
 /// Those of `score`.
 pub fn in_parts(
     groups: &[Group],
-    limit: usize,
+    limits: PassLimits,
     mut score: impl FnMut(&[Group]) -> Result<Vec<f64>>,
 ) -> Result<Vec<Vec<f64>>> {
     let mut parts: Vec<(usize, Group)> = vec![];
     for (i, group) in groups.iter().enumerate() {
+        let limit = limits.for_prompt(group.prompt.len());
         let mut part = Group {
             prompt: group.prompt.clone(),
             responses: vec![],
@@ -310,7 +328,7 @@ pub fn in_parts(
         let mut tokens = 0;
         let fits = rest.iter().take_while(|(_, part)| {
             tokens += part.tokens();
-            tokens <= limit
+            tokens <= limits.gathered.min(limits.most)
         });
         let (now, later) = rest.split_at(fits.count().max(1));
         let batch: Vec<Group> = now.iter().map(|(_, part)| part.clone()).collect();
@@ -431,15 +449,43 @@ mod tests {
                 }
             }
             assert_eq!(together, alone);
-            for limit in [1, 6, 9, 1000] {
-                assert_eq!(
-                    score_all(&decoder, &groups(), limit).concat(),
-                    together,
-                    "at most {limit} tokens at once"
-                );
+            for (gathered, most) in [(1, 1), (6, 6), (9, 9), (1, 1000), (1000, 1000)] {
+                let limits = PassLimits { gathered, most };
+                let found = score_all(&decoder, &groups(), limits).concat();
+                assert_eq!(found, together, "{limits:?}");
             }
             assert_eq!(together[2], 0.0, "an empty response has probability 1");
             assert!(together[0] < -5.0);
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_run_again_only_where_it_costs_little() {
+        let response = vec![3; 50];
+        let groups = |prompt| {
+            vec![Group {
+                prompt: vec![2; prompt],
+                responses: vec![response.clone(); 40],
+            }]
+        };
+        for (prompt, (gathered, most), passes) in [
+            (10, (500, 5000), 5),  // at most 9 responses to a pass
+            (100, (500, 5000), 2), // 30, since 1600 tokens are worth the prompt
+            (100, (500, 500), 5),  // but there is room for 8
+            (400, (500, 5000), 1),
+            (400, (500, 300), 40), // each alone, whatever it takes
+        ] {
+            let limits = PassLimits { gathered, most };
+            let mut found = 0;
+            let scores = in_parts(&groups(prompt), limits, |part| {
+                found += 1;
+                Ok(vec![0.0; part[0].responses.len()])
+            });
+            assert_eq!(
+                (found, scores.unwrap()[0].len()),
+                (passes, 40),
+                "{limits:?}"
+            );
         }
     }
 

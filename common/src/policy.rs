@@ -8,7 +8,7 @@ use crate::generate::{Generate, Generator, Limits, Sampling};
 use crate::jsonl::{FinishReason, Row};
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
-use crate::logprob::{Group, score_all};
+use crate::logprob::{Group, PassLimits, score_all};
 use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
@@ -187,10 +187,13 @@ impl Engine {
     /// # Errors
     /// A GPU that fails or has no room.
     pub fn score(&self, groups: &[Group], longest: usize) -> Result<Vec<Vec<f64>>> {
-        let limit = self.tokens_at_once()?.min(longest);
+        let gathered = self.tokens_at_once()?;
         match self {
-            Self::Cpu(decoder) => Ok(score_all(decoder, groups, limit)),
-            Self::Cuda(decoder) => cuda::score_all(decoder, groups, limit),
+            Self::Cpu(decoder) => {
+                let most = longest;
+                Ok(score_all(decoder, groups, PassLimits { gathered, most }))
+            }
+            Self::Cuda(decoder) => cuda::score_all(decoder, groups, gathered.min(longest)),
         }
     }
 

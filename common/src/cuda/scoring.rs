@@ -5,7 +5,7 @@ use super::args;
 use super::decoder::{Decoder, THREADS};
 use super::device::{Buffer, Device, Launch};
 use crate::kernels::gemm::Precision;
-use crate::logprob::{Batch, Group, in_parts};
+use crate::logprob::{Batch, Group, PassLimits, in_parts};
 use anyhow::Result;
 
 /// Bytes of logits that exist at a time.
@@ -108,7 +108,11 @@ impl Predicting {
 
 /// As [`score`] for many groups, with at most `limit` tokens in a forward pass.
 pub fn score_all(decoder: &Decoder, groups: &[Group], limit: usize) -> Result<Vec<Vec<f64>>> {
-    in_parts(groups, limit, |part| score(decoder, part))
+    let limits = PassLimits {
+        gathered: limit,
+        most: limit,
+    };
+    in_parts(groups, limits, |part| score(decoder, part))
 }
 
 /// log p of each of `count` targets (int32), for `normed` `[count, hidden]`, the hidden states after the last norm.

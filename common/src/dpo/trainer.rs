@@ -5,7 +5,7 @@ use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Limits, Pair, Sums, accumulate};
 use crate::kernels::gemm::Precision;
-use crate::logprob::{Group, score_all};
+use crate::logprob::{Group, PassLimits, score_all};
 use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
 use crate::policy::TOKENS_AT_ONCE;
 use crate::weights::{self, Weights};
@@ -396,7 +396,11 @@ impl Train for Trainer {
     }
 
     fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
-        Ok(score_all(&self.decoder, groups, TOKENS_AT_ONCE))
+        let limits = PassLimits {
+            gathered: TOKENS_AT_ONCE,
+            most: self.limits.state_bytes / self.decoder.forward_bytes(1),
+        };
+        Ok(score_all(&self.decoder, groups, limits))
     }
 
     fn step(&mut self, pairs: &[&Pair], epoch: f64) -> Result<StepMetrics> {
