@@ -143,8 +143,8 @@ fn decoding_attention(bencher: Bencher, precision: Precision) {
         for block in cache.chunks_exact(keys + values) {
             let after = block.as_ptr_range().end;
             let (keys, values) = block.split_at(keys);
-            let rows = decoding::Rows {
-                queries: &queries,
+            let rows = decoding::Queries {
+                words: &queries,
                 visible: &[u32::MAX; 3],
                 max: &mut [f32::NEG_INFINITY; 3],
                 sum: &mut [0.0; 3],

@@ -13,7 +13,7 @@ pub(super) struct Rows {
     count: usize,
     /// `[kv_head][row][words of dim]`, scaled.
     queries: Vec<f32>,
-    /// `[kv_head][row]`; see [`decoding::Rows`].
+    /// `[kv_head][row]`; see [`decoding::Queries`].
     max: Vec<f32>,
     /// `[kv_head][row]`
     sum: Vec<f32>,
@@ -80,8 +80,8 @@ impl Rows {
             for (kv_head, block) in block.enumerate() {
                 let first = self.row(heads.group(), tokens.start, kv_head * heads.group());
                 let count = self.visible.len();
-                let rows = decoding::Rows {
-                    queries: &self.queries[first * k..][..count * k],
+                let rows = decoding::Queries {
+                    words: &self.queries[first * k..][..count * k],
                     visible: &self.visible,
                     max: &mut self.max[first..][..count],
                     sum: &mut self.sum[first..][..count],

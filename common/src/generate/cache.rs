@@ -129,7 +129,7 @@ impl LayerCache {
             let tokens = (self.tokens - first).min(panel_width());
             let layout = match first < self.in_panels {
                 true => Keys::Panel,
-                false => Keys::Rows,
+                false => Keys::ByToken,
             };
             block.chunks_exact(self.shape.head()).map(move |head| {
                 let (keys, values) = head.split_at(self.shape.keys());

@@ -7,7 +7,8 @@ use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
 use crate::kernels::attention::Layout;
 use crate::kernels::rope::Rotary;
-use crate::model::Decoder;
+use crate::kernels::team;
+use crate::model::{Decoder, LayerState};
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -159,19 +160,19 @@ impl<'a> Generator<'a> {
             tokens.extend(prompt);
         }
         let mut prefixes: Vec<Prefix> = together.iter().map(|_| Prefix::default()).collect();
-        let hidden = self.decoder.forward(&layout, &tokens, |i, state| {
-            let heads = self.decoder.heads(i);
-            (prefixes.par_iter_mut())
-                .zip(layout.segments())
-                .for_each(|(prefix, segment)| {
-                    let mut cache = LayerCache::new(self.shape(i), segment.tokens.len());
-                    let rows = state.qkv.chunks_exact(heads.qkv_width());
-                    (rows.skip(segment.tokens.start).take(segment.tokens.len()))
-                        .for_each(|row| cache.push(row));
-                    cache.close();
-                    prefix.cache.push(cache);
-                });
-        });
+        let keep = |i: usize, state: &mut LayerState| {
+            let width = self.decoder.heads(i).qkv_width();
+            let parts = prefixes.iter_mut().zip(layout.segments());
+            team::items(parts.collect(), |_, (prefix, segment)| {
+                let mut cache = LayerCache::new(self.shape(i), segment.tokens.len());
+                (state.qkv.chunks_exact(width).skip(segment.tokens.start))
+                    .take(segment.tokens.len())
+                    .for_each(|row| cache.push(row));
+                cache.close();
+                prefix.cache.push(cache);
+            });
+        };
+        let hidden = team::with(|| self.decoder.forward(&layout, &tokens, keep));
         let width = self.decoder.config.hidden;
         for ((number, mut prefix), segment) in
             together.into_iter().zip(prefixes).zip(layout.segments())
@@ -353,9 +354,13 @@ impl Generate for Generator<'_> {
         let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
         let share = self.running.len().div_ceil(shares);
         self.storage.resize_with(shares, Storage::default);
-        (self.running.par_chunks_mut(share))
-            .zip(&mut self.storage)
-            .for_each(|(running, storage)| step.run(running, storage));
+        if shares == 1 {
+            team::with(|| step.run(&mut self.running, &mut self.storage[0]));
+        } else {
+            (self.running.par_chunks_mut(share))
+                .zip(&mut self.storage)
+                .for_each(|(running, storage)| step.run(running, storage));
+        }
         self.tokens += self.running.len() as u64;
         for i in (0..self.running.len()).rev() {
             if let Some(finish) = self.ended(&self.running[i], stopped) {

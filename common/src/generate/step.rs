@@ -8,7 +8,6 @@ use super::sampler::Sampling;
 use crate::kernels::rope::Rotary;
 use crate::kernels::team;
 use crate::model::{Decoder, LayerState};
-use rayon::prelude::*;
 use std::cell::Cell;
 
 /// What all sequences share.
@@ -86,7 +85,7 @@ impl Step<'_> {
                 (qkv, out) = (left, rest);
             }
         }
-        tasks.into_par_iter().for_each(|(members, qkv, out)| {
+        team::items(tasks, |_, (members, qkv, out)| {
             let prefix = &self.group(&members[0]).own.cache[layer];
             let (shape, seen) = (prefix.shape(), prefix.tokens());
             let first = |m: &Sequence| {

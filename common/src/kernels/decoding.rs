@@ -30,13 +30,13 @@ pub enum Keys<'a> {
     /// `[word of dim][panel_width]`: quickest to read.
     Panel(&'a [f32]),
     /// `[token][word of dim]`: quickest to grow, since a key does not touch a line for each of its words.
-    Rows(&'a [f32]),
+    ByToken(&'a [f32]),
 }
 
 /// Some queries, and what they have seen so far.
-pub struct Rows<'a> {
+pub struct Queries<'a> {
     /// `[rows][words(dim)]`, scaled, in the format of the keys.
-    pub queries: &'a [f32],
+    pub words: &'a [f32],
     /// Of each row, the tokens of the block that it sees: bit i is token i.
     pub visible: &'a [u32],
     /// The largest score so far; −∞ where nothing has been seen.
@@ -52,28 +52,28 @@ pub fn value_stride(dim: usize) -> usize {
     dim.next_multiple_of(panel_width())
 }
 
-/// Rows that the kernel takes at once.
+/// Queries that the kernel takes at once.
 const MOST: usize = 4;
 
 /// Lets rows see a block: what they have is brought to the largest score yet, and the block's part is added (Milakov and
 /// Gimelshein, *Online normalizer calculation for softmax*, algorithm 3). A row's result does not depend on the rows
 /// beside it.
-pub fn see(rows: Rows, block: Block) {
+pub fn see(rows: Queries, block: Block) {
     let (k, stride) = (words(block.dim, block.precision), value_stride(block.dim));
     let (count, value_words) = (rows.max.len(), words(block.tokens, block.precision));
     assert!(block.tokens <= panel_width());
     match block.keys {
         Keys::Panel(keys) => assert!(keys.len() >= k * panel_width()),
-        Keys::Rows(keys) => assert!(keys.len() >= k * block.tokens),
+        Keys::ByToken(keys) => assert!(keys.len() >= k * block.tokens),
     }
     assert!(block.values.len() >= value_words * stride);
-    assert!(rows.queries.len() == count * k && rows.weighted.len() == count * stride);
+    assert!(rows.words.len() == count * k && rows.weighted.len() == count * stride);
     assert!(rows.visible.len() == count && rows.sum.len() == count);
     let mut start = 0;
     while start < count {
         let some = start..(start + MOST).min(count);
-        let part = Rows {
-            queries: &rows.queries[some.start * k..some.end * k],
+        let part = Queries {
+            words: &rows.words[some.start * k..some.end * k],
             visible: &rows.visible[some.clone()],
             max: &mut rows.max[some.clone()],
             sum: &mut rows.sum[some.clone()],
@@ -104,10 +104,10 @@ pub fn see(rows: Rows, block: Block) {
 
 multiversion! {
     /// The same in plain Rust, row by row, for words that hold one element.
-    pub fn plain(rows: Rows, block: Block) {
+    pub fn plain(rows: Queries, block: Block) {
         const WIDTH: usize = 16;
         let (dim, stride) = (block.dim, block.dim.next_multiple_of(WIDTH));
-        for (r, query) in rows.queries.chunks_exact(dim).enumerate() {
+        for (r, query) in rows.words.chunks_exact(dim).enumerate() {
             let mut scores = [0.0f32; WIDTH];
             match block.keys {
                 Keys::Panel(keys) => {
@@ -117,7 +117,7 @@ multiversion! {
                         }
                     }
                 }
-                Keys::Rows(keys) => {
+                Keys::ByToken(keys) => {
                     let keys = keys.chunks_exact(dim).take(block.tokens);
                     (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
                 }
@@ -151,7 +151,8 @@ multiversion! {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::softmax::x86::exp;
-    use super::{Block, Keys, Rows, value_stride};
+    use super::{Block, Keys, Queries, value_stride};
+    use crate::kernels::isa::x86::{fetch, multiply_pairs};
     use std::arch::x86_64::*;
 
     const WIDTH: usize = 32;
@@ -164,13 +165,13 @@ mod x86 {
             /// # Safety
             /// Needs the instructions; the sizes are those that [`super::see`] asserts, with `R` rows.
             #[target_feature(enable = $features)]
-            pub unsafe fn $name<const R: usize>(rows: Rows, block: Block) {
+            pub unsafe fn $name<const R: usize>(rows: Queries, block: Block) {
                 let k = block.dim.div_ceil($per_word);
                 let scores = match block.keys {
                     // SAFETY: the caller's promise.
-                    Keys::Panel(keys) => unsafe { panel::<R>(rows.queries, keys, k, block.ahead) },
+                    Keys::Panel(keys) => unsafe { panel::<R>(rows.words, keys, k, block.ahead) },
                     // SAFETY: as above.
-                    Keys::Rows(keys) => unsafe { by_token::<R>(rows.queries, keys, k, block) },
+                    Keys::ByToken(keys) => unsafe { by_token::<R>(rows.words, keys, k, block) },
                 };
                 let mut factors = [_mm512_setzero_ps(); R];
                 let mut weights = [[0.0f32; WIDTH]; R];
@@ -218,8 +219,8 @@ mod x86 {
                     // Even and odd words have sums of their own: few rows are too few chains for the multipliers.
                     let (mut even, mut odd) = ([[_mm512_setzero_ps(); 2]; R], [[_mm512_setzero_ps(); 2]; R]);
                     let add = |p: usize, sums: &mut [[__m512; 2]; R]| {
-                        fetch(ahead.wrapping_add(p * WIDTH));
-                        fetch(ahead.wrapping_add(p * WIDTH + 16));
+                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * WIDTH));
+                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * WIDTH + 16));
                         // SAFETY: the caller's promise.
                         unsafe {
                             let line = keys.as_ptr().add(p * WIDTH);
@@ -261,7 +262,7 @@ mod x86 {
                     for token in 0..block.tokens {
                         let mut sums = [_mm512_setzero_ps(); R];
                         for p in (0..k).step_by(16) {
-                            fetch(block.ahead.wrapping_add(token * k + p));
+                            fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
                             let lanes = ((1u32 << (k - p).min(16)) - 1) as u16;
                             // SAFETY: the caller's promise; masked lanes are not read.
                             unsafe {
@@ -296,7 +297,7 @@ mod x86 {
                     for p in 0..steps {
                         let mut line = [_mm512_setzero_ps(); V];
                         for j in 0..V {
-                            fetch(ahead.wrapping_add(p * stride + 16 * j));
+                            fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
                             // SAFETY: as above.
                             line[j] = unsafe { _mm512_loadu_ps(values.add(p * stride + 16 * j)) };
                         }
@@ -331,28 +332,10 @@ mod x86 {
         words, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", 1, multiply_words, store_words
     );
 
-    /// Asks for a line.
-    #[inline(always)]
-    fn fetch(word: *const f32) {
-        // SAFETY: a hint. (Newer compilers know that it is safe.)
-        #[allow(unused_unsafe)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(word.cast())
-        };
-    }
-
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn multiply_words(x: __m512, y: __m512, sum: __m512) -> __m512 {
         _mm512_fmadd_ps(x, y, sum)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn multiply_pairs(x: __m512, y: __m512, sum: __m512) -> __m512 {
-        // SAFETY: a vector of words and one of bfloat16 pairs are the same bits.
-        let pairs = |v: __m512| unsafe { std::mem::transmute::<__m512, __m512bh>(v) };
-        _mm512_dpbf16_ps(sum, pairs(x), pairs(y))
     }
 
     #[inline]

@@ -83,3 +83,28 @@ macro_rules! multiversion {
     };
 }
 pub(crate) use multiversion;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    //! What several kernels say with vectors.
+    use std::arch::x86_64::*;
+
+    /// Asks for the line that a word lies in, which may be any address.
+    #[inline(always)]
+    pub fn fetch<const HINT: i32>(word: *const f32) {
+        // SAFETY: a hint. (Newer compilers know that it is safe.)
+        #[allow(unused_unsafe)]
+        unsafe {
+            _mm_prefetch::<HINT>(word.cast())
+        };
+    }
+
+    /// sum + the products of pairs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub fn multiply_pairs(x: __m512, y: __m512, sum: __m512) -> __m512 {
+        // SAFETY: a vector of words and one of bfloat16 pairs are the same bits.
+        let pairs = |v: __m512| unsafe { std::mem::transmute::<__m512, __m512bh>(v) };
+        _mm512_dpbf16_ps(sum, pairs(x), pairs(y))
+    }
+}

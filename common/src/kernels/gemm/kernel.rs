@@ -92,6 +92,7 @@ unsafe fn write_row(sums: &[f32; 16], row: usize, t: Tile) {
 mod x86 {
     //! The kernels on x86-64 vectors: `R` rows by two registers, one broadcast of A per row and step.
     use super::{Tile, place, write_row};
+    use crate::kernels::isa::x86::{fetch, multiply_pairs};
     use std::arch::x86_64::*;
 
     /// The loop over k, which all of these share: what differs are the vectors and how they are multiplied.
@@ -110,12 +111,12 @@ mod x86 {
                     // What the sums are added to is read last: gradients come from memory, too.
                     for i in 0..R {
                         let c = t.c.wrapping_add(i * t.c_stride);
-                        prefetch(c);
-                        prefetch(c.wrapping_add(16));
+                        fetch::<_MM_HINT_T1>(c);
+                        fetch::<_MM_HINT_T1>(c.wrapping_add(16));
                     }
                 }
                 for start in (0..t.k).step_by(t.ahead_every) {
-                    prefetch(ahead);
+                    fetch::<_MM_HINT_T1>(ahead);
                     ahead = ahead.wrapping_add(16);
                     for p in start..(start + t.ahead_every).min(t.k) {
                         // SAFETY: A has k × R words, each panel of B k steps of two vectors.
@@ -154,24 +155,6 @@ mod x86 {
         /// Float32 in half the width.
         avx2, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_copied
     );
-
-    /// Asks for the line that a word lies in, which may be any address.
-    #[inline(always)]
-    fn prefetch(word: *const f32) {
-        // SAFETY: a hint. (Newer compilers know that it is safe.)
-        #[allow(unused_unsafe)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(word.cast())
-        };
-    }
-
-    /// sum + the products of pairs.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn multiply_pairs(x: __m512, y: __m512, sum: __m512) -> __m512 {
-        // SAFETY: a vector of words and one of bfloat16 pairs are the same bits.
-        let pairs = |v: __m512| unsafe { std::mem::transmute::<__m512, __m512bh>(v) };
-        _mm512_dpbf16_ps(sum, pairs(x), pairs(y))
-    }
 
     /// Row by row: a function that is given all sums would have them in memory, if it is not inlined, and then they are
     /// written there in every step.

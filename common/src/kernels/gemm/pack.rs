@@ -180,6 +180,7 @@ on_pairs! {
 mod x86 {
     //! Rows turned into columns with 512-bit vectors.
     use super::{Mat, NOISE};
+    use crate::kernels::isa::x86::fetch;
     use std::arch::x86_64::*;
 
     /// Turns squares of 16 rows by 16 words; what `load` gives of a row past its end must be zero.
@@ -220,21 +221,12 @@ mod x86 {
         ((1u32 << lanes.min(16)) - 1) as u16
     }
 
-    /// Asks for a line of the block that is packed next: in the order of packing it would be a miss each.
-    #[inline(always)]
-    fn fetch(word: *const f32) {
-        // SAFETY: a hint. (Newer compilers know that it is safe.)
-        #[allow(unused_unsafe)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(word.cast())
-        };
-    }
-
-    /// 16 elements of a row from k on; those `ahead` words after them are fetched.
+    /// 16 elements of a row from k on; those `ahead` words after them, which are packed next, are fetched: in the order of
+    /// packing they would be a miss each.
     #[target_feature(enable = "avx512f")]
     fn load_words(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
         let x = &a.row(row)[k.min(a.cols)..];
-        fetch(x.as_ptr().wrapping_add(ahead));
+        fetch::<_MM_HINT_T1>(x.as_ptr().wrapping_add(ahead));
         // SAFETY: masked lanes, past the end, are not read.
         unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
     }
@@ -364,7 +356,7 @@ mod x86 {
         let load = |row: usize, left: usize| match row < a.rows {
             true => {
                 let x = &a.row(row)[first + left.min(valid)..first + valid];
-                fetch(x.as_ptr().wrapping_add(width));
+                fetch::<_MM_HINT_T1>(x.as_ptr().wrapping_add(width));
                 // SAFETY: masked lanes, past the end, are not read.
                 unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
             }
