@@ -78,10 +78,11 @@ cuda-toolkit:
     rm -rf "$home"
     mv "$work/nvidia/cu13" "$home"
 
-# Run every test, those on the real model and on the emulated GPU included
+# Run every test, those on the real model and on the emulated GPU included; kernels with lesser instructions, too
 test: model
     cargo build --release --workspace --features common/cuda-emulated
     cargo test --release --workspace --features common/cuda-emulated
+    for isa in avx512 avx2 portable; do DICE_ISA=$isa cargo test --release --workspace --features common/cuda-emulated --lib; done
 
 # Formatting and lints, as CI checks them
 lint:
