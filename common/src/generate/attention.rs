@@ -45,7 +45,7 @@ impl Rows {
                 .extend(row[..heads.q_width()].iter().map(|q| q * heads.scale()));
             for (head, query) in self.scaled.chunks_exact(heads.dim).enumerate() {
                 let row = self.row(heads.group(), token, head);
-                put_row(query, precision, 1, &mut self.queries[row * k..][..k]);
+                put_row(query, precision, &mut self.queries[row * k..][..k]);
             }
         }
     }
@@ -67,10 +67,10 @@ impl Rows {
         let (k, stride) = (words(heads.dim, precision), value_stride(heads.dim));
         for (i, block) in cache.blocks(next).enumerate() {
             let start = i * panel_width();
+            let count = (cache.tokens() - start).min(panel_width());
             self.visible.clear();
             for token in tokens.clone() {
                 let hidden = first(token).saturating_sub(start);
-                let count = (cache.tokens() - start).min(panel_width());
                 let seen = (1u64 << count) - (1u64 << hidden.min(count));
                 (self.visible).extend(std::iter::repeat_n(seen as u32, heads.group()));
             }

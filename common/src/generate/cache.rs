@@ -80,7 +80,7 @@ impl LayerCache {
         let new = (keys.chunks_exact(heads.dim)).zip(values.chunks_exact(heads.dim));
         for ((key, value), head) in new.zip(block.chunks_exact_mut(shape.head())) {
             let (keys, values) = head.split_at_mut(shape.keys());
-            put_row(key, precision, 1, &mut keys[at * k..][..k]);
+            put_row(key, precision, &mut keys[at * k..][..k]);
             let line = (words(at + 1, precision) - 1) * stride;
             put_column(value, at, precision, &mut values[line..][..stride]);
         }

@@ -27,6 +27,9 @@ fn exp_low<const FMA: bool>(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
+/// −ln 2 in two parts, of which the first has few bits, so that its multiples are exact.
+const MINUS_LN_2: [f32; 2] = [-0.693_359_4, 2.121_944_4e-4];
+
 /// The terms of e^r below the seventh power.
 const TAYLOR: [f32; 7] = [
     1.0 / 720.0,
@@ -45,8 +48,8 @@ fn reduced<const FMA: bool>(x: f32) -> (f32, i32) {
     let fused = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
     let shifted = fused(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = fused(n, -0.693_359_4, x);
-    let r = fused(n, 2.121_944_4e-4, r); // ln 2 in two parts
+    let r = fused(n, MINUS_LN_2[0], x);
+    let r = fused(n, MINUS_LN_2[1], r);
     let p = (TAYLOR.iter()).fold(1.0 / 5040.0, |p, &term| fused(p, r, term));
     let n = shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
     (p, n)
@@ -150,8 +153,8 @@ pub(super) mod x86 {
         let x = _mm512_max_ps(_mm512_set1_ps(-200.0), x); // −∞ would become NaN below; NaN as the second stays
         let n =
             _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
-        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693_359_4), x);
-        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.121_944_4e-4), r);
+        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(super::MINUS_LN_2[0]), x);
+        let r = _mm512_fmadd_ps(n, _mm512_set1_ps(super::MINUS_LN_2[1]), r);
         let mut p = _mm512_set1_ps(1.0 / 5040.0);
         for term in super::TAYLOR {
             p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));

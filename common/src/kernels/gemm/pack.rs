@@ -15,12 +15,12 @@ pub fn words(k: usize, precision: Precision) -> usize {
     if paired(precision) { k.div_ceil(2) } else { k }
 }
 
-/// Writes a row of an operand whose words lie `step` apart.
-pub fn put_row(x: &[f32], precision: Precision, step: usize, out: &mut [f32]) {
+/// Writes a row of an operand, its words one after another.
+pub fn put_row(x: &[f32], precision: Precision, out: &mut [f32]) {
     if paired(precision) {
-        pairs_of_row(x, step, out)
+        pairs_of_row(x, out)
     } else {
-        (out.iter_mut().step_by(step).zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
+        (out.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
     }
 }
 
@@ -46,10 +46,10 @@ pub(super) fn pack_left(source: Left, rows: Range<usize>, precision: Precision, 
     let lines = out.chunks_exact_mut(words(k, precision).max(1));
     for (r, line) in rows.zip(lines) {
         match source {
-            Left::Rows(a) => put_row(a.row(r), precision, 1, line),
+            Left::Rows(a) => put_row(a.row(r), precision, line),
             Left::Columns(a) => {
                 let row: Vec<f32> = (0..k).map(|c| a.row(c)[r]).collect();
-                put_row(&row, precision, 1, line);
+                put_row(&row, precision, line);
             }
         }
     }
@@ -166,8 +166,8 @@ macro_rules! on_pairs {
 on_pairs! {
     /// A square of pairs turned: `words` lines of 32 rows' words become lines of 32 elements, each of two rows.
     fn turn_pairs(from: &[f32], words: usize, out: &mut [f32]);
-    /// A row as pairs of bfloat16, `step` words apart.
-    fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]);
+    /// A row as pairs of bfloat16.
+    fn pairs_of_row(x: &[f32], out: &mut [f32]);
     /// Elements as the first halves of their words, the second zero; or as the second, the first left as they are.
     fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]);
     /// Rows as pairs of bfloat16.
@@ -311,22 +311,14 @@ mod x86 {
 
     /// See [`super::pairs_of_row`].
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub fn pairs_of_row(x: &[f32], step: usize, out: &mut [f32]) {
+    pub fn pairs_of_row(x: &[f32], out: &mut [f32]) {
         let row = Mat::new(x, 1, x.len());
         for k in (0..x.len()).step_by(32) {
             let words = load_pairs(row, 0, k, 0);
             let count = (x.len() - k).div_ceil(2).min(16);
-            let target = &mut out[k / 2 * step..][..(count - 1) * step + 1];
-            if step == 1 {
-                // SAFETY: masked lanes are not touched; the others are in the target.
-                unsafe { _mm512_mask_storeu_ps(target.as_mut_ptr(), mask(count), words) };
-            } else {
-                let mut line = [0.0; 16];
-                // SAFETY: 16 words.
-                unsafe { _mm512_storeu_ps(line.as_mut_ptr(), words) };
-                (target.iter_mut().step_by(step).zip(line))
-                    .for_each(|(target, word)| *target = word);
-            }
+            let target = &mut out[k / 2..][..count];
+            // SAFETY: masked lanes are not touched; the others are in the target.
+            unsafe { _mm512_mask_storeu_ps(target.as_mut_ptr(), mask(count), words) };
         }
     }
 

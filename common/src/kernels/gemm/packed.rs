@@ -28,13 +28,6 @@ impl Aligned {
         }
     }
 
-    /// Zeroed storage for at least `len` elements.
-    pub fn zeroed(len: usize) -> Self {
-        Self {
-            lines: vec![Line([0.0; 16]); len.div_ceil(16)],
-        }
-    }
-
     /// Makes room for `len` elements; what was there stays, new elements are zero.
     pub fn grow(&mut self, len: usize) {
         let lines = len.div_ceil(16);
