@@ -27,9 +27,10 @@ use tensorboard::EventFile;
 
 /// Train a policy with DPO on preference pairs
 ///
-/// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the folder --output (config,
-/// safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it is), with the
-/// optimiser's state beside. One row per step goes to stdout, under TRL's names: loss, rewards/chosen, grad_norm, ...
+/// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the
+/// folder --output (config, safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it
+/// is). The optimiser's state is in checkpoints alone. One row per step goes to stdout, under TRL's names: loss,
+/// rewards/chosen, grad_norm, ...
 ///
 /// The reference is the starting policy unless --ref names another. Its log-probs are taken from the rows where they
 /// were made by that very model (ref_chosen_logps with its fingerprint in "ref", or policy_chosen_logps with it in

@@ -1,7 +1,8 @@
 //! Training checkpoints: a folder that transformers loads, with the optimiser's state and the trainer's beside it.
 //!
 //! While training to DIR, the newest whole checkpoint is `DIR.part/checkpoint-N`; it appears by a rename, and the one
-//! before it goes only then. The last one becomes DIR.
+//! before it goes only then. DIR itself, the result, has no optimiser's state: nobody goes on from there, and the next
+//! round starts with fresh moments.
 
 use super::trainer::{Kept, Settings, State, StepMetrics, Take, Train};
 use crate::chat::Chat;
@@ -76,7 +77,10 @@ impl Writer<'_> {
         let path = folder.join(format!("checkpoint-{}", trainer.steps()));
         if !path.is_dir() {
             let adapters = trainer.settings().lora.is_some();
-            write_aside(&path, |part| self.write(part, trainer, log, adapters))?;
+            write_aside(&path, |part| {
+                self.write(part, trainer, log, adapters)?;
+                write_optimizer(part, trainer)
+            })?;
         }
         for (step, older) in checkpoints(&folder) {
             if step < trainer.steps() {
@@ -116,16 +120,6 @@ impl Writer<'_> {
             trainer.save_model(dir, self.start)?;
         }
         self.chat.save(dir)?;
-        let mut kept = vec![Kept::FirstMoment, Kept::SecondMoment];
-        if trainer.settings().lora.is_some() {
-            kept.push(Kept::Trained); // all weights are in the model's file already
-        }
-        let vectors: Vec<_> = (kept.iter())
-            .map(|kept| (kept.name(), trainer.trained()))
-            .collect();
-        save_vectors(&dir.join(OPTIMIZER), &vectors, |i, take| {
-            trainer.runs(kept[i], take)
-        })?;
         let state = Record {
             run: self.run.clone(),
             global_step: trainer.steps(),
@@ -136,6 +130,20 @@ impl Writer<'_> {
             .with_context(|| format!("cannot write {}", file.display()))?;
         Manifest::new(settings(self.run)).write(&dir.join(IN_FOLDER))
     }
+}
+
+/// What a training that goes on needs besides the model.
+fn write_optimizer(dir: &Path, trainer: &dyn Train) -> Result<()> {
+    let mut kept = vec![Kept::FirstMoment, Kept::SecondMoment];
+    if trainer.settings().lora.is_some() {
+        kept.push(Kept::Trained); // all weights are in the model's file already
+    }
+    let vectors: Vec<_> = (kept.iter())
+        .map(|kept| (kept.name(), trainer.trained()))
+        .collect();
+    save_vectors(&dir.join(OPTIMIZER), &vectors, |i, take| {
+        trainer.runs(kept[i], take)
+    })
 }
 
 /// Brings the trainer to the newest checkpoint of an interrupted run to `output`, if there is one; gives its log.
