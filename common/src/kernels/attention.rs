@@ -4,9 +4,8 @@
 //! a branch's tokens see the whole root and their own past, not their siblings. So K responses cost one pass over the
 //! prompt, and the gradients of all of them meet in it. Scores are formed per block of queries, never for the batch.
 
-use super::gemm::{Left, Mat, Packed, Panels, Precision, Threads, Write, matmul};
-use super::softmax;
-use super::team;
+use super::gemm::{Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, multiply};
+use super::{fit, softmax, team};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -19,6 +18,13 @@ pub struct Segment {
     pub position: usize,
     /// The tokens of the root that it continues; none for a root.
     pub prefix: Option<Range<usize>>,
+}
+
+impl Segment {
+    /// How many tokens its root has, if it continues one.
+    fn prefix_len(&self) -> usize {
+        self.prefix.as_ref().map_or(0, Range::len)
+    }
 }
 
 /// The segments of a batch, in the order of their tokens, which they cover without gaps.
@@ -73,13 +79,6 @@ impl Layout {
             .max()
             .unwrap_or(0)
     }
-
-    /// A root and its branches, group by group.
-    fn groups(&self) -> Vec<&[Segment]> {
-        self.segments
-            .chunk_by(|_, next| next.prefix.is_some())
-            .collect()
-    }
 }
 
 /// The heads of a layer. A row of the fused projection is `[q: heads·dim | k: kv_heads·dim | v: kv_heads·dim]`.
@@ -133,8 +132,20 @@ impl Heads {
 /// Queries are taken in blocks of so many tokens (times the query heads that share a key head).
 const BLOCK: usize = 64;
 
+/// And keys in chunks, so that the scores of a block and a chunk, up to so many, stay in a core's cache.
+const SCORES: usize = 192 * 128;
+
+/// A task is about so many pairs of a query token and a key, so that the threads end together.
+const TASK: usize = 1 << 18;
+
+/// And a segment is cut into that many tasks at most: each packs the keys that it sees.
+const MOST_TASKS: usize = 8;
+
 /// Attention of every token: `qkv` is `[T, qkv_width]` after rotation, `out` `[T, q_width]`, `lse` `[T, query]` receives
 /// the log-sum-exp of each score row for the backward pass. The products' operands have the given precision.
+///
+/// Chunk by chunk of the keys, with an online softmax (Milakov and Gimelshein, *Online normalizer calculation for
+/// softmax*, algorithm 3).
 pub fn forward(
     layout: &Layout,
     heads: Heads,
@@ -145,71 +156,29 @@ pub fn forward(
 ) {
     assert_eq!(qkv.len(), layout.tokens() * heads.qkv_width());
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    let tasks: Vec<_> = layout
-        .segments
-        .iter()
-        .flat_map(|s| (0..heads.kv).map(move |h| (s, h)))
+    let tasks: Vec<_> = parts(&layout.segments)
+        .flat_map(|part| (0..heads.kv).map(move |h| (part.clone(), h)))
         .collect();
-    team::items(tasks, |_, (segment, kv_head)| {
+    team::items(tasks, |_, (part, kv_head)| {
         let side = Side {
             heads,
             kv_head,
             qkv,
         };
         let mut storage = Storage::take(precision);
-        let Storage {
-            prefix,
-            own,
-            scratch,
-        } = &mut storage;
-        let prefix = segment.prefix.as_ref().map(|tokens| {
-            prefix.set_for_forward(side, tokens.clone());
-            &*prefix
-        });
-        own.set_for_forward(side, segment.tokens.clone());
-        for block in blocks(segment) {
-            let view = View {
-                segment,
-                block,
-                prefix,
-                own,
-            };
-            view.gather(
-                side,
-                qkv,
-                0,
-                heads.qkv_width(),
-                heads.scale(),
-                &mut scratch.q,
-            );
-            view.scores(side, scratch);
-            let rows = view.rows(heads);
-            let Scratch {
-                scores,
-                result,
-                log_sums,
-                ..
-            } = &mut *scratch;
-            result.resize(rows * heads.dim, 0.0);
-            log_sums.resize(rows, 0.0);
-            for (r, row) in scores.chunks_exact_mut(view.columns()).enumerate() {
-                let visible = view.visible(heads, r);
-                row[..visible.start].fill(0.0);
-                row[visible.end..].fill(0.0);
-                let row = &mut row[visible];
-                let max = softmax::max(row);
-                let sum = softmax::exp_in_place(row, max);
-                log_sums[r] = max + sum.ln();
-                row.iter_mut().for_each(|p| *p /= sum);
-            }
-            view.weighted_values(heads, scores, result);
-            for r in 0..rows {
-                let (token, head) = view.token_and_head(side, r);
-                // SAFETY: this task alone writes this segment's rows of this key head's query heads.
+        let (sight, scratch) = storage.look(side, &part, Keys::set_for_forward);
+        for block in sight.blocks() {
+            block.attend(side, scratch);
+            for r in 0..block.rows(heads) {
+                let (token, head) = block.token_and_head(side, r);
+                let sum = scratch.sums[r];
+                // SAFETY: this task alone writes this part's rows of this key head's query heads.
                 unsafe {
                     out.slice(token * heads.q_width() + head * heads.dim, heads.dim)
-                        .copy_from_slice(&result[r * heads.dim..][..heads.dim]);
-                    lse.slice(token * heads.query + head, 1)[0] = log_sums[r];
+                        .iter_mut()
+                        .zip(&scratch.result[r * heads.dim..])
+                        .for_each(|(o, x)| *o = x / sum);
+                    lse.slice(token * heads.query + head, 1)[0] = scratch.max[r] + sum.ln();
                 }
             }
         }
@@ -221,8 +190,8 @@ pub fn forward(
 /// [`forward`] read and wrote: `qkv`, `out` and `lse`.
 ///
 /// With P = exp(S − lse), δ = Σ dO∘O: dV = Pᵀ·dO, dS = P∘(dO·Vᵀ − δ), dQ = dS·K·scale, dK = dSᵀ·Q·scale
-/// (FlashAttention-2, algorithm 2). One task per group and key head, so that the sums over branches and query heads
-/// have one order and no two tasks share a target.
+/// (FlashAttention-2, algorithm 2). Each task has sums of its own for the keys that it sees; they are added in the order
+/// of the tasks, whichever ends first.
 pub fn backward(
     layout: &Layout,
     heads: Heads,
@@ -231,147 +200,68 @@ pub fn backward(
     d_out: &[f32],
     d_qkv: &mut [f32],
 ) {
+    let mut sums = SUMS.take();
+    let parts: Vec<_> = parts(&layout.segments).collect();
+    let lens = parts.iter().map(|part| part.keys() * 2 * heads.dim);
+    fit(&mut sums, lens.clone().sum::<usize>() * heads.kv);
+    let mut tasks = vec![];
+    let mut rest = &mut sums[..];
+    for (part, len) in parts.iter().zip(lens) {
+        for kv_head in 0..heads.kv {
+            let (own, others) = rest.split_at_mut(len);
+            tasks.push((part, kv_head, own));
+            rest = others;
+        }
+    }
     let d_qkv = Shared::new(d_qkv);
-    let groups = layout.groups();
-    let tasks: Vec<_> = groups
-        .iter()
-        .flat_map(|g| (0..heads.kv).map(move |h| (*g, h)))
-        .collect();
-    team::items(tasks, |_, (group, kv_head)| {
+    team::items(tasks, |_, (part, kv_head, sums)| {
         let side = Side {
             heads,
             kv_head,
             qkv,
         };
+        sums.fill(0.0);
         let mut storage = Storage::take(precision);
-        let Storage {
-            prefix: root,
-            own,
-            scratch,
-        } = &mut storage;
-        let given = (out, lse, d_out);
-        root.set_for_backward(side, group[0].tokens.clone());
-        for segment in &group[1..] {
-            own.set_for_backward(side, segment.tokens.clone());
-            backward_segment(side, segment, (Some(root), own), given, scratch, &d_qkv);
-            own.scatter(side, &d_qkv);
+        let (sight, scratch) = storage.look(side, part, Keys::set_for_backward);
+        for block in sight.blocks() {
+            block.backward(side, (out, lse, d_out), scratch, sums);
+            for r in 0..block.rows(heads) {
+                let (token, head) = block.token_and_head(side, r);
+                let at = token * heads.qkv_width() + head * heads.dim;
+                // SAFETY: this task alone writes this part's rows of this key head's query heads.
+                let target = unsafe { d_qkv.slice(at, heads.dim) };
+                add_scaled(target, &scratch.result[r * heads.dim..], heads.scale());
+            }
         }
-        backward_segment(side, &group[0], (None, root), given, scratch, &d_qkv);
-        root.scatter(side, &d_qkv);
         storage.give_back();
     });
+    team::each(heads.kv, |kv_head| {
+        let mut rest = &sums[..];
+        for part in &parts {
+            let len = part.keys() * 2 * heads.dim;
+            let own = &rest[kv_head * len..][..len];
+            rest = &rest[heads.kv * len..];
+            for (token, sums) in part.tokens().zip(own.chunks_exact(2 * heads.dim)) {
+                let (d_k, d_v) = sums.split_at(heads.dim);
+                for (at, sums) in [(heads.k_at(kv_head), d_k), (heads.v_at(kv_head), d_v)] {
+                    // SAFETY: one task owns this key head.
+                    let target = unsafe { d_qkv.slice(token * heads.qkv_width() + at, heads.dim) };
+                    add_scaled(target, sums, 1.0);
+                }
+            }
+        }
+    });
+    SUMS.set(sums);
 }
 
-fn backward_segment(
-    side: Side,
-    segment: &Segment,
-    (mut prefix, own): (Option<&mut Keys>, &mut Keys),
-    (out, lse, d_out): (&[f32], &[f32], &[f32]),
-    scratch: &mut Scratch,
-    d_qkv: &Shared,
-) {
-    let heads = side.heads;
-    for block in blocks(segment) {
-        let view = View {
-            segment,
-            block: block.clone(),
-            prefix: prefix.as_deref(),
-            own,
-        };
-        let (rows, columns, seen) = (view.rows(heads), view.columns(), view.prefix_len());
-        view.gather(
-            side,
-            side.qkv,
-            0,
-            heads.qkv_width(),
-            heads.scale(),
-            &mut scratch.q,
-        );
-        view.scores(side, scratch);
-        let Scratch {
-            q,
-            scores,
-            d_o,
-            d_scores,
-            d_q,
-            q_columns,
-            d_o_columns,
-            ..
-        } = &mut *scratch;
-        view.gather(side, d_out, 0, heads.q_width(), 1.0, d_o);
-        d_scores.resize(rows * columns, 0.0);
-        view.products(d_o, heads.dim, |keys| &keys.v_rows, d_scores);
-        for r in 0..rows {
-            let (token, head) = view.token_and_head(side, r);
-            let log_sum = lse[token * heads.query + head];
-            let o = &out[token * heads.q_width() + head * heads.dim..][..heads.dim];
-            let delta = softmax::dot(o, &d_o[r * heads.dim..][..heads.dim]);
-            let visible = view.visible(heads, r);
-            let (p, d) = (
-                &mut scores[r * columns..][..columns],
-                &mut d_scores[r * columns..][..columns],
-            );
-            for hidden in [0..visible.start, visible.end..columns] {
-                p[hidden.clone()].fill(0.0);
-                d[hidden].fill(0.0);
-            }
-            let (p, d) = (&mut p[visible.clone()], &mut d[visible]);
-            softmax::exp_in_place(p, log_sum);
-            d.iter_mut()
-                .zip(p)
-                .for_each(|(d, p)| *d = *p * (*d - delta));
-        }
-        d_q.clear();
-        d_q.resize(rows * heads.dim, 0.0);
-        let own_columns = view.own_len();
-        let add = |a: Mat, b: Panels, out: &mut [f32]| {
-            matmul(Left::Rows(a), b, out, heads.dim, Write::Add, Threads::One);
-        };
-        if let Some(prefix) = view.prefix {
-            add(
-                Mat::strided(d_scores, rows, seen, columns),
-                prefix.k_columns.panels(),
-                d_q,
-            );
-        }
-        add(
-            Mat::strided(&d_scores[seen..], rows, own_columns, columns),
-            view.own.k_columns.sum_range(0..own_columns),
-            d_q,
-        );
-        for r in 0..rows {
-            let (token, head) = view.token_and_head(side, r);
-            // SAFETY: this task alone writes this group's rows of this key head's query heads.
-            let target =
-                unsafe { d_qkv.slice(token * heads.qkv_width() + head * heads.dim, heads.dim) };
-            target
-                .iter_mut()
-                .zip(&d_q[r * heads.dim..])
-                .for_each(|(t, d)| *t += d * heads.scale());
-        }
-        q_columns.set_columns(Mat::new(q, rows, heads.dim));
-        d_o_columns.set_columns(Mat::new(d_o, rows, heads.dim));
-        let collect = |keys: &mut Keys, first: usize, len: usize| {
-            for (weights, right, out) in [
-                (&*scores, &*d_o_columns, &mut keys.d_v),
-                (&*d_scores, &*q_columns, &mut keys.d_k),
-            ] {
-                let left = Left::Columns(Mat::strided(&weights[first..], rows, len, columns));
-                matmul(
-                    left,
-                    right.panels(),
-                    out,
-                    heads.dim,
-                    Write::Add,
-                    Threads::One,
-                );
-            }
-        };
-        if let Some(prefix) = prefix.as_deref_mut() {
-            collect(prefix, 0, seen);
-        }
-        collect(own, seen, own_columns);
-    }
+thread_local! {
+    /// The tasks' sums of a backward pass; kept, since fresh pages cost more than what is done in them.
+    static SUMS: Cell<Vec<f32>> = const { Cell::new(vec![]) };
+}
+
+/// target += x·scale.
+fn add_scaled(target: &mut [f32], x: &[f32], scale: f32) {
+    (target.iter_mut().zip(x)).for_each(|(t, x)| *t += x * scale);
 }
 
 /// One key/value head's part of the fused projection.
@@ -398,9 +288,57 @@ impl<'a> Side<'a> {
     }
 }
 
-/// The packed keys and values of one segment and head, and their gradients.
+/// A run of a segment's queries: a task, for each key head.
+#[derive(Clone)]
+struct Part<'a> {
+    segment: &'a Segment,
+    /// Of the segment's tokens.
+    queries: Range<usize>,
+}
+
+/// Cuts segments into parts that cost about the same.
+fn parts(segments: &[Segment]) -> impl Iterator<Item = Part<'_>> {
+    segments.iter().flat_map(|segment| {
+        let (len, seen) = (segment.tokens.len(), segment.prefix_len());
+        // Twice the pairs of a query before token t and a key.
+        let before = move |t: usize| t * (2 * seen + t);
+        let count = (before(len) / (2 * TASK)).clamp(1, MOST_TASKS);
+        let cut = move |i: usize| {
+            let mut starts = (0..len).step_by(BLOCK);
+            starts
+                .find(|&t| count * before(t) >= i * before(len))
+                .unwrap_or(len)
+        };
+        let queries = (0..count).map(move |i| cut(i)..if i + 1 < count { cut(i + 1) } else { len });
+        queries.map(move |queries| Part { segment, queries })
+    })
+}
+
+impl Part<'_> {
+    /// The segment's own tokens that it sees.
+    fn own(&self) -> Range<usize> {
+        let start = self.segment.tokens.start;
+        start..start + self.queries.end
+    }
+
+    /// How many keys it sees.
+    fn keys(&self) -> usize {
+        self.segment.prefix_len() + self.queries.end
+    }
+
+    /// The tokens of the keys that it sees.
+    fn tokens(&self) -> impl Iterator<Item = usize> {
+        self.segment
+            .prefix
+            .iter()
+            .cloned()
+            .flatten()
+            .chain(self.own())
+    }
+}
+
+/// The packed keys and values of some tokens and one head.
 struct Keys {
-    tokens: Range<usize>,
     /// For Q·Kᵀ.
     k_rows: Packed,
     /// Forward: for P·V.
@@ -408,66 +346,263 @@ struct Keys {
     /// Backward: for dO·Vᵀ and dS·K.
     v_rows: Packed,
     k_columns: Packed,
-    d_k: Vec<f32>,
-    d_v: Vec<f32>,
 }
 
 impl Keys {
     fn empty(precision: Precision) -> Self {
         Self {
-            tokens: 0..0,
             k_rows: Packed::empty(precision),
             v_columns: Packed::empty(precision),
             v_rows: Packed::empty(precision),
             k_columns: Packed::empty(precision),
-            d_k: vec![],
-            d_v: vec![],
         }
     }
 
     fn set_for_forward(&mut self, side: Side, tokens: Range<usize>) {
         self.k_rows.set_rows(side.keys(tokens.clone()));
-        self.v_columns.set_columns(side.values(tokens.clone()));
-        self.tokens = tokens;
+        self.v_columns.set_columns(side.values(tokens));
     }
 
     fn set_for_backward(&mut self, side: Side, tokens: Range<usize>) {
         self.k_rows.set_rows(side.keys(tokens.clone()));
         self.v_rows.set_rows(side.values(tokens.clone()));
-        self.k_columns.set_columns(side.keys(tokens.clone()));
-        for gradient in [&mut self.d_k, &mut self.d_v] {
-            gradient.clear();
-            gradient.resize(tokens.len() * side.heads.dim, 0.0);
-        }
-        self.tokens = tokens;
+        self.k_columns.set_columns(side.keys(tokens));
+    }
+}
+
+/// What the queries of a part see: the prefix's keys, then the segment's own up to its last token.
+#[derive(Clone, Copy)]
+struct Sight<'a> {
+    part: &'a Part<'a>,
+    prefix: &'a Keys,
+    own: &'a Keys,
+}
+
+impl<'a> Sight<'a> {
+    fn blocks(self) -> impl Iterator<Item = Block<'a>> {
+        let Range { start, end } = self.part.queries;
+        (start..end).step_by(BLOCK).map(move |start| Block {
+            sight: self,
+            tokens: start..(start + BLOCK).min(end),
+        })
+    }
+}
+
+/// A block of queries. Row r of it is query head r / tokens of the key head's group, token r % tokens of the block.
+struct Block<'a> {
+    sight: Sight<'a>,
+    /// Of the segment's.
+    tokens: Range<usize>,
+}
+
+/// Some keys that a block sees.
+struct Chunk<'a> {
+    keys: &'a Keys,
+    /// Which of them.
+    range: Range<usize>,
+    /// The position of the first.
+    position: usize,
+}
+
+impl Chunk<'_> {
+    fn len(&self) -> usize {
+        self.range.len()
+    }
+}
+
+impl<'a> Block<'a> {
+    fn rows(&self, heads: Heads) -> usize {
+        heads.group() * self.tokens.len()
     }
 
-    /// Adds the gradients of keys and values to their places.
-    fn scatter(&self, side: Side, d_qkv: &Shared) {
-        let heads = side.heads;
-        for (i, token) in self.tokens.clone().enumerate() {
-            for (at, gradient) in [
-                (heads.k_at(side.kv_head), &self.d_k),
-                (heads.v_at(side.kv_head), &self.d_v),
+    fn token_and_head(&self, side: Side, r: usize) -> (usize, usize) {
+        let (g, t) = (r / self.tokens.len(), r % self.tokens.len());
+        (
+            self.sight.part.segment.tokens.start + self.tokens.start + t,
+            side.kv_head * side.heads.group() + g,
+        )
+    }
+
+    /// The positions that row r may see.
+    fn visible(&self, heads: Heads, r: usize) -> Range<usize> {
+        let segment = self.sight.part.segment;
+        let end = segment.position + self.tokens.start + r % self.tokens.len() + 1;
+        end.saturating_sub(heads.window.unwrap_or(usize::MAX))..end
+    }
+
+    /// The keys that a row may see, in the order of their positions.
+    fn chunks(&self, heads: Heads) -> impl Iterator<Item = Chunk<'a>> + use<'a> {
+        let width = (SCORES / (BLOCK * heads.group())).next_multiple_of(32);
+        let chunks = move |keys, len: usize, position| {
+            (0..len).step_by(width).map(move |start| Chunk {
+                keys,
+                range: start..(start + width).min(len),
+                position: position + start,
+            })
+        };
+        let (sight, first) = (self.sight, self.visible(heads, 0).start);
+        let seen = sight.part.segment.prefix_len();
+        chunks(sight.prefix, seen, 0)
+            .chain(chunks(sight.own, self.tokens.end, seen))
+            .filter(move |chunk| chunk.position + chunk.len() > first)
+    }
+
+    /// The columns of a chunk that row r may see.
+    fn visible_in(&self, heads: Heads, r: usize, chunk: &Chunk) -> Range<usize> {
+        let visible = self.visible(heads, r);
+        let column = |position: usize| position.saturating_sub(chunk.position).min(chunk.len());
+        column(visible.start)..column(visible.end)
+    }
+
+    /// Collects the block's rows out of `[T, width]`, times `scale`, and packs them.
+    fn gather(
+        &self,
+        side: Side,
+        from: &[f32],
+        (width, scale): (usize, f32),
+        gathered: &mut Gathered,
+    ) {
+        let (dim, rows) = (side.heads.dim, self.rows(side.heads));
+        gathered.rows.clear();
+        for r in 0..rows {
+            let (token, head) = self.token_and_head(side, r);
+            let row = &from[token * width + head * dim..][..dim];
+            gathered.rows.extend(row.iter().map(|x| x * scale));
+        }
+        let rows = Mat::new(&gathered.rows, rows, dim);
+        gathered
+            .left
+            .set(Left::Rows(rows), gathered.columns.precision(), Threads::One);
+    }
+
+    /// Fills `result` with Σ exp(S − max)·V, `max` and `sums` with the rows' maxima and Σ exp(S − max).
+    fn attend(&self, side: Side, scratch: &mut Scratch) {
+        let (heads, rows) = (side.heads, self.rows(side.heads));
+        let Scratch {
+            q,
+            scores,
+            result,
+            max,
+            sums,
+            ..
+        } = scratch;
+        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale()), q);
+        set(result, rows * heads.dim, 0.0);
+        set(max, rows, f32::NEG_INFINITY);
+        set(sums, rows, 0.0);
+        for chunk in self.chunks(heads) {
+            let (keys, n) = (chunk.keys, chunk.len());
+            let scores = sized(scores, rows * n);
+            let panels = keys.k_rows.panel_range(chunk.range.start, n);
+            multiply(&q.left, panels, scores, n, Write::Set, Threads::One);
+            for (r, row) in scores.chunks_exact_mut(n).enumerate() {
+                let row = show(row, self.visible_in(heads, r, &chunk));
+                let top = softmax::max(row);
+                if top > max[r] {
+                    let factor = softmax::exp::<false>(max[r] - top);
+                    sums[r] *= factor;
+                    result[r * heads.dim..][..heads.dim]
+                        .iter_mut()
+                        .for_each(|x| *x *= factor);
+                    max[r] = top;
+                }
+                sums[r] += softmax::exp_in_place(row, max[r]);
+            }
+            let weights = Left::Rows(Mat::new(scores, rows, n));
+            let values = keys.v_columns.sum_range(chunk.range);
+            matmul(weights, values, result, heads.dim, Write::Add, Threads::One);
+        }
+    }
+
+    /// Fills `result` with the gradient of the queries (times √dim), and adds those of keys and values to `sums`, a row
+    /// `[d_k | d_v]` for each key.
+    fn backward(
+        &self,
+        side: Side,
+        (out, lse, d_out): (&[f32], &[f32], &[f32]),
+        scratch: &mut Scratch,
+        sums: &mut [f32],
+    ) {
+        let (heads, rows, dim) = (side.heads, self.rows(side.heads), side.heads.dim);
+        let Scratch {
+            q,
+            d_o,
+            scores,
+            d_scores,
+            result,
+            ..
+        } = scratch;
+        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale()), q);
+        self.gather(side, d_out, (heads.q_width(), 1.0), d_o);
+        for gathered in [&mut *q, &mut *d_o] {
+            gathered
+                .columns
+                .set_columns(Mat::new(&gathered.rows, rows, dim));
+        }
+        set(result, rows * dim, 0.0);
+        for chunk in self.chunks(heads) {
+            let (keys, n) = (chunk.keys, chunk.len());
+            let (p, d) = (sized(scores, rows * n), sized(d_scores, rows * n));
+            for (left, of, out) in [
+                (&q.left, &keys.k_rows, &mut *p),
+                (&d_o.left, &keys.v_rows, &mut *d),
             ] {
-                // SAFETY: one task owns this group's rows of this key head.
-                let target = unsafe { d_qkv.slice(token * heads.qkv_width() + at, heads.dim) };
-                target
-                    .iter_mut()
-                    .zip(&gradient[i * heads.dim..])
-                    .for_each(|(t, g)| *t += g);
+                let panels = of.panel_range(chunk.range.start, n);
+                multiply(left, panels, out, n, Write::Set, Threads::One);
+            }
+            for (r, (p, d)) in p.chunks_exact_mut(n).zip(d.chunks_exact_mut(n)).enumerate() {
+                let (token, head) = self.token_and_head(side, r);
+                let o = &out[token * heads.q_width() + head * dim..][..dim];
+                let delta = softmax::dot(o, &d_o.rows[r * dim..][..dim]);
+                let visible = self.visible_in(heads, r, &chunk);
+                let (p, d) = (show(p, visible.clone()), show(d, visible));
+                softmax::backward(p, d, lse[token * heads.query + head], delta);
+            }
+            let (weights, d_scores) = (Mat::new(p, rows, n), Mat::new(d, rows, n));
+            let columns = keys.k_columns.sum_range(chunk.range);
+            matmul(
+                Left::Rows(d_scores),
+                columns,
+                result,
+                dim,
+                Write::Add,
+                Threads::One,
+            );
+            for (left, right, at) in [(d_scores, &*q, 0), (weights, &*d_o, dim)] {
+                let sums = &mut sums[chunk.position * 2 * dim + at..];
+                let right = right.columns.panels();
+                matmul(
+                    Left::Columns(left),
+                    right,
+                    sums,
+                    2 * dim,
+                    Write::Add,
+                    Threads::One,
+                );
             }
         }
     }
 }
 
-/// A block of queries of one segment, and the keys that it sees: the prefix's, then its own up to its last token.
-/// Row r of it is query head r / tokens of the key head's group, token r % tokens of the block.
-struct View<'a> {
-    segment: &'a Segment,
-    block: Range<usize>,
-    prefix: Option<&'a Keys>,
-    own: &'a Keys,
+/// Makes the columns that are not visible zero, and gives the others.
+fn show(row: &mut [f32], visible: Range<usize>) -> &mut [f32] {
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+    &mut row[visible]
+}
+
+/// Sets all of a buffer, with another length.
+fn set(buffer: &mut Vec<f32>, len: usize, value: f32) {
+    buffer.clear();
+    buffer.resize(len, value);
+}
+
+/// The first elements of a buffer, which grows to have so many.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 /// What a task works in; kept from one to the next.
@@ -478,15 +613,30 @@ struct Storage {
 }
 
 struct Scratch {
-    q: Vec<f32>,
+    q: Gathered,
+    d_o: Gathered,
     scores: Vec<f32>,
-    result: Vec<f32>,
-    log_sums: Vec<f32>,
-    d_o: Vec<f32>,
     d_scores: Vec<f32>,
-    d_q: Vec<f32>,
-    q_columns: Packed,
-    d_o_columns: Packed,
+    result: Vec<f32>,
+    max: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// A block's rows of a matrix: as they are, as a left operand, and as a right one.
+struct Gathered {
+    rows: Vec<f32>,
+    left: PackedLeft,
+    columns: Packed,
+}
+
+impl Gathered {
+    fn empty(precision: Precision) -> Self {
+        Self {
+            rows: vec![],
+            left: PackedLeft::default(),
+            columns: Packed::empty(precision),
+        }
+    }
 }
 
 thread_local! {
@@ -501,159 +651,42 @@ impl Storage {
             prefix: Keys::empty(precision),
             own: Keys::empty(precision),
             scratch: Scratch {
-                q: vec![],
+                q: Gathered::empty(precision),
+                d_o: Gathered::empty(precision),
                 scores: vec![],
-                result: vec![],
-                log_sums: vec![],
-                d_o: vec![],
                 d_scores: vec![],
-                d_q: vec![],
-                q_columns: Packed::empty(precision),
-                d_o_columns: Packed::empty(precision),
+                result: vec![],
+                max: vec![],
+                sums: vec![],
             },
         })
     }
 
     fn precision(&self) -> Precision {
-        self.scratch.q_columns.precision()
+        self.scratch.q.columns.precision()
+    }
+
+    /// Packs what a part sees.
+    fn look<'a>(
+        &'a mut self,
+        side: Side,
+        part: &'a Part,
+        pack: fn(&mut Keys, Side, Range<usize>),
+    ) -> (Sight<'a>, &'a mut Scratch) {
+        if let Some(tokens) = &part.segment.prefix {
+            pack(&mut self.prefix, side, tokens.clone());
+        }
+        pack(&mut self.own, side, part.own());
+        let sight = Sight {
+            part,
+            prefix: &self.prefix,
+            own: &self.own,
+        };
+        (sight, &mut self.scratch)
     }
 
     fn give_back(self) {
         STORAGE.set(Some(self));
-    }
-}
-
-fn blocks(segment: &Segment) -> impl Iterator<Item = Range<usize>> {
-    let len = segment.tokens.len();
-    (0..len)
-        .step_by(BLOCK)
-        .map(move |start| start..(start + BLOCK).min(len))
-}
-
-impl View<'_> {
-    fn rows(&self, heads: Heads) -> usize {
-        heads.group() * self.block.len()
-    }
-
-    fn prefix_len(&self) -> usize {
-        self.prefix.map_or(0, |p| p.tokens.len())
-    }
-
-    fn own_len(&self) -> usize {
-        self.block.end
-    }
-
-    fn columns(&self) -> usize {
-        self.prefix_len() + self.own_len()
-    }
-
-    fn token_and_head(&self, side: Side, r: usize) -> (usize, usize) {
-        let (g, t) = (r / self.block.len(), r % self.block.len());
-        (
-            self.segment.tokens.start + self.block.start + t,
-            side.kv_head * side.heads.group() + g,
-        )
-    }
-
-    /// The columns that row r may see.
-    fn visible(&self, heads: Heads, r: usize) -> Range<usize> {
-        let end = self.prefix_len() + self.block.start + r % self.block.len() + 1;
-        // Columns are positions: a root starts at 0, and a branch where its root ends.
-        end.saturating_sub(heads.window.unwrap_or(usize::MAX))..end
-    }
-
-    /// Collects the block's query rows out of `[T, width]`, times `scale`.
-    fn gather(
-        &self,
-        side: Side,
-        from: &[f32],
-        at: usize,
-        width: usize,
-        scale: f32,
-        out: &mut Vec<f32>,
-    ) {
-        let dim = side.heads.dim;
-        out.clear();
-        for r in 0..self.rows(side.heads) {
-            let (token, head) = self.token_and_head(side, r);
-            out.extend(
-                from[token * width + at + head * dim..][..dim]
-                    .iter()
-                    .map(|x| x * scale),
-            );
-        }
-    }
-
-    /// S = Q·Kᵀ over all columns.
-    fn scores(&self, side: Side, scratch: &mut Scratch) {
-        scratch
-            .scores
-            .resize(self.rows(side.heads) * self.columns(), 0.0);
-        self.products(
-            &scratch.q,
-            side.heads.dim,
-            |keys| &keys.k_rows,
-            &mut scratch.scores,
-        );
-    }
-
-    /// `left` `[rows, dim]` times the chosen operand of the prefix and of the own keys, side by side in `out`.
-    fn products(
-        &self,
-        left: &[f32],
-        dim: usize,
-        operand: impl Fn(&Keys) -> &Packed,
-        out: &mut [f32],
-    ) {
-        let (columns, seen) = (self.columns(), self.prefix_len());
-        let left = Left::Rows(Mat::new(left, left.len() / dim, dim));
-        if let Some(prefix) = self.prefix {
-            matmul(
-                left,
-                operand(prefix).panels(),
-                out,
-                columns,
-                Write::Set,
-                Threads::One,
-            );
-        }
-        let own = operand(self.own).panel_range(0, self.own_len());
-        matmul(
-            left,
-            own,
-            &mut out[seen..],
-            columns,
-            Write::Set,
-            Threads::One,
-        );
-    }
-
-    /// O = P·V.
-    fn weighted_values(&self, heads: Heads, weights: &[f32], out: &mut [f32]) {
-        let (rows, columns, seen) = (self.rows(heads), self.columns(), self.prefix_len());
-        if let Some(prefix) = self.prefix {
-            let left = Left::Rows(Mat::strided(weights, rows, seen, columns));
-            matmul(
-                left,
-                prefix.v_columns.panels(),
-                out,
-                heads.dim,
-                Write::Set,
-                Threads::One,
-            );
-        }
-        let left = Left::Rows(Mat::strided(
-            &weights[seen..],
-            rows,
-            self.own_len(),
-            columns,
-        ));
-        let own = self.own.v_columns.sum_range(0..self.own_len());
-        let write = match self.prefix {
-            Some(_) => Write::Add,
-            None => Write::Set,
-        };
-        matmul(left, own, out, heads.dim, write, Threads::One);
     }
 }
 

@@ -112,6 +112,16 @@ multiversion! {
 }
 
 multiversion! {
+    /// S in `p` becomes P = exp(S − log_sum), dP in `d` becomes dS = P∘(dP − delta).
+    pub fn backward(p: &mut [f32], d: &mut [f32], log_sum: f32, delta: f32) {
+        for (p, d) in p.iter_mut().zip(d) {
+            *p = exp_low::<FMA>(*p - log_sum);
+            *d = *p * (*d - delta);
+        }
+    }
+}
+
+multiversion! {
     /// Σ a·b.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0.0f32; LANES];
