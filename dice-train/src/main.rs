@@ -8,8 +8,8 @@ use clap::Parser;
 use common::budget;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    LoraSettings, LossType, Moments, NotFinite, Objective, Scheduler, Settings, StepMetrics, Train,
-    order, trainer,
+    LoraSettings, LossType, Moments, NotFinite, Objective, Scheduler, Settings, StateBytes,
+    StepMetrics, Train, order, trainer,
 };
 use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
@@ -201,7 +201,7 @@ fn run(args: Args) -> Result<()> {
         dtype: place.dtype().to_owned(),
         date: model.chat.date(),
         settings: settings.clone(),
-        state_bytes: memory.state_bytes,
+        state_bytes: memory.states.part,
     };
     program::say(format_args!("{}: computing in {place}", args.model));
     let on_nan = args.compute.on_nan;
@@ -210,7 +210,7 @@ fn run(args: Args) -> Result<()> {
         let engine = reference.engine(&place)?;
         pairs.fill(|groups| engine.score(groups, memory.longest), on_nan)?;
     }
-    let mut trainer = trainer(&model.weights, settings, &place, memory.state_bytes)?;
+    let mut trainer = trainer(&model.weights, settings, &place, memory.states)?;
     if pairs.needs_reference() && reference.is_none() {
         pairs.fill(|groups| trainer.score(groups), on_nan)?;
     }
@@ -230,19 +230,19 @@ fn run(args: Args) -> Result<()> {
     train(&args, &mut *trainer, &pairs, &writer, log)
 }
 
-/// What layer states may take on a CPU: a batch runs in parts whose states fit, since keeping them is cheaper than making
-/// them again. In bfloat16 the packed weights leave room for more.
+/// What layer states may take on a CPU, so that four pairs of 512 tokens need less than 1 GB beside weights, gradients and
+/// moments. In bfloat16 the packed weights leave room for more.
 const fn state_bytes(precision: Precision) -> usize {
     match precision {
-        Precision::F32 => 400 << 20,
+        Precision::F32 => 192 << 20,
         Precision::Bf16 => 640 << 20,
     }
 }
 
 /// What memory is left beside weights, gradients and moments.
 struct Memory {
-    /// For layer states. It depends on the command alone, never on the machine: it decides in which order a batch is summed.
-    state_bytes: usize,
+    /// For layer states. What decides over the numbers depends on the command alone, never on the machine.
+    states: StateBytes,
     /// Most tokens of a pair.
     longest: usize,
 }
@@ -252,7 +252,7 @@ impl Memory {
         if place.gpu.is_some() {
             // The trainer there cuts its parts by what the GPU has free.
             return Ok(Self {
-                state_bytes: 0,
+                states: StateBytes::default(),
                 longest: usize::MAX,
             });
         }
@@ -265,23 +265,26 @@ impl Memory {
         // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
         let trained = if args.lora_rank.is_some() { 4 } else { 12 };
         let fixed = params * (4 + packed + trained);
-        let states = state_bytes(place.precision);
-        let (left, state_bytes) = match args.compute.memory_budget {
+        let part = state_bytes(place.precision);
+        let (left, most) = match args.compute.memory_budget {
             Some(budget) => {
                 let left = budget::beyond(budget, fixed)?;
-                (left, states.min(left / 2))
+                (left, left / 2)
             }
-            // What the machine seems to lack now may be there when it is wanted.
-            None => (
-                budget::left(None)?.saturating_sub(fixed).max(states),
-                states,
-            ),
+            None => {
+                let left = budget::left(None)?.saturating_sub(fixed);
+                // What the machine seems to lack now may be there when it is wanted.
+                (left.max(part), (left / 2).max(part))
+            }
         };
         // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
         let row = 4 * config.hidden + 2 * config.heads * config.head_dim + 4 * config.ffn;
         let token = (config.layers * config.hidden + 3 * row) * size_of::<f32>();
         Ok(Self {
-            state_bytes,
+            states: StateBytes {
+                part: part.min(most),
+                long: most,
+            },
             longest: left / token,
         })
     }

@@ -12,7 +12,7 @@ pub use loss::{LossType, Objective, PairLogps, PairLoss};
 pub use optimizer::{AdamW, Scheduler};
 #[cfg(test)]
 pub(crate) use step::Forward;
-pub use step::{Pair, Sums};
+pub use step::{Pair, StateBytes, Sums};
 pub use trainer::{
     Kept, LoraSettings, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, Trainer,
     order,
@@ -22,7 +22,7 @@ use crate::policy::Place;
 use crate::weights::Weights;
 use anyhow::Result;
 
-/// Starts training from a checkpoint, at a place. On a CPU, layer states may take `state_bytes`.
+/// Starts training from a checkpoint, at a place. On a CPU, layer states may take `memory`.
 ///
 /// # Errors
 /// A tensor that cannot be read; a GPU without room; an optimiser that the place does not have.
@@ -30,11 +30,11 @@ pub fn trainer(
     start: &Weights,
     settings: Settings,
     place: &Place,
-    state_bytes: usize,
+    memory: StateBytes,
 ) -> Result<Box<dyn Train>> {
     let precision = place.precision;
     Ok(match &place.gpu {
-        None => Box::new(Trainer::new(start, settings, precision, state_bytes)?),
+        None => Box::new(Trainer::new(start, settings, precision, memory)?),
         Some(gpu) => Box::new(CudaTrainer::new(gpu, start, settings, precision)?),
     })
 }

@@ -3,7 +3,7 @@
 use super::loss::{Objective, PairLogps};
 use crate::kernels::team;
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
-use crate::model::{Decoder, Gradients, LayerState, Model, Workspace, backward};
+use crate::model::{Decoder, Gradients, Kept, Model, Workspace, backward};
 
 /// A pair ready to train on.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,23 +61,36 @@ pub struct Sums {
     pub broken: Option<usize>,
 }
 
-/// How much of a batch runs at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Limits {
-    /// Tokens of one forward pass; a single longer pair is run all the same.
-    pub tokens: usize,
-    /// Bytes of layer states to keep; beyond them each layer is run again in the backward pass.
-    pub state_bytes: usize,
+/// The memory of a training on a CPU for layer states, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateBytes {
+    /// A batch runs in parts whose states take so much: that decides in which order it is summed. Where a single pair would
+    /// take more, layers that do not fit keep their inputs, and are run again in the backward pass.
+    pub part: usize,
+    /// The same for a pair of more than [`LONG`] tokens.
+    pub long: usize,
 }
 
-impl Limits {
-    /// Parts whose layer states fit into so many bytes. Not fewer than 256 tokens, below which packing the weights costs
-    /// more than making the states again; nor more than 2048, above which nothing is gained.
-    pub fn new(decoder: &Decoder, state_bytes: usize) -> Self {
-        Self {
-            tokens: (state_bytes / decoder.state_bytes(1)).clamp(256, 2048),
-            state_bytes,
-        }
+/// Tokens from which on a pair may take more memory than others.
+const LONG: usize = 1024;
+
+impl StateBytes {
+    /// Tokens of a part; a single longer pair is run all the same. Not fewer than 256, below which packing the weights
+    /// costs more than making the states again; nor more than 2048, above which nothing is gained.
+    pub(super) fn part_tokens(self, decoder: &Decoder) -> usize {
+        (self.part / decoder.state_bytes(1)).clamp(256, 2048)
+    }
+
+    /// How many layers' states are kept in a pass over so many tokens; of the others their inputs are.
+    fn whole_layers(self, decoder: &Decoder, tokens: usize) -> usize {
+        let most = match tokens > LONG {
+            true => self.long,
+            false => self.part,
+        };
+        let layers = decoder.config.layers;
+        let state = decoder.state_bytes(tokens) / layers.max(1);
+        let input = tokens * decoder.config.hidden * size_of::<f32>();
+        (most.saturating_sub(layers * input) / (state - input).max(1)).min(layers)
     }
 }
 
@@ -86,15 +99,15 @@ pub fn accumulate(
     model: Model,
     objective: &Objective,
     pairs: &[&Pair],
-    limits: Limits,
+    memory: StateBytes,
     gradients: &mut Gradients,
     workspace: &mut Workspace,
 ) -> Sums {
     let mean = Mean::new(objective, pairs);
     let mut sums = Sums::default();
     gradients.begin();
-    for part in parts(pairs, limits.tokens) {
-        team::with(|| accumulate_part(model, mean, part, limits, gradients, workspace, &mut sums));
+    for part in parts(pairs, memory.part_tokens(model.decoder)) {
+        team::with(|| accumulate_part(model, mean, part, memory, gradients, workspace, &mut sums));
         gradients.passed();
     }
     sums
@@ -172,14 +185,15 @@ fn accumulate_part(
     model: Model,
     mean: Mean,
     pairs: &[&Pair],
-    limits: Limits,
+    memory: StateBytes,
     gradients: &mut Gradients,
     workspace: &mut Workspace,
     sums: &mut Sums,
 ) {
     let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
     let batch = Batch::new(&groups);
-    let pass = Forward::new(model.decoder, &batch, limits.state_bytes, workspace);
+    let whole = memory.whole_layers(model.decoder, batch.tokens.len());
+    let pass = Forward::new(model.decoder, &batch, whole, workspace);
     let logps = pass.batch.sums(&pass.found.logps);
     let mut d_logps = vec![0.0; pass.batch.targets.len()];
     for (response, slope) in (pass.batch.responses.iter()).zip(mean.slopes(pairs, &logps, sums)) {
@@ -192,7 +206,7 @@ fn accumulate_part(
 /// A forward pass with what its backward pass needs.
 pub(crate) struct Forward {
     pub batch: Batch,
-    states: Vec<LayerState>,
+    layers: Vec<Kept>,
     /// The residual stream of the rows that predict, `[targets, hidden]`.
     gathered: Vec<f32>,
     /// The same after the last norm.
@@ -201,24 +215,11 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    /// Runs the batch. Layer states are kept whole if they fit in `state_bytes`, else only the layers' inputs are.
-    pub fn new(
-        decoder: &Decoder,
-        batch: &Batch,
-        state_bytes: usize,
-        workspace: &mut Workspace,
-    ) -> Self {
-        let keep = decoder.state_bytes(batch.tokens.len()) <= state_bytes;
-        let mut states = vec![];
-        let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, state| {
-            states.push(if keep {
-                workspace.keep(state)
-            } else {
-                LayerState {
-                    x: std::mem::take(&mut state.x),
-                    ..LayerState::default()
-                }
-            });
+    /// Runs the batch. The states of the last `whole` layers are kept, of the others their inputs.
+    pub fn new(decoder: &Decoder, batch: &Batch, whole: usize, workspace: &mut Workspace) -> Self {
+        let mut layers = vec![];
+        let hidden = decoder.forward(&batch.layout, &batch.tokens, |i, state| {
+            layers.push(workspace.keep(state, i + whole >= decoder.config.layers));
         });
         let gathered = batch.gather(&hidden, decoder.config.hidden);
         let mut normed = vec![];
@@ -226,7 +227,7 @@ impl Forward {
         let found = target_logps(decoder, &normed, &batch.targets);
         Self {
             batch: batch.clone(),
-            states,
+            layers,
             gathered,
             normed,
             found,
@@ -266,7 +267,7 @@ impl Forward {
             model,
             &self.batch.layout,
             &self.batch.tokens,
-            self.states,
+            self.layers,
             dx,
             gradients,
             workspace,

@@ -3,7 +3,7 @@
 
 use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
-use super::step::{Limits, Pair, Sums, accumulate};
+use super::step::{Pair, StateBytes, Sums, accumulate};
 use crate::kernels::gemm::Precision;
 use crate::logprob::{Group, PassLimits, score_all};
 use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
@@ -262,7 +262,7 @@ pub trait Train: State {
 /// Training in progress on the CPU.
 pub struct Trainer {
     settings: Settings,
-    limits: Limits,
+    memory: StateBytes,
     params: Params,
     /// The model's parameters as the next forward pass sees them, flat.
     model: Vec<f32>,
@@ -283,7 +283,7 @@ struct Adapters {
 }
 
 impl Trainer {
-    /// Starts from a checkpoint. Layer states may take `state_bytes` (see [`Limits`]).
+    /// Starts from a checkpoint. Layer states may take `memory`.
     ///
     /// # Errors
     /// A tensor that cannot be read; moments in bfloat16, which only a GPU keeps.
@@ -291,7 +291,7 @@ impl Trainer {
         start: &Weights,
         settings: Settings,
         precision: Precision,
-        state_bytes: usize,
+        memory: StateBytes,
     ) -> Result<Self> {
         ensure!(
             settings.moments == Moments::F32,
@@ -321,7 +321,7 @@ impl Trainer {
             optimizer: AdamW::new(len, decayed, settings.weight_decay as f32),
             gradient: vec![0.0; len],
             settings,
-            limits: Limits::new(&decoder, state_bytes),
+            memory,
             workspace: Workspace::new(precision),
             params,
             model,
@@ -362,8 +362,8 @@ impl Trainer {
             decoder: &self.decoder,
             params: &self.params,
         };
-        let limits = self.limits;
-        accumulate(model, objective, pairs, limits, &mut gradients, workspace)
+        let memory = self.memory;
+        accumulate(model, objective, pairs, memory, &mut gradients, workspace)
     }
 
     /// Where the model's parameters lie.
@@ -398,7 +398,7 @@ impl Train for Trainer {
     fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
         let limits = PassLimits {
             gathered: TOKENS_AT_ONCE,
-            most: self.limits.state_bytes / self.decoder.forward_bytes(1),
+            most: self.memory.part / self.decoder.forward_bytes(1),
         };
         Ok(score_all(&self.decoder, groups, limits))
     }

@@ -3,7 +3,7 @@
 use super::decoder::{Decoder, LayerState, Linear};
 use super::gradients::Gradients;
 use super::params::Params;
-use super::workspace::{Buffers, Workspace};
+use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention::{self, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::rope::Rotary;
@@ -32,31 +32,30 @@ fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
 /// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
 /// every parameter's gradient on the way.
 ///
-/// `states` holds one state per layer of the forward pass over the same batch. A state whose `qkv` is empty is made
-/// again from its `x` (activation recompute: the same operations, so the same numbers). Whole ones go to `workspace`.
+/// `layers` holds what is kept of each layer of the forward pass over the same batch; it goes back to `workspace`.
 pub fn backward(
     model: Model,
     layout: &Layout,
     tokens: &[u32],
-    mut states: Vec<LayerState>,
+    mut layers: Vec<Kept>,
     mut dx: Vec<f32>,
     gradients: &mut Gradients,
     workspace: &mut Workspace,
 ) {
     let decoder = model.decoder;
-    assert_eq!(states.len(), decoder.layers.len());
+    assert_eq!(layers.len(), decoder.layers.len());
     let rotary = decoder.rotary(layout.longest());
     let mut again = LayerState::default();
-    for i in (0..states.len()).rev() {
-        let mut kept = states.pop().expect("one state per layer");
+    while let Some(mut kept) = layers.pop() {
+        let i = layers.len();
         let buffers = &mut workspace.buffers;
-        let whole = !kept.qkv.is_empty();
-        let state = if whole {
-            &mut kept
-        } else {
-            std::mem::swap(&mut again.x, &mut kept.x);
-            decoder.run_layer(i, layout, &rotary, &mut again, &mut buffers.inner);
-            &mut again
+        let state = match &mut kept {
+            Kept::State(state) => state,
+            Kept::Input(x) => {
+                std::mem::swap(&mut again.x, x);
+                decoder.run_layer(i, layout, &rotary, &mut again, &mut buffers.inner);
+                &mut again
+            }
         };
         let pass = Pass {
             model,
@@ -66,9 +65,7 @@ pub fn backward(
         };
         pass.mlp(state, &mut dx, buffers, gradients);
         pass.attention(state, &mut dx, buffers, gradients);
-        if whole {
-            workspace.give_back(kept);
-        }
+        workspace.give_back(kept);
     }
     gradients.embedding(tokens, &dx);
 }

@@ -12,4 +12,4 @@ pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
 pub use params::{LayerParams, Matrix, Params, Source, Span};
-pub use workspace::Workspace;
+pub use workspace::{Kept, Workspace};

@@ -3,10 +3,19 @@
 use super::decoder::LayerState;
 use crate::kernels::gemm::{Packed, Precision};
 
-/// Layer states and buffers that no pass is using.
+/// Layer states, layers' inputs and buffers that no pass is using.
 pub struct Workspace {
-    spare: Vec<LayerState>,
+    states: Vec<LayerState>,
+    inputs: Vec<Vec<f32>>,
     pub(super) buffers: Buffers,
+}
+
+/// What is kept of a layer from the forward pass to the backward pass.
+pub enum Kept {
+    /// All of it.
+    State(LayerState),
+    /// Its input, from which the rest is made again: the same operations, so the same numbers.
+    Input(Vec<f32>),
 }
 
 /// What every layer of a backward pass uses.
@@ -23,7 +32,8 @@ impl Workspace {
     /// Nothing yet.
     pub fn new(precision: Precision) -> Self {
         Self {
-            spare: vec![],
+            states: vec![],
+            inputs: vec![],
             buffers: Buffers {
                 inner: vec![],
                 d_inner: vec![],
@@ -34,13 +44,22 @@ impl Workspace {
         }
     }
 
-    /// Takes a state that is to be kept, and leaves storage for the next in its place.
-    pub fn keep(&mut self, state: &mut LayerState) -> LayerState {
-        std::mem::replace(state, self.spare.pop().unwrap_or_default())
+    /// Takes a state that is to be kept, whole or its input alone, and leaves storage for the next in its place.
+    pub fn keep(&mut self, state: &mut LayerState, whole: bool) -> Kept {
+        if whole {
+            let spare = self.states.pop().unwrap_or_default();
+            Kept::State(std::mem::replace(state, spare))
+        } else {
+            let spare = self.inputs.pop().unwrap_or_default();
+            Kept::Input(std::mem::replace(&mut state.x, spare))
+        }
     }
 
-    /// Has a state back.
-    pub fn give_back(&mut self, state: LayerState) {
-        self.spare.push(state);
+    /// Has one back.
+    pub fn give_back(&mut self, kept: Kept) {
+        match kept {
+            Kept::State(state) => self.states.push(state),
+            Kept::Input(x) => self.inputs.push(x),
+        }
     }
 }

@@ -4,7 +4,7 @@
 
 #[cfg(feature = "cuda-emulated")]
 use common::cuda::{self, Device};
-use common::dpo::{LossType, Moments, Objective, Pair, Scheduler, Settings, Train};
+use common::dpo::{LossType, Moments, Objective, Pair, Scheduler, Settings, StateBytes, Train};
 use common::weights::Weights;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -85,7 +85,10 @@ pub fn settings(objective: Objective, learning_rate: f64) -> Settings {
 }
 
 /// What layer states may take.
-pub const STATE_BYTES: usize = 1 << 30;
+pub const STATE_BYTES: StateBytes = StateBytes {
+    part: 1 << 30,
+    long: 1 << 30,
+};
 
 /// Plain DPO.
 pub fn objective(beta: f64) -> Objective {
