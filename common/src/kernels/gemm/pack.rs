@@ -190,12 +190,13 @@ mod x86 {
             #[target_feature(enable = $features)]
             pub fn $name(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
                 let lines = a.cols.div_ceil($per_word);
-                assert!(lines * width <= out.len());
+                assert!(lines * width <= out.len() && first + valid <= a.rows);
                 for start in (0..lines).step_by(16) {
                     for left in (0..width).step_by(16) {
                         let mut square = [_mm512_setzero_ps(); 16];
                         for (i, words) in square.iter_mut().enumerate().take(valid.saturating_sub(left)) {
-                            *words = $load(a, first + left + i, start * $per_word, valid * a.stride);
+                            // SAFETY: one of the rows that were asserted.
+                            *words = unsafe { $load(a, first + left + i, start * $per_word, valid * a.stride) };
                         }
                         let lanes = mask(width - left);
                         for (line, words) in (start..lines).zip(turn(square)) {
@@ -214,7 +215,7 @@ mod x86 {
     );
     turned!(
         /// `[rows, k]` as `[k / 2][width]` of pairs.
-        row_pairs, "avx512f,avx512bw", 2, load_pairs
+        row_pairs, "avx512f,avx512bw,avx512bf16", 2, load_pairs
     );
 
     fn mask(lanes: usize) -> u16 {
@@ -223,32 +224,45 @@ mod x86 {
 
     /// 16 elements of a row from k on; those `ahead` words after them, which are packed next, are fetched: in the order of
     /// packing they would be a miss each.
+    ///
+    /// # Safety
+    /// The row must be one of the matrix's.
+    #[inline]
     #[target_feature(enable = "avx512f")]
-    fn load_words(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
-        let x = &a.row(row)[k.min(a.cols)..];
-        fetch::<_MM_HINT_T1>(x.as_ptr().wrapping_add(ahead));
-        // SAFETY: masked lanes, past the end, are not read.
-        unsafe { _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr()) }
+    unsafe fn load_words(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
+        let x = a.data.as_ptr().wrapping_add(row * a.stride + k);
+        fetch::<_MM_HINT_T1>(x.wrapping_add(ahead));
+        // SAFETY: inside the row, which is inside the data; masked lanes, past its end, are not read.
+        unsafe {
+            match a.cols.saturating_sub(k) {
+                16.. => _mm512_loadu_ps(x),
+                rest => _mm512_maskz_loadu_ps(mask(rest), x),
+            }
+        }
     }
 
     /// 32 elements of a row from k on, as pairs of bfloat16.
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn load_pairs(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
-        let words = (
-            load_words(a, row, k, ahead),
-            load_words(a, row, k + 16, ahead),
-        );
-        let (low, high) = match a.dither {
-            None => (nearest(words.0), nearest(words.1)),
-            Some(first) => {
-                let number = (first + row * a.stride + k) as u32;
-                (
-                    dithered(words.0, number),
-                    dithered(words.1, number.wrapping_add(16)),
-                )
-            }
+    ///
+    /// # Safety
+    /// As [`load_words`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn load_pairs(a: Mat, row: usize, k: usize, ahead: usize) -> __m512 {
+        // SAFETY: the caller's promise.
+        let words = unsafe {
+            (
+                load_words(a, row, k, ahead),
+                load_words(a, row, k + 16, ahead),
+            )
         };
-        let (even, odd) = even_and_odd(low, high);
+        let Some(first) = a.dither else {
+            return nearest(words.0, words.1);
+        };
+        let number = (first + row * a.stride + k) as u32;
+        let (even, odd) = even_and_odd(
+            dithered(words.0, number),
+            dithered(words.1, number.wrapping_add(16)),
+        );
         pairs(even, odd)
     }
 
@@ -273,15 +287,21 @@ mod x86 {
         _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, low, high))
     }
 
-    /// Elements whose upper half is the nearest bfloat16. (The instruction for it, `vcvtne2ps2bf16`, is no
-    /// faster.)
-    #[target_feature(enable = "avx512f")]
-    fn nearest(x: __m512) -> __m512i {
-        let odd = _mm512_and_si512(
-            _mm512_srli_epi32::<16>(_mm512_castps_si512(x)),
-            _mm512_set1_epi32(1),
-        );
-        plus(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
+    /// The nearest bfloat16 of the elements of two vectors, one after the other.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn nearest(low: __m512, high: __m512) -> __m512 {
+        // SAFETY: the same bits.
+        unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low)) }
+    }
+
+    /// Words of the nearest bfloat16 of an element of each.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn nearest_pairs(low: __m512, high: __m512) -> __m512 {
+        let halves: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+        // SAFETY: a vector's size.
+        let order = unsafe { _mm512_loadu_epi16(halves.as_ptr().cast()) };
+        let found = _mm512_castps_si512(nearest(low, high));
+        _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, found))
     }
 
     /// Elements whose upper half is what the noise of their number makes of them; `number` is that of the first.
@@ -310,11 +330,12 @@ mod x86 {
     }
 
     /// See [`super::pairs_of_row`].
-    #[target_feature(enable = "avx512f,avx512bw")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn pairs_of_row(x: &[f32], out: &mut [f32]) {
         let row = Mat::new(x, 1, x.len());
         for k in (0..x.len()).step_by(32) {
-            let words = load_pairs(row, 0, k, 0);
+            // SAFETY: its only row.
+            let words = unsafe { load_pairs(row, 0, k, 0) };
             let count = (x.len() - k).div_ceil(2).min(16);
             let target = &mut out[k / 2..][..count];
             // SAFETY: masked lanes are not touched; the others are in the target.
@@ -323,17 +344,18 @@ mod x86 {
     }
 
     /// See [`super::halves_of_column`].
-    #[target_feature(enable = "avx512f,avx512bw")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn halves_of_column(x: &[f32], first: bool, line: &mut [f32]) {
         for (x, line) in x.chunks(16).zip(line.chunks_mut(16)) {
             let lanes = mask(x.len().min(line.len()));
             // SAFETY: masked lanes are neither read nor touched.
             unsafe {
-                let new = nearest(_mm512_maskz_loadu_ps(lanes, x.as_ptr()));
+                let x = _mm512_maskz_loadu_ps(lanes, x.as_ptr());
                 let words = match first {
-                    true => pairs(new, _mm512_setzero_si512()),
+                    true => nearest_pairs(x, _mm512_setzero_ps()),
                     false => {
                         let old = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes, line.as_ptr()));
+                        let new = _mm512_castps_si512(nearest_pairs(x, x));
                         _mm512_castsi512_ps(_mm512_mask_blend_epi16(UPPER, old, new))
                     }
                 };
@@ -343,7 +365,7 @@ mod x86 {
     }
 
     /// `[k, columns]` as `[k / 2][width]` of pairs.
-    #[target_feature(enable = "avx512f,avx512bw")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn column_pairs(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
         let load = |row: usize, left: usize| match row < a.rows {
             true => {
@@ -356,10 +378,7 @@ mod x86 {
         };
         for (r, line) in out.chunks_exact_mut(width).enumerate() {
             for (i, part) in line.chunks_mut(16).enumerate() {
-                let words = pairs(
-                    nearest(load(2 * r, 16 * i)),
-                    nearest(load(2 * r + 1, 16 * i)),
-                );
+                let words = nearest_pairs(load(2 * r, 16 * i), load(2 * r + 1, 16 * i));
                 // SAFETY: masked lanes are not touched.
                 unsafe { _mm512_mask_storeu_ps(part.as_mut_ptr(), mask(part.len()), words) };
             }
