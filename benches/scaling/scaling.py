@@ -11,7 +11,10 @@ users run them; what the same command takes for one small row is taken off (trai
 - length: responses of 64 … 2048 tokens; the more, the fewer (some 16,000 tokens in all; 32 responses sampled)
 - K: 64 responses of 64 tokens to prompts of 512 tokens, 1 … 64 to a prompt
 
-Lines are FLOPs by the stage's median rate in that sweep: where the points lie on them, cost grows as the arithmetic does.
+Lines are FLOPs by the stage's median rate in that sweep: where the points lie on them, cost grows as the arithmetic does. A
+sequence that is sampled reads its own keys and values again for each token, which no other shares: the dashed line is the FLOPs
+at the rate of the shortest responses and those bytes at the rate of memory, one after the other (`--memory`, GB/s of all cores:
+`cargo bench -p common -- reading`).
 """
 
 import argparse
@@ -66,7 +69,7 @@ class Bench:
         prompts = [self.prompt(i, words) for i in range(responses // k)]
         sample = lambda k, length: ["dice-gen", "--model", self.model, "--dtype", self.dtype, "--temperature", 5, "--k", k, "--max-tokens", length]
         seconds = self.net(sample(k, length), [{"prompt": text} for text, _ in prompts], least=sample(1, 1))
-        return seconds, sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts)
+        return seconds, sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts), responses * self.cost.reread(length)
 
     def score(self, responses, length, k, words=1):
         prompts = [self.prompt(i, words) for i in range(responses // k)]
@@ -90,7 +93,7 @@ class Bench:
 
 
 def points(bench, most_rows):
-    """(sweep, stage, x, work): work gives seconds and useful FLOPs."""
+    """(sweep, stage, x, work): work gives seconds, useful FLOPs and, of sampling, the bytes of keys and values that are read again."""
     for n in ROWS:
         if n <= most_rows:
             yield "rows", "generate", n, lambda n=n: bench.generate(n, SHORT, SHARED)
@@ -106,7 +109,7 @@ def points(bench, most_rows):
         yield "K", "score", k, lambda k=k: bench.score(64, 64, k, words=480)
 
 
-def draw(measured, path):
+def draw(measured, path, memory):
     import matplotlib
 
     matplotlib.use("svg")
@@ -126,6 +129,12 @@ def draw(measured, path):
             xs = [x for x, *_ in of]
             axis.plot(xs, [s / n for (_, s, _, _), n in zip(of, share)], "o", color=colour, label=f"{stage}, {rate / 1e9:.0f} GFLOP/s")
             axis.plot(xs, [f / rate / n for (_, _, f, _), n in zip(of, share)], "-", color=colour, linewidth=1)
+        again = sorted((p["x"], p["flops"], p["bytes"], p["rows"]) for p in measured if per_row and "bytes" in p)
+        if again:
+            first = next(p for p in measured if (p["sweep"], p["stage"], p["x"]) == (sweep, "generate", again[0][0]))
+            rate = first["flops"] / first["seconds"]
+            floor = [(flops / rate + read / memory / 1e9) / rows for _, flops, read, rows in again]
+            axis.plot([x for x, *_ in again], floor, "--", color="tab:blue", linewidth=1, label=f"generate, and caches at {memory:.0f} GB/s")
         axis.set(xscale="log", yscale="log", xlabel=labels[sweep], ylabel="seconds a response or pair" if per_row else "seconds")
         axis.set_xscale("log", base=2)
         axis.legend(fontsize=8)
@@ -138,6 +147,7 @@ def main():
     parser.add_argument("--model", required=True, help="folder of the model in Hugging Face layout")
     parser.add_argument("--output", required=True, type=Path, help="path of the results without .json and .svg")
     parser.add_argument("--dtype", default="bf16", choices=("f32", "bf16"))
+    parser.add_argument("--memory", type=float, default=78, help="GB/s that memory gives all cores")
     parser.add_argument("--most-rows", type=int, default=ROWS[-1], help="leave out larger points of the rows' sweep")
     args = parser.parse_args()
     file = args.output.with_suffix(".json")
@@ -148,13 +158,14 @@ def main():
         for sweep, stage, x, work in points(bench, args.most_rows):
             if (sweep, stage, x) in known:
                 continue
-            seconds, flops = work()
+            seconds, flops, *read = work()
             rows = {"rows": x, "length": 32 if stage == "generate" else TOKENS // x // (2 if stage == "train" else 1), "K": 64}[sweep]
             point = {"sweep": sweep, "stage": stage, "x": x, "rows": rows, "seconds": round(seconds, 3), "flops": flops}
+            point |= {"bytes": read[0]} if read else {}
             print(f"{sweep} {x}, {stage}: {seconds:.2f} s, {flops / seconds / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
             measured.append(point)
             file.write_text("[\n" + ",\n".join(json.dumps(p) for p in measured) + "\n]\n")
-    draw(measured, args.output.with_suffix(".svg"))
+    draw(measured, args.output.with_suffix(".svg"), args.memory)
 
 
 if __name__ == "__main__":

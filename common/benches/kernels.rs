@@ -11,6 +11,7 @@ use common::kernels::gemm::{
 use common::kernels::softmax;
 use divan::Bencher;
 use divan::counter::ItemsCount;
+use rayon::prelude::*;
 
 fn main() {
     divan::main();
@@ -121,6 +122,19 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
             let (mut out, mut lse) = (out.clone(), lse.clone());
             attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
         }
+    });
+}
+
+/// What memory gives, to one core and to all: the largest of 256 million floats. An item is a byte.
+#[divan::bench(args = [false, true])]
+fn reading(bencher: Bencher, all: bool) {
+    let threads = if all { rayon::current_num_threads() } else { 1 };
+    let floats = vec![0.5f32; 1 << 28];
+    let bytes = ItemsCount::new(size_of_val(&floats[..]));
+    let part = floats.len().div_ceil(threads);
+    bencher.counter(bytes).bench_local(|| {
+        let parts = floats.par_chunks(part);
+        parts.map(softmax::max).reduce(|| 0.0, f32::max)
     });
 }
 
