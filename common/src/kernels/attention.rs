@@ -310,7 +310,9 @@ fn parts(segments: &[Segment]) -> impl Iterator<Item = Part<'_>> {
                 .unwrap_or(len)
         };
         let queries = (0..count).map(move |i| cut(i)..if i + 1 < count { cut(i + 1) } else { len });
-        queries.map(move |queries| Part { segment, queries })
+        queries
+            .filter(|queries| !queries.is_empty())
+            .map(move |queries| Part { segment, queries })
     })
 }
 
@@ -845,6 +847,34 @@ mod tests {
         for (a, b) in gradient(&shared).iter().zip(&gradient(&whole)) {
             assert!((a - b).abs() < 1e-5);
         }
+    }
+
+    /// Of each segment the parts follow one another without gaps, whatever its length and its prompt's.
+    #[test]
+    fn parts_cover_every_query_once() {
+        let mut layout = Layout::default();
+        for (root, branches) in [
+            (0, vec![0, 1]),
+            (3000, vec![700, 64, 10]),
+            (70_000, vec![10, 200]),
+        ] {
+            layout.push(root, &branches);
+        }
+        let parts: Vec<_> = parts(&layout.segments).collect();
+        let mut tokens = 0;
+        for part in &parts {
+            assert_eq!(part.segment.tokens.start + part.queries.start, tokens);
+            assert!(part.queries.start.is_multiple_of(BLOCK) && !part.queries.is_empty());
+            tokens += part.queries.len();
+        }
+        assert_eq!(tokens, layout.tokens());
+        let of = |i: usize| {
+            parts
+                .iter()
+                .filter(|p| p.segment == &layout.segments()[i])
+                .count()
+        };
+        assert_eq!((of(3), of(4), of(8), of(9)), (8, 8, 1, 4));
     }
 
     #[test]
