@@ -129,7 +129,7 @@ def draw(measured, path, memory):
             xs = [x for x, *_ in of]
             axis.plot(xs, [s / n for (_, s, _, _), n in zip(of, share)], "o", color=colour, label=f"{stage}, {rate / 1e9:.0f} GFLOP/s")
             axis.plot(xs, [f / rate / n for (_, _, f, _), n in zip(of, share)], "-", color=colour, linewidth=1)
-        again = sorted((p["x"], p["flops"], p["bytes"], p["rows"]) for p in measured if per_row and "bytes" in p)
+        again = sorted((p["x"], p["flops"], p["bytes"], p["rows"]) for p in measured if per_row and p["sweep"] == sweep and "bytes" in p)
         if again:
             first = next(p for p in measured if (p["sweep"], p["stage"], p["x"]) == (sweep, "generate", again[0][0]))
             rate = first["flops"] / first["seconds"]

@@ -67,7 +67,7 @@ pub struct StateBytes {
     /// A batch runs in parts whose states take so much: that decides in which order it is summed. Where a single pair would
     /// take more, layers that do not fit keep their inputs, and are run again in the backward pass.
     pub part: usize,
-    /// The same for a pair of more than [`LONG`] tokens.
+    /// The same for a pair of more than `LONG` tokens.
     pub long: usize,
 }
 
