@@ -14,17 +14,10 @@ use std::ops::Range;
 pub struct Segment {
     /// Its tokens' rows in the batch.
     pub tokens: Range<usize>,
-    /// The position of its first token in its sequence.
+    /// The position of its first token in its sequence: the length of its root, if it continues one.
     pub position: usize,
     /// The tokens of the root that it continues; none for a root.
     pub prefix: Option<Range<usize>>,
-}
-
-impl Segment {
-    /// How many tokens its root has, if it continues one.
-    fn prefix_len(&self) -> usize {
-        self.prefix.as_ref().map_or(0, Range::len)
-    }
 }
 
 /// The segments of a batch, in the order of their tokens, which they cover without gaps.
@@ -299,7 +292,7 @@ struct Part<'a> {
 /// Cuts segments into parts that cost about the same.
 fn parts(segments: &[Segment]) -> impl Iterator<Item = Part<'_>> {
     segments.iter().flat_map(|segment| {
-        let (len, seen) = (segment.tokens.len(), segment.prefix_len());
+        let (len, seen) = (segment.tokens.len(), segment.position);
         // Twice the pairs of a query before token t and a key.
         let before = move |t: usize| t * (2 * seen + t);
         let count = (before(len) / (2 * TASK)).clamp(1, MOST_TASKS);
@@ -325,7 +318,7 @@ impl Part<'_> {
 
     /// How many keys it sees.
     fn keys(&self) -> usize {
-        self.segment.prefix_len() + self.queries.end
+        self.segment.position + self.queries.end
     }
 
     /// The tokens of the keys that it sees.
@@ -443,7 +436,7 @@ impl<'a> Block<'a> {
             })
         };
         let (sight, first) = (self.sight, self.visible(heads, 0).start);
-        let seen = sight.part.segment.prefix_len();
+        let seen = sight.part.segment.position;
         chunks(sight.prefix, seen, 0)
             .chain(chunks(sight.own, self.tokens.end, seen))
             .filter(move |chunk| chunk.position + chunk.len() > first)
@@ -532,6 +525,7 @@ impl<'a> Block<'a> {
             scores,
             d_scores,
             result,
+            deltas,
             ..
         } = scratch;
         self.gather(side, side.qkv, (heads.qkv_width(), heads.scale()), q);
@@ -541,6 +535,12 @@ impl<'a> Block<'a> {
                 .columns
                 .set_columns(Mat::new(&gathered.rows, rows, dim));
         }
+        deltas.clear();
+        deltas.extend((0..rows).map(|r| {
+            let (token, head) = self.token_and_head(side, r);
+            let o = &out[token * heads.q_width() + head * dim..][..dim];
+            softmax::dot(o, &d_o.rows[r * dim..][..dim])
+        }));
         set(result, rows * dim, 0.0);
         for chunk in self.chunks(heads) {
             let (keys, n) = (chunk.keys, chunk.len());
@@ -554,11 +554,9 @@ impl<'a> Block<'a> {
             }
             for (r, (p, d)) in p.chunks_exact_mut(n).zip(d.chunks_exact_mut(n)).enumerate() {
                 let (token, head) = self.token_and_head(side, r);
-                let o = &out[token * heads.q_width() + head * dim..][..dim];
-                let delta = softmax::dot(o, &d_o.rows[r * dim..][..dim]);
                 let visible = self.visible_in(heads, r, &chunk);
                 let (p, d) = (show(p, visible.clone()), show(d, visible));
-                softmax::backward(p, d, lse[token * heads.query + head], delta);
+                softmax::backward(p, d, lse[token * heads.query + head], deltas[r]);
             }
             let (weights, d_scores) = (Mat::new(p, rows, n), Mat::new(d, rows, n));
             let columns = keys.k_columns.sum_range(chunk.range);
@@ -622,6 +620,7 @@ struct Scratch {
     result: Vec<f32>,
     max: Vec<f32>,
     sums: Vec<f32>,
+    deltas: Vec<f32>,
 }
 
 /// A block's rows of a matrix: as they are, as a left operand, and as a right one.
@@ -660,6 +659,7 @@ impl Storage {
                 result: vec![],
                 max: vec![],
                 sums: vec![],
+                deltas: vec![],
             },
         })
     }
