@@ -4,9 +4,9 @@
 //! `cargo bench -p common` prints for each shape the time and the rate in items/s; an item is one FLOP.
 
 use common::kernels::attention::{self, Heads, Layout};
-use common::kernels::decoding::{self, value_stride};
+use common::kernels::decoding::{self, Format, value_stride};
 use common::kernels::gemm::{
-    Left, Mat, Packed, Precision, Threads, Write, matmul, panel_width, words,
+    Aligned, Left, Mat, Packed, Precision, Threads, Write, matmul, panel_width,
 };
 use common::kernels::softmax;
 use divan::Bencher;
@@ -138,25 +138,28 @@ fn reading(bencher: Bencher, all: bool) {
     });
 }
 
-/// Attention of a decoding step over its sequences' own keys and values, which come from memory: 64 sequences, 30 layers,
-/// 64 tokens each. An item is a byte of them.
-#[divan::bench(args = [Precision::F32, Precision::Bf16])]
-fn decoding_attention(bencher: Bencher, precision: Precision) {
+/// Attention of a decoding step over its sequences' own keys and values, 64 tokens each in 30 layers: of one sequence, which
+/// a cache holds, and of 64, whose keys and values come from memory. An item is a byte of them.
+#[divan::bench(args = [1, 64], consts = [0, 1, 2])]
+fn decoding_attention<const FORMAT: usize>(bencher: Bencher, sequences: usize) {
     const DIM: usize = 64;
-    let (width, stride) = (panel_width(), value_stride(DIM));
-    let (keys, values) = (
-        words(DIM, precision) * width,
-        words(width, precision) * stride,
-    );
-    let blocks = 64 * 30 * 3 * 64 / width;
-    let cache = vec![0.5f32; blocks * (keys + values)];
-    let queries = vec![0.1; 3 * words(DIM, precision)];
-    let mut weighted = vec![0.0; 3 * stride];
-    let bytes = ItemsCount::new(size_of_val(&cache[..]));
+    let format = [
+        Format::Float(Precision::F32),
+        Format::Float(Precision::Bf16),
+        Format::Int8,
+    ][FORMAT];
+    let head = format.key_words(DIM) + format.value_words(DIM);
+    let blocks = sequences * 30 * 3 * 64 / panel_width();
+    let mut cache = Aligned::with_capacity(blocks * head);
+    cache.grow(blocks * head);
+    cache.as_mut_slice().fill(0.5);
+    let mut queries = vec![0.0; 3 * format.query_words(DIM)];
+    (queries.chunks_mut(format.query_words(DIM))).for_each(|q| format.put_query(&[0.1; DIM], q));
+    let mut weighted = vec![0.0; 3 * value_stride(DIM)];
+    let bytes = ItemsCount::new(size_of_val(cache.as_slice()));
     bencher.counter(bytes).bench_local(|| {
-        for block in cache.chunks_exact(keys + values) {
-            let after = block.as_ptr_range().end;
-            let (keys, values) = block.split_at(keys);
+        for block in cache.as_slice().chunks_exact(head) {
+            let (keys, values) = block.split_at(format.key_words(DIM));
             let rows = decoding::Queries {
                 words: &queries,
                 visible: &[u32::MAX; 3],
@@ -165,12 +168,13 @@ fn decoding_attention(bencher: Bencher, precision: Precision) {
                 weighted: &mut weighted,
             };
             let block = decoding::Block {
-                keys: decoding::Keys::Panel(keys),
+                keys,
+                panel: true,
                 values,
-                tokens: width,
+                tokens: panel_width(),
                 dim: DIM,
-                precision,
-                ahead: after,
+                format,
+                ahead: block.as_ptr_range().end,
             };
             decoding::see(rows, block);
         }

@@ -6,6 +6,7 @@ use crate::chat::Chat;
 use crate::cuda;
 use crate::generate::{Generate, Generator, Limits, Sampling};
 use crate::jsonl::{FinishReason, Row};
+use crate::kernels::decoding::Format;
 use crate::kernels::gemm::Precision;
 use crate::kernels::isa::Isa;
 use crate::logprob::{Group, PassLimits, score_all};
@@ -13,7 +14,7 @@ use crate::model::Decoder;
 use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
@@ -88,6 +89,15 @@ pub enum Prefers {
     Exactness,
     /// Speed: sampling, where bfloat16 changes a draw now and then but not the distribution to speak of.
     Speed,
+}
+
+/// A choice of number format for the keys and values of responses at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvCacheDtype {
+    /// That of --dtype
+    Auto,
+    /// Integers of 8 bits with a scale for each key and value (CPU only)
+    Int8,
 }
 
 fn device(text: &str) -> Result<String, String> {
@@ -220,11 +230,12 @@ impl Engine {
     /// what suits the machine.
     ///
     /// # Errors
-    /// A model that is larger than the budget; a GPU without room for a single response.
+    /// A model that is larger than the budget; a GPU without room for a single response, or that is to keep 8 bits.
     pub fn generator<'a>(
         &'a self,
         how: Sampling,
         end_ids: &[u32],
+        cache: KvCacheDtype,
         slots: Option<usize>,
         budget: Option<usize>,
     ) -> Result<Box<dyn Generate + 'a>> {
@@ -234,7 +245,14 @@ impl Engine {
                     sequences: slots.unwrap_or(128),
                     bytes: budget::left(budget)?,
                 };
-                Box::new(Generator::new(decoder, how, end_ids, limits))
+                let generator = Generator::new(decoder, how, end_ids, limits);
+                Box::new(match cache {
+                    KvCacheDtype::Auto => generator,
+                    KvCacheDtype::Int8 => generator.with_cache(Format::Int8),
+                })
+            }
+            Self::Cuda(_) if cache == KvCacheDtype::Int8 => {
+                bail!("--kv-cache-dtype int8 is for a CPU (--device cpu)")
             }
             Self::Cuda(decoder) => Box::new(cuda::Generator::new(decoder, how, end_ids, slots)?),
         })

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
-use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong};
+use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong, KvCacheDtype};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use common::run::settings;
@@ -69,6 +69,9 @@ struct Args {
     /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
     #[arg(long)]
     batch_size: Option<usize>,
+    /// Number format of the keys and values of responses at work. Long ones spend most of their time reading them
+    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
+    kv_cache_dtype: KvCacheDtype,
     #[command(flatten)]
     compute: Compute,
     #[command(flatten)]
@@ -110,7 +113,13 @@ fn run(args: Args) -> Result<()> {
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
         dtype: place.dtype(),
-        generator: engine.generator(how, model.chat.end_ids(), args.batch_size, place.budget)?,
+        generator: engine.generator(
+            how,
+            model.chat.end_ids(),
+            args.kv_cache_dtype,
+            args.batch_size,
+            place.budget,
+        )?,
         model: &model,
         args: &args,
         output,

@@ -2,7 +2,7 @@
 
 use super::cache::{LayerCache, Shape};
 use crate::kernels::decoding::{self, value_stride};
-use crate::kernels::gemm::{panel_width, put_row, words};
+use crate::kernels::gemm::panel_width;
 use std::ops::Range;
 
 /// Rows of queries, and what they have seen so far. A token has a row for each query head; those that share a key head
@@ -11,7 +11,7 @@ use std::ops::Range;
 pub(super) struct Rows {
     /// Rows of a key head.
     count: usize,
-    /// `[kv_head][row][words of dim]`, scaled.
+    /// `[kv_head][row][query_words]`, scaled.
     queries: Vec<f32>,
     /// `[kv_head][row]`; see [`decoding::Queries`].
     max: Vec<f32>,
@@ -26,8 +26,8 @@ pub(super) struct Rows {
 
 impl Rows {
     /// The queries of some tokens, that have seen nothing: `qkv` `[tokens, qkv_width]`.
-    pub fn start(&mut self, Shape { heads, precision }: Shape, qkv: &[f32]) {
-        let k = words(heads.dim, precision);
+    pub fn start(&mut self, Shape { heads, format }: Shape, qkv: &[f32]) {
+        let k = format.query_words(heads.dim);
         self.count = qkv.len() / heads.qkv_width() * heads.group();
         let rows = heads.kv * self.count;
         for (values, len, at_first) in [
@@ -45,7 +45,7 @@ impl Rows {
                 .extend(row[..heads.q_width()].iter().map(|q| q * heads.scale()));
             for (head, query) in self.scaled.chunks_exact(heads.dim).enumerate() {
                 let row = self.row(heads.group(), token, head);
-                put_row(query, precision, &mut self.queries[row * k..][..k]);
+                format.put_query(query, &mut self.queries[row * k..][..k]);
             }
         }
     }
@@ -63,8 +63,8 @@ impl Rows {
         (cache, next): (&LayerCache, Option<&LayerCache>),
         first: impl Fn(usize) -> usize,
     ) {
-        let Shape { heads, precision } = cache.shape();
-        let (k, stride) = (words(heads.dim, precision), value_stride(heads.dim));
+        let Shape { heads, format } = cache.shape();
+        let (k, stride) = (format.query_words(heads.dim), value_stride(heads.dim));
         for (i, block) in cache.blocks(next).enumerate() {
             let start = i * panel_width();
             let count = (cache.tokens() - start).min(panel_width());
@@ -110,6 +110,7 @@ impl Rows {
 mod tests {
     use super::*;
     use crate::kernels::attention::Heads;
+    use crate::kernels::decoding::Format;
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
 
@@ -145,16 +146,20 @@ mod tests {
                 window,
             };
             for (prompt, own) in [(70, [0usize, 33, 31]), (32, [64, 5, 1]), (1, [2, 0, 100])] {
-                for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
-                    check(heads, precision, prompt, &own, tolerance);
+                for (format, tolerance) in [
+                    (Format::Float(Precision::F32), 1e-5),
+                    (Format::Float(Precision::Bf16), 0.03),
+                    (Format::Int8, 0.03),
+                ] {
+                    check(heads, format, prompt, &own, tolerance);
                 }
             }
         }
     }
 
     /// A prompt, and for each of some sequences so many tokens of its own before the last.
-    fn check(heads: Heads, precision: Precision, prompt: usize, own: &[usize], tolerance: f64) {
-        let shape = Shape { heads, precision };
+    fn check(heads: Heads, format: Format, prompt: usize, own: &[usize], tolerance: f64) {
+        let shape = Shape { heads, format };
         let width = heads.qkv_width();
         let tokens = |count: usize, seed: u32| -> Vec<f32> {
             noise(count * width, seed).iter().map(|x| 2.0 * x).collect()
@@ -205,7 +210,7 @@ mod tests {
                     let error = (*found as f64 - expected).abs();
                     assert!(
                         error < tolerance,
-                        "{heads:?}, {precision:?}, sequence {m}, head {head}: {found} for {expected}"
+                        "{heads:?}, {format:?}, sequence {m}, head {head}: {found} for {expected}"
                     );
                 }
             }
@@ -220,8 +225,12 @@ mod tests {
             dim: 2,
             window: None,
         };
-        for precision in [Precision::F32, Precision::Bf16] {
-            let shape = Shape { heads, precision };
+        for format in [
+            Format::Float(Precision::F32),
+            Format::Float(Precision::Bf16),
+            Format::Int8,
+        ] {
+            let shape = Shape { heads, format };
             let mut cache = LayerCache::new(shape, 3);
             for key in [1.0, f32::NAN, 2.0] {
                 cache.push(&[1.0, 1.0, key, 1.0, 1.0, 1.0]);

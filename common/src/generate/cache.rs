@@ -5,10 +5,8 @@
 //! the order in which they are read.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::decoding::{Block, Keys, value_stride};
-use crate::kernels::gemm::{
-    Aligned, Precision, panel_width, put_column, put_row, turn_words, words,
-};
+use crate::kernels::decoding::{Block, Format};
+use crate::kernels::gemm::{Aligned, panel_width};
 
 /// One layer's keys and values of one run of tokens.
 pub struct LayerCache {
@@ -20,29 +18,23 @@ pub struct LayerCache {
     in_panels: usize,
 }
 
-/// How a block is laid out: head by head, the keys of all its tokens and then the values. Keys lie token by token, and
-/// are turned into a panel when the block is full.
+/// How a block is laid out: head by head, the keys of all its tokens and then the values.
 #[derive(Clone, Copy)]
 pub struct Shape {
     /// The layer's heads.
     pub heads: Heads,
-    /// The format of keys and values.
-    pub precision: Precision,
+    /// How keys and values are kept.
+    pub format: Format,
 }
 
 impl Shape {
     /// Words of a head's keys in a block.
     fn keys(self) -> usize {
-        words(self.heads.dim, self.precision) * panel_width()
-    }
-
-    /// Words of a head's values in a block.
-    fn values(self) -> usize {
-        words(panel_width(), self.precision) * value_stride(self.heads.dim)
+        self.format.key_words(self.heads.dim)
     }
 
     fn head(self) -> usize {
-        self.keys() + self.values()
+        self.keys() + self.format.value_words(self.heads.dim)
     }
 
     fn blocks(self, tokens: usize) -> usize {
@@ -69,8 +61,7 @@ impl LayerCache {
     /// Appends a token: its row of the fused projection, after rotation.
     pub fn push(&mut self, qkv: &[f32]) {
         let (shape, at) = (self.shape, self.tokens % panel_width());
-        let Shape { heads, precision } = shape;
-        let (k, stride) = (words(heads.dim, precision), value_stride(heads.dim));
+        let Shape { heads, format } = shape;
         let start = shape.blocks(self.tokens - at);
         assert!(self.in_panels <= self.tokens - at, "the cache was closed");
         self.tokens += 1;
@@ -80,9 +71,8 @@ impl LayerCache {
         let new = (keys.chunks_exact(heads.dim)).zip(values.chunks_exact(heads.dim));
         for ((key, value), head) in new.zip(block.chunks_exact_mut(shape.head())) {
             let (keys, values) = head.split_at_mut(shape.keys());
-            put_row(key, precision, &mut keys[at * k..][..k]);
-            let line = (words(at + 1, precision) - 1) * stride;
-            put_column(value, at, precision, &mut values[line..][..stride]);
+            format.put_key(key, at, keys);
+            format.put_value(value, at, values);
         }
         if at + 1 == panel_width() {
             self.close();
@@ -98,8 +88,7 @@ impl LayerCache {
         let last = shape.blocks(self.tokens) - shape.blocks(1);
         for head in self.storage.as_mut_slice()[last..].chunks_exact_mut(shape.head()) {
             let keys = &mut head[..shape.keys()];
-            let rows = keys.to_vec();
-            turn_words(&rows, words(shape.heads.dim, shape.precision), keys);
+            shape.format.turn_keys(shape.heads.dim, keys);
         }
         self.in_panels = self.tokens;
     }
@@ -119,7 +108,7 @@ impl LayerCache {
         &'a self,
         next: Option<&'a Self>,
     ) -> impl Iterator<Item = impl Iterator<Item = Block<'a>>> {
-        let Shape { heads, precision } = self.shape;
+        let Shape { heads, format } = self.shape;
         let storage = self.storage.as_slice();
         let end = storage.as_ptr_range().end;
         let next = next.unwrap_or(self).storage.as_slice().as_ptr();
@@ -127,19 +116,17 @@ impl LayerCache {
         let blocks = storage.chunks_exact(self.shape.blocks(1)).zip(firsts);
         blocks.map(move |(block, first)| {
             let tokens = (self.tokens - first).min(panel_width());
-            let layout = match first < self.in_panels {
-                true => Keys::Panel,
-                false => Keys::ByToken,
-            };
+            let panel = first < self.in_panels;
             block.chunks_exact(self.shape.head()).map(move |head| {
                 let (keys, values) = head.split_at(self.shape.keys());
                 let after = head.as_ptr_range().end;
                 Block {
-                    keys: layout(keys),
+                    keys,
+                    panel,
                     values,
                     tokens,
                     dim: heads.dim,
-                    precision,
+                    format,
                     ahead: if after < end { after } else { next },
                 }
             })

@@ -6,6 +6,7 @@ use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
 use crate::kernels::attention::Layout;
+use crate::kernels::decoding::Format;
 use crate::kernels::rope::Rotary;
 use crate::kernels::team;
 use crate::model::{Decoder, LayerState};
@@ -90,6 +91,8 @@ pub struct Generator<'a> {
     how: Sampling,
     end_ids: Vec<u32>,
     limits: Limits,
+    /// How keys and values are kept.
+    cache: Format,
     rotary: Rotary,
     groups: Queue<Prefix>,
     running: Vec<Sequence>,
@@ -140,12 +143,18 @@ impl<'a> Generator<'a> {
                 sequences,
                 ..limits
             },
+            cache: Format::Float(decoder.precision),
             rotary,
             groups: Queue::new(),
             running: vec![],
             tokens: 0,
             storage: vec![],
         }
+    }
+
+    /// Keeps keys and values in another format than the decoder's products have.
+    pub fn with_cache(self, cache: Format) -> Self {
+        Self { cache, ..self }
     }
 
     /// Runs the prompt of a group, and in the same pass those that wait after it, where they leave room for as many
@@ -276,7 +285,7 @@ impl<'a> Generator<'a> {
     fn shape(&self, layer: usize) -> Shape {
         Shape {
             heads: self.decoder.heads(layer),
-            precision: self.decoder.precision,
+            format: self.cache,
         }
     }
 

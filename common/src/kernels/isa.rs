@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 /// The instruction sets that the kernels know, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512F/BW/VL/DQ; `bf16` says whether `vdpbf16ps` is there too.
+    /// AVX-512F/BW/VL/DQ; `bf16` says whether `vdpbf16ps` is there too, and `vpdpbusd` as wherever that is.
     Avx512 { bf16: bool },
     /// AVX2 with FMA.
     Avx2,
@@ -37,7 +37,8 @@ impl Isa {
             && is_x86_feature_detected!("avx512dq");
         match (fma, avx512) {
             (true, true) => Self::Avx512 {
-                bf16: is_x86_feature_detected!("avx512bf16"),
+                bf16: is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni"),
             },
             (true, false) => Self::Avx2,
             _ => Self::Portable,

@@ -1,142 +1,52 @@
-//! Attention of a few rows of queries over a block of cached keys and values, with the soft-max made as blocks come: the
-//! part of a decoding step that reads every sequence's own past.
+//! Blocks whose words are those of products' operands: float32, or pairs of bfloat16.
 
-use super::gemm::{Precision, panel_width, words};
-use super::isa::{Isa, multiversion};
-use super::softmax;
+use super::super::gemm::{Precision, words};
+use super::super::isa::{Isa, multiversion};
+use super::super::softmax;
+use super::{Block, Queries, soften, value_stride};
 
-/// Keys and values of neighbouring tokens, at most [`panel_width`], of one key head; the words are as
-/// [`words`](super::gemm::words) has them.
-#[derive(Clone, Copy)]
-pub struct Block<'a> {
-    /// The keys.
-    pub keys: Keys<'a>,
-    /// `[word of token][value_stride]`.
-    pub values: &'a [f32],
-    /// How many tokens it holds; the values of others need not be there.
-    pub tokens: usize,
-    /// Elements of a key and of a value.
-    pub dim: usize,
-    /// The format of the words.
-    pub precision: Precision,
-    /// What will be read next, laid out like this block: it is asked for meanwhile, line by line, since caches come from
-    /// memory, and the processor's own prefetching begins anew with every page. Any address will do.
-    pub ahead: *const f32,
-}
-
-/// Keys as they lie.
-#[derive(Clone, Copy)]
-pub enum Keys<'a> {
-    /// `[word of dim][panel_width]`: quickest to read.
-    Panel(&'a [f32]),
-    /// `[token][word of dim]`: quickest to grow, since a key does not touch a line for each of its words.
-    ByToken(&'a [f32]),
-}
-
-/// Some queries, and what they have seen so far.
-pub struct Queries<'a> {
-    /// `[rows][words(dim)]`, scaled, in the format of the keys.
-    pub words: &'a [f32],
-    /// Of each row, the tokens of the block that it sees: bit i is token i.
-    pub visible: &'a [u32],
-    /// The largest score so far; −∞ where nothing has been seen.
-    pub max: &'a mut [f32],
-    /// Σ exp(score − max).
-    pub sum: &'a mut [f32],
-    /// Σ exp(score − max)·value, `[rows][value_stride]`.
-    pub weighted: &'a mut [f32],
-}
-
-/// From the values of a token, or of a pair of tokens, to those of the next: whole panels.
-pub fn value_stride(dim: usize) -> usize {
-    dim.next_multiple_of(panel_width())
-}
-
-/// Queries that the kernel takes at once.
-const MOST: usize = 4;
-
-/// Lets rows see a block: what they have is brought to the largest score yet, and the block's part is added (Milakov and
-/// Gimelshein, *Online normalizer calculation for softmax*, algorithm 3). A row's result does not depend on the rows
-/// beside it.
-pub fn see(rows: Queries, block: Block) {
-    let (k, stride) = (words(block.dim, block.precision), value_stride(block.dim));
-    let (count, value_words) = (rows.max.len(), words(block.tokens, block.precision));
-    assert!(block.tokens <= panel_width());
-    match block.keys {
-        Keys::Panel(keys) => assert!(keys.len() >= k * panel_width()),
-        Keys::ByToken(keys) => assert!(keys.len() >= k * block.tokens),
-    }
-    assert!(block.values.len() >= value_words * stride);
-    assert!(rows.words.len() == count * k && rows.weighted.len() == count * stride);
-    assert!(rows.visible.len() == count && rows.sum.len() == count);
-    let mut start = 0;
-    while start < count {
-        let some = start..(start + MOST).min(count);
-        let part = Queries {
-            words: &rows.words[some.start * k..some.end * k],
-            visible: &rows.visible[some.clone()],
-            max: &mut rows.max[some.clone()],
-            sum: &mut rows.sum[some.clone()],
-            weighted: &mut rows.weighted[some.start * stride..some.end * stride],
-        };
-        start = some.end;
-        #[cfg(target_arch = "x86_64")]
-        if let Isa::Avx512 { bf16 } = Isa::current() {
-            let pairs = bf16 && block.precision == Precision::Bf16;
-            // SAFETY: the instructions are there, and the asserts above hold what is read and written.
-            unsafe {
-                match (part.max.len(), pairs) {
-                    (1, true) => x86::pairs::<1>(part, block),
-                    (2, true) => x86::pairs::<2>(part, block),
-                    (3, true) => x86::pairs::<3>(part, block),
-                    (_, true) => x86::pairs::<4>(part, block),
-                    (1, false) => x86::words::<1>(part, block),
-                    (2, false) => x86::words::<2>(part, block),
-                    (3, false) => x86::words::<3>(part, block),
-                    (_, false) => x86::words::<4>(part, block),
-                }
+/// For at most [`MOST`](super::MOST) rows; [`super::see`] has held the sizes.
+pub fn see(rows: Queries, block: Block, precision: Precision) {
+    #[cfg(target_arch = "x86_64")]
+    if let Isa::Avx512 { bf16 } = Isa::current() {
+        let pairs = bf16 && precision == Precision::Bf16;
+        // SAFETY: the instructions are there, and the caller has held what is read and written.
+        unsafe {
+            match (rows.max.len(), pairs) {
+                (1, true) => x86::pairs::<1>(rows, block),
+                (2, true) => x86::pairs::<2>(rows, block),
+                (3, true) => x86::pairs::<3>(rows, block),
+                (_, true) => x86::pairs::<4>(rows, block),
+                (1, false) => x86::words::<1>(rows, block),
+                (2, false) => x86::words::<2>(rows, block),
+                (3, false) => x86::words::<3>(rows, block),
+                (_, false) => x86::words::<4>(rows, block),
             }
-            continue;
         }
-        plain(part, block);
+        return;
     }
+    debug_assert_eq!(words(block.dim, precision), block.dim);
+    plain(rows, block);
 }
 
 multiversion! {
     /// The same in plain Rust, row by row, for words that hold one element.
     pub fn plain(rows: Queries, block: Block) {
         const WIDTH: usize = 16;
-        let (dim, stride) = (block.dim, block.dim.next_multiple_of(WIDTH));
+        let (dim, stride) = (block.dim, value_stride(block.dim));
         for (r, query) in rows.words.chunks_exact(dim).enumerate() {
             let mut scores = [0.0f32; WIDTH];
-            match block.keys {
-                Keys::Panel(keys) => {
-                    for (&q, keys) in query.iter().zip(keys.chunks_exact(WIDTH)) {
-                        for (score, &key) in scores.iter_mut().zip(keys) {
-                            *score = if FMA { q.mul_add(key, *score) } else { q * key + *score };
-                        }
+            if block.panel {
+                for (&q, keys) in query.iter().zip(block.keys.chunks_exact(WIDTH)) {
+                    for (score, &key) in scores.iter_mut().zip(keys) {
+                        *score = if FMA { q.mul_add(key, *score) } else { q * key + *score };
                     }
                 }
-                Keys::ByToken(keys) => {
-                    let keys = keys.chunks_exact(dim).take(block.tokens);
-                    (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
-                }
+            } else {
+                let keys = block.keys.chunks_exact(dim).take(block.tokens);
+                (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
             }
-            for (i, score) in scores.iter_mut().enumerate() {
-                if rows.visible[r] >> i & 1 == 0 {
-                    *score = f32::NEG_INFINITY;
-                }
-            }
-            let top = scores.iter().fold(rows.max[r], |top, &s| if s > top { s } else { top });
-            let base = if top == f32::NEG_INFINITY { 0.0 } else { top };
-            let factor = softmax::exp::<FMA>(rows.max[r] - base);
-            rows.max[r] = top;
-            let mut sum = 0.0;
-            for score in &mut scores {
-                *score = softmax::exp::<FMA>(*score - base);
-                sum += *score;
-            }
-            rows.sum[r] = rows.sum[r] * factor + sum;
+            let factor = soften::<FMA>(&mut scores, rows.visible[r], &mut rows.max[r], &mut rows.sum[r]);
             let weighted = &mut rows.weighted[r * stride..][..stride];
             weighted.iter_mut().for_each(|w| *w *= factor);
             for (&score, values) in scores.iter().zip(block.values.chunks_exact(stride)).take(block.tokens) {
@@ -150,12 +60,10 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::softmax::x86::exp;
-    use super::{Block, Keys, Queries, value_stride};
+    use super::super::x86::{WIDTH, lanes, soften};
+    use super::{Block, Queries, value_stride};
     use crate::kernels::isa::x86::{fetch, multiply_pairs};
     use std::arch::x86_64::*;
-
-    const WIDTH: usize = 32;
 
     /// A block for up to four rows, whose scores and results stay in registers.
     macro_rules! kernel {
@@ -167,28 +75,19 @@ mod x86 {
             #[target_feature(enable = $features)]
             pub unsafe fn $name<const R: usize>(rows: Queries, block: Block) {
                 let k = block.dim.div_ceil($per_word);
-                let scores = match block.keys {
-                    // SAFETY: the caller's promise.
-                    Keys::Panel(keys) => unsafe { panel::<R>(rows.words, keys, k, block.ahead) },
-                    // SAFETY: as above.
-                    Keys::ByToken(keys) => unsafe { by_token::<R>(rows.words, keys, k, block) },
+                // SAFETY: the caller's promise.
+                let scores = unsafe {
+                    match block.panel {
+                        true => panel::<R>(rows.words, block.keys, k, block.ahead),
+                        false => by_token::<R>(rows.words, block.keys, k, block),
+                    }
                 };
                 let mut factors = [_mm512_setzero_ps(); R];
                 let mut weights = [[0.0f32; WIDTH]; R];
-                let unseen = _mm512_set1_ps(f32::NEG_INFINITY);
                 for r in 0..R {
-                    let seen = rows.visible[r];
-                    let score = |j: usize| _mm512_mask_blend_ps((seen >> (16 * j)) as u16, unseen, scores[r][j]);
-                    let (low, high) = (score(0), score(1));
-                    let before = rows.max[r];
-                    // Where a score is NaN the sum will be, too: it is computed from the score itself.
-                    let top = _mm512_reduce_max_ps(_mm512_max_ps(low, high)).max(before);
-                    let base = _mm512_set1_ps(if top == f32::NEG_INFINITY { 0.0 } else { top });
-                    factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(before), base));
-                    let (low, high) = (exp(_mm512_sub_ps(low, base)), exp(_mm512_sub_ps(high, base)));
-                    let sum = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
-                    rows.max[r] = top;
-                    rows.sum[r] = rows.sum[r] * _mm512_cvtss_f32(factors[r]) + sum;
+                    let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
+                    let ([low, high], factor) = soften(scores[r], rows.visible[r], max, sum);
+                    factors[r] = factor;
                     $store(low, high, &mut weights[r]);
                 }
                 let stride = value_stride(block.dim);
@@ -263,7 +162,7 @@ mod x86 {
                         let mut sums = [_mm512_setzero_ps(); R];
                         for p in (0..k).step_by(16) {
                             fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
-                            let lanes = ((1u32 << (k - p).min(16)) - 1) as u16;
+                            let lanes = lanes(k - p);
                             // SAFETY: the caller's promise; masked lanes are not read.
                             unsafe {
                                 let key = _mm512_maskz_loadu_ps(lanes, keys.as_ptr().add(token * k + p));

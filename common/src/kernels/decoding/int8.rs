@@ -1,0 +1,452 @@
+//! Blocks of 8 bits: half the bytes of bfloat16, which is what a long response waits for.
+//!
+//! A key, or a value, is a scale and integers of −127 … 127; so its error is at most 1/254 of its largest element. Nothing
+//! else is rounded so coarsely: queries, and the weights that values are summed with, have 16 bits, as two integers of 8
+//! whose products are summed apart. All sums are exact, so that every machine gets the same scores from a query and a key.
+
+use super::super::gemm::panel_width;
+use super::super::isa::{Isa, multiversion};
+use super::{Block, Queries, soften, value_stride};
+
+/// Elements of a word.
+pub const PER_WORD: usize = 4;
+
+/// Largest head: up to it, sums of products of 8 and 16 bits stay within 32.
+const MOST_DIM: usize = 512;
+
+/// The largest query element: its halves are at most 127.
+const MOST_QUERY: f32 = 127.0 * 257.0;
+
+/// The largest weight of a value.
+const MOST_WEIGHT: f32 = 65_535.0;
+
+/// What is added to keys' integers, since one factor of the instruction that multiplies has no sign.
+const KEY_ZERO: i32 = 128;
+
+/// Words of a query: upper halves, lower halves, the scale, and for either half what keys' zero adds to its sum, negated.
+pub fn query_words(dim: usize) -> usize {
+    2 * dim.div_ceil(PER_WORD) + 3
+}
+
+/// The bytes of words.
+fn bytes(words: &[f32]) -> &[u8] {
+    // SAFETY: floats have no padding, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
+}
+
+/// The bytes of words, writable.
+fn bytes_mut(words: &mut [f32]) -> &mut [u8] {
+    // SAFETY: as above, and floats may be any bytes.
+    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), size_of_val(words)) }
+}
+
+/// x to the nearest integer, for |x| < 2²²; anything for NaN.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer in the low bits
+    (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
+}
+
+multiversion! {
+    /// Integers up to `most` in place of `x`, and the scale that gives them back; NaN where an element is not finite.
+    pub fn integers(x: &[f32], most: f32, out: &mut [i32]) -> f32 {
+        let (mut largest, mut unsound) = (0.0f32, 0.0f32);
+        for x in x {
+            largest = if x.abs() > largest { x.abs() } else { largest };
+            unsound += x * 0.0;
+        }
+        let to = if largest > 0.0 { most / largest } else { 0.0 };
+        for (n, x) in out.iter_mut().zip(x) {
+            *n = nearest(x * to);
+        }
+        largest / most + unsound
+    }
+}
+
+/// Writes a query, scaled.
+pub fn put_query(query: &[f32], out: &mut [f32]) {
+    let mut numbers = [0; MOST_DIM];
+    let numbers = &mut numbers[..query.len()];
+    let scale = integers(query, MOST_QUERY, numbers);
+    let (halves, rest) = out.split_at_mut(2 * query.len().div_ceil(PER_WORD));
+    halves.fill(0.0);
+    let (upper, lower) = halves.split_at_mut(halves.len() / 2);
+    let mut zeros = [0; 2];
+    for ((n, upper), lower) in numbers.iter().zip(bytes_mut(upper)).zip(bytes_mut(lower)) {
+        let high = (n + 128) >> 8;
+        let low = n - (high << 8);
+        (*upper, *lower) = (high as u8, low as u8);
+        zeros = [zeros[0] - KEY_ZERO * high, zeros[1] - KEY_ZERO * low];
+    }
+    let zeros = zeros.map(|sum| f32::from_bits(sum as u32));
+    rest.copy_from_slice(&[scale, zeros[0], zeros[1]]);
+}
+
+/// Writes a key; its scale comes back.
+pub fn put_key(key: &[f32], row: &mut [f32]) -> f32 {
+    let mut numbers = [0; MOST_DIM];
+    let numbers = &mut numbers[..key.len()];
+    let scale = integers(key, 127.0, numbers);
+    for (byte, n) in bytes_mut(row).iter_mut().zip(numbers) {
+        *byte = (*n + KEY_ZERO) as u8;
+    }
+    scale
+}
+
+/// Writes the value of token `at`, whose word's line of values is given; its scale comes back.
+pub fn put_value(value: &[f32], at: usize, line: &mut [f32]) -> f32 {
+    let mut numbers = [0; MOST_DIM];
+    let numbers = &mut numbers[..value.len()];
+    let scale = integers(value, 127.0, numbers);
+    for (word, n) in bytes_mut(line).chunks_exact_mut(PER_WORD).zip(numbers) {
+        word[at % PER_WORD] = *n as u8;
+    }
+    scale
+}
+
+/// For at most [`MOST`](super::MOST) rows; [`super::see`] has held the sizes.
+pub fn see(rows: Queries, block: Block) {
+    assert!(block.dim <= MOST_DIM);
+    #[cfg(target_arch = "x86_64")]
+    if Isa::current() == (Isa::Avx512 { bf16: true }) {
+        // SAFETY: the instructions are there, and the caller has held what is read and written.
+        unsafe {
+            match rows.max.len() {
+                1 => x86::see::<1>(rows, block),
+                2 => x86::see::<2>(rows, block),
+                3 => x86::see::<3>(rows, block),
+                _ => x86::see::<4>(rows, block),
+            }
+        }
+        return;
+    }
+    plain(rows, block);
+}
+
+/// A row's weights as integers, of the values' scales too, and the scale that gives them back: NaN if one of them is.
+#[inline(always)]
+fn weigh(weights: &[f32], scales: &[f32], seen: u32, out: &mut [i32]) -> f32 {
+    let scaled = |i: usize| if seen >> i & 1 == 1 { weights[i] * scales[i] } else { 0.0 };
+    let count = out.len();
+    // No weight is negative, and among bits without a sign NaN, of whichever sign, is the largest.
+    let largest = f32::from_bits((0..count).map(|i| scaled(i).to_bits()).max().unwrap_or(0));
+    let to = MOST_WEIGHT / largest;
+    (out.iter_mut().enumerate()).for_each(|(i, n)| *n = nearest(scaled(i) * to) & 0xffff);
+    largest / MOST_WEIGHT
+}
+
+multiversion! {
+    /// In plain Rust, row by row.
+    pub fn plain(rows: Queries, block: Block) {
+        const MOST_WIDTH: usize = 32;
+        let (width, stride) = (panel_width(), value_stride(block.dim));
+        let words = block.dim.div_ceil(PER_WORD);
+        let (key_scales, keys) = block.keys.split_at(width);
+        let (value_scales, values) = block.values.split_at(width);
+        // From word to word of a key, and from token to token.
+        let (along, across) = if block.panel { (width, 1) } else { (1, words) };
+        for (r, query) in rows.words.chunks_exact(query_words(block.dim)).enumerate() {
+            let (halves, rest) = query.split_at(2 * words);
+            let (upper, lower) = bytes(halves).split_at(words * PER_WORD);
+            let mut sums = [0i32; MOST_WIDTH];
+            for (i, (&upper, &lower)) in upper.iter().zip(lower).enumerate() {
+                let q = ((upper as i8 as i32) << 8) + lower as i8 as i32;
+                for (t, sum) in sums[..block.tokens].iter_mut().enumerate() {
+                    let word = keys[i / PER_WORD * along + t * across].to_ne_bytes();
+                    *sum += q * (word[i % PER_WORD] as i32 - KEY_ZERO);
+                }
+            }
+            let mut scores = [0.0f32; MOST_WIDTH];
+            for (t, score) in scores[..block.tokens].iter_mut().enumerate() {
+                *score = sums[t] as f32 * (rest[0] * key_scales[t]);
+            }
+            let seen = rows.visible[r];
+            let factor = soften::<FMA>(&mut scores, seen, &mut rows.max[r], &mut rows.sum[r]);
+            let mut weights = [0i32; MOST_WIDTH];
+            let weights = &mut weights[..block.tokens];
+            let unit = weigh(&scores, value_scales, seen, weights);
+            for (d, weighted) in rows.weighted[r * stride..][..block.dim].iter_mut().enumerate() {
+                let mut sum = 0;
+                for (t, weight) in weights.iter().enumerate() {
+                    let word = values[t / PER_WORD * stride + d].to_ne_bytes();
+                    sum += weight * (word[t % PER_WORD] as i8 as i32);
+                }
+                let before = *weighted * factor;
+                *weighted = if FMA { unit.mul_add(sum as f32, before) } else { unit * sum as f32 + before };
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::x86::{WIDTH, lanes, soften};
+    use super::{Block, MOST_WEIGHT, PER_WORD, Queries, query_words, value_stride};
+    use crate::kernels::isa::x86::fetch;
+    use std::arch::x86_64::*;
+
+    /// Sums of products of upper halves and of lower ones.
+    type Halves = [__m512i; 2];
+
+    /// What both stand for.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn joined([upper, lower]: Halves) -> __m512i {
+        _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower)
+    }
+
+    /// The words of a query.
+    #[derive(Clone, Copy)]
+    struct Query {
+        /// Upper halves, then lower ones.
+        halves: *const i32,
+        words: usize,
+    }
+
+    impl Query {
+        /// # Safety
+        /// The row of the queries must be there.
+        unsafe fn of(rows: &Queries, r: usize, dim: usize) -> Self {
+            let words = dim.div_ceil(PER_WORD);
+            // SAFETY: the caller's promise.
+            let halves = unsafe { rows.words.as_ptr().add(r * query_words(dim)) }.cast();
+            Self { halves, words }
+        }
+
+        /// What sums begin with, for the upper half or the lower.
+        ///
+        /// # Safety
+        /// The query's words must be there.
+        unsafe fn zero(self, half: usize) -> i32 {
+            // SAFETY: the caller's promise.
+            unsafe { *self.halves.add(2 * self.words + 1 + half) }
+        }
+
+        /// # Safety
+        /// As [`Self::zero`].
+        unsafe fn scale(self) -> f32 {
+            // SAFETY: the caller's promise.
+            unsafe { *self.halves.add(2 * self.words).cast() }
+        }
+    }
+
+    /// A block for `R` rows, up to four.
+    ///
+    /// # Safety
+    /// Needs the instructions; the sizes are those that [`super::super::see`] asserts.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    pub unsafe fn see<const R: usize>(rows: Queries, block: Block) {
+        let (key_scales, keys) = block.keys.split_at(WIDTH);
+        let (value_scales, values) = block.values.split_at(WIDTH);
+        let (stride, steps) = (value_stride(block.dim), block.tokens.div_ceil(PER_WORD));
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut queries = [Query::of(&rows, 0, block.dim); R];
+            for (r, query) in queries.iter_mut().enumerate() {
+                *query = Query::of(&rows, r, block.dim);
+            }
+            let sums = match block.panel {
+                true => panel(queries, keys.as_ptr(), block.ahead),
+                false => by_token(queries, keys.as_ptr(), block),
+            };
+            let load = |scales: &[f32]| {
+                let at = scales.as_ptr();
+                [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))]
+            };
+            let (key_scales, value_scales) = (load(key_scales), load(value_scales));
+            let mut parts = [Part::NONE; R];
+            for r in 0..R {
+                let (scale, seen) = (_mm512_set1_ps(queries[r].scale()), rows.visible[r]);
+                let score = |j: usize| {
+                    let scale = _mm512_mul_ps(scale, key_scales[j]);
+                    _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][j]), scale)
+                };
+                let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
+                let (weights, factor) = soften([score(0), score(1)], seen, max, sum);
+                parts[r] = Part::of(weights, value_scales, seen, factor);
+            }
+            let ahead = block.ahead.wrapping_add(WIDTH + queries[0].words * WIDTH);
+            let mut left = 0;
+            while left < stride {
+                let at = (values.as_ptr().add(left), ahead.wrapping_add(left));
+                let weighted = rows.weighted.as_mut_ptr().add(left);
+                // Sixteen sums of either half at most: there are 32 registers.
+                if R < 4 && left + WIDTH < stride {
+                    weigh::<R, 4>(&parts, at, weighted, stride, steps);
+                    left += 2 * WIDTH;
+                } else {
+                    weigh::<R, 2>(&parts, at, weighted, stride, steps);
+                    left += WIDTH;
+                }
+            }
+        }
+    }
+
+    /// Scores of a panel of keys, before the scales.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    unsafe fn panel<const R: usize>(
+        queries: [Query; R],
+        keys: *const f32,
+        ahead: *const f32,
+    ) -> [[__m512i; 2]; R] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[[_mm512_setzero_si512(); 2]; 2]; R];
+            for r in 0..R {
+                for half in 0..2 {
+                    let zero = _mm512_set1_epi32(queries[r].zero(half));
+                    (sums[r][0][half], sums[r][1][half]) = (zero, zero);
+                }
+            }
+            for p in 0..queries[0].words {
+                let mut line = [_mm512_setzero_si512(); 2];
+                for j in 0..2 {
+                    fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * WIDTH + 16 * j));
+                    line[j] = _mm512_loadu_si512(keys.add(p * WIDTH + 16 * j).cast());
+                }
+                for (query, sums) in queries.iter().zip(&mut sums) {
+                    for half in 0..2 {
+                        let q = _mm512_set1_epi32(*query.halves.add(half * query.words + p));
+                        for j in 0..2 {
+                            sums[j][half] = _mm512_dpbusd_epi32(sums[j][half], line[j], q);
+                        }
+                    }
+                }
+            }
+            let mut scores = [[_mm512_setzero_si512(); 2]; R];
+            for r in 0..R {
+                scores[r] = [joined(sums[r][0]), joined(sums[r][1])];
+            }
+            scores
+        }
+    }
+
+    /// Scores of keys that lie token by token.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    unsafe fn by_token<const R: usize>(
+        queries: [Query; R],
+        keys: *const f32,
+        block: Block,
+    ) -> [[__m512i; 2]; R] {
+        let mut scores = [[0i32; WIDTH]; R];
+        let k = queries[0].words;
+        // SAFETY: the caller's promise; masked lanes are not read, and a row of scores is 32 words.
+        unsafe {
+            for token in 0..block.tokens {
+                let mut sums = [[_mm512_setzero_si512(); 2]; R];
+                for p in (0..k).step_by(16) {
+                    fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
+                    let lanes = lanes(k - p);
+                    let key = _mm512_maskz_loadu_epi32(lanes, keys.add(token * k + p).cast());
+                    for (query, sums) in queries.iter().zip(&mut sums) {
+                        for half in 0..2 {
+                            let at = query.halves.add(half * k + p);
+                            let q = _mm512_maskz_loadu_epi32(lanes, at);
+                            sums[half] = _mm512_dpbusd_epi32(sums[half], key, q);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let zero = (queries[r].zero(0) << 8) + queries[r].zero(1);
+                    scores[r][token] = _mm512_reduce_add_epi32(joined(sums[r])).wrapping_add(zero);
+                }
+            }
+            scores.map(|row| [0, 16].map(|i| _mm512_loadu_si512(row.as_ptr().add(i).cast())))
+        }
+    }
+
+    /// What a row adds of a block's values.
+    #[derive(Clone, Copy)]
+    struct Part {
+        /// The halves of tokens' weights.
+        halves: [[i32; WIDTH / PER_WORD]; 2],
+        /// What gives them back.
+        unit: __m512,
+        /// Of what the row has.
+        factor: __m512,
+    }
+
+    impl Part {
+        /// Nothing, from nothing.
+        const NONE: Self = {
+            // SAFETY: vectors of floats may be any bits.
+            let zero = unsafe { std::mem::zeroed() };
+            Self {
+                halves: [[0; WIDTH / PER_WORD]; 2],
+                unit: zero,
+                factor: zero,
+            }
+        };
+
+        /// As [`super::weigh`].
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+        fn of(weights: [__m512; 2], scales: [__m512; 2], seen: u32, factor: __m512) -> Self {
+            let scaled = |j: usize| {
+                _mm512_maskz_mul_ps((seen >> (16 * j)) as u16, weights[j], scales[j])
+            };
+            let scaled = [scaled(0), scaled(1)];
+            let bits = scaled.map(|x| _mm512_castps_si512(x));
+            let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(bits[0], bits[1]));
+            let largest = _mm512_set1_ps(f32::from_bits(largest));
+            let to = _mm512_div_ps(_mm512_set1_ps(MOST_WEIGHT), largest);
+            let mut halves = [[0; WIDTH / PER_WORD]; 2];
+            for j in 0..2 {
+                let n = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[j], to));
+                let upper = _mm512_cvtepi32_epi8(_mm512_srli_epi32::<8>(n));
+                let lower = _mm512_cvtepi32_epi8(n);
+                for (half, bytes) in halves.iter_mut().zip([upper, lower]) {
+                    // SAFETY: four words of the eight.
+                    unsafe { _mm_storeu_si128(half.as_mut_ptr().add(4 * j).cast(), bytes) };
+                }
+            }
+            let unit = _mm512_div_ps(largest, _mm512_set1_ps(MOST_WEIGHT));
+            Self {
+                halves,
+                unit,
+                factor,
+            }
+        }
+    }
+
+    /// Adds the values by their weights.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    unsafe fn weigh<const R: usize, const V: usize>(
+        parts: &[Part; R],
+        (values, ahead): (*const f32, *const f32),
+        weighted: *mut f32,
+        stride: usize,
+        steps: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums: [[Halves; V]; R] = [[[_mm512_setzero_si512(); 2]; V]; R];
+            for p in 0..steps {
+                let mut line = [_mm512_setzero_si512(); V];
+                for (j, line) in line.iter_mut().enumerate() {
+                    fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                    *line = _mm512_loadu_si512(values.add(p * stride + 16 * j).cast());
+                }
+                for (part, sums) in parts.iter().zip(&mut sums) {
+                    for half in 0..2 {
+                        let w = _mm512_set1_epi32(part.halves[half][p]);
+                        for j in 0..V {
+                            sums[j][half] = _mm512_dpbusd_epi32(sums[j][half], w, line[j]);
+                        }
+                    }
+                }
+            }
+            for (r, (part, sums)) in parts.iter().zip(sums).enumerate() {
+                for (j, halves) in sums.into_iter().enumerate() {
+                    let target = weighted.add(r * stride + 16 * j);
+                    let before = _mm512_mul_ps(_mm512_loadu_ps(target), part.factor);
+                    let sum = _mm512_cvtepi32_ps(joined(halves));
+                    _mm512_storeu_ps(target, _mm512_fmadd_ps(part.unit, sum, before));
+                }
+            }
+        }
+    }
+}
