@@ -60,7 +60,7 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::x86::{WIDTH, lanes, soften};
+    use super::super::x86::{WIDTH, fetch_share, lanes, soften};
     use super::{Block, Queries, value_stride};
     use crate::kernels::isa::x86::{fetch, multiply_pairs};
     use std::arch::x86_64::*;
@@ -84,16 +84,17 @@ mod x86 {
                 };
                 let mut factors = [_mm512_setzero_ps(); R];
                 let mut weights = [[0.0f32; WIDTH]; R];
+                let stride = value_stride(block.dim);
+                let steps = block.tokens.div_ceil($per_word);
+                let ahead = block.ahead.wrapping_add(k * WIDTH);
                 for r in 0..R {
+                    fetch_share::<R>(r, ahead, steps / 2 * stride);
                     let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
                     let ([low, high], factor) = soften(scores[r], rows.visible[r], max, sum);
                     factors[r] = factor;
                     $store(low, high, &mut weights[r]);
                 }
-                let stride = value_stride(block.dim);
-                let steps = block.tokens.div_ceil($per_word);
                 let (values, weighted) = (block.values.as_ptr(), rows.weighted.as_mut_ptr());
-                let ahead = block.ahead.wrapping_add(k * WIDTH);
                 for left in (0..stride).step_by(WIDTH * 2) {
                     // SAFETY: the caller's promise; a stride is whole panels of 32.
                     unsafe {
@@ -196,7 +197,9 @@ mod x86 {
                     for p in 0..steps {
                         let mut line = [_mm512_setzero_ps(); V];
                         for j in 0..V {
-                            fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                            if p >= steps / 2 {
+                                fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                            }
                             // SAFETY: as above.
                             line[j] = unsafe { _mm512_loadu_ps(values.add(p * stride + 16 * j)) };
                         }

@@ -180,7 +180,7 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::x86::{WIDTH, lanes, soften};
+    use super::super::x86::{WIDTH, fetch_share, lanes, soften};
     use super::{Block, MOST_WEIGHT, PER_WORD, Queries, query_words, value_stride};
     use crate::kernels::isa::x86::fetch;
     use std::arch::x86_64::*;
@@ -255,7 +255,9 @@ mod x86 {
             };
             let (key_scales, value_scales) = (load(key_scales), load(value_scales));
             let mut parts = [Part::NONE; R];
+            let ahead = block.ahead.wrapping_add(2 * WIDTH + queries[0].words * WIDTH);
             for r in 0..R {
+                fetch_share::<R>(r, ahead, steps / 2 * stride);
                 let (scale, seen) = (_mm512_set1_ps(queries[r].scale()), rows.visible[r]);
                 let score = |j: usize| {
                     let scale = _mm512_mul_ps(scale, key_scales[j]);
@@ -265,7 +267,6 @@ mod x86 {
                 let (weights, factor) = soften([score(0), score(1)], seen, max, sum);
                 parts[r] = Part::of(weights, value_scales, seen, factor);
             }
-            let ahead = block.ahead.wrapping_add(WIDTH + queries[0].words * WIDTH);
             let mut left = 0;
             while left < stride {
                 let at = (values.as_ptr().add(left), ahead.wrapping_add(left));
@@ -427,7 +428,9 @@ mod x86 {
             for p in 0..steps {
                 let mut line = [_mm512_setzero_si512(); V];
                 for (j, line) in line.iter_mut().enumerate() {
-                    fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                    if p >= steps / 2 {
+                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                    }
                     *line = _mm512_loadu_si512(values.add(p * stride + 16 * j).cast());
                 }
                 for (part, sums) in parts.iter().zip(&mut sums) {

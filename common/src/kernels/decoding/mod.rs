@@ -112,8 +112,8 @@ pub struct Block<'a> {
     pub dim: usize,
     /// How they are kept.
     pub format: Format,
-    /// What will be read later, laid out like this block: it is asked for meanwhile, line by line, since caches come from
-    /// memory, and the processor's own prefetching begins anew with every page. Any address will do.
+    /// What will be read later, laid out like this block, best some 8 KB on: it is asked for meanwhile, line by line, since
+    /// caches come from memory, and the processor's own prefetching begins anew with every page. Any address will do.
     pub ahead: *const f32,
 }
 
@@ -192,6 +192,7 @@ fn soften<const FMA: bool>(scores: &mut [f32], seen: u32, max: &mut f32, sum: &m
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! What the kernels of all formats share.
+    use super::super::isa::x86::fetch;
     use super::super::softmax::x86::exp;
     use std::arch::x86_64::*;
 
@@ -217,6 +218,16 @@ mod x86 {
         *max = top;
         *sum = *sum * _mm512_cvtss_f32(factor) + _mm512_reduce_add_ps(_mm512_add_ps(low, high));
         ([low, high], factor)
+    }
+
+    /// Asks for row `r`'s share of so many words: half of the values that come later are asked for row by row while the
+    /// soft-max is at work, the other half with the values, so that memory has no pause.
+    #[inline(always)]
+    pub fn fetch_share<const R: usize>(r: usize, words: *const f32, count: usize) {
+        let lines = count / 16;
+        for line in lines * r / R..lines * (r + 1) / R {
+            fetch::<_MM_HINT_T0>(words.wrapping_add(16 * line));
+        }
     }
 
     /// As many of 16 lanes.
