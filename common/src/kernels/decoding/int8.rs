@@ -48,6 +48,54 @@ fn nearest(x: f32) -> i32 {
 }
 
 multiversion! {
+    /// Turns a key, or a query that meets it, by the Hadamard matrix of the largest power of two that divides its length, if
+    /// that is 16 or more; a product of two turned vectors is `turned_by` times what it was.
+    ///
+    /// Keys have a few elements much larger than the others, for which one scale serves badly; turned, they are all alike
+    /// (Ashkboos et al., *QuaRot*, arXiv 2404.00456).
+    pub fn turn(x: &mut [f32]) {
+        let size = turned_by(x.len());
+        if size < LANES {
+            return;
+        }
+        for x in x.as_chunks_mut::<LANES>().0 {
+            in_lanes::<1>(x);
+            in_lanes::<2>(x);
+            in_lanes::<4>(x);
+            in_lanes::<8>(x);
+        }
+        let mut half = LANES;
+        while half < size {
+            for part in x.chunks_exact_mut(2 * half) {
+                let (low, high) = part.split_at_mut(half);
+                for (low, high) in low.iter_mut().zip(high) {
+                    (*low, *high) = (*low + *high, *low - *high);
+                }
+            }
+            half *= 2;
+        }
+    }
+}
+
+/// Elements that [`turn`] begins with.
+const LANES: usize = 16;
+
+/// The size of the matrix that [`turn`] turns so many elements by: 1 where it leaves them.
+fn turned_by(elements: usize) -> usize {
+    let size = 1 << elements.trailing_zeros();
+    if size < LANES { 1 } else { size }
+}
+
+/// Sums and differences of neighbours at a distance of `N`.
+#[inline(always)]
+fn in_lanes<const N: usize>(x: &mut [f32; LANES]) {
+    let y = *x;
+    for (i, x) in x.iter_mut().enumerate() {
+        *x = if i & N == 0 { y[i] + y[i ^ N] } else { y[i ^ N] - y[i] };
+    }
+}
+
+multiversion! {
     /// Integers up to `most` in place of `x`, and the scale that gives them back; NaN where an element is not finite.
     pub fn integers(x: &[f32], most: f32, out: &mut [i32]) -> f32 {
         let (mut largest, mut unsound) = (0.0f32, 0.0f32);
@@ -65,9 +113,11 @@ multiversion! {
 
 /// Writes a query, scaled.
 pub fn put_query(query: &[f32], out: &mut [f32]) {
-    let mut numbers = [0; MOST_DIM];
-    let numbers = &mut numbers[..query.len()];
-    let scale = integers(query, MOST_QUERY, numbers);
+    let (mut turned, mut numbers) = ([0.0; MOST_DIM], [0; MOST_DIM]);
+    let (turned, numbers) = (&mut turned[..query.len()], &mut numbers[..query.len()]);
+    turned.copy_from_slice(query);
+    turn(turned);
+    let scale = integers(turned, MOST_QUERY, numbers) / turned_by(query.len()) as f32;
     let (halves, rest) = out.split_at_mut(2 * query.len().div_ceil(PER_WORD));
     halves.fill(0.0);
     let (upper, lower) = halves.split_at_mut(halves.len() / 2);
@@ -84,9 +134,11 @@ pub fn put_query(query: &[f32], out: &mut [f32]) {
 
 /// Writes a key; its scale comes back.
 pub fn put_key(key: &[f32], row: &mut [f32]) -> f32 {
-    let mut numbers = [0; MOST_DIM];
-    let numbers = &mut numbers[..key.len()];
-    let scale = integers(key, 127.0, numbers);
+    let (mut turned, mut numbers) = ([0.0; MOST_DIM], [0; MOST_DIM]);
+    let (turned, numbers) = (&mut turned[..key.len()], &mut numbers[..key.len()]);
+    turned.copy_from_slice(key);
+    turn(turned);
+    let scale = integers(turned, 127.0, numbers);
     for (byte, n) in bytes_mut(row).iter_mut().zip(numbers) {
         *byte = (*n + KEY_ZERO) as u8;
     }
