@@ -154,7 +154,8 @@ fn decoding_attention<const FORMAT: usize>(bencher: Bencher, sequences: usize) {
     cache.grow(blocks * head);
     cache.as_mut_slice().fill(0.5);
     let mut queries = vec![0.0; 3 * format.query_words(DIM)];
-    (queries.chunks_mut(format.query_words(DIM))).for_each(|q| format.put_query(&[0.1; DIM], q));
+    (queries.chunks_mut(format.query_words(DIM)))
+        .for_each(|q| format.put_query(&mut [0.1; DIM], q));
     let mut weighted = vec![0.0; 3 * value_stride(DIM)];
     let bytes = ItemsCount::new(size_of_val(cache.as_slice()));
     bencher.counter(bytes).bench_local(|| {

@@ -91,13 +91,38 @@ pub enum Prefers {
     Speed,
 }
 
-/// A choice of number format for the keys and values of responses at work.
+/// A choice of number format for the keys and values of prompts and responses at work. (The name is vLLM's.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum KvCacheDtype {
-    /// That of --dtype
+    /// int8 where --dtype auto means bf16 on a CPU; else as --dtype says
     Auto,
-    /// Integers of 8 bits with a scale for each key and value (CPU only)
+    /// Integers of 8 bits, with a scale for each key and value (on a CPU)
     Int8,
+}
+
+impl KvCacheDtype {
+    /// Settles the format. Half the bytes are what long responses wait for; and what 8 bits change of log-probs is not much
+    /// more than what bfloat16 does.
+    ///
+    /// # Errors
+    /// 8 bits on a GPU.
+    pub fn format(self, compute: &Compute, place: &Place) -> Result<Format> {
+        let fast = compute.dtype == Dtype::Auto && place.precision == Precision::Bf16;
+        Ok(match (self, &place.gpu) {
+            (Self::Int8, Some(_)) => bail!("--kv-cache-dtype int8 is for a CPU (--device cpu)"),
+            (Self::Int8, None) => Format::Int8,
+            (Self::Auto, None) if fast => Format::Int8,
+            (Self::Auto, _) => Format::Float(place.precision),
+        })
+    }
+}
+
+/// The name of the formats that something was sampled in: as `--dtype` takes it, where caches are in the same.
+pub fn sampling_dtype(place: &Place, cache: Format) -> String {
+    match cache {
+        Format::Float(_) => place.dtype().to_owned(),
+        Format::Int8 => format!("{}+kv-int8", place.dtype()),
+    }
 }
 
 fn device(text: &str) -> Result<String, String> {
@@ -227,15 +252,15 @@ impl Engine {
     }
 
     /// A generator of which at most `slots` sequences run at a time, or what `budget` has room for; without a number,
-    /// what suits the machine.
+    /// what suits the machine. On a CPU it keeps keys and values in the format `cache`.
     ///
     /// # Errors
-    /// A model that is larger than the budget; a GPU without room for a single response, or that is to keep 8 bits.
+    /// A model that is larger than the budget; a GPU without room for a single response.
     pub fn generator<'a>(
         &'a self,
         how: Sampling,
         end_ids: &[u32],
-        cache: KvCacheDtype,
+        cache: Format,
         slots: Option<usize>,
         budget: Option<usize>,
     ) -> Result<Box<dyn Generate + 'a>> {
@@ -245,14 +270,7 @@ impl Engine {
                     sequences: slots.unwrap_or(128),
                     bytes: budget::left(budget)?,
                 };
-                let generator = Generator::new(decoder, how, end_ids, limits);
-                Box::new(match cache {
-                    KvCacheDtype::Auto => generator,
-                    KvCacheDtype::Int8 => generator.with_cache(Format::Int8),
-                })
-            }
-            Self::Cuda(_) if cache == KvCacheDtype::Int8 => {
-                bail!("--kv-cache-dtype int8 is for a CPU (--device cpu)")
+                Box::new(Generator::new(decoder, how, end_ids, limits).with_cache(cache))
             }
             Self::Cuda(decoder) => Box::new(cuda::Generator::new(decoder, how, end_ids, slots)?),
         })

@@ -4,7 +4,8 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
-use common::policy::{Checkpoint, Compute, OnNan, Prefers, TooLong, KvCacheDtype};
+use common::kernels::decoding::Format;
+use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Prefers, TooLong, sampling_dtype};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use common::run::settings;
@@ -69,7 +70,8 @@ struct Args {
     /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
     #[arg(long)]
     batch_size: Option<usize>,
-    /// Number format of the keys and values of responses at work. Long ones spend most of their time reading them
+    /// Number format of keys and values while responses are at work: long ones spend most of their time reading them. What 8
+    /// bits change of a log-prob is little more than what bf16 does
     #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
     kv_cache_dtype: KvCacheDtype,
     #[command(flatten)]
@@ -109,14 +111,19 @@ fn run(args: Args) -> Result<()> {
     let place = args.compute.place(Prefers::Speed)?;
     let model = Checkpoint::open(&args.model)?;
     let engine = model.engine(&place)?;
-    program::say(format_args!("{}: computing in {place}", args.model));
+    let cache = args.kv_cache_dtype.format(&args.compute, &place)?;
+    let kept = match cache {
+        Format::Float(_) => "",
+        Format::Int8 => ", keys and values kept in int8",
+    };
+    program::say(format_args!("{}: computing in {place}{kept}", args.model));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
-        dtype: place.dtype(),
+        dtype: sampling_dtype(&place, cache),
         generator: engine.generator(
             how,
             model.chat.end_ids(),
-            args.kv_cache_dtype,
+            cache,
             args.batch_size,
             place.budget,
         )?,
@@ -158,8 +165,8 @@ struct Job<'a> {
     args: &'a Args,
     model: &'a Checkpoint,
     fingerprint: String,
-    /// What the matrix products ran in: `logp` holds for these weights in this format.
-    dtype: &'static str,
+    /// The formats of the computation: `logp` holds for these weights in these formats.
+    dtype: String,
     generator: Box<dyn Generate + 'a>,
     output: Output,
     /// The rows of the prompts at work, in order.

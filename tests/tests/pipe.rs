@@ -390,6 +390,7 @@ fn the_samplers_log_probs_are_taken_only_where_they_hold() {
     assert!(!close(&finished, &computed));
     for (field, value) in [
         ("dtype", json!("bf16")),
+        ("dtype", json!("f32+kv-int8")),
         ("model", json!("0123456789abcdef")),
     ] {
         let (anew, said) = score(&|row: &mut Fields| {

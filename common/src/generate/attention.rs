@@ -43,8 +43,9 @@ impl Rows {
             self.scaled.clear();
             self.scaled
                 .extend(row[..heads.q_width()].iter().map(|q| q * heads.scale()));
-            for (head, query) in self.scaled.chunks_exact(heads.dim).enumerate() {
+            for head in 0..heads.query {
                 let row = self.row(heads.group(), token, head);
+                let query = &mut self.scaled[head * heads.dim..][..heads.dim];
                 format.put_query(query, &mut self.queries[row * k..][..k]);
             }
         }

@@ -456,11 +456,28 @@ mod tests {
         requests: Vec<Request>,
         slots: usize,
     ) -> Vec<(String, Vec<Sample>)> {
+        keeping(
+            Format::Float(decoder.precision),
+            decoder,
+            how,
+            requests,
+            slots,
+        )
+    }
+
+    /// The same with keys and values in another format.
+    fn keeping(
+        cache: Format,
+        decoder: &Decoder,
+        how: Sampling,
+        requests: Vec<Request>,
+        slots: usize,
+    ) -> Vec<(String, Vec<Sample>)> {
         let limits = Limits {
             sequences: slots,
             bytes: usize::MAX,
         };
-        let mut generator = Generator::new(decoder, how, &[0, 7], limits);
+        let mut generator = Generator::new(decoder, how, &[0, 7], limits).with_cache(cache);
         all(&mut generator, requests).0
     }
 
@@ -487,9 +504,14 @@ mod tests {
 
     #[test]
     fn samples_do_not_depend_on_slots_or_company() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for (precision, cache) in [
+            (Precision::F32, Format::Float(Precision::F32)),
+            (Precision::Bf16, Format::Float(Precision::Bf16)),
+            (Precision::Bf16, Format::Int8),
+        ] {
             let decoder = decoder(Some(8), precision);
-            let all = run(&decoder, how(), requests(), 64);
+            let run = |how, requests, slots| keeping(cache, &decoder, how, requests, slots);
+            let all = run(how(), requests(), 64);
             assert_eq!(
                 all.iter()
                     .map(|(k, s)| (k.as_str(), s.len()))
@@ -497,15 +519,11 @@ mod tests {
                 [("a", 5), ("b", 3), ("c", 11)]
             );
             for slots in [1, 2, 7] {
-                assert_eq!(
-                    run(&decoder, how(), requests(), slots),
-                    all,
-                    "{slots} slots"
-                );
+                assert_eq!(run(how(), requests(), slots), all, "{slots} slots");
             }
-            let alone = run(&decoder, how(), requests().split_off(2), 3);
+            let alone = run(how(), requests().split_off(2), 3);
             assert_eq!(alone[0], all[2]);
-            let other_seed = run(&decoder, Sampling { seed: 8, ..how() }, requests(), 64);
+            let other_seed = run(Sampling { seed: 8, ..how() }, requests(), 64);
             assert_ne!(other_seed, all);
         }
     }

@@ -47,113 +47,123 @@ fn nearest(x: f32) -> i32 {
     (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
 }
 
+/// Keys have a few elements much larger than the others, which one scale serves badly. Turned by a Hadamard matrix all are
+/// alike, and a product of two turned vectors is [`turned_by`] times what it was (Ashkboos et al., *QuaRot*, arXiv
+/// 2404.00456).
+const MOST_TURNED: usize = 64;
+
+/// The size of the matrix that [`turn`] turns so many elements by, part by part: a power of two.
+fn turned_by(elements: usize) -> usize {
+    MOST_TURNED.min(1 << elements.trailing_zeros())
+}
+
 multiversion! {
-    /// Turns a key, or a query that meets it, by the Hadamard matrix of the largest power of two that divides its length, if
-    /// that is 16 or more; a product of two turned vectors is `turned_by` times what it was.
-    ///
-    /// Keys have a few elements much larger than the others, for which one scale serves badly; turned, they are all alike
-    /// (Ashkboos et al., *QuaRot*, arXiv 2404.00456).
+    /// Turns a key, or a query that is to meet turned ones. All stages are alike, sums of neighbours before their differences,
+    /// which puts the matrix's rows in another order.
     pub fn turn(x: &mut [f32]) {
         let size = turned_by(x.len());
-        if size < LANES {
-            return;
-        }
-        for x in x.as_chunks_mut::<LANES>().0 {
-            in_lanes::<1>(x);
-            in_lanes::<2>(x);
-            in_lanes::<4>(x);
-            in_lanes::<8>(x);
-        }
-        let mut half = LANES;
-        while half < size {
-            for part in x.chunks_exact_mut(2 * half) {
-                let (low, high) = part.split_at_mut(half);
-                for (low, high) in low.iter_mut().zip(high) {
-                    (*low, *high) = (*low + *high, *low - *high);
+        let mut turned = [0.0; MOST_TURNED];
+        for part in x.chunks_exact_mut(size) {
+            for _ in 0..size.ilog2() {
+                let (sums, differences) = turned[..size].split_at_mut(size / 2);
+                let to = sums.iter_mut().zip(differences);
+                for ([a, b], (sum, difference)) in part.as_chunks().0.iter().zip(to) {
+                    (*sum, *difference) = (a + b, a - b);
                 }
+                part.copy_from_slice(&turned[..size]);
             }
-            half *= 2;
         }
     }
 }
 
-/// Elements that [`turn`] begins with.
+/// Lanes of a maximum.
 const LANES: usize = 16;
 
-/// The size of the matrix that [`turn`] turns so many elements by: 1 where it leaves them.
-fn turned_by(elements: usize) -> usize {
-    let size = 1 << elements.trailing_zeros();
-    if size < LANES { 1 } else { size }
+/// How elements become integers up to some number, and back.
+#[derive(Clone, Copy)]
+pub struct Scale {
+    /// What elements are multiplied by.
+    to: f32,
+    /// What integers are multiplied by; NaN where an element is not finite.
+    back: f32,
 }
 
-/// Sums and differences of neighbours at a distance of `N`.
-#[inline(always)]
-fn in_lanes<const N: usize>(x: &mut [f32; LANES]) {
-    let y = *x;
-    for (i, x) in x.iter_mut().enumerate() {
-        *x = if i & N == 0 { y[i] + y[i ^ N] } else { y[i ^ N] - y[i] };
+multiversion! {
+    /// The scale that makes the largest element `most`.
+    pub fn scale(x: &[f32], most: f32) -> Scale {
+        let (mut largest, mut unsound) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let mut add = |x: &[f32]| {
+            for ((largest, unsound), x) in largest.iter_mut().zip(&mut unsound).zip(x) {
+                *largest = if x.abs() > *largest { x.abs() } else { *largest };
+                *unsound += x * 0.0;
+            }
+        };
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        chunks.iter().for_each(|x| add(x));
+        add(rest);
+        let largest = largest.iter().fold(0.0, |a, &b| if b > a { b } else { a });
+        let unsound: f32 = unsound.iter().sum();
+        Scale {
+            to: if largest > 0.0 { most / largest } else { 0.0 },
+            back: largest / most + unsound,
+        }
     }
 }
 
 multiversion! {
-    /// Integers up to `most` in place of `x`, and the scale that gives them back; NaN where an element is not finite.
-    pub fn integers(x: &[f32], most: f32, out: &mut [i32]) -> f32 {
-        let (mut largest, mut unsound) = (0.0f32, 0.0f32);
-        for x in x {
-            largest = if x.abs() > largest { x.abs() } else { largest };
-            unsound += x * 0.0;
+    /// Integers of 8 bits, with something added.
+    pub fn to_bytes(x: &[f32], to: f32, zero: i32, out: &mut [u8]) {
+        for (byte, x) in out.iter_mut().zip(x) {
+            *byte = (nearest(x * to) + zero) as u8;
         }
-        let to = if largest > 0.0 { most / largest } else { 0.0 };
-        for (n, x) in out.iter_mut().zip(x) {
-            *n = nearest(x * to);
-        }
-        largest / most + unsound
     }
 }
 
-/// Writes a query, scaled.
-pub fn put_query(query: &[f32], out: &mut [f32]) {
-    let (mut turned, mut numbers) = ([0.0; MOST_DIM], [0; MOST_DIM]);
-    let (turned, numbers) = (&mut turned[..query.len()], &mut numbers[..query.len()]);
-    turned.copy_from_slice(query);
-    turn(turned);
-    let scale = integers(turned, MOST_QUERY, numbers) / turned_by(query.len()) as f32;
+multiversion! {
+    /// Integers of 16 bits as two of 8, n = 256·upper + lower; what [`KEY_ZERO`] adds to either's products comes back, negated.
+    pub fn to_halves(x: &[f32], to: f32, upper: &mut [u8], lower: &mut [u8]) -> [i32; 2] {
+        let mut sums = [0; 2];
+        for ((x, upper), lower) in x.iter().zip(upper).zip(lower) {
+            let n = nearest(x * to);
+            let high = (n + 128) >> 8;
+            let low = n - (high << 8);
+            (*upper, *lower) = (high as u8, low as u8);
+            sums = [sums[0] + high, sums[1] + low];
+        }
+        sums.map(|sum| -KEY_ZERO * sum)
+    }
+}
+
+/// Writes a query, scaled; it is turned on the way.
+pub fn put_query(query: &mut [f32], out: &mut [f32]) {
+    turn(query);
+    let Scale { to, back } = scale(query, MOST_QUERY);
     let (halves, rest) = out.split_at_mut(2 * query.len().div_ceil(PER_WORD));
     halves.fill(0.0);
     let (upper, lower) = halves.split_at_mut(halves.len() / 2);
-    let mut zeros = [0; 2];
-    for ((n, upper), lower) in numbers.iter().zip(bytes_mut(upper)).zip(bytes_mut(lower)) {
-        let high = (n + 128) >> 8;
-        let low = n - (high << 8);
-        (*upper, *lower) = (high as u8, low as u8);
-        zeros = [zeros[0] - KEY_ZERO * high, zeros[1] - KEY_ZERO * low];
-    }
+    let zeros = to_halves(query, to, bytes_mut(upper), bytes_mut(lower));
     let zeros = zeros.map(|sum| f32::from_bits(sum as u32));
-    rest.copy_from_slice(&[scale, zeros[0], zeros[1]]);
+    rest.copy_from_slice(&[back / turned_by(query.len()) as f32, zeros[0], zeros[1]]);
 }
 
 /// Writes a key; its scale comes back.
 pub fn put_key(key: &[f32], row: &mut [f32]) -> f32 {
-    let (mut turned, mut numbers) = ([0.0; MOST_DIM], [0; MOST_DIM]);
-    let (turned, numbers) = (&mut turned[..key.len()], &mut numbers[..key.len()]);
+    let mut turned = [0.0; MOST_DIM];
+    let turned = &mut turned[..key.len()];
     turned.copy_from_slice(key);
     turn(turned);
-    let scale = integers(turned, 127.0, numbers);
-    for (byte, n) in bytes_mut(row).iter_mut().zip(numbers) {
-        *byte = (*n + KEY_ZERO) as u8;
-    }
-    scale
+    let Scale { to, back } = scale(turned, 127.0);
+    to_bytes(turned, to, KEY_ZERO, bytes_mut(row));
+    back
 }
 
 /// Writes the value of token `at`, whose word's line of values is given; its scale comes back.
 pub fn put_value(value: &[f32], at: usize, line: &mut [f32]) -> f32 {
-    let mut numbers = [0; MOST_DIM];
-    let numbers = &mut numbers[..value.len()];
-    let scale = integers(value, 127.0, numbers);
-    for (word, n) in bytes_mut(line).chunks_exact_mut(PER_WORD).zip(numbers) {
-        word[at % PER_WORD] = *n as u8;
+    let Scale { to, back } = scale(value, 127.0);
+    for (word, x) in bytes_mut(line).chunks_exact_mut(PER_WORD).zip(value) {
+        word[at % PER_WORD] = nearest(x * to) as u8;
     }
-    scale
+    back
 }
 
 /// For at most [`MOST`](super::MOST) rows; [`super::see`] has held the sizes.
@@ -178,7 +188,13 @@ pub fn see(rows: Queries, block: Block) {
 /// A row's weights as integers, of the values' scales too, and the scale that gives them back: NaN if one of them is.
 #[inline(always)]
 fn weigh(weights: &[f32], scales: &[f32], seen: u32, out: &mut [i32]) -> f32 {
-    let scaled = |i: usize| if seen >> i & 1 == 1 { weights[i] * scales[i] } else { 0.0 };
+    let scaled = |i: usize| {
+        if seen >> i & 1 == 1 {
+            weights[i] * scales[i]
+        } else {
+            0.0
+        }
+    };
     let count = out.len();
     // No weight is negative, and among bits without a sign NaN, of whichever sign, is the largest.
     let largest = f32::from_bits((0..count).map(|i| scaled(i).to_bits()).max().unwrap_or(0));
@@ -307,7 +323,9 @@ mod x86 {
             };
             let (key_scales, value_scales) = (load(key_scales), load(value_scales));
             let mut parts = [Part::NONE; R];
-            let ahead = block.ahead.wrapping_add(2 * WIDTH + queries[0].words * WIDTH);
+            let ahead = block
+                .ahead
+                .wrapping_add(2 * WIDTH + queries[0].words * WIDTH);
             for r in 0..R {
                 fetch_share::<R>(r, ahead, steps / 2 * stride);
                 let (scale, seen) = (_mm512_set1_ps(queries[r].scale()), rows.visible[r]);
@@ -437,9 +455,8 @@ mod x86 {
         #[inline]
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
         fn of(weights: [__m512; 2], scales: [__m512; 2], seen: u32, factor: __m512) -> Self {
-            let scaled = |j: usize| {
-                _mm512_maskz_mul_ps((seen >> (16 * j)) as u16, weights[j], scales[j])
-            };
+            let scaled =
+                |j: usize| _mm512_maskz_mul_ps((seen >> (16 * j)) as u16, weights[j], scales[j]);
             let scaled = [scaled(0), scaled(1)];
             let bits = scaled.map(|x| _mm512_castps_si512(x));
             let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(bits[0], bits[1]));
@@ -502,6 +519,112 @@ mod x86 {
                     _mm512_storeu_ps(target, _mm512_fmadd_ps(part.unit, sum, before));
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::decoding::Format;
+    use crate::kernels::testing::noise;
+
+    #[test]
+    fn turned_vectors_have_the_same_products_and_no_outliers() {
+        for dim in [1, 6, 15, 16, 64, 96, 128, 256] {
+            let mut key = noise(dim, 1);
+            key[dim / 2] = 40.0;
+            let query = noise(dim, 2);
+            let dot = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+            let (mut turned, mut other) = (key.clone(), query.clone());
+            turn(&mut turned);
+            turn(&mut other);
+            let (found, expected) = (dot(&turned, &other), dot(&key, &query));
+            let size = turned_by(dim) as f32;
+            assert!(
+                (found / size - expected).abs() < 1e-3,
+                "{dim}: {found}, {expected}"
+            );
+            if dim == 64 {
+                let largest = turned.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                assert!(
+                    largest < 2.0 * (dot(&turned, &turned) / 64.0).sqrt(),
+                    "{largest}"
+                );
+            }
+        }
+    }
+
+    /// Scores and weights of the vector kernel are those of plain Rust: integers leave no room.
+    #[test]
+    fn vectors_give_what_plain_rust_gives() {
+        for (dim, tokens, panel) in [
+            (64, 32, true),
+            (64, 29, false),
+            (96, 7, false),
+            (20, 32, true),
+        ] {
+            for rows in 1..=4 {
+                compare(dim, tokens.min(panel_width()), panel, rows);
+            }
+        }
+    }
+
+    fn compare(dim: usize, tokens: usize, panel: bool, rows: usize) {
+        let format = Format::Int8;
+        let mut keys = vec![0.0; format.key_words(dim)];
+        let mut values = vec![0.0; format.value_words(dim)];
+        for at in 0..tokens {
+            format.put_key(&noise(dim, at as u32), at, &mut keys);
+            format.put_value(&noise(dim, 100 + at as u32), at, &mut values);
+        }
+        if panel {
+            format.turn_keys(dim, &mut keys);
+        }
+        let words = query_words(dim);
+        let mut queries = vec![0.0; rows * words];
+        for (r, query) in queries.chunks_exact_mut(words).enumerate() {
+            format.put_query(&mut noise(dim, 200 + r as u32), query);
+        }
+        let block = Block {
+            keys: &keys,
+            panel,
+            values: &values,
+            tokens,
+            dim,
+            format,
+            ahead: keys.as_ptr(),
+        };
+        let visible: Vec<u32> = (0..rows)
+            .map(|r| u32::MAX << r & ((1u64 << tokens) - 1) as u32)
+            .collect();
+        let run = |see: fn(Queries, Block)| {
+            let (mut max, mut sum) = (vec![-0.5; rows], vec![1.0; rows]);
+            let mut weighted = vec![1.0; rows * value_stride(dim)];
+            let queries = Queries {
+                words: &queries,
+                visible: &visible,
+                max: &mut max,
+                sum: &mut sum,
+                weighted: &mut weighted,
+            };
+            see(queries, block);
+            let columns = weighted.chunks_exact(value_stride(dim));
+            let weighted: Vec<f32> = columns.flat_map(|row| row[..dim].to_vec()).collect();
+            (max, sum, weighted)
+        };
+        let (found, expected) = (run(see), run(plain));
+        assert_eq!(found.0, expected.0, "largest scores");
+        let pairs = found
+            .1
+            .iter()
+            .chain(&found.2)
+            .zip(expected.1.iter().chain(&expected.2));
+        for (found, expected) in pairs {
+            assert!(
+                (found - expected).abs() < 1e-5,
+                "{dim}, {tokens}, {rows}: {found}, {expected}"
+            );
         }
     }
 }

@@ -55,8 +55,8 @@ impl Format {
         }
     }
 
-    /// Writes a query.
-    pub fn put_query(self, query: &[f32], out: &mut [f32]) {
+    /// Writes a query, which it may change.
+    pub fn put_query(self, query: &mut [f32], out: &mut [f32]) {
         match self {
             Self::Float(precision) => put_row(query, precision, out),
             Self::Int8 => int8::put_query(query, out),
@@ -214,7 +214,10 @@ mod x86 {
         let top = _mm512_reduce_max_ps(_mm512_max_ps(low, high)).max(*max);
         let base = _mm512_set1_ps(if top == f32::NEG_INFINITY { 0.0 } else { top });
         let factor = exp(_mm512_sub_ps(_mm512_set1_ps(*max), base));
-        let (low, high) = (exp(_mm512_sub_ps(low, base)), exp(_mm512_sub_ps(high, base)));
+        let (low, high) = (
+            exp(_mm512_sub_ps(low, base)),
+            exp(_mm512_sub_ps(high, base)),
+        );
         *max = top;
         *sum = *sum * _mm512_cvtss_f32(factor) + _mm512_reduce_add_ps(_mm512_add_ps(low, high));
         ([low, high], factor)
