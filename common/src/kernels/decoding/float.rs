@@ -177,10 +177,14 @@ mod x86 {
                             scores[r][token] = _mm512_reduce_add_ps(sums[r]);
                         }
                     }
-                    // SAFETY: 32 words a row.
-                    scores.map(|row| unsafe {
-                        [_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(16))]
-                    })
+                    let mut rows = [[_mm512_setzero_ps(); 2]; R];
+                    for r in 0..R {
+                        for j in 0..2 {
+                            // SAFETY: 32 words a row.
+                            rows[r][j] = unsafe { _mm512_loadu_ps(scores[r].as_ptr().add(16 * j)) };
+                        }
+                    }
+                    rows
                 }
 
                 /// Adds the values by their weights.

@@ -247,6 +247,7 @@ multiversion! {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)] // rows and columns are of several arrays at once
 mod x86 {
     use super::super::x86::{WIDTH, fetch_share, lanes, soften};
     use super::{Block, MOST_WEIGHT, PER_WORD, Queries, query_words, value_stride};
@@ -341,7 +342,7 @@ mod x86 {
             while left < stride {
                 let at = (values.as_ptr().add(left), ahead.wrapping_add(left));
                 let weighted = rows.weighted.as_mut_ptr().add(left);
-                // Sixteen sums of either half at most: there are 32 registers.
+                // There are 32 registers, for the sums of both halves too.
                 if R < 4 && left + WIDTH < stride {
                     weigh::<R, 4>(&parts, at, weighted, stride, steps);
                     left += 2 * WIDTH;
@@ -424,7 +425,13 @@ mod x86 {
                     scores[r][token] = _mm512_reduce_add_epi32(joined(sums[r])).wrapping_add(zero);
                 }
             }
-            scores.map(|row| [0, 16].map(|i| _mm512_loadu_si512(row.as_ptr().add(i).cast())))
+            let mut rows = [[_mm512_setzero_si512(); 2]; R];
+            for r in 0..R {
+                for j in 0..2 {
+                    rows[r][j] = _mm512_loadu_si512(scores[r].as_ptr().add(16 * j).cast());
+                }
+            }
+            rows
         }
     }
 
@@ -493,7 +500,7 @@ mod x86 {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut sums: [[Halves; V]; R] = [[[_mm512_setzero_si512(); 2]; V]; R];
+            let mut sums = [[[_mm512_setzero_si512(); 2]; V]; R];
             for p in 0..steps {
                 let mut line = [_mm512_setzero_si512(); V];
                 for (j, line) in line.iter_mut().enumerate() {

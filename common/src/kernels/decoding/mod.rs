@@ -88,7 +88,8 @@ impl Format {
     /// Turns a block's keys, which lie token by token, into a panel.
     pub fn turn_keys(self, dim: usize, keys: &mut [f32]) {
         let keys = &mut keys[self.scales()..];
-        turn_words(&keys.to_vec(), self.words(dim), keys);
+        let by_token = keys.to_vec();
+        turn_words(&by_token, self.words(dim), keys);
     }
 }
 
