@@ -43,15 +43,16 @@ class Cost:
         self.layers = 2 * config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
         self.head = 2 * hidden * config.vocab_size
         self.pair = 4 * hidden * config.num_hidden_layers
-        # Keys and values of a token, in a cache of two bytes an element.
-        self.token = 4 * hidden * kv // heads * config.num_hidden_layers
+        # Elements of a token's keys and values, and of one of them.
+        self.token = 2 * hidden * kv // heads * config.num_hidden_layers
+        self.head_size = hidden // heads
 
     def forward(self, prompt_tokens, response_tokens):
         return self.layers * (prompt_tokens + response_tokens) + self.head * response_tokens
 
-    def reread(self, length):
-        """Bytes of a response's own keys and values that sampling it reads: each token's for all after it."""
-        return self.token * length**2 / 2
+    def reread(self, length, element):
+        """Bytes of a response's own keys and values that sampling it reads: each token's for all after it; `element` of each element."""
+        return self.token * element * length**2 / 2
 
     def group(self, prompt, responses):
         """A prompt and the lengths of its responses, the products of attention included: each pair of tokens that see each other."""

@@ -8,13 +8,15 @@ Writes OUTPUT.json, each point once measured, and draws OUTPUT.svg; points that 
 users run them; what the same command takes for one small row is taken off (training: from the first step to the last).
 
 - rows: 64 … 4096 responses of 24 tokens, 8 to a prompt (training: so many pairs)
-- length: responses of 64 … 2048 tokens; the more, the fewer (some 16,000 tokens in all; 32 responses sampled)
+- length: responses of 64 … 2048 tokens; the more, the fewer (some 16,000 tokens in all; 65,000 sampled, 32 responses at a time)
 - K: 64 responses of 64 tokens to prompts of 512 tokens, 1 … 64 to a prompt
 
+Sampling keeps keys and values in 8 bits, as it does by default in bfloat16; over length also as --dtype says ("wide").
+
 Lines are FLOPs by the stage's median rate in that sweep: where the points lie on them, cost grows as the arithmetic does. A
-sequence that is sampled reads its own keys and values again for each token, which no other shares: the dashed line is the FLOPs
-at the rate of the shortest responses and those bytes at the rate of memory, one after the other (`--memory`, GB/s of all cores:
-`cargo bench -p common -- reading`).
+sequence that is sampled reads its own keys and values again for each token, which no other shares: the dashed lines are the
+FLOPs at the rate of the shortest responses and those bytes at the rate of memory, one after the other (`--memory`, GB/s of all
+cores: `cargo bench -p common -- reading`).
 """
 
 import argparse
@@ -32,8 +34,8 @@ from workload import Cost, write
 ROWS = [64, 128, 256, 512, 1024, 2048, 4096]
 LENGTHS = [64, 128, 256, 512, 1024, 2048]
 KS = [1, 2, 4, 8, 16, 32, 64]
-SHORT, SHARED, TOKENS, BATCH = 24, 8, 16384, 8
-STAGES = ("generate", "score", "train")
+SHORT, SHARED, TOKENS, SAMPLED, BATCH = 24, 8, 16384, 65536, 8
+STAGES = {"generate": "tab:blue", "generate, wide": "tab:purple", "score": "tab:orange", "train": "tab:green"}
 
 
 class Bench:
@@ -64,12 +66,16 @@ class Bench:
             self.starts[name] = statistics.median(ours.run(*(least or command), one) for _ in range(3))
         return ours.run(*command, write(self.work / "all.jsonl", rows)) - self.starts[name]
 
-    def generate(self, responses, length, k, words=1):
+    def generate(self, responses, length, k, words=1, cache="int8", at_once=128):
         """So hot that no response ends early."""
         prompts = [self.prompt(i, words) for i in range(responses // k)]
-        sample = lambda k, length: ["dice-gen", "--model", self.model, "--dtype", self.dtype, "--temperature", 5, "--k", k, "--max-tokens", length]
+        common = ["dice-gen", "--model", self.model, "--dtype", self.dtype, "--kv-cache-dtype", cache, "--batch-size", at_once, "--temperature", 5]
+        sample = lambda k, length: [*common, "--k", k, "--max-tokens", length]
         seconds = self.net(sample(k, length), [{"prompt": text} for text, _ in prompts], least=sample(1, 1))
-        return seconds, sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts), responses * self.cost.reread(length)
+        # Eight bits, and a scale of 32 for each key and value.
+        element = 1 + 4 / self.cost.head_size if cache == "int8" else {"f32": 4, "bf16": 2}[self.dtype]
+        flops = sum(self.cost.group(tokens, [length] * k) for _, tokens in prompts)
+        return seconds, flops, responses * self.cost.reread(length, element)
 
     def score(self, responses, length, k, words=1):
         prompts = [self.prompt(i, words) for i in range(responses // k)]
@@ -101,7 +107,8 @@ def points(bench, most_rows):
             yield "rows", "train", n, lambda n=n: bench.train(n, SHORT, BATCH)
     for length in LENGTHS:
         pairs = TOKENS // (2 * length)
-        yield "length", "generate", length, lambda n=length: bench.generate(32, n, SHARED)
+        yield "length", "generate", length, lambda n=length: bench.generate(SAMPLED // n, n, SHARED, at_once=32)
+        yield "length", "generate, wide", length, lambda n=length: bench.generate(SAMPLED // n, n, SHARED, cache="auto", at_once=32)
         yield "length", "score", length, lambda n=length: bench.score(TOKENS // n, n, min(SHARED, TOKENS // n))
         yield "length", "train", length, lambda n=length, p=pairs: bench.train(p, n, p // 4)
     for k in KS:
@@ -120,7 +127,7 @@ def draw(measured, path, memory):
     labels = {"rows": "rows (training: pairs)", "length": "tokens of a response", "K": "responses to a prompt"}
     for axis, sweep in zip(axes, labels):
         per_row = sweep == "length"
-        for stage, colour in zip(STAGES, ("tab:blue", "tab:orange", "tab:green")):
+        for stage, colour in STAGES.items():
             of = sorted((p["x"], p["seconds"], p["flops"], p["rows"]) for p in measured if (p["sweep"], p["stage"]) == (sweep, stage))
             if not of:
                 continue
@@ -129,12 +136,12 @@ def draw(measured, path, memory):
             xs = [x for x, *_ in of]
             axis.plot(xs, [s / n for (_, s, _, _), n in zip(of, share)], "o", color=colour, label=f"{stage}, {rate / 1e9:.0f} GFLOP/s")
             axis.plot(xs, [f / rate / n for (_, _, f, _), n in zip(of, share)], "-", color=colour, linewidth=1)
-        again = sorted((p["x"], p["flops"], p["bytes"], p["rows"]) for p in measured if per_row and p["sweep"] == sweep and "bytes" in p)
-        if again:
-            first = next(p for p in measured if (p["sweep"], p["stage"], p["x"]) == (sweep, "generate", again[0][0]))
-            rate = first["flops"] / first["seconds"]
-            floor = [(flops / rate + read / memory / 1e9) / rows for _, flops, read, rows in again]
-            axis.plot([x for x, *_ in again], floor, "--", color="tab:blue", linewidth=1, label=f"generate, and caches at {memory:.0f} GB/s")
+            again = [p for p in measured if per_row and (p["sweep"], p["stage"]) == (sweep, stage) and "bytes" in p]
+            if again:
+                again.sort(key=lambda p: p["x"])
+                rate = again[0]["flops"] / again[0]["seconds"]
+                floor = [(p["flops"] / rate + p["bytes"] / memory / 1e9) / p["rows"] for p in again]
+                axis.plot([p["x"] for p in again], floor, "--", color=colour, linewidth=1, label=f"{stage}, and caches at {memory:.0f} GB/s")
         axis.set(xscale="log", yscale="log", xlabel=labels[sweep], ylabel="seconds a response or pair" if per_row else "seconds")
         axis.set_xscale("log", base=2)
         axis.legend(fontsize=8)
@@ -159,7 +166,7 @@ def main():
             if (sweep, stage, x) in known:
                 continue
             seconds, flops, *read = work()
-            rows = {"rows": x, "length": 32 if stage == "generate" else TOKENS // x // (2 if stage == "train" else 1), "K": 64}[sweep]
+            rows = {"rows": x, "length": SAMPLED // x if stage.startswith("generate") else TOKENS // x // (2 if stage == "train" else 1), "K": 64}[sweep]
             point = {"sweep": sweep, "stage": stage, "x": x, "rows": rows, "seconds": round(seconds, 3), "flops": flops}
             point |= {"bytes": read[0]} if read else {}
             print(f"{sweep} {x}, {stage}: {seconds:.2f} s, {flops / seconds / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
