@@ -47,9 +47,9 @@ fn nearest(x: f32) -> i32 {
     (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
 }
 
-/// Keys have a few elements much larger than the others, which one scale serves badly. Turned by a Hadamard matrix all are
-/// alike, and a product of two turned vectors is [`turned_by`] times what it was (Ashkboos et al., *QuaRot*, arXiv
-/// 2404.00456).
+/// The size of the largest Hadamard matrix that keys and queries are turned by. Keys have a few elements much larger than
+/// the others, which one scale serves badly; turned, all are alike, and a product of two turned vectors is [`turned_by`]
+/// times what it was (Ashkboos et al., *QuaRot*, arXiv 2404.00456).
 const MOST_TURNED: usize = 64;
 
 /// The size of the matrix that [`turn`] turns so many elements by, part by part: a power of two.
@@ -128,9 +128,10 @@ multiversion! {
             let high = (n + 128) >> 8;
             let low = n - (high << 8);
             (*upper, *lower) = (high as u8, low as u8);
-            sums = [sums[0] + high, sums[1] + low];
+            // Of what is not finite come any numbers, and the scale says so.
+            sums = [i32::wrapping_add(sums[0], high), i32::wrapping_add(sums[1], low)];
         }
-        sums.map(|sum| -KEY_ZERO * sum)
+        sums.map(|sum| sum.wrapping_mul(-KEY_ZERO))
     }
 }
 
