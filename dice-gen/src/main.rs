@@ -71,7 +71,8 @@ struct Args {
     #[arg(long)]
     batch_size: Option<usize>,
     /// Number format of keys and values while responses are at work: long ones spend most of their time reading them. What 8
-    /// bits change of a log-prob is little more than what bf16 does
+    /// bits change of a log-prob is little more than what bf16 does; dtype then ends in +kv-int8, and dice-score computes the
+    /// policy's log-probs itself
     #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
     kv_cache_dtype: KvCacheDtype,
     #[command(flatten)]
