@@ -176,7 +176,7 @@ fn decoding_attention<const FORMAT: usize>(bencher: Bencher, sequences: usize) {
                 tokens: panel_width(),
                 dim: DIM,
                 format,
-                ahead: block.as_ptr().wrapping_add(head.max(2048)),
+                ahead: block.as_ptr().wrapping_add(head.max(decoding::AHEAD)),
             };
             decoding::see(rows, block);
         }

@@ -5,12 +5,8 @@
 //! the order in which they are read.
 
 use crate::kernels::attention::Heads;
-use crate::kernels::decoding::{Block, Format};
+use crate::kernels::decoding::{AHEAD, Block, Format};
 use crate::kernels::gemm::{Aligned, panel_width};
-
-/// Words between what is read and what is asked for meanwhile, or a head's part of a block where that is longer. Half as
-/// far took a sixth longer, twice as far a tenth.
-const AHEAD: usize = 2048;
 
 /// One layer's keys and values of one run of tokens.
 pub struct LayerCache {

@@ -100,6 +100,12 @@ pub(super) mod x86 {
         };
     }
 
+    /// The first so many of 16 lanes.
+    #[inline(always)]
+    pub fn mask(lanes: usize) -> u16 {
+        ((1u32 << lanes.min(16)) - 1) as u16
+    }
+
     /// sum + the products of pairs.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]

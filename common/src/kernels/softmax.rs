@@ -27,6 +27,9 @@ fn exp_low<const FMA: bool>(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
+/// 1.5·2²³: adding it rounds to an integer in the low bits.
+pub(super) const MAGIC: f32 = 12_582_912.0;
+
 /// −ln 2 in two parts, of which the first has few bits, so that its multiples are exact.
 const MINUS_LN_2: [f32; 2] = [-0.693_359_4, 2.121_944_4e-4];
 
@@ -44,7 +47,6 @@ const TAYLOR: [f32; 7] = [
 /// (p, n) with eˣ = p·2ⁿ; anything where n is no exponent.
 #[inline(always)]
 fn reduced<const FMA: bool>(x: f32) -> (f32, i32) {
-    const MAGIC: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer in the low bits
     let fused = |a: f32, b: f32, c: f32| if FMA { a.mul_add(b, c) } else { a * b + c };
     let shifted = fused(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;

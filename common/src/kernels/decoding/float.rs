@@ -60,9 +60,9 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::x86::{WIDTH, fetch_share, lanes, soften};
+    use super::super::x86::{WIDTH, fetch_share, soften};
     use super::{Block, Queries, value_stride};
-    use crate::kernels::isa::x86::{fetch, multiply_pairs};
+    use crate::kernels::isa::x86::{fetch, mask, multiply_pairs};
     use std::arch::x86_64::*;
 
     /// A block for up to four rows, whose scores and results stay in registers.
@@ -163,7 +163,7 @@ mod x86 {
                         let mut sums = [_mm512_setzero_ps(); R];
                         for p in (0..k).step_by(16) {
                             fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
-                            let lanes = lanes(k - p);
+                            let lanes = mask(k - p);
                             // SAFETY: the caller's promise; masked lanes are not read.
                             unsafe {
                                 let key = _mm512_maskz_loadu_ps(lanes, keys.as_ptr().add(token * k + p));

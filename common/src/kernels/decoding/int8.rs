@@ -6,6 +6,7 @@
 
 use super::super::gemm::panel_width;
 use super::super::isa::{Isa, multiversion};
+use super::super::softmax::MAGIC;
 use super::{Block, Queries, soften, value_stride};
 
 /// Elements of a word.
@@ -43,7 +44,6 @@ fn bytes_mut(words: &mut [f32]) -> &mut [u8] {
 /// x to the nearest integer, for |x| < 2²²; anything for NaN.
 #[inline(always)]
 fn nearest(x: f32) -> i32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer in the low bits
     (x + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32
 }
 
@@ -250,9 +250,9 @@ multiversion! {
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)] // rows and columns are of several arrays at once
 mod x86 {
-    use super::super::x86::{WIDTH, fetch_share, lanes, soften};
+    use super::super::x86::{WIDTH, fetch_share, soften};
     use super::{Block, MOST_WEIGHT, PER_WORD, Queries, query_words, value_stride};
-    use crate::kernels::isa::x86::fetch;
+    use crate::kernels::isa::x86::{fetch, mask};
     use std::arch::x86_64::*;
 
     /// Sums of products of upper halves and of lower ones.
@@ -411,7 +411,7 @@ mod x86 {
                 let mut sums = [[_mm512_setzero_si512(); 2]; R];
                 for p in (0..k).step_by(16) {
                     fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
-                    let lanes = lanes(k - p);
+                    let lanes = mask(k - p);
                     let key = _mm512_maskz_loadu_epi32(lanes, keys.add(token * k + p).cast());
                     for (query, sums) in queries.iter().zip(&mut sums) {
                         for half in 0..2 {

@@ -180,7 +180,7 @@ on_pairs! {
 mod x86 {
     //! Rows turned into columns with 512-bit vectors.
     use super::{Mat, NOISE};
-    use crate::kernels::isa::x86::fetch;
+    use crate::kernels::isa::x86::{fetch, mask};
     use std::arch::x86_64::*;
 
     /// Turns squares of 16 rows by 16 words; what `load` gives of a row past its end must be zero.
@@ -217,10 +217,6 @@ mod x86 {
         /// `[rows, k]` as `[k / 2][width]` of pairs.
         row_pairs, "avx512f,avx512bw,avx512bf16", 2, load_pairs
     );
-
-    fn mask(lanes: usize) -> u16 {
-        ((1u32 << lanes.min(16)) - 1) as u16
-    }
 
     /// 16 elements of a row from k on; those `ahead` words after them, which are packed next, are fetched: in the order of
     /// packing they would be a miss each.
