@@ -1,9 +1,17 @@
 //! Launching kernels on vectors, and what the tests compare with.
 
 use super::kernels;
+use common::cuda::{self, Buffer, Device, Launch};
 use half::bf16;
 use std::ffi::c_void;
 use std::fmt::Debug;
+use std::sync::LazyLock;
+
+/// A real GPU, where the tests are built for one (feature `cuda`) and there is one: then the kernels run there.
+static GPU: LazyLock<Option<Device>> = LazyLock::new(|| {
+    let found = cuda::count() > 0;
+    found.then(|| cuda::open(0).expect("the GPU opens"))
+});
 
 /// How activations are stored.
 pub trait Element: Copy + PartialEq + Debug + Default {
@@ -37,10 +45,20 @@ impl Element for bf16 {
     }
 }
 
-/// A parameter of a kernel, by value.
+/// A parameter of a kernel: a value, or the address of a vector.
+#[derive(Clone, Copy)]
 pub struct Arg {
     bytes: [u64; 4],
     size: usize,
+    vector: Option<Vector>,
+}
+
+/// A vector whose address is a parameter.
+#[derive(Clone, Copy, PartialEq)]
+struct Vector {
+    at: *mut u8,
+    bytes: usize,
+    written: bool,
 }
 
 /// Values that kernels take as they are.
@@ -55,13 +73,50 @@ impl Arg {
         let mut arg = Self {
             bytes: [0; 4],
             size: size_of::<T>(),
+            vector: None,
         };
         assert!(arg.size <= 32 && align_of::<T>() <= 8);
         // SAFETY: the value fits, as was just checked.
         unsafe { arg.bytes.as_mut_ptr().cast::<T>().write(value) };
         arg
     }
+
+    fn vector(at: *mut u8, bytes: usize, written: bool) -> Self {
+        let vector = Some(Vector { at, bytes, written });
+        Self {
+            vector,
+            ..Self::value(at)
+        }
+    }
+
+    /// As a launch on a GPU takes it; vectors are copied there, each once, and stay in `copies`.
+    fn on(&self, gpu: &Device, copies: &mut Vec<(Vector, Buffer)>) -> cuda::Arg {
+        let Some(vector) = self.vector else {
+            let words = self.bytes.as_ptr().cast::<u32>();
+            // SAFETY: as many words are there, and these are structures of numbers of 32 or 64 bits.
+            return match self.size {
+                4 => cuda::Arg::plain(unsafe { words.read() }),
+                8 => cuda::Arg::plain(self.bytes[0]),
+                20 => cuda::Arg::plain(unsafe { words.cast::<FiveWords>().read() }),
+                size => panic!("no parameter has {size} bytes"),
+            };
+        };
+        if !copies.iter().any(|(known, _)| *known == vector) {
+            // SAFETY: the vector outlives the launch.
+            let values = unsafe { std::slice::from_raw_parts(vector.at, vector.bytes) };
+            copies.push((vector, gpu.buffer_of(values).unwrap()));
+        }
+        let found = copies.iter().find(|(known, _)| *known == vector);
+        cuda::Arg::from(&found.expect("it was just put there").1)
+    }
 }
+
+/// The parameters of sampling.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct FiveWords([u32; 5]);
+// SAFETY: five 32-bit numbers without padding.
+unsafe impl cuda::Plain for FiveWords {}
 
 impl<T: Plain> From<T> for Arg {
     fn from(value: T) -> Self {
@@ -71,19 +126,23 @@ impl<T: Plain> From<T> for Arg {
 
 impl<T> From<&Vec<T>> for Arg {
     fn from(from: &Vec<T>) -> Self {
-        Self::value(from.as_ptr())
+        Self::vector(
+            from.as_ptr().cast_mut().cast(),
+            size_of_val(&from[..]),
+            false,
+        )
     }
 }
 
 impl<T> From<&mut Vec<T>> for Arg {
     fn from(to: &mut Vec<T>) -> Self {
-        Self::value(to.as_mut_ptr())
+        Self::vector(to.as_mut_ptr().cast(), size_of_val(&to[..]), true)
     }
 }
 
 impl<T> From<Option<&Vec<T>>> for Arg {
     fn from(from: Option<&Vec<T>>) -> Self {
-        Self::value(from.map_or(std::ptr::null(), |v| v.as_ptr()))
+        from.map_or_else(|| Null.into(), Self::from)
     }
 }
 
@@ -104,6 +163,9 @@ macro_rules! launch {
 pub(crate) use launch;
 
 pub fn run(kernel: &str, grid: [usize; 3], threads: usize, shared: usize, mut args: Vec<Arg>) {
+    if let Some(gpu) = &*GPU {
+        return run_on(gpu, kernel, grid, threads, shared, &args);
+    }
     let host = kernels::emulated(kernel).unwrap_or_else(|| panic!("no kernel {kernel}"));
     let sizes: Vec<usize> = args.iter().map(|arg| arg.size).collect();
     assert_eq!(
@@ -130,7 +192,26 @@ pub fn run(kernel: &str, grid: [usize; 3], threads: usize, shared: usize, mut ar
     };
 }
 
-/// Runs it with several orders of threads, which must agree.
+fn run_on(
+    gpu: &Device,
+    kernel: &str,
+    [x, y, z]: [usize; 3],
+    threads: usize,
+    shared: usize,
+    args: &[Arg],
+) {
+    let mut copies = vec![];
+    let args: Vec<cuda::Arg> = args.iter().map(|arg| arg.on(gpu, &mut copies)).collect();
+    let launch = Launch::plane(x, y, threads).deep(z).shared(shared);
+    gpu.launch(kernel, launch, &args).unwrap();
+    for (vector, buffer) in copies.iter().filter(|(vector, _)| vector.written) {
+        let values: Vec<u8> = buffer.read(0, vector.bytes).unwrap();
+        // SAFETY: the vector was given to be written, and is as long.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), vector.at, values.len()) };
+    }
+}
+
+/// Runs it with several orders of threads, which must agree. (A GPU has its own order, another every time.)
 pub fn in_every_order<R: PartialEq + Debug>(run: impl Fn() -> R) -> R {
     kernels::set_order(0);
     let result = run();

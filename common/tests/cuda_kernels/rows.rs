@@ -163,18 +163,13 @@ fn swiglu<T: Element>() {
             let (mut out, mut d, mut inner): (Vec<T>, _, _) =
                 (unwritten(count * ffn), gate_up.clone(), dy.clone());
             launch!(format!("swiglu_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32);
-            let shared: *mut T = inner.as_mut_ptr(); // the output may take the place of dy
+            let shared = Arg::from(&mut inner); // the output may take the place of dy
             crate::device::run(
                 &format!("swiglu_backward_{}", T::NAME),
                 grid,
                 256,
                 0,
-                vec![
-                    Arg::from(&mut d),
-                    Arg::value(shared),
-                    Arg::value(shared),
-                    Arg::from(ffn as i32),
-                ],
+                vec![Arg::from(&mut d), shared, shared, Arg::from(ffn as i32)],
             );
             let mut again = gate_up.clone();
             launch!(format!("swiglu_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32);
@@ -259,15 +254,15 @@ fn rotation<T: Element>() {
                 ],
             );
             let mut in_place = input.clone();
-            let shared: *mut T = in_place.as_mut_ptr();
+            let shared = Arg::from(&mut in_place);
             crate::device::run(
                 &format!("qkv_rope_{}", T::NAME),
                 [count, 1, 1],
                 256,
                 0,
                 vec![
-                    Arg::value(shared),
-                    Arg::value(shared),
+                    shared,
+                    shared,
                     bias.as_ref().into(),
                     q_norm.into(),
                     k_norm.into(),
