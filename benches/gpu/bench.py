@@ -29,6 +29,7 @@ Needs: the driver, and cuBLAS, which is looked for beside PyTorch's wheels and i
 import argparse
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -351,33 +352,38 @@ def random_8b():
                    at + "mlp.gate_proj.weight": [ffn, hidden], at + "mlp.up_proj.weight": [ffn, hidden],
                    at + "mlp.down_proj.weight": [hidden, ffn], at + "input_layernorm.weight": [hidden],
                    at + "post_attention_layernorm.weight": [hidden]}
-    block = (torch.randn(1 << 27) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    block = memoryview((torch.randn(1 << 27) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy())
     ones = torch.ones(hidden, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
-    names, index, start = list(shapes), {}, 0
+    names, index, writers = list(shapes), {}, []
     shards = [names[i : i + 40] for i in range(0, len(names), 40)]
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
         for name in shard:
-            size = 2
-            for n in shapes[name]:
-                size *= n
+            size = 2 * math.prod(shapes[name])
             header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
             end, index[name] = end + size, file
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with open(LARGE / file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in shard:
-                left = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
-                if len(shapes[name]) == 1:
-                    out.write(ones)
-                    continue
-                while left:
-                    start = (start + 7_777_778) % (len(block) // 2)  # even, so that numbers stay whole
-                    part = block[start : start + min(left, len(block) - start)]
-                    out.write(part)
-                    left -= len(part)
+
+        def fill(path=LARGE / file, shard=shard, text=text, header=header, start=2_000_006 * number):
+            with open(path, "wb") as out:
+                out.write(len(text).to_bytes(8, "little") + text)
+                for name in shard:
+                    left = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+                    if len(shapes[name]) == 1:
+                        out.write(ones)
+                        continue
+                    while left:
+                        start = (start + 7_777_778) % (len(block) // 2)  # even, so that numbers stay whole
+                        part = block[start : start + min(left, len(block) - start)]
+                        out.write(part)
+                        left -= len(part)
+
+        writers.append(threading.Thread(target=fill))
+        writers[-1].start()
+    for writer in writers:
+        writer.join()
     (LARGE / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     tokenizer(LARGE, vocab)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,

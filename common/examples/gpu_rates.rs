@@ -1,6 +1,7 @@
 //! What a GPU gives: the rates that its users are measured against. One JSON object on stdout.
 //!
-//! - `gemm_tflops`: our matrix product at the shapes of an 8B Llama's layers, by format: the best of them.
+//! - `gemm_tflops`: our matrix product at the shapes of an 8B Llama's layers and of SmolLM2-135M's, by format, and the
+//!   best of them.
 //! - `read_gbps`: bytes read and written by a copy on the device, a second.
 //! - `upload_gbps`: bytes from the host a second.
 //! - `launch_us`: a small kernel after another; `graph_us`: the same inside a captured graph.
@@ -68,6 +69,9 @@ fn products(device: &Device, precision: Precision) -> Result<serde_json::Value> 
         (8192, 4096, 14336),
         (8192, 8192, 8192),
         (256, 28672, 4096),
+        (8192, 3072, 576),
+        (8192, 576, 1536),
+        (8192, 16384, 576),
     ] {
         let a = noise(device, m * k, precision)?;
         let b = noise(device, n * k, precision)?;

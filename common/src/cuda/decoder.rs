@@ -216,7 +216,10 @@ impl Decoder {
         source: &(impl Source + ?Sized),
         precision: Precision,
     ) -> Result<Self> {
-        let put = |span: &Span, format| device.buffer_in(&source.get(span)?, format);
+        let put = |span: &Span, format| match source.bfloat16(span)? {
+            Some(parts) if format == Precision::Bf16 => device.buffer_of_parts(&parts),
+            _ => device.buffer_in(&source.get(span)?, format),
+        };
         Self::build(device, config, precision, put)
     }
 

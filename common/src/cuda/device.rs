@@ -242,6 +242,17 @@ impl Device {
         Ok(buffer)
     }
 
+    /// Memory with these bytes, part after part.
+    pub fn buffer_of_parts(&self, parts: &[&[u8]]) -> Result<Buffer> {
+        let buffer = self.allocate(parts.iter().map(|part| part.len()).sum())?;
+        let mut at = 0;
+        for part in parts {
+            buffer.write(at, part)?;
+            at += part.len();
+        }
+        Ok(buffer)
+    }
+
     /// Memory with these numbers, rounded to `precision`.
     pub fn buffer_in(&self, values: &[f32], precision: Precision) -> Result<Buffer> {
         let buffer = self.allocate(values.len() * bytes_of(precision))?;

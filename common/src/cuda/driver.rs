@@ -8,9 +8,11 @@ use crate::kernels::gemm::Precision;
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{result as cuda, sys};
+use rayon::prelude::*;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// The oldest cards that have bfloat16 matrix units and the copies that the kernels use: Ampere.
@@ -19,6 +21,8 @@ const OLDEST: (i32, i32) = (8, 0);
 const WORKSPACE: usize = 32 << 20;
 /// Copies from the host go through pinned memory in parts of so many bytes, filled and sent in turn.
 const PART: usize = 16 << 20;
+/// Bytes of a part that one thread copies at a time.
+const COPIED: usize = 1 << 19;
 /// Dynamic shared memory that a kernel gets without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
@@ -26,7 +30,7 @@ const SHARED_UNASKED: u32 = 48 << 10;
 struct Driver {
     name: String,
     device: sys::CUdevice,
-    context: sys::CUcontext,
+    context: Opened,
     stream: sys::CUstream,
     pool: sys::CUmemoryPool,
     blas: blas_sys::cublasHandle_t,
@@ -35,6 +39,34 @@ struct Driver {
     kernels: Mutex<HashMap<String, Kernel>>,
     staging: Mutex<Staging>,
     capturing: AtomicBool,
+}
+
+/// A GPU's context, as one opening of it has it.
+#[derive(Clone, Copy)]
+struct Opened {
+    handle: sys::CUcontext,
+    opening: u64,
+}
+
+impl Opened {
+    fn new(handle: sys::CUcontext) -> Self {
+        static OPENINGS: AtomicU64 = AtomicU64::new(0);
+        let opening = OPENINGS.fetch_add(1, SeqCst) + 1;
+        Self { handle, opening }
+    }
+
+    /// Makes it this thread's, if it is not: a launch is short, and each begins with this.
+    fn bind(self) -> Result<()> {
+        thread_local! {
+            static CURRENT: Cell<u64> = const { Cell::new(0) };
+        }
+        if CURRENT.get() != self.opening {
+            // SAFETY: the context lives as long as what was opened with it.
+            unsafe { cuda::ctx::set_current(self.handle)? };
+            CURRENT.set(self.opening);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -124,8 +156,8 @@ impl Driver {
     fn new(device: sys::CUdevice, name: String, capability: (i32, i32)) -> Result<Self> {
         // SAFETY: every handle is used only after the call that made it succeeded, with the context current.
         unsafe {
-            let context = cuda::primary_ctx::retain(device)?;
-            cuda::ctx::set_current(context)?;
+            let context = Opened::new(cuda::primary_ctx::retain(device)?);
+            context.bind()?;
             let stream = cuda::stream::create(cuda::stream::StreamKind::NonBlocking)?;
             let pool = cuda::device::get_default_mem_pool(device)?;
             // Freed memory stays in the pool: the next pass wants it again.
@@ -173,10 +205,8 @@ impl Driver {
         }
     }
 
-    /// Makes the context this thread's.
     fn bind(&self) -> Result<()> {
-        // SAFETY: the context lives as long as `self`.
-        Ok(unsafe { cuda::ctx::set_current(self.context) }?)
+        self.context.bind()
     }
 
     fn kernel(&self, name: &str, shared: u32) -> Result<sys::CUfunction> {
@@ -427,9 +457,11 @@ impl Staging {
             // SAFETY: the event says that the part is no longer read, and the part is PART bytes long.
             unsafe {
                 cuda::event::synchronize(sent)?;
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), part, bytes.len());
-                let bytes = std::slice::from_raw_parts(part, bytes.len());
-                cuda::memcpy_htod_async(to + (i * PART) as u64, bytes, stream)?;
+                let part = std::slice::from_raw_parts_mut(part, bytes.len());
+                // One thread would not fill the bus.
+                (part.par_chunks_mut(COPIED).zip(bytes.par_chunks(COPIED)))
+                    .for_each(|(to, from)| to.copy_from_slice(from));
+                cuda::memcpy_htod_async(to + (i * PART) as u64, part, stream)?;
                 cuda::event::record(sent, stream)?;
             }
             self.next = 1 - self.next;
@@ -451,7 +483,7 @@ impl Staging {
 /// A graph on the stream that it was captured on. (Its owner holds the device's buffers, so the device outlives it.)
 struct Captured {
     graph: sys::CUgraphExec,
-    context: sys::CUcontext,
+    context: Opened,
     stream: sys::CUstream,
 }
 
@@ -462,11 +494,9 @@ unsafe impl Sync for Captured {}
 
 impl Replay for Captured {
     fn run(&self) -> Result<()> {
-        // SAFETY: graph, context and stream live.
-        unsafe {
-            cuda::ctx::set_current(self.context)?;
-            Ok(cuda::graph::launch(self.graph, self.stream)?)
-        }
+        self.context.bind()?;
+        // SAFETY: graph and stream live.
+        Ok(unsafe { cuda::graph::launch(self.graph, self.stream) }?)
     }
 }
 

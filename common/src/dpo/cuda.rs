@@ -69,7 +69,12 @@ impl CudaTrainer {
             }
             None => {
                 for (name, shape, range) in params.tensors() {
-                    trained.write(Flat::Masters, range.start, &start.tensor(name, shape)?)?;
+                    let mut at = range.start;
+                    start.tensor_parts(name, shape, &mut |part| {
+                        trained.write(Flat::Masters, at, part)?;
+                        at += part.len();
+                        Ok(())
+                    })?;
                 }
                 let (masters, working) = (trained.masters(), trained.working());
                 Decoder::over(device, config, precision, masters, working)?

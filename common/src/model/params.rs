@@ -171,6 +171,11 @@ impl Params {
 pub trait Source {
     /// The values of a span.
     fn get(&self, span: &Span) -> Result<Cow<'_, [f32]>>;
+
+    /// The bytes of a span's tensors, in order, where all are stored as bfloat16: who wants that need not widen them.
+    fn bfloat16(&self, _: &Span) -> Result<Option<Vec<&[u8]>>> {
+        Ok(None)
+    }
 }
 
 impl Source for [f32] {
@@ -186,6 +191,13 @@ impl Source for Weights {
             values.append(&mut self.tensor(name, shape)?);
         }
         Ok(Cow::Owned(values))
+    }
+
+    fn bfloat16(&self, span: &Span) -> Result<Option<Vec<&[u8]>>> {
+        let tensors = span.tensors.iter();
+        tensors
+            .map(|(name, shape)| self.bfloat16_bytes(name, shape))
+            .collect()
     }
 }
 

@@ -15,10 +15,12 @@ pub use rope::{Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
 
 use crate::run;
+use ::safetensors::tensor::Dtype;
 use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
 use hub::{Hub, HubId};
+use rayon::prelude::*;
 use safetensors::Shards;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -178,6 +180,33 @@ impl Weights {
         }
     }
 
+    /// Hands over a tensor as [`Self::tensor`] reads it, part after part where that saves memory.
+    ///
+    /// # Errors
+    /// As there, and what `take` fails with.
+    pub fn tensor_parts(
+        &self,
+        name: &str,
+        shape: &[usize],
+        take: &mut dyn FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        match &self.source {
+            Source::Safetensors(shards) => shards.read_parts(name, shape, take),
+            _ => take(&self.tensor(name, shape)?),
+        }
+    }
+
+    /// The bytes of a tensor that is stored as the bfloat16 numbers it stands for; None where it has to be read.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn bfloat16_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
+        match &self.source {
+            Source::Safetensors(shards) => shards.bytes_in(Dtype::BF16, name, shape),
+            _ => Ok(None),
+        }
+    }
+
     /// Only llama.cpp's `llama` architecture (Mistral too) rotates neighbouring rows.
     fn is_permuted(&self, name: &str) -> bool {
         !self.config.model_type.starts_with("qwen")
@@ -199,20 +228,20 @@ impl Weights {
         }
         let mut hash = blake3::Hasher::new();
         hash.update(self.config.arithmetic().as_bytes());
+        let mut bytes = vec![];
         for (name, shape) in self.config.parameters() {
             hash.update(format!("{name} {shape:?}\n").as_bytes());
             if let Source::Safetensors(shards) = &self.source
-                && let Some(bytes) = shards.float_bytes(&name, &shape)?
+                && let Some(bytes) = shards.bytes_in(Dtype::F32, &name, &shape)?
             {
                 hash.update_rayon(bytes);
                 continue;
             }
-            let values = self.tensor(&name, &shape)?;
-            // Hashed through a bounded buffer of little-endian bytes: the same digest on every machine.
-            for values in values.chunks(1 << 20) {
-                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            self.tensor_parts(&name, &shape, &mut |values| {
+                little_endian(values, &mut bytes);
                 hash.update_rayon(&bytes);
-            }
+                Ok(())
+            })?;
         }
         let digits = hash.finalize().to_hex()[..16].to_owned();
         run::has_opened(&self.path.display().to_string(), &digits);
@@ -242,6 +271,18 @@ impl Weights {
         );
         Ok(())
     }
+}
+
+/// The same bytes on every machine.
+fn little_endian(values: &[f32], bytes: &mut Vec<u8>) {
+    const CHUNK: usize = 1 << 16;
+    bytes.resize(size_of_val(values), 0);
+    let (places, _) = bytes.as_chunks_mut();
+    (places.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK))).for_each(|(places, values)| {
+        for (place, value) in places.iter_mut().zip(values) {
+            *place = value.to_le_bytes();
+        }
+    });
 }
 
 /// A MODEL argument as a local path.

@@ -152,10 +152,34 @@ impl Shards {
         Ok(values)
     }
 
-    /// The little-endian bytes of a tensor that is stored as float32; None if it is narrower.
-    pub(super) fn float_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
+    /// Hands over a tensor widened to float32, part after part: a big one is never there as a whole.
+    pub(super) fn read_parts(
+        &self,
+        name: &str,
+        shape: &[usize],
+        take: &mut dyn FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        const PART: usize = 64 * CHUNK;
         let (dtype, bytes) = self.find(name, shape)?;
-        Ok((dtype == Dtype::F32).then_some(bytes))
+        let size = bytes.len() / shape.iter().product::<usize>().max(1);
+        let mut values = vec![];
+        for bytes in bytes.chunks((PART * size).max(1)) {
+            values.resize(bytes.len() / size, 0.0);
+            widen(dtype, bytes, &mut values);
+            take(&values)?;
+        }
+        Ok(())
+    }
+
+    /// The little-endian bytes of a tensor that is stored in this format; None if it is in another.
+    pub(super) fn bytes_in(
+        &self,
+        format: Dtype,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Option<&[u8]>> {
+        let (dtype, bytes) = self.find(name, shape)?;
+        Ok((dtype == format).then_some(bytes))
     }
 }
 

@@ -92,12 +92,20 @@ impl Arg {
     /// As a launch on a GPU takes it; vectors are copied there, each once, and stay in `copies`.
     fn on(&self, gpu: &Device, copies: &mut Vec<(Vector, Buffer)>) -> cuda::Arg {
         let Some(vector) = self.vector else {
-            let words = self.bytes.as_ptr().cast::<u32>();
-            // SAFETY: as many words are there, and these are structures of numbers of 32 or 64 bits.
+            let words = self
+                .bytes
+                .iter()
+                .flat_map(|&b| [b as u32, (b >> 32) as u32]);
+            let mut first = FiveWords::default();
+            first
+                .0
+                .iter_mut()
+                .zip(words)
+                .for_each(|(to, word)| *to = word);
             return match self.size {
-                4 => cuda::Arg::plain(unsafe { words.read() }),
+                4 => cuda::Arg::plain(first.0[0]),
                 8 => cuda::Arg::plain(self.bytes[0]),
-                20 => cuda::Arg::plain(unsafe { words.cast::<FiveWords>().read() }),
+                20 => cuda::Arg::plain(first),
                 size => panic!("no parameter has {size} bytes"),
             };
         };

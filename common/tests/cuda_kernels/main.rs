@@ -4,6 +4,7 @@
 //! too, and run where there is a GPU, the kernels run there instead.
 
 #[path = "../../cuda/kernels.rs"]
+#[allow(dead_code)] // the images for GPUs are loaded by the device
 mod kernels;
 
 mod attention;
