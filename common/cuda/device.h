@@ -116,14 +116,19 @@ template <int N> struct Few {
     }
 };
 
-// Visits the columns first … last − 1 of rows that are `width` long, by the whole block: visit(c, Few<4>{}) for four
-// at once where every row begins at a multiple of four, else visit(c, Few<1>{}).
-template <class F> __device__ inline void for_columns(int first, int last, int width, F visit) {
+// Visits the columns first … last − 1 of rows that are `width` long, as thread `thread` of `threads`: visit(c, Few<4>{})
+// for four at once where every row begins at a multiple of four, else visit(c, Few<1>{}).
+template <class F> __device__ inline void for_columns_of(int thread, int threads, int first, int last, int width, F visit) {
     if (width % 4 == 0) {
-        for (int c = first + 4 * int(threadIdx.x); c < last; c += 4 * blockDim.x) visit(c, Few<4>{});
+        for (int c = first + 4 * thread; c < last; c += 4 * threads) visit(c, Few<4>{});
     } else {
-        for (int c = first + int(threadIdx.x); c < last; c += blockDim.x) visit(c, Few<1>{});
+        for (int c = first + thread; c < last; c += threads) visit(c, Few<1>{});
     }
+}
+
+// The same by the whole block.
+template <class F> __device__ inline void for_columns(int first, int last, int width, F visit) {
+    for_columns_of(threadIdx.x, blockDim.x, first, last, width, visit);
 }
 
 // Sums over a warp: every lane receives the same bits.

@@ -30,15 +30,17 @@ EMBED(embed_bf16, bf16);
 KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width);
 
 // out[r] = x[i] / √(mean(x[i]²) + eps) · weight with i = rows[r] (or r where `rows` is null): `out` [count, width].
-// Grid (count).
-#define RMS_NORM(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, T* out, int width)
+// Grid (ceil(count / 8)) for rows up to NORM_NARROW wide, which warps work on alone, else (count).
+constexpr int NORM_NARROW = 1024;
+#define RMS_NORM(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, T* out, \
+    int count, int width)
 RMS_NORM(rms_norm_f32, float);
 RMS_NORM(rms_norm_bf16, bf16);
 
 // Its gradient: dx[r] = (add ? dx[r] : 0) + ∂L/∂x[i], `dx` [count, width] (not gathered: with `rows`, follow with
 // add_rows). `dx_copy` [count, width] or null receives dx[r] as T. `partial` [blocks, width] or null receives each
 // block's part of ∂L/∂weight: add them up with sum_columns_f32(…, add = 1). A block takes ceil(count / blocks) rows.
-// Grid (blocks): min(count, 264). Shared memory: width · 4 bytes.
+// Grid (blocks): min(count, 264). Shared memory: width · 4 bytes, eight times that up to NORM_NARROW.
 #define RMS_NORM_BACKWARD(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, \
     const T* dy, float* dx, T* dx_copy, float* partial, int count, int width, int add)
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float);
@@ -51,7 +53,7 @@ ADD_BIAS(add_bias_bf16, bf16);
 
 // out[b, c] = (add ? out[b, c] : 0) + Σ x[r, c] over the rows r of part b of ceil(count / parts): `x` [count, width],
 // `out` [parts, width]. A gradient of a bias: once into parts of some 64 rows, then once more with parts = 1, add = 1.
-// Grid (ceil(width / 256), parts).
+// Grid (ceil(width / 32), parts).
 #define SUM_COLUMNS(name, T) KERNEL(256, name, const T* x, float* out, int count, int width, int add)
 SUM_COLUMNS(sum_columns_f32, float);
 SUM_COLUMNS(sum_columns_bf16, bf16);
@@ -76,11 +78,12 @@ SWIGLU_BACKWARD(swiglu_backward_bf16, bf16);
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
 // [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2]. `in` may be `qkv` (but is
 // wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`, `k_norm` both
-// or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none.
-// Grid (count).
+// or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given L lanes: the
+// smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32.
+// Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
     const float* k_norm, float eps, const float* cos, const float* sin, const int* positions, T* cache, \
-    const int* cache_rows, int query, int kv, int dim)
+    const int* cache_rows, int count, int query, int kv, int dim)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
 
@@ -88,7 +91,7 @@ QKV_ROPE(qkv_rope_bf16, bf16);
 // is read only where there are head norms). `partial` [blocks, 2·dim] or null receives each block's part of the
 // gradients of [q_norm | k_norm]: add them up with sum_columns_f32. A block takes ceil(count / blocks) rows.
 // (The gradient of `bias` is sum_columns of the result.)
-// Grid (blocks): min(count, 1056). Shared memory: 16·dim · 4 bytes with head norms, else 0.
+// Grid (blocks): min(count, 1056). Shared memory: 512/L·dim · 4 bytes with head norms, else 0.
 #define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
     const float* k_norm, float eps, const float* cos, const float* sin, const int* positions, float* partial, \
     int count, int query, int kv, int dim)

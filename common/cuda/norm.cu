@@ -1,49 +1,68 @@
-// RMSNorm of the residual stream and its gradient: y = x / √(mean(x²) + ε) · w, a block for a row. (A weight may lie
-// anywhere in a flat buffer, so it is read one by one; rows are read in fours.)
+// RMSNorm of the residual stream and its gradient: y = x / √(mean(x²) + ε) · w. (A weight may lie anywhere in a flat
+// buffer, so it is read one by one; rows are read in fours.)
 #include "kernels.h"
 
 namespace device {
 
+// Who works on a row: a warp, where rows are short, so that nobody waits for others; else the block.
+struct Team {
+    bool warps;
+
+    __device__ explicit Team(int width) : warps(width <= NORM_NARROW) {}
+    // How many there are in a block, and which this one is.
+    __device__ int count() const { return warps ? blockDim.x / WARP : 1; }
+    __device__ int number() const { return warps ? warp() : 0; }
+    __device__ float sum(float x) const { return warps ? warp_sum(x) : block_sum(x); }
+    template <class F> __device__ void for_row(int width, F visit) const {
+        for_columns_of(warps ? lane() : threadIdx.x, warps ? WARP : blockDim.x, 0, width, width, visit);
+    }
+};
+
 template <class T>
-__device__ void rms_norm(const float* x, const int* rows, const float* weight, float eps, T* out, int width) {
-    const float* from = x + (long long)(rows ? rows[blockIdx.x] : blockIdx.x) * width;
-    T* to = out + (long long)blockIdx.x * width;
+__device__ void rms_norm(const float* x, const int* rows, const float* weight, float eps, T* out, int count, int width) {
+    const Team team(width);
+    int r = blockIdx.x * team.count() + team.number();
+    if (r >= count) return;
+    const float* from = x + (long long)(rows ? rows[r] : r) * width;
+    T* to = out + (long long)r * width;
     float squares = 0;
-    for_columns(0, width, width, [&](int c, auto few) {
+    team.for_row(width, [&](int c, auto few) {
         auto v = few.load(from + c);
         for (float y : v.at) squares += y * y;
     });
-    float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
-    for_columns(0, width, width, [&](int c, auto few) {
+    float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+    team.for_row(width, [&](int c, auto few) {
         auto v = few.load(from + c);
         for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] *= scale * weight[c + i];
         v.store(to + c);
     });
 }
 
-// With x̂ = x·s, s = 1/rms, g = dy·w: dx = s·(g − x̂·mean(g·x̂)); dw = Σ dy·x̂, summed here over the block's rows in
-// shared memory, where each thread has its own columns.
+// With x̂ = x·s, s = 1/rms, g = dy·w: dx = s·(g − x̂·mean(g·x̂)); dw = Σ dy·x̂, summed here over each team's rows in
+// shared memory, where each thread has its own columns, and then over the teams in order.
 template <class T>
 __device__ void rms_norm_backward(const float* x, const int* rows, const float* weight, float eps, const T* dy, float* dx,
                                   T* dx_copy, float* partial, int count, int width, int add) {
-    SHARED_MEMORY(float, d_weight);
-    for_columns(0, width, width, [&](int c, auto few) {
+    SHARED_MEMORY(float, sums);
+    const Team team(width);
+    float* d_weight = sums + team.number() * width;
+    team.for_row(width, [&](int c, auto few) {
         for (int i = 0; i < int(sizeof few / 4); ++i) d_weight[c + i] = 0;
     });
     int step = (count + gridDim.x - 1) / gridDim.x;
     int last = min(int(blockIdx.x + 1) * step, count);
-    for (int r = blockIdx.x * step; r < last; ++r) {
+    for (int r = blockIdx.x * step + team.number(); r < last; r += team.count()) {
         const float* from = x + (long long)(rows ? rows[r] : r) * width;
         const T* dy_row = dy + (long long)r * width;
         float* dx_row = dx + (long long)r * width;
         float squares = 0, product = 0;
-        for_columns(0, width, width, [&](int c, auto few) {
+        team.for_row(width, [&](int c, auto few) {
             auto v = few.load(from + c), d = few.load(dy_row + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) squares += v.at[i] * v.at[i], product += v.at[i] * weight[c + i] * d.at[i];
         });
-        float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
-        float mean = block_sum(product) * scale / width;
-        for_columns(0, width, width, [&](int c, auto few) {
+        float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+        float mean = team.sum(product) * scale / width;
+        team.for_row(width, [&](int c, auto few) {
             auto v = few.load(from + c), d = few.load(dy_row + c);
             if (add) few = few.load(dx_row + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) {
@@ -55,15 +74,21 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
             if (dx_copy) few.store(dx_copy + (long long)r * width + c);
         });
     }
-    if (partial) {
-        for_columns(0, width, width, [&](int c, auto few) { few.load(d_weight + c).store(partial + (long long)blockIdx.x * width + c); });
-    }
+    if (!partial) return;
+    __syncthreads();
+    for_columns(0, width, width, [&](int c, auto few) {
+        for (int t = 0; t < team.count(); ++t) {
+            auto own = few.load(sums + t * width + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = (t ? few.at[i] : 0.0f) + own.at[i];
+        }
+        few.store(partial + (long long)blockIdx.x * width + c);
+    });
 }
 
 }  // namespace device
 
-RMS_NORM(rms_norm_f32, float) { device::rms_norm(x, rows, weight, eps, out, width); }
-RMS_NORM(rms_norm_bf16, bf16) { device::rms_norm(x, rows, weight, eps, out, width); }
+RMS_NORM(rms_norm_f32, float) { device::rms_norm(x, rows, weight, eps, out, count, width); }
+RMS_NORM(rms_norm_bf16, bf16) { device::rms_norm(x, rows, weight, eps, out, count, width); }
 
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float) {
     device::rms_norm_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);

@@ -1,13 +1,27 @@
 // From the fused projection to what attention reads: bias, norm of query and key heads, rotary positions, and the copy
-// of keys and values into the cache, in one pass over each row. A warp takes a head; and the gradient of it all.
+// of keys and values into the cache, in one pass; and the gradient of it all. Some lanes of a warp take a head.
 #include "kernels.h"
 
 namespace device {
 
-// The columns of one head that a lane has: c and c + dim/2 for c = lane, lane + 32, … below dim/2.
-template <class F> __device__ void for_pairs(int half, F f) {
-    for (int c = lane(); c < half; c += WARP) f(c, c + half);
-}
+// The lanes of a head (a power of two), whose columns come in fours or one by one: c and c + dim/2 for c below dim/2.
+struct HeadLanes {
+    int half, count;
+
+    __device__ explicit HeadLanes(int dim) : half(dim / 2), count(1) {
+        while (count < WARP && count * (half % 4 == 0 ? 4 : 1) < half) count *= 2;
+    }
+    // Heads that a warp has at once, and which of them is this lane's.
+    __device__ int heads() const { return WARP / count; }
+    __device__ int number() const { return lane() / count; }
+    __device__ float sum(float x) const {
+        for (int step = count / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+        return x;
+    }
+    template <class F> __device__ void for_pairs(F visit) const {
+        for_columns_of(lane() % count, count, 0, half, half, visit);
+    }
+};
 
 struct HeadNorms {
     const float *q, *k;
@@ -15,96 +29,127 @@ struct HeadNorms {
     __device__ const float* of(int head, int query, int kv) const { return head < query ? q : head < query + kv ? k : nullptr; }
 };
 
-// 1/rms of a head with its bias.
-template <class T> __device__ float head_scale(const T* x, const float* bias, int dim, float eps) {
+// As many columns of a head, with its bias.
+template <class Few, class T> __device__ Few with_bias(const T* x, const float* bias, int c) {
+    Few v = Few::load(x + c);
+    if (bias) {
+        for (int i = 0; i < int(sizeof v / 4); ++i) v.at[i] += bias[c + i];
+    }
+    return v;
+}
+
+// 1/rms of a head with its bias; every lane of the warp must call it.
+template <class T> __device__ float head_scale(const HeadLanes& lanes, bool there, const T* x, const float* bias, int dim, float eps) {
     float squares = 0;
-    for_pairs(dim / 2, [&](int a, int b) {
-        float u = widen(x[a]) + (bias ? bias[a] : 0), v = widen(x[b]) + (bias ? bias[b] : 0);
-        squares += u * u + v * v;
-    });
-    return 1.0f / sqrtf(warp_sum(squares) / dim + eps);
+    if (there) {
+        lanes.for_pairs([&](int c, auto few) {
+            auto u = with_bias<decltype(few)>(x, bias, c), v = with_bias<decltype(few)>(x, bias, c + lanes.half);
+            for (int i = 0; i < int(sizeof few / 4); ++i) squares += u.at[i] * u.at[i] + v.at[i] * v.at[i];
+        });
+    }
+    return 1.0f / sqrtf(lanes.sum(squares) / dim + eps);
 }
 
 template <class T>
 __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, const float* cos, const float* sin,
-                         const int* positions, T* cache, const int* cache_rows, int query, int kv, int dim) {
-    int r = blockIdx.x, heads = query + 2 * kv, half = dim / 2;
+                         const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim) {
+    const HeadLanes lanes(dim);
+    int heads = query + 2 * kv, half = lanes.half;
+    int unit = (blockIdx.x * (blockDim.x / WARP) + warp()) * lanes.heads() + lanes.number();
+    int r = unit / heads, head = unit % heads;
+    bool there = r < count, turns = head < query + kv;
+    long long at = (long long)unit * dim;
+    const float* shift = bias ? bias + head * dim : nullptr;
+    const float* weight = norms.of(head, query, kv);
+    float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, dim, norms.eps) : 1.0f;
+    if (!there) return;
+    int cache_row = cache && head >= query ? cache_rows[r] : -1;
+    T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
+    if (!turns && !shift && !copy && in == qkv) return;  // a value that is where it should be
     const float *turn = cos + (long long)positions[r] * half, *lift = sin + (long long)positions[r] * half;
-    int cache_row = cache ? cache_rows[r] : -1;
-    for (int head = warp(); head < heads; head += blockDim.x / WARP) {
-        long long at = ((long long)r * heads + head) * dim;
-        const float* shift = bias ? bias + head * dim : nullptr;
-        const float* weight = norms.of(head, query, kv);
-        float scale = weight ? head_scale(in + at, shift, dim, norms.eps) : 1.0f;
-        T* copy = cache_row >= 0 && head >= query ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-        for_pairs(half, [&](int a, int b) {
-            float x = widen(in[at + a]), y = widen(in[at + b]);
-            if (shift) x += shift[a], y += shift[b];
-            if (weight) x *= scale * weight[a], y *= scale * weight[b];
-            if (head < query + kv) {
-                float c = turn[a], s = lift[a], turned = x * c - y * s;
-                y = y * c + x * s;
-                x = turned;
-            }
-            T u = narrow<T>(x), v = narrow<T>(y);
-            qkv[at + a] = u, qkv[at + b] = v;
-            if (copy) copy[a] = u, copy[b] = v;
-        });
-    }
+    lanes.for_pairs([&](int c, auto few) {
+        auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+        for (int i = 0; i < int(sizeof few / 4) && turns; ++i) {
+            if (weight) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
+            float cosine = turn[c + i], sine = lift[c + i], turned = x.at[i] * cosine - y.at[i] * sine;
+            y.at[i] = y.at[i] * cosine + x.at[i] * sine;
+            x.at[i] = turned;
+        }
+        x.store(qkv + at + c), y.store(qkv + at + c + half);
+        if (copy) x.store(copy + c), y.store(copy + c + half);
+    });
 }
 
 // Rotation turns back; then the norm's gradient (see norm.cu) from the head as it was before. The gradients of the
-// norms' weights are summed per warp in shared memory, [warp][q | k][dim], and over the block's warps in order.
+// norms' weights are summed by whoever has a head at a time in shared memory, [heads of the block][q | k][dim], and then
+// over those in order.
 template <class T>
 __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, const float* cos,
                                   const float* sin, const int* positions, float* partial, int count, int query, int kv,
                                   int dim) {
     SHARED_MEMORY(float, sums);
-    int heads = query + 2 * kv, half = dim / 2, warps = blockDim.x / WARP;
-    float* own = sums + warp() * 2 * dim;
+    const HeadLanes lanes(dim);
+    int turned = query + kv, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
+    int own = warp() * lanes.heads() + lanes.number();
+    float* own_sums = sums + own * 2 * dim;
     if (norms.q) {
-        for (int c = lane(); c < 2 * dim; c += WARP) own[c] = 0;
+        for (int c = lane() % lanes.count; c < 2 * dim; c += lanes.count) own_sums[c] = 0;
         __syncwarp();
     }
-    int step = (count + gridDim.x - 1) / gridDim.x;
-    int last = min(int(blockIdx.x + 1) * step, count);
-    for (int r = blockIdx.x * step; r < last; ++r) {
-        const float *turn = cos + (long long)positions[r] * half, *lift = sin + (long long)positions[r] * half;
-        for (int head = warp(); head < query + kv; head += warps) {
-            long long at = ((long long)r * heads + head) * dim;
-            const float* shift = bias ? bias + head * dim : nullptr;
-            const float* weight = norms.of(head, query, kv);
-            float scale = 1, mean = 0;
-            if (weight) {
-                scale = head_scale(in + at, shift, dim, norms.eps);
-                for_pairs(half, [&](int a, int b) {
-                    float x = widen(in[at + a]), y = widen(in[at + b]);
-                    if (shift) x += shift[a], y += shift[b];
-                    float c = turn[a], s = lift[a], u = widen(d_qkv[at + a]), v = widen(d_qkv[at + b]);
-                    mean += x * weight[a] * (u * c + v * s) + y * weight[b] * (v * c - u * s);
+    // Heads of the block's rows, those of a row after each other.
+    int step = (count + gridDim.x - 1) / gridDim.x, first_row = blockIdx.x * step;
+    int units = max(min(first_row + step, count) - first_row, 0) * turned;
+    for (int first = 0; first < units; first += at_once) {
+        int unit = first + own, r = first_row + unit / turned, head = unit % turned;
+        bool there = unit < units;
+        long long at = ((long long)r * (turned + kv) + head) * dim;
+        const float* shift = bias ? bias + head * dim : nullptr;
+        const float* weight = norms.of(head, query, kv);
+        int position = there ? positions[r] : 0;
+        const float *turn = cos + (long long)position * half, *lift = sin + (long long)position * half;
+        float scale = 1, mean = 0;
+        if (norms.q) {
+            scale = head_scale(lanes, there, in + at, shift, dim, norms.eps);
+            if (there) {
+                lanes.for_pairs([&](int c, auto few) {
+                    auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+                    auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
+                    for (int i = 0; i < int(sizeof few / 4); ++i) {
+                        float cosine = turn[c + i], sine = lift[c + i];
+                        mean += x.at[i] * weight[c + i] * (u.at[i] * cosine + v.at[i] * sine) +
+                                y.at[i] * weight[c + i + half] * (v.at[i] * cosine - u.at[i] * sine);
+                    }
                 });
-                mean = warp_sum(mean) * scale / dim;
             }
-            float* d_weight = own + (head < query ? 0 : dim);
-            for_pairs(half, [&](int a, int b) {
-                float c = turn[a], s = lift[a], u = widen(d_qkv[at + a]), v = widen(d_qkv[at + b]);
-                float d = u * c + v * s, e = v * c - u * s;
-                if (weight) {
-                    float x = widen(in[at + a]), y = widen(in[at + b]);
-                    if (shift) x += shift[a], y += shift[b];
-                    x *= scale, y *= scale;
-                    d_weight[a] += d * x, d_weight[b] += e * y;
-                    d = scale * (d * weight[a] - x * mean), e = scale * (e * weight[b] - y * mean);
-                }
-                d_qkv[at + a] = narrow<T>(d), d_qkv[at + b] = narrow<T>(e);
-            });
+            mean = lanes.sum(mean) * scale / dim;
         }
+        if (!there) continue;
+        float* d_weight = own_sums + (head < query ? 0 : dim);
+        lanes.for_pairs([&](int c, auto few) {
+            auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
+            for (int i = 0; i < int(sizeof few / 4); ++i) {
+                float cosine = turn[c + i], sine = lift[c + i];
+                float d = u.at[i] * cosine + v.at[i] * sine;
+                v.at[i] = v.at[i] * cosine - u.at[i] * sine;
+                u.at[i] = d;
+            }
+            if (weight) {
+                auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+                for (int i = 0; i < int(sizeof few / 4); ++i) {
+                    x.at[i] *= scale, y.at[i] *= scale;
+                    d_weight[c + i] += u.at[i] * x.at[i], d_weight[c + i + half] += v.at[i] * y.at[i];
+                    u.at[i] = scale * (u.at[i] * weight[c + i] - x.at[i] * mean);
+                    v.at[i] = scale * (v.at[i] * weight[c + i + half] - y.at[i] * mean);
+                }
+            }
+            u.store(d_qkv + at + c), v.store(d_qkv + at + c + half);
+        });
     }
     if (!norms.q || !partial) return;
     __syncthreads();
     for (int c = threadIdx.x; c < 2 * dim; c += blockDim.x) {
         float sum = 0;
-        for (int w = 0; w < warps; ++w) sum += sums[w * 2 * dim + c];
+        for (int i = 0; i < at_once; ++i) sum += sums[i * 2 * dim + c];
         partial[(long long)blockIdx.x * 2 * dim + c] = sum;
     }
 }
@@ -112,10 +157,10 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 }  // namespace device
 
 QKV_ROPE(qkv_rope_f32, float) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {

@@ -18,14 +18,18 @@ template <class T> __device__ void add_bias(T* x, const float* bias, int width) 
     });
 }
 
-// A thread keeps one column, so that a warp reads neighbours and each sum has the order of the rows.
+// A warp has 32 neighbouring columns and every eighth row; then the warps' sums are added up in order.
 template <class T> __device__ void sum_columns(const T* x, float* out, int count, int width, int add) {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= width) return;
+    __shared__ float sums[256 / WARP][WARP];
+    int c = blockIdx.x * WARP + lane();
     int rows = (count + gridDim.y - 1) / gridDim.y;
     int first = blockIdx.y * rows, last = min(first + rows, count);
     float sum = 0;
-    for (int r = first; r < last; ++r) sum += widen(x[(long long)r * width + c]);
+    for (int r = first + warp(); r < last && c < width; r += 256 / WARP) sum += widen(x[(long long)r * width + c]);
+    sums[warp()][lane()] = sum;
+    __syncthreads();
+    if (warp() > 0 || c >= width) return;
+    for (int w = 1; w < 256 / WARP; ++w) sum += sums[w][lane()];
     float* to = out + (long long)blockIdx.y * width + c;
     *to = add ? *to + sum : sum;
 }

@@ -1,7 +1,7 @@
 //! The backward pass through the layers on the device: as `model/backward.rs`, kernel by kernel.
 
 use super::args;
-use super::decoder::{Decoder, Linear, Pass, Shape, THREADS};
+use super::decoder::{Decoder, Linear, Pass, Shape, THREADS, head_lanes, norm_rows};
 use super::device::{Address, Buffer, Form, Launch, Operand, Product};
 use crate::kernels::gemm::Precision;
 use crate::model::{Matrix, Params, Span};
@@ -210,7 +210,10 @@ impl<'a> Backward<'a> {
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
         let blocks = count.min(HEAD_NORM_BLOCKS);
         let (norms, shared) = match &layer.head_norms {
-            Some((q, k)) => ((q.address(), k.address()), 16 * heads.dim * 4),
+            Some((q, k)) => (
+                (q.address(), k.address()),
+                512 / head_lanes(heads.dim) * heads.dim * size_of::<f32>(),
+            ),
             None => ((0, 0), 0),
         };
         // Both lie side by side, as the kernel sums them.
@@ -274,7 +277,7 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(norm.span);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("rms_norm_backward"),
-            Launch::row(blocks, THREADS).shared(width * size_of::<f32>()),
+            Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>()),
             args![
                 norm.x,
                 norm.rows,
@@ -389,7 +392,7 @@ impl<'a> Backward<'a> {
         };
         self.decoder.device.launch(
             kernel,
-            Launch::plane(width.div_ceil(THREADS), parts, THREADS),
+            Launch::plane(width.div_ceil(32), parts, THREADS),
             args![dy, &self.partial, count as i32, width as i32, 0],
         )?;
         self.add_partial(parts, width, to)
@@ -399,7 +402,7 @@ impl<'a> Backward<'a> {
     fn add_partial(&self, parts: usize, width: usize, to: Address) -> Result<()> {
         self.decoder.device.launch(
             "sum_columns_f32",
-            Launch::row(width.div_ceil(THREADS), THREADS),
+            Launch::row(width.div_ceil(32), THREADS),
             args![&self.partial, to, parts as i32, width as i32, 1],
         )
     }

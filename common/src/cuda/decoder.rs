@@ -16,6 +16,17 @@ const HEAD_SIZES: [usize; 6] = [16, 32, 64, 96, 128, 256];
 /// Threads of a block in kernels that work row by row.
 pub(super) const THREADS: usize = 256;
 
+/// Rows that a block of `rms_norm` works on at a time.
+pub(super) fn norm_rows(width: usize) -> usize {
+    if width <= 1024 { THREADS / 32 } else { 1 }
+}
+
+/// Lanes that kernels of the rotation give a head.
+pub(super) fn head_lanes(dim: usize) -> usize {
+    let each = if dim.is_multiple_of(8) { 8 } else { 2 };
+    dim.div_ceil(each).next_power_of_two().min(32)
+}
+
 /// A model on a device.
 pub struct Decoder {
     /// Its shape.
@@ -487,7 +498,10 @@ impl Decoder {
         let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
         self.device.launch(
             &self.kernels.qkv_rope,
-            Launch::row(count, THREADS),
+            Launch::row(
+                (count * (heads.query + 2 * heads.kv) * head_lanes(heads.dim)).div_ceil(THREADS),
+                THREADS,
+            ),
             args![
                 raw,
                 &pass.qkv,
@@ -500,6 +514,7 @@ impl Decoder {
                 positions,
                 cache,
                 cache_rows,
+                count as i32,
                 heads.query as i32,
                 heads.kv as i32,
                 heads.dim as i32,
@@ -605,8 +620,8 @@ impl Decoder {
         let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
         self.device.launch(
             &self.kernels.rms_norm,
-            Launch::row(count, THREADS),
-            args![x, rows, weight, eps, out, width],
+            Launch::row(count.div_ceil(norm_rows(self.config.hidden)), THREADS),
+            args![x, rows, weight, eps, out, count as i32, width],
         )
     }
 

@@ -173,6 +173,8 @@ pub fn target_logps(
 /// Rows and words of a tile of logits: few words and many rows, so that the head's weights are read few times.
 pub(super) fn tile(rows: usize, vocab: usize) -> (usize, usize) {
     let all = LOGITS / size_of::<f32>();
-    let words = (all / rows.max(1)).clamp(WORDS.min(vocab), vocab);
+    // cuBLAS is slow where rows do not begin at multiples of 16 bytes.
+    let even = all / rows.max(1) / 64 * 64;
+    let words = even.clamp(WORDS.min(vocab), vocab);
     ((all / words).min(rows).max(1), words)
 }

@@ -59,9 +59,9 @@ fn biases_and_sums_of_columns<T: Element>() {
     let sums = in_every_order(|| {
         let mut partial: Vec<f32> = unwritten(parts * width);
         let mut sums = bias.clone();
-        launch!(format!("sum_columns_{}", T::NAME), [width.div_ceil(256), parts, 1], 256, 0;
+        launch!(format!("sum_columns_{}", T::NAME), [width.div_ceil(32), parts, 1], 256, 0;
             &x, &mut partial, count as i32, width as i32, 0i32);
-        launch!("sum_columns_f32", [width.div_ceil(256), 1, 1], 256, 0;
+        launch!("sum_columns_f32", [width.div_ceil(32), 1, 1], 256, 0;
             &partial, &mut sums, parts as i32, width as i32, 1i32);
         sums
     });
@@ -93,7 +93,15 @@ fn norm(x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
 }
 
 fn norms<T: Element>() {
-    for (count, width, gathered) in [(1, 5, false), (5, 300, true), (67, 64, false)] {
+    let sizes = [
+        (1, 5, false),
+        (5, 300, true),
+        (67, 64, false),
+        (5, 1030, true),
+        (3, 1028, false),
+    ];
+    for (count, width, gathered) in sizes {
+        let teams = if width <= 1024 { 8 } else { 1 };
         let rows: Option<Vec<i32>> =
             gathered.then(|| (0..count as i32).map(|i| (i * 3) % 4).collect());
         let (x, w): (Vec<f32>, Vec<f32>) = (noise(count.max(4) * width, 1), noise(width, 2));
@@ -101,7 +109,8 @@ fn norms<T: Element>() {
         let before: Vec<f32> = noise(count * width, 4);
         let y = in_every_order(|| {
             let mut y: Vec<T> = unwritten(count * width);
-            launch!(format!("rms_norm_{}", T::NAME), [count, 1, 1], 256, 0; &x, rows.as_ref(), &w, EPS, &mut y, width as i32);
+            launch!(format!("rms_norm_{}", T::NAME), [count.div_ceil(teams), 1, 1], 256, 0;
+                &x, rows.as_ref(), &w, EPS, &mut y, count as i32, width as i32);
             y
         });
         let blocks = count.min(4);
@@ -111,10 +120,10 @@ fn norms<T: Element>() {
                 unwritten(count * width),
                 unwritten(blocks * width),
             );
-            launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
+            launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
                 &x, rows.as_ref(), &w, EPS, &dy, &mut dx, &mut copy, &mut partial, count as i32, width as i32, 1i32);
             let mut dw = vec![0.0f32; width];
-            launch!("sum_columns_f32", [width.div_ceil(256), 1, 1], 256, 0; &partial, &mut dw, blocks as i32, width as i32, 1i32);
+            launch!("sum_columns_f32", [width.div_ceil(32), 1, 1], 256, 0; &partial, &mut dw, blocks as i32, width as i32, 1i32);
             (dx, copy, dw)
         });
         let (mut y_exact, mut dx_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
@@ -140,7 +149,7 @@ fn norms<T: Element>() {
 
         // Without what is optional, the gradient is set.
         let mut alone: Vec<f32> = unwritten(count * width);
-        launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, width * 4;
+        launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
             &x, rows.as_ref(), &w, EPS, &dy, &mut alone, Null, Null, count as i32, width as i32, 0i32);
         let exact: Vec<f64> = dx_exact
             .iter()
@@ -220,6 +229,9 @@ fn rotation<T: Element>() {
         let d_out: Vec<T> = noise(count * width, 5);
         let sizes = [query as i32, kv as i32, dim as i32];
         let (q_norm, k_norm) = (norms.as_ref().map(|n| &n.0), norms.as_ref().map(|n| &n.1));
+        let each: usize = if dim % 8 == 0 { 8 } else { 2 };
+        let lanes = dim.div_ceil(each).next_power_of_two().min(32);
+        let grid = [(count * (query + 2 * kv) * lanes).div_ceil(256), 1, 1];
         let blocks = 2;
         let (out, cache, d_in, d_norms) = in_every_order(|| {
             let (mut out, mut cache): (Vec<T>, Vec<T>) = (
@@ -233,7 +245,7 @@ fn rotation<T: Element>() {
             };
             crate::device::run(
                 &format!("qkv_rope_{}", T::NAME),
-                [count, 1, 1],
+                grid,
                 256,
                 0,
                 vec![
@@ -248,6 +260,7 @@ fn rotation<T: Element>() {
                     (&positions).into(),
                     cache_arg,
                     (&cache_rows).into(),
+                    (count as i32).into(),
                     sizes[0].into(),
                     sizes[1].into(),
                     sizes[2].into(),
@@ -257,7 +270,7 @@ fn rotation<T: Element>() {
             let shared = Arg::from(&mut in_place);
             crate::device::run(
                 &format!("qkv_rope_{}", T::NAME),
-                [count, 1, 1],
+                grid,
                 256,
                 0,
                 vec![
@@ -272,6 +285,7 @@ fn rotation<T: Element>() {
                     (&positions).into(),
                     Null.into(),
                     Null.into(),
+                    (count as i32).into(),
                     sizes[0].into(),
                     sizes[1].into(),
                     sizes[2].into(),
@@ -280,12 +294,12 @@ fn rotation<T: Element>() {
             assert_eq!(in_place, out);
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
-            launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 16 * dim * 4 } else { 0 };
+            launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
                 &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, &cos, &sin, &positions, &mut partial,
                 count as i32, sizes[0], sizes[1], sizes[2]);
             let mut d_norms = vec![0.0f32; 2 * dim];
             if normed {
-                launch!("sum_columns_f32", [1, 1, 1], 256, 0; &partial, &mut d_norms, blocks as i32, 2 * dim as i32, 1i32);
+                launch!("sum_columns_f32", [(2 * dim).div_ceil(32), 1, 1], 256, 0; &partial, &mut d_norms, blocks as i32, 2 * dim as i32, 1i32);
             }
             (out, cache, d, d_norms)
         });
