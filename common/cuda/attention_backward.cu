@@ -2,8 +2,9 @@
 // dK = dSᵀ·Q·scale (FlashAttention-2, algorithm 2).
 //
 // Two kernels, each making the scores again: one for dQ with a block for a tile of queries, one for dK and dV with a
-// block for a tile of keys. Seven products in place of five, but no sum is shared between blocks: no atomics, no float32
-// copy of dQ, and the same bits every time. The keys of a root meet the queries of all branches in their own block.
+// block for a tile of keys and a query head. Seven products in place of five, but no sum is shared between blocks: no
+// atomics, and the same bits every time. The keys of a root meet the queries of all branches in their own block. A third
+// adds up what the query heads of a key head found: without them side by side, a short batch would leave a GPU idle.
 #include "kernels.h"
 #include "positions.h"
 #include "tile.h"
@@ -77,11 +78,11 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
     }
 }
 
-// A block takes a tile of keys of one key head, W of its D columns, and passes over the query heads that it serves and
-// the queries that see it: the rows of the batch from its own on to `tile.end`, across the branches of a root.
+// A block takes a tile of keys for one query head, W of its D columns, and passes over the queries that see it: the rows
+// of the batch from its own on to `tile.end`, across the branches of a root.
 template <class T, int D>
-__device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, T* d_qkv,
-                            AttentionTile tile, int query, int kv, int dim, int window, float scale) {
+__device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions,
+                            float* d_heads, AttentionTile tile, int query, int kv, int dim, int window, float scale) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
     constexpr int W = D == 256 ? 128 : D;  // two times 16 × 128 float32 sums a warp is what registers hold
     SHARED_MEMORY(T, k);
@@ -89,12 +90,12 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
     float *q_lse = reinterpret_cast<float*>(d_o + R * P), *q_delta = q_lse + R;
     int* q_at = reinterpret_cast<int*>(q_delta + R);
     float* scratch = reinterpret_cast<float*>(q_at + R) + warp() * 16 * scratch_pitch<R>;
-    int group = query / kv, kv_head = blockIdx.x, first = warp() * 16, columns = blockIdx.z * W;
+    int head = blockIdx.x, first = warp() * 16, columns = blockIdx.z * W;
     const Heads<T> heads{qkv, query, kv, dim};
     int tile_at = tile.prefix_len + tile.first - tile.start;  // the position of the tile's first key
 
-    load_rows<T, D, R>(k, dim, qkv, [&](int i) { return i < tile.rows ? heads.k(tile.first + i, kv_head * group) : nullptr; });
-    load_rows<T, D, R>(v, dim, qkv, [&](int i) { return i < tile.rows ? heads.v(tile.first + i, kv_head * group) : nullptr; });
+    load_rows<T, D, R>(k, dim, qkv, [&](int i) { return i < tile.rows ? heads.k(tile.first + i, head) : nullptr; });
+    load_rows<T, D, R>(v, dim, qkv, [&](int i) { return i < tile.rows ? heads.v(tile.first + i, head) : nullptr; });
     copy_commit();
 
     float d_k[W / 8][4], d_v[W / 8][4];
@@ -106,57 +107,68 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         int at = window > 0 && there ? positions[mine] : 0;
         // (A barrier as well: nobody reads the last queries any more.)
         if (!__syncthreads_or(there && (window <= 0 || at - (tile_at + tile.rows - 1) < window))) continue;
-        for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-            __syncthreads();
-            load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? heads.q(from + i, head) : nullptr; });
-            load_rows<T, D, R>(d_o, dim, qkv,
-                               [&](int i) { return from + i < tile.end ? d_out + ((long long)(from + i) * query + head) * dim : nullptr; });
-            copy_commit();
-            if (int(threadIdx.x) < R) {
-                long long row = (long long)mine * query + head;
-                q_lse[threadIdx.x] = there ? lse[row] * LOG2E : INFINITY;  // weighs nothing
-                q_delta[threadIdx.x] = there ? delta[row] : 0;
-                q_at[threadIdx.x] = at;
-            }
-            copy_wait<0>();
-            __syncthreads();
-            // Transposed: rows are keys, columns queries.
-            float p[N][4], d[N][4];
-            clear(p);
-            multiply_rows<N, D>(p, k + first * P, q);
-            bool whole = window <= 0 && from >= tile.first + R;
-#pragma unroll
-            for (int j = 0; j < N; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int c = j * 8 + lane() % 4 * 2 + i % 2, r = first + lane() / 4 + i / 2 * 8;
-                    bool seen = whole || (from + c >= tile.first + r && (window <= 0 || q_at[c] - (tile_at + r) < window));
-                    p[j][i] = seen ? exp2_fast(p[j][i] * (scale * LOG2E) - q_lse[c]) : 0.0f;
-                }
-            multiply_columns<N, W / 8, D>(d_v, p, d_o + columns, scratch);
-            clear(d);
-            multiply_rows<N, D>(d, v + first * P, d_o);
-#pragma unroll
-            for (int j = 0; j < N; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) p[j][i] *= d[j][i] - q_delta[j * 8 + lane() % 4 * 2 + i % 2];
-            multiply_columns<N, W / 8, D>(d_k, p, q + columns, scratch);
+        load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? heads.q(from + i, head) : nullptr; });
+        load_rows<T, D, R>(d_o, dim, qkv,
+                           [&](int i) { return from + i < tile.end ? d_out + ((long long)(from + i) * query + head) * dim : nullptr; });
+        copy_commit();
+        if (int(threadIdx.x) < R) {
+            long long row = (long long)mine * query + head;
+            q_lse[threadIdx.x] = there ? lse[row] * LOG2E : INFINITY;  // weighs nothing
+            q_delta[threadIdx.x] = there ? delta[row] : 0;
+            q_at[threadIdx.x] = at;
         }
+        copy_wait<0>();
+        __syncthreads();
+        // Transposed: rows are keys, columns queries.
+        float p[N][4], d[N][4];
+        clear(p);
+        multiply_rows<N, D>(p, k + first * P, q);
+        bool whole = window <= 0 && from >= tile.first + R;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int c = j * 8 + lane() % 4 * 2 + i % 2, r = first + lane() / 4 + i / 2 * 8;
+                bool seen = whole || (from + c >= tile.first + r && (window <= 0 || q_at[c] - (tile_at + r) < window));
+                p[j][i] = seen ? exp2_fast(p[j][i] * (scale * LOG2E) - q_lse[c]) : 0.0f;
+            }
+        multiply_columns<N, W / 8, D>(d_v, p, d_o + columns, scratch);
+        clear(d);
+        multiply_rows<N, D>(d, v + first * P, d_o);
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[j][i] *= d[j][i] - q_delta[j * 8 + lane() % 4 * 2 + i % 2];
+        multiply_columns<N, W / 8, D>(d_k, p, q + columns, scratch);
     }
     copy_wait<0>();
     for (int half = 0; half < 2; ++half) {
         int r = first + lane() / 4 + 8 * half;
         if (r >= tile.rows) continue;
-        T* to = d_qkv + heads.row(tile.first + r) + (query + kv_head) * dim;
+        float* to = d_heads + ((long long)(tile.first + r) * query + head) * 2 * dim;
 #pragma unroll
         for (int j = 0; j < W / 8; ++j) {
             int c = columns + j * 8 + lane() % 4 * 2;
             if (c < dim) {
-                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_k[j][2 * half] * scale), narrow<T>(d_k[j][2 * half + 1] * scale)};
-                *reinterpret_cast<Pair<T>*>(to + kv * dim + c) = {narrow<T>(d_v[j][2 * half]), narrow<T>(d_v[j][2 * half + 1])};
+                *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scale, d_k[j][2 * half + 1] * scale};
+                *reinterpret_cast<Pair<float>*>(to + dim + c) = {d_v[j][2 * half], d_v[j][2 * half + 1]};
             }
         }
     }
+}
+
+// Two columns of a key head's gradients for each thread.
+template <class T> __device__ void sum_heads(const float* d_heads, T* d_qkv, int count, int query, int kv, int dim) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, half = dim / 2, group = query / kv;
+    int column = i % half * 2, head = i / half % kv, which = i / half / kv % 2, token = i / half / kv / 2;
+    if (token >= count) return;
+    const float* from = d_heads + (((long long)token * query + head * group) * 2 + which) * dim + column;
+    Few<2> sum = Few<2>::load(from);
+    for (int g = 1; g < group; ++g) {
+        auto next = Few<2>::load(from + g * 2 * dim);
+        sum.at[0] += next.at[0], sum.at[1] += next.at[1];
+    }
+    sum.store(d_qkv + ((long long)token * (query + 2 * kv) + query + which * kv + head) * dim + column);
 }
 
 }  // namespace device
@@ -167,7 +179,11 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
     }
 #define DEFINE_KV(name, T, D)                                                                                              \
     ATTENTION_BACKWARD_KV(name, T, D) {                                                                                    \
-        device::backward_kv<T, D>(qkv, lse, d_out, delta, positions, d_qkv, tiles[blockIdx.y], query, kv, dim, window, scale); \
+        device::backward_kv<T, D>(qkv, lse, d_out, delta, positions, d_heads, tiles[blockIdx.y], query, kv, dim, window,   \
+                                  scale);                                                                                  \
     }
 ATTENTION_VARIANTS(DEFINE_Q, attention_backward_q);
 ATTENTION_VARIANTS(DEFINE_KV, attention_backward_kv);
+
+SUM_HEADS(sum_heads_f32, float) { device::sum_heads(d_heads, d_qkv, count, query, kv, dim); }
+SUM_HEADS(sum_heads_bf16, bf16) { device::sum_heads(d_heads, d_qkv, count, query, kv, dim); }

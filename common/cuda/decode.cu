@@ -119,6 +119,7 @@ template <class T, int D> __device__ void own_part(const Decode<T>& d, int seque
     T *k = q + R * P, *v = k + R * P;
     float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
     Sequence own = d.sequences[sequence];
+    if (own.limit == 0) return;  // nobody's
     int len = d.positions[sequence] + 1 - own.prefix_len;
     int start = d.window > 0 ? max(len - d.window, 0) : 0;
     Keys keys(len, R, split, d.own_splits);

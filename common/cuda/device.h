@@ -10,6 +10,9 @@ using bf16 = __nv_bfloat16;
 
 // A kernel and the number of threads in its blocks.
 #define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+// The same, with registers so few that as many blocks fit a multiprocessor (0: as many as come).
+#define DENSE_KERNEL(threads, blocks, name, ...) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 // The block's dynamic shared memory.
 #define SHARED_MEMORY(type, name)              \
     extern __shared__ uint4 dynamic_shared[]; \
@@ -179,6 +182,11 @@ __device__ inline bf16 round_with(float x, uint32_t noise) {
 // Rows of an attention tile and the threads that work on it: a warp for 16 rows.
 template <class T> constexpr int attention_rows = sizeof(T) == 2 ? 64 : 32;
 #define ATTENTION_THREADS(T) (2 * attention_rows<T>)
+
+// Blocks that are to fit a multiprocessor, where that is worth a few registers: for heads up to 64 wide, up to 128 wide.
+template <class T> constexpr int attention_blocks(int D, int narrow, int wide) {
+    return sizeof(T) == 4 || D > 128 ? 0 : D <= 64 ? narrow : wide;
+}
 
 // Rows of a page of the key/value cache.
 constexpr int PAGE = 64;

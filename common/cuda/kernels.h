@@ -126,13 +126,19 @@ struct AttentionTile {
     const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, int query, int kv, int dim, \
     int window, float scale)
 
-// The keys' and values' gradients: columns k and v of `d_qkv` are set. Run after ATTENTION_BACKWARD_Q, which makes
-// `delta`. `positions` [T] of every row in its sequence (read with a window only, else null will do). Sums over query
-// heads and branches run inside a block, in one order.
-// Grid (kv, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
-#define ATTENTION_BACKWARD_KV(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const float* lse, \
-    const T* d_out, const float* delta, const int* positions, T* d_qkv, const AttentionTile* tiles, int query, int kv, \
+// The keys' and values' gradients as each query head makes them: `d_heads` [T, query, k | v, dim], float32. Run after
+// ATTENTION_BACKWARD_Q, which makes `delta`. `positions` [T] of every row in its sequence (read with a window only, else
+// null will do). Sums over branches run inside a block, in one order.
+// Grid (query, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
+#define ATTENTION_BACKWARD_KV(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 3, 2), name, \
+    const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, float* d_heads, const AttentionTile* tiles, int query, int kv, \
     int dim, int window, float scale)
+
+// Their sums over the query heads of each key head, in order: columns k and v of `d_qkv` [count, width] are set.
+// Grid (ceil(count·kv·dim / 256)).
+#define SUM_HEADS(name, T) KERNEL(256, name, const float* d_heads, T* d_qkv, int count, int query, int kv, int dim)
+SUM_HEADS(sum_heads_f32, float);
+SUM_HEADS(sum_heads_bf16, bf16);
 
 #define ATTENTION_VARIANTS(kind, stem) \
     kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
@@ -171,8 +177,8 @@ struct DecodeTile {
 // `tiles` [tile_count] cover all rows of all sequences that matter; what a sequence without them gets is undefined.
 // Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
 // Shared: 3·R·P + X with R, P, X as above.
-#define DECODE_ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* cache, float* partial, \
-    float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \
+#define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, \
+    const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \
     int max_pages, int count, int tile_count, int prefix_splits, int own_splits, int query, int kv, int dim, int window, \
     float scale)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);

@@ -10,7 +10,7 @@ use common::logprob::{self, Group};
 use common::model::Decoder;
 use common::weights::Weights;
 use serde_json::Value;
-use shared::{FAMILIES, devices, ids, open};
+use shared::{FAMILIES, device, ids, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -39,20 +39,19 @@ fn groups(figures: &Value) -> (Vec<Group>, Vec<f64>) {
 
 #[test]
 fn log_probs_are_transformers() {
-    for device in devices() {
-        for family in FAMILIES {
-            let (weights, figures) = open(family);
-            let (groups, exact) = groups(&figures);
-            for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-2)] {
-                let decoder = on(&device, &weights, precision);
-                let scores = cuda::score(&decoder, &groups).unwrap();
-                assert_eq!(scores.len(), exact.len());
-                for (ours, exact) in scores.iter().zip(&exact) {
-                    assert!(
-                        (ours - exact).abs() < tolerance * exact.abs().max(1.0),
-                        "{family} in {precision:?}: {ours}, not {exact}"
-                    );
-                }
+    let device = device();
+    for family in FAMILIES {
+        let (weights, figures) = open(family);
+        let (groups, exact) = groups(&figures);
+        for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-2)] {
+            let decoder = on(&device, &weights, precision);
+            let scores = cuda::score(&decoder, &groups).unwrap();
+            assert_eq!(scores.len(), exact.len());
+            for (ours, exact) in scores.iter().zip(&exact) {
+                assert!(
+                    (ours - exact).abs() < tolerance * exact.abs().max(1.0),
+                    "{family} in {precision:?}: {ours}, not {exact}"
+                );
             }
         }
     }
@@ -126,104 +125,101 @@ fn assert_same(ours: &[(String, Vec<Sample>)], theirs: &[(String, Vec<Sample>)],
 
 #[test]
 fn samples_are_the_cpus() {
-    for device in devices() {
-        for family in ["llama3", "llama-bias", "mistral", "qwen3"] {
-            let (weights, _) = open(family);
-            let vocab = weights.config.vocab as u32;
-            let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
-            let gpu = on(&device, &weights, Precision::F32);
-            let ends = [0, 7];
-            let theirs = run(on_cpu(&cpu, how(), &ends), requests(vocab));
-            for slots in [3, 16] {
-                let ours = cuda::Generator::new(&gpu, how(), &ends, Some(slots)).unwrap();
-                assert_eq!(ours.slots(), slots);
-                let ours = run(Box::new(ours), requests(vocab));
-                assert_same(&ours, &theirs, &format!("{family}, {slots} slots"));
-            }
+    let device = device();
+    for family in ["llama3", "llama-bias", "mistral", "qwen3"] {
+        let (weights, _) = open(family);
+        let vocab = weights.config.vocab as u32;
+        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+        let gpu = on(&device, &weights, Precision::F32);
+        let ends = [0, 7];
+        let theirs = run(on_cpu(&cpu, how(), &ends), requests(vocab));
+        for slots in [3, 16] {
+            let ours = cuda::Generator::new(&gpu, how(), &ends, Some(slots)).unwrap();
+            assert_eq!(ours.slots(), slots);
+            let ours = run(Box::new(ours), requests(vocab));
+            assert_same(&ours, &theirs, &format!("{family}, {slots} slots"));
         }
     }
 }
 
 #[test]
 fn every_way_to_draw_is_the_cpus() {
-    for device in devices() {
-        let (weights, _) = open("llama");
-        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
-        let gpu = on(&device, &weights, Precision::F32);
-        let ways = [
-            Sampling {
-                temperature: 0.0,
-                ..how()
-            },
-            Sampling {
-                temperature: 1.7,
-                ..how()
-            },
-            Sampling { top_k: 5, ..how() },
-            Sampling {
-                top_p: 0.7,
-                ..how()
-            },
-            Sampling {
-                min_p: 0.1,
-                ..how()
-            },
-            Sampling {
-                repetition_penalty: 1.3,
-                ..how()
-            },
-            Sampling {
-                top_k: 12,
-                top_p: 0.8,
-                min_p: 0.05,
-                repetition_penalty: 0.8,
-                ..how()
-            },
-            Sampling {
-                max_tokens: 1,
-                ..how()
-            },
-            Sampling {
-                max_tokens: 1000,
-                ..how()
-            },
-        ];
-        for way in ways {
-            let theirs = run(on_cpu(&cpu, way.clone(), &[2]), requests(64));
-            let ours = cuda::Generator::new(&gpu, way.clone(), &[2], Some(4)).unwrap();
-            assert_same(
-                &run(Box::new(ours), requests(64)),
-                &theirs,
-                &format!("{way:?}"),
-            );
-        }
+    let device = device();
+    let (weights, _) = open("llama");
+    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let gpu = on(&device, &weights, Precision::F32);
+    let ways = [
+        Sampling {
+            temperature: 0.0,
+            ..how()
+        },
+        Sampling {
+            temperature: 1.7,
+            ..how()
+        },
+        Sampling { top_k: 5, ..how() },
+        Sampling {
+            top_p: 0.7,
+            ..how()
+        },
+        Sampling {
+            min_p: 0.1,
+            ..how()
+        },
+        Sampling {
+            repetition_penalty: 1.3,
+            ..how()
+        },
+        Sampling {
+            top_k: 12,
+            top_p: 0.8,
+            min_p: 0.05,
+            repetition_penalty: 0.8,
+            ..how()
+        },
+        Sampling {
+            max_tokens: 1,
+            ..how()
+        },
+        Sampling {
+            max_tokens: 1000,
+            ..how()
+        },
+    ];
+    for way in ways {
+        let theirs = run(on_cpu(&cpu, way.clone(), &[2]), requests(64));
+        let ours = cuda::Generator::new(&gpu, way.clone(), &[2], Some(4)).unwrap();
+        assert_same(
+            &run(Box::new(ours), requests(64)),
+            &theirs,
+            &format!("{way:?}"),
+        );
     }
 }
 
 #[test]
 fn bfloat16_samples_know_their_log_probs() {
-    for device in devices() {
-        let (weights, _) = open("qwen3");
-        let gpu = on(&device, &weights, Precision::Bf16);
-        let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
-        let requests = requests(weights.config.vocab as u32);
-        for ((_, samples), request) in run(Box::new(generator), requests.clone())
-            .iter()
-            .zip(requests)
-        {
-            let group = Group {
-                prompt: request.prompt,
-                responses: samples.iter().map(|s| s.token_ids.clone()).collect(),
-            };
-            let scores = cuda::score(&gpu, &[group]).unwrap();
-            for (sample, score) in samples.iter().zip(scores) {
-                let off = (sample.logp - score).abs();
-                assert!(
-                    off < 1e-2 * score.abs().max(1.0),
-                    "{} but {score}",
-                    sample.logp
-                );
-            }
+    let device = device();
+    let (weights, _) = open("qwen3");
+    let gpu = on(&device, &weights, Precision::Bf16);
+    let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
+    let requests = requests(weights.config.vocab as u32);
+    for ((_, samples), request) in run(Box::new(generator), requests.clone())
+        .iter()
+        .zip(requests)
+    {
+        let group = Group {
+            prompt: request.prompt,
+            responses: samples.iter().map(|s| s.token_ids.clone()).collect(),
+        };
+        let scores = cuda::score(&gpu, &[group]).unwrap();
+        for (sample, score) in samples.iter().zip(scores) {
+            let off = (sample.logp - score).abs();
+            assert!(
+                off < 1e-2 * score.abs().max(1.0),
+                "{} but {score}",
+                sample.logp
+            );
         }
     }
 }
@@ -274,49 +270,47 @@ fn rewards_and_choices_are_the_methods() {
             .map(|i| (-f64::from(i * 37 % 71), -35.25, i as u64 * 13 % 50))
             .collect(),
     ];
-    for device in devices() {
-        for alpha in [0.0, 0.001, 0.02, 1.0] {
-            let found = cuda::rewards(&device, &prompts, 0.1, alpha).unwrap();
-            for (found, prompt) in found.iter().zip(&prompts) {
-                let points: Vec<Point> = prompt
-                    .iter()
-                    .map(|&(policy, reference, length)| Point {
-                        reward: implicit_reward(0.1, policy, reference),
-                        length,
-                    })
-                    .collect();
-                let rewards: Vec<f64> = points.iter().map(|p| p.reward).collect();
-                assert_eq!(found.rewards, rewards);
-                assert_eq!(
-                    found.best_and_worst,
-                    best_and_worst(&points, alpha),
-                    "alpha {alpha}"
-                );
-            }
+    let device = device();
+    for alpha in [0.0, 0.001, 0.02, 1.0] {
+        let found = cuda::rewards(&device, &prompts, 0.1, alpha).unwrap();
+        for (found, prompt) in found.iter().zip(&prompts) {
+            let points: Vec<Point> = prompt
+                .iter()
+                .map(|&(policy, reference, length)| Point {
+                    reward: implicit_reward(0.1, policy, reference),
+                    length,
+                })
+                .collect();
+            let rewards: Vec<f64> = points.iter().map(|p| p.reward).collect();
+            assert_eq!(found.rewards, rewards);
+            assert_eq!(
+                found.best_and_worst,
+                best_and_worst(&points, alpha),
+                "alpha {alpha}"
+            );
         }
     }
 }
 
 #[test]
 fn scores_are_the_cpus_on_ragged_batches() {
-    for device in devices() {
-        let (weights, _) = open("qwen2-sliding");
-        let vocab = weights.config.vocab as u32;
-        let token = |i: u32| i.wrapping_mul(2_654_435_761) % vocab;
-        let groups: Vec<Group> = (0..7u32)
-            .map(|g| Group {
-                prompt: (0..1 + g * 6).map(|i| token(i + g)).collect(),
-                responses: (0..g % 4 + 1)
-                    .map(|r| (0..(r * 11 + g) % 21).map(|i| token(i + r * 99)).collect())
-                    .collect(),
-            })
-            .collect();
-        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
-        let gpu = on(&device, &weights, Precision::F32);
-        let theirs = logprob::score(&cpu, &groups);
-        let ours = cuda::score_all(&gpu, &groups, 100).unwrap();
-        for (ours, theirs) in ours.iter().flatten().zip(&theirs) {
-            assert!((ours - theirs).abs() < 1e-3, "{ours}, not {theirs}");
-        }
+    let device = device();
+    let (weights, _) = open("qwen2-sliding");
+    let vocab = weights.config.vocab as u32;
+    let token = |i: u32| i.wrapping_mul(2_654_435_761) % vocab;
+    let groups: Vec<Group> = (0..7u32)
+        .map(|g| Group {
+            prompt: (0..1 + g * 6).map(|i| token(i + g)).collect(),
+            responses: (0..g % 4 + 1)
+                .map(|r| (0..(r * 11 + g) % 21).map(|i| token(i + r * 99)).collect())
+                .collect(),
+        })
+        .collect();
+    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let gpu = on(&device, &weights, Precision::F32);
+    let theirs = logprob::score(&cpu, &groups);
+    let ours = cuda::score_all(&gpu, &groups, 100).unwrap();
+    for (ours, theirs) in ours.iter().flatten().zip(&theirs) {
+        assert!((ours - theirs).abs() < 1e-3, "{ours}, not {theirs}");
     }
 }

@@ -16,7 +16,7 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, devices, golden, objective, open, settings,
+    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, open, settings,
     tiny_pairs,
 };
 use std::collections::BTreeMap;
@@ -133,73 +133,71 @@ fn off(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn gradients_of_every_parameter_are_the_cpus() {
-    for device in devices() {
-        for family in FAMILIES {
-            let (weights, _) = open(family);
-            let pairs = pairs(weights.config.vocab);
-            let batch = refs(&pairs);
-            let cpu = cpu(&weights, &usual(), Precision::F32);
-            let (their_sums, theirs) = cpu.gradient(&batch);
-            let exact = gpu(&device, &weights, &usual(), Precision::F32);
-            let (sums, ours) = exact.gradient(&batch).unwrap();
-            assert!((sums.loss - their_sums.loss).abs() < 1e-5, "{family}");
-            assert_eq!(sums.tokens, their_sums.tokens);
-            let rounded = gpu(&device, &weights, &usual(), Precision::Bf16);
-            let (sums, roughly) = rounded.gradient(&batch).unwrap();
+    let device = device();
+    for family in FAMILIES {
+        let (weights, _) = open(family);
+        let pairs = pairs(weights.config.vocab);
+        let batch = refs(&pairs);
+        let cpu = cpu(&weights, &usual(), Precision::F32);
+        let (their_sums, theirs) = cpu.gradient(&batch);
+        let exact = gpu(&device, &weights, &usual(), Precision::F32);
+        let (sums, ours) = exact.gradient(&batch).unwrap();
+        assert!((sums.loss - their_sums.loss).abs() < 1e-5, "{family}");
+        assert_eq!(sums.tokens, their_sums.tokens);
+        let rounded = gpu(&device, &weights, &usual(), Precision::Bf16);
+        let (sums, roughly) = rounded.gradient(&batch).unwrap();
+        assert!(
+            (sums.loss - their_sums.loss).abs() < 0.05 * their_sums.loss,
+            "{family}: {} {}",
+            sums.loss,
+            their_sums.loss
+        );
+        for (name, _, range) in cpu.params().tensors() {
+            let off_by = |ours: &[f32]| off(&ours[range.clone()], &theirs[range.clone()]);
+            let apart = off_by(&ours);
+            assert!(apart < 3e-5, "{family}: {name} is off by {apart}");
+            let apart = off_by(&roughly);
             assert!(
-                (sums.loss - their_sums.loss).abs() < 0.05 * their_sums.loss,
-                "{family}: {} {}",
-                sums.loss,
-                their_sums.loss
+                apart < 0.2,
+                "{family} in bfloat16: {name} is off by {apart}"
             );
-            for (name, _, range) in cpu.params().tensors() {
-                let off_by = |ours: &[f32]| off(&ours[range.clone()], &theirs[range.clone()]);
-                let apart = off_by(&ours);
-                assert!(apart < 3e-5, "{family}: {name} is off by {apart}");
-                let apart = off_by(&roughly);
-                assert!(
-                    apart < 0.2,
-                    "{family} in bfloat16: {name} is off by {apart}"
-                );
-            }
-            let apart = off(&roughly, &theirs);
-            assert!(apart < 0.1, "{family} in bfloat16: off by {apart}");
         }
+        let apart = off(&roughly, &theirs);
+        assert!(apart < 0.1, "{family} in bfloat16: off by {apart}");
     }
 }
 
 #[test]
 fn gradients_of_adapters_are_the_cpus() {
-    for device in devices() {
-        for family in ["llama-bias", "qwen3", "smollm"] {
-            let (weights, _) = open(family);
-            let pairs = pairs(weights.config.vocab);
-            let batch = refs(&pairs);
-            let mut cpu = cpu(&weights, &adapted(usual()), Precision::F32);
-            let state = Numbers::of_adapters(cpu.trained());
-            cpu.restore(&state, 0, 0).unwrap();
-            let (their_sums, theirs) = cpu.gradient(&batch);
-            for (precision, tolerance) in [(Precision::F32, 3e-5), (Precision::Bf16, 0.1)] {
-                let mut gpu = gpu(&device, &weights, &adapted(usual()), precision);
-                gpu.restore(&state, 0, 0).unwrap();
-                let (sums, ours) = gpu.gradient(&batch).unwrap();
-                let apart = off(&ours, &theirs);
-                assert!(
-                    apart < tolerance,
-                    "{family} in {precision:?}: off by {apart}"
-                );
-                let loss = (sums.loss - their_sums.loss).abs();
-                assert!(loss < tolerance * their_sums.loss, "{family}: {loss}");
-                let lora = Lora::new(gpu.params(), 4, 6.0);
-                for adapter in &lora.adapters {
-                    for factor in [adapter.a.clone(), adapter.b.clone()] {
-                        let apart = off(&ours[factor.clone()], &theirs[factor]);
-                        assert!(
-                            apart < 3.0 * tolerance,
-                            "{family} in {precision:?}: {} is off by {apart}",
-                            adapter.module
-                        );
-                    }
+    let device = device();
+    for family in ["llama-bias", "qwen3", "smollm"] {
+        let (weights, _) = open(family);
+        let pairs = pairs(weights.config.vocab);
+        let batch = refs(&pairs);
+        let mut cpu = cpu(&weights, &adapted(usual()), Precision::F32);
+        let state = Numbers::of_adapters(cpu.trained());
+        cpu.restore(&state, 0, 0).unwrap();
+        let (their_sums, theirs) = cpu.gradient(&batch);
+        for (precision, tolerance) in [(Precision::F32, 3e-5), (Precision::Bf16, 0.1)] {
+            let mut gpu = gpu(&device, &weights, &adapted(usual()), precision);
+            gpu.restore(&state, 0, 0).unwrap();
+            let (sums, ours) = gpu.gradient(&batch).unwrap();
+            let apart = off(&ours, &theirs);
+            assert!(
+                apart < tolerance,
+                "{family} in {precision:?}: off by {apart}"
+            );
+            let loss = (sums.loss - their_sums.loss).abs();
+            assert!(loss < tolerance * their_sums.loss, "{family}: {loss}");
+            let lora = Lora::new(gpu.params(), 4, 6.0);
+            for adapter in &lora.adapters {
+                for factor in [adapter.a.clone(), adapter.b.clone()] {
+                    let apart = off(&ours[factor.clone()], &theirs[factor]);
+                    assert!(
+                        apart < 3.0 * tolerance,
+                        "{family} in {precision:?}: {} is off by {apart}",
+                        adapter.module
+                    );
                 }
             }
         }
@@ -208,17 +206,16 @@ fn gradients_of_adapters_are_the_cpus() {
 
 #[test]
 fn every_loss_trains_as_in_pytorch() {
-    for device in devices() {
-        let (weights, _) = open("llama");
-        let start = gpu(&device, &weights, &usual(), Precision::F32);
-        let pairs = tiny_pairs(|pair| {
-            let logps = start.score(&[pair.group()]).unwrap();
-            (logps[0][0], logps[0][1])
-        });
-        assert_trains_as_in_pytorch(&pairs, |settings| {
-            Box::new(gpu(&device, &weights, &settings, Precision::F32))
-        });
-    }
+    let device = device();
+    let (weights, _) = open("llama");
+    let start = gpu(&device, &weights, &usual(), Precision::F32);
+    let pairs = tiny_pairs(|pair| {
+        let logps = start.score(&[pair.group()]).unwrap();
+        (logps[0][0], logps[0][1])
+    });
+    assert_trains_as_in_pytorch(&pairs, |settings| {
+        Box::new(gpu(&device, &weights, &settings, Precision::F32))
+    });
 }
 
 /// Steps over all pairs.
@@ -241,29 +238,28 @@ fn assert_near(ours: &[f64], theirs: &[f64], tolerance: f64, what: &str) {
 
 #[test]
 fn steps_are_the_cpus() {
-    for device in devices() {
-        for (family, settings) in [("llama-bias", usual()), ("qwen3", adapted(usual()))] {
-            let (weights, _) = open(family);
-            let pairs = pairs(weights.config.vocab);
-            let mut exact = cpu(&weights, &settings, Precision::F32);
-            let theirs = steps(&mut exact, &pairs, 4);
-            let mut ours = gpu(&device, &weights, &settings, Precision::F32);
-            let found = steps(&mut ours, &pairs, 4);
-            assert_near(&found, &theirs, 2e-3, family);
-            let Numbers([ours, m, v]) = Numbers::of(&ours);
-            let Numbers([trained, their_m, their_v]) = Numbers::of(&exact);
-            for (ours, theirs) in [(ours, trained), (m, their_m), (v, their_v)] {
-                assert!(off(&ours, &theirs) < 1e-3, "{}", off(&ours, &theirs));
-            }
-            // Rounded products and moments: the same way, roughly.
-            let settings = Settings {
-                moments: Moments::Bf16,
-                ..settings
-            };
-            let mut rough = gpu(&device, &weights, &settings, Precision::Bf16);
-            let found = steps(&mut rough, &pairs, 4);
-            assert_near(&found, &theirs, 0.15, family);
+    let device = device();
+    for (family, settings) in [("llama-bias", usual()), ("qwen3", adapted(usual()))] {
+        let (weights, _) = open(family);
+        let pairs = pairs(weights.config.vocab);
+        let mut exact = cpu(&weights, &settings, Precision::F32);
+        let theirs = steps(&mut exact, &pairs, 4);
+        let mut ours = gpu(&device, &weights, &settings, Precision::F32);
+        let found = steps(&mut ours, &pairs, 4);
+        assert_near(&found, &theirs, 2e-3, family);
+        let Numbers([ours, m, v]) = Numbers::of(&ours);
+        let Numbers([trained, their_m, their_v]) = Numbers::of(&exact);
+        for (ours, theirs) in [(ours, trained), (m, their_m), (v, their_v)] {
+            assert!(off(&ours, &theirs) < 1e-3, "{}", off(&ours, &theirs));
         }
+        // Rounded products and moments: the same way, roughly.
+        let settings = Settings {
+            moments: Moments::Bf16,
+            ..settings
+        };
+        let mut rough = gpu(&device, &weights, &settings, Precision::Bf16);
+        let found = steps(&mut rough, &pairs, 4);
+        assert_near(&found, &theirs, 0.15, family);
     }
 }
 

@@ -67,7 +67,7 @@ struct Args {
     /// Seed of all random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 256, on a GPU, unless given
+    /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 1024, on a GPU, unless given
     #[arg(long)]
     batch_size: Option<usize>,
     /// Number format of keys and values while responses are at work: long ones spend most of their time reading them. What 8

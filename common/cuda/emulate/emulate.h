@@ -103,6 +103,7 @@ template <auto kernel> struct Known {
 #else
 #define KERNEL(threads, name, ...) void kernel_##name(__VA_ARGS__)
 #endif
+#define DENSE_KERNEL(threads, blocks, ...) KERNEL(threads, __VA_ARGS__)
 #define SHARED_MEMORY(type, name) type* name = reinterpret_cast<type*>(emulate::shared_memory)
 
 #define threadIdx (emulate::registers.thread)

@@ -52,6 +52,8 @@ pub(super) struct Backward<'a> {
     dx_copy: Option<Buffer>,
     d_qkv: Buffer,
     d_attention: Buffer,
+    /// What each query head adds to the gradients of its key and value, `[T, heads, 2, dim]`, float32.
+    d_heads: Buffer,
     /// Σ dO∘O of each row and head.
     delta: Buffer,
     /// Parts of sums.
@@ -90,6 +92,7 @@ impl<'a> Backward<'a> {
             },
             d_qkv: rows(heads.qkv_width(), size)?,
             d_attention: rows(heads.q_width(), size)?,
+            d_heads: rows(2 * heads.q_width(), size_of::<f32>())?,
             delta: rows(heads.query, size_of::<f32>())?,
             partial: (decoder.device)
                 .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
@@ -183,7 +186,7 @@ impl<'a> Backward<'a> {
         } else {
             1
         };
-        let launch = Launch::plane(heads.kv, self.shape.tile_count, tiles.threads);
+        let launch = Launch::plane(heads.query, self.shape.tile_count, tiles.threads);
         device.launch(
             &kernels.of_heads("attention_backward_kv"),
             launch.deep(halves).shared(shared + 3 * tiles.rows * 4),
@@ -193,7 +196,7 @@ impl<'a> Backward<'a> {
                 &self.d_attention,
                 &self.delta,
                 &self.shape.positions,
-                &self.d_qkv,
+                &self.d_heads,
                 &self.shape.tiles,
                 query,
                 kv,
@@ -201,6 +204,12 @@ impl<'a> Backward<'a> {
                 window,
                 heads.scale(),
             ],
+        )?;
+        let count = self.shape.tokens;
+        device.launch(
+            &kernels.of_format("sum_heads"),
+            Launch::row((count * heads.kv_width()).div_ceil(THREADS), THREADS),
+            args![&self.d_heads, &self.d_qkv, count as i32, query, kv, dim],
         )
     }
 

@@ -10,7 +10,8 @@ use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
 use super::device::{Arg, Graph, Launch};
 use super::slots::{
-    DecodeTile, PAGE, PREFIX_SPLITS, SamplingParams, Sequence, Sizes, Slots, bits_of, seen_words,
+    DecodeTile, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, SamplingParams, Sequence, Sizes, Slots, bits_of,
+    seen_words,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
@@ -51,11 +52,20 @@ pub struct Generator<'a> {
     pages: Pages,
     memory: Slots,
     rotary: Arc<Rotation>,
-    /// By the number of tiles: none for a number that ran once, which makes everything ready for capture.
-    graphs: HashMap<usize, Option<Graph>>,
+    /// None for what ran once, which makes everything ready for capture.
+    graphs: HashMap<PromptParts, Option<Graph>>,
     /// The host's lists are not what the device has.
     changed: bool,
     tokens: u64,
+}
+
+/// How the prompts' keys are shared out among blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct PromptParts {
+    /// Tiles of queries.
+    tiles: usize,
+    /// Parts of the keys, side by side.
+    splits: usize,
 }
 
 /// Which pages, and which tables of prompts, are free.
@@ -68,7 +78,7 @@ struct Pages {
 }
 
 impl<'a> Generator<'a> {
-    /// At most `slots` sequences run at a time; without a number, as many as memory allows, up to 256.
+    /// At most `slots` sequences run at a time; without a number, as many as memory allows, up to 1024.
     ///
     /// # Errors
     /// No room for a single response.
@@ -225,22 +235,28 @@ impl<'a> Generator<'a> {
     }
 
     /// Brings what changed to the device.
-    fn update(&mut self) -> Result<usize> {
+    fn update(&mut self) -> Result<PromptParts> {
         let tiles = self.tiles();
+        let longest = |of: fn(Sequence) -> i32| {
+            let running = self.slots.iter().flatten();
+            running.map(|r| of(r.sequence)).max().unwrap_or(1) as usize
+        };
         // Few sizes, so few graphs; a tile without rows does nothing.
-        let count = tiles.len().next_power_of_two();
+        let prompts = PromptParts {
+            tiles: tiles.len().next_power_of_two(),
+            splits: (longest(|s| s.prefix_len) / PREFIX_SPLIT).clamp(1, PREFIX_SPLITS),
+        };
         if !self.changed {
-            return Ok(count);
+            return Ok(prompts);
         }
-        let needed = |r: &Running| r.sequence.prefix_len + r.sequence.limit;
-        let longest = self.slots.iter().flatten().map(needed).max().unwrap_or(1);
-        let rotary = self.decoder.rotation(longest as usize)?;
+        let longest = longest(|s| s.prefix_len + s.limit);
+        let rotary = self.decoder.rotation(longest)?;
         if !Arc::ptr_eq(&rotary, &self.rotary) {
             self.graphs.clear(); // they hold the old table's address
             self.rotary = rotary;
         }
         let mut padded = tiles;
-        padded.resize(count, DecodeTile::default());
+        padded.resize(prompts.tiles, DecodeTile::default());
         self.memory.tiles.write(0, &padded)?;
         let slots = self.slots.len();
         let (mut positions, mut finished) = (vec![0i32; slots], vec![IDLE; slots]);
@@ -264,7 +280,7 @@ impl<'a> Generator<'a> {
         self.memory.logit_rows.write(0, &logit_rows)?;
         self.memory.cache_rows.write(0, &vec![-1i32; slots])?;
         self.changed = fresh; // after their first draw they have logits of their own
-        Ok(count)
+        Ok(prompts)
     }
 
     /// The queries of neighbouring slots that read the same prompt, cut to what a block takes.
@@ -295,7 +311,7 @@ impl<'a> Generator<'a> {
     }
 
     /// A draw for each running sequence, and the drawn tokens through the model.
-    fn launch_step(&self, tile_count: usize) -> Result<()> {
+    fn launch_step(&self, prompts: PromptParts) -> Result<()> {
         let (decoder, memory) = (self.decoder, &self.memory);
         let (config, slots) = (&decoder.config, self.slots.len());
         let how = SamplingParams {
@@ -335,7 +351,7 @@ impl<'a> Generator<'a> {
         for i in 0..config.layers {
             let rows = memory.cache_rows(i);
             decoder.project_rows(i, slots, &memory.positions, &self.rotary, pass, Some(rows))?;
-            self.attend(i, tile_count)?;
+            self.attend(i, prompts)?;
             decoder.finish(i, slots, pass)?;
         }
         decoder.final_norm(&pass.x, None, slots, &memory.normed)?;
@@ -348,7 +364,7 @@ impl<'a> Generator<'a> {
     }
 
     /// Attention of every slot's last token over its prompt and its own past.
-    fn attend(&self, layer: usize, tile_count: usize) -> Result<()> {
+    fn attend(&self, layer: usize, prompts: PromptParts) -> Result<()> {
         let (decoder, memory, slots) = (self.decoder, &self.memory, self.slots.len());
         let (heads, tiles) = (decoder.heads(layer), decoder.attention_tiles());
         let (own_splits, head_size) = (memory.own_splits, decoder.head_size());
@@ -356,7 +372,7 @@ impl<'a> Generator<'a> {
             .max(4 * 32 * tiles.pitch + 16 * head_size * 16 + 256)
             + tiles.extra;
         let launch = Launch::plane(
-            tile_count * PREFIX_SPLITS + slots * own_splits,
+            prompts.tiles * prompts.splits + slots * own_splits,
             heads.kv * heads.group().div_ceil(16),
             tiles.threads,
         );
@@ -374,8 +390,8 @@ impl<'a> Generator<'a> {
                 &memory.tables,
                 self.pages.most as i32,
                 slots as i32,
-                tile_count as i32,
-                PREFIX_SPLITS as i32,
+                prompts.tiles as i32,
+                prompts.splits as i32,
                 own_splits as i32,
                 heads.query as i32,
                 heads.kv as i32,
@@ -392,7 +408,7 @@ impl<'a> Generator<'a> {
                 &memory.partial,
                 &memory.partial_lse,
                 &memory.pass.attention,
-                (PREFIX_SPLITS + own_splits) as i32,
+                (prompts.splits + own_splits) as i32,
                 rows as i32,
                 heads.dim as i32,
             ],
@@ -400,20 +416,17 @@ impl<'a> Generator<'a> {
     }
 
     /// Runs a step: once as it comes, then captured, then as a graph.
-    fn run_step(&mut self, tile_count: usize) -> Result<()> {
-        match self.graphs.get(&tile_count) {
+    fn run_step(&mut self, prompts: PromptParts) -> Result<()> {
+        match self.graphs.get(&prompts) {
             Some(Some(graph)) => return graph.run(),
             Some(None) => {
-                let graph = self
-                    .decoder
-                    .device
-                    .capture(|| self.launch_step(tile_count))?;
+                let graph = self.decoder.device.capture(|| self.launch_step(prompts))?;
                 graph.run()?;
-                self.graphs.insert(tile_count, Some(graph));
+                self.graphs.insert(prompts, Some(graph));
             }
             None => {
-                self.launch_step(tile_count)?;
-                self.graphs.insert(tile_count, None);
+                self.launch_step(prompts)?;
+                self.graphs.insert(prompts, None);
             }
         }
         Ok(())
@@ -469,8 +482,8 @@ impl Generate for Generator<'_> {
         if self.running() == 0 {
             return Ok(());
         }
-        let tile_count = self.update()?;
-        self.run_step(tile_count)?;
+        let prompts = self.update()?;
+        self.run_step(prompts)?;
         let slots = self.slots.len();
         let state: Vec<i32> = self.memory.state.read(0, 2 * slots)?;
         let (tokens, finished) = state.split_at(slots);

@@ -7,12 +7,15 @@ use anyhow::{Result, bail};
 
 /// Rows of a page.
 pub const PAGE: usize = 64;
-/// Slots that are taken where memory allows: beyond these the products are no longer bound by reading the weights.
-const MOST_SLOTS: usize = 256;
+/// Slots that are taken where memory allows. The products of a big model are bound by arithmetic from some 200 on, but a
+/// small one's step takes hardly longer for many sequences than for few.
+const MOST_SLOTS: usize = 1024;
 /// Tokens of its prompt that a slot counts on, when memory is shared out.
 const PROMPT: usize = 1024;
-/// Parts that the keys of a prompt are read in side by side.
+/// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least: each part is one
+/// more to be merged.
 pub const PREFIX_SPLITS: usize = 4;
+pub const PREFIX_SPLIT: usize = 256;
 
 /// A sequence as kernels declare it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -320,7 +320,8 @@ impl Footprint<'_> {
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
         let shared = (c.hidden + c.ffn + self.rank) * size;
-        let gradients = (c.hidden + c.heads) * float + c.hidden * rounded + (2 * q + 2 * kv) * size;
+        let gradients =
+            (c.hidden + c.heads + 2 * q) * float + c.hidden * rounded + (2 * q + 2 * kv) * size;
         let numbers = 4 * float; // tokens, positions, the order of rows
         let of_tokens = tokens * (streams + shared + gradients + numbers);
         // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.

@@ -107,10 +107,11 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
     } else {
         Arg::from(Null)
     };
+    let mut d_heads: Vec<f32> = unwritten(2 * tokens * heads.q_width());
     let halves = if made == 256 { 2 } else { 1 };
     crate::device::run(
         &name("attention_backward_kv"),
-        [heads.kv, tiles.len(), halves],
+        [heads.query, tiles.len(), halves],
         2 * r,
         4 * tile + scratch::<T>() + 3 * r * 4,
         vec![
@@ -119,7 +120,7 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
             d_out.into(),
             (&delta).into(),
             positions,
-            (&mut run.d_qkv).into(),
+            (&mut d_heads).into(),
             (&tiles).into(),
             query.into(),
             kv.into(),
@@ -128,6 +129,8 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
             heads.scale().into(),
         ],
     );
+    launch!(format!("sum_heads_{}", T::NAME), [(tokens * heads.kv_width()).div_ceil(256), 1, 1], 256, 0;
+        &d_heads, &mut run.d_qkv, tokens as i32, query, kv, dim);
     run
 }
 

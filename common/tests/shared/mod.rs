@@ -156,13 +156,12 @@ pub fn assert_trains_as_in_pytorch(
     }
 }
 
-/// The emulated device, and the first real one where there is one.
+/// The first GPU, where there is one; else the emulated one.
 #[cfg(feature = "cuda-emulated")]
-pub fn devices() -> Vec<Device> {
-    let mut devices = vec![cuda::emulated(1 << 30)];
-    match cuda::count() {
-        0 => eprintln!("skipped on a real GPU: there is none, or the feature `cuda` is off"),
-        _ => devices.push(cuda::open(0).unwrap()),
+pub fn device() -> Device {
+    if cuda::count() > 0 {
+        return cuda::open(0).unwrap();
     }
-    devices
+    eprintln!("skipped on a real GPU: there is none, or the feature `cuda` is off");
+    cuda::emulated(1 << 30)
 }
