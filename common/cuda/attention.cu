@@ -21,34 +21,35 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
     T *k = q + R * P, *v = k + R * P;
     float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
     int head = blockIdx.x;
-    const Heads<T> heads{qkv, query, kv, dim};
+    const Head<T> columns(qkv, query, kv, dim, head);
     const Visible visible{tile, window};
+    int end = visible.end();
 
     auto load_keys = [&](int from) {
-        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.k(visible.row(from + i), head) : nullptr; });
+        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.k, visible.row(from + i)) : nullptr; });
         copy_commit();
     };
     auto load_values = [&](int from) {
-        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.v(visible.row(from + i), head) : nullptr; });
+        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.v, visible.row(from + i)) : nullptr; });
         copy_commit();
     };
 
-    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? heads.q(tile.first + i, head) : nullptr; });
+    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? columns.row(columns.q, tile.first + i) : nullptr; });
     load_keys(visible.begin());
     Online<D / 8> state;
     state.begin();
-    for (int from = visible.begin(); from < visible.end(); from += R) {
+    for (int from = visible.begin(); from < end; from += R) {
         copy_wait<0>();
         __syncthreads();  // these keys are here, and nobody reads the last values any more
         load_values(from);
         float s[N][4];
         clear(s);
         multiply_rows<N, D>(s, q + warp() * 16 * P, k);
-        visible.mask(s, from, warp() * 16, scale * LOG2E);
+        visible.mask(s, from, warp() * 16);
         copy_wait<0>();
         __syncthreads();  // the values are here, and nobody reads the keys any more
-        if (from + R < visible.end()) load_keys(from + R);
-        state.weigh(s);
+        if (from + R < end) load_keys(from + R);
+        state.weigh(s, scale * LOG2E);
         multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
     }
     state.finish();

@@ -19,11 +19,12 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
     T *d_o = q + R * P, *k = d_o + R * P, *v = k + R * P;
     float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
     int head = blockIdx.x, first = warp() * 16;
-    const Heads<T> heads{qkv, query, kv, dim};
+    const Head<T> columns(qkv, query, kv, dim, head);
     const Visible visible{tile, window};
+    int end = visible.end();
     auto at = [&](int i) { return (long long)(tile.first + i) * query + head; };
 
-    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? heads.q(tile.first + i, head) : nullptr; });
+    load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? columns.row(columns.q, tile.first + i) : nullptr; });
     load_rows<T, D, R>(d_o, dim, qkv, [&](int i) { return i < tile.rows ? d_out + at(i) * dim : nullptr; });
     copy_commit();
 
@@ -45,10 +46,10 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
 
     float d_q[D / 8][4];
     clear(d_q);
-    for (int from = visible.begin(); from < visible.end(); from += R) {
+    for (int from = visible.begin(); from < end; from += R) {
         __syncthreads();  // nobody reads the last tiles any more
-        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.k(visible.row(from + i), head) : nullptr; });
-        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < visible.end() ? heads.v(visible.row(from + i), head) : nullptr; });
+        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.k, visible.row(from + i)) : nullptr; });
+        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.v, visible.row(from + i)) : nullptr; });
         copy_commit();
         copy_wait<0>();
         __syncthreads();
@@ -57,17 +58,17 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         clear(d);
         multiply_rows<N, D>(s, q + first * P, k);
         multiply_rows<N, D>(d, d_o + first * P, v);
-        visible.mask(s, from, first, scale * LOG2E);
+        visible.mask(s, from, first);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] - row_lse[i / 2]) * (d[j][i] - row_delta[i / 2]);
+            for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(fmaf(s[j][i], scale * LOG2E, -row_lse[i / 2])) * (d[j][i] - row_delta[i / 2]);
         multiply_columns<N, D / 8, D>(d_q, s, k, scratch);
     }
     for (int half = 0; half < 2; ++half) {
         int r = first + lane() / 4 + 8 * half;
         if (r >= tile.rows) continue;
-        T* to = d_qkv + heads.row(tile.first + r) + head * dim;
+        T* to = d_qkv + (long long)(tile.first + r) * columns.width + head * dim;
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
             int c = j * 8 + lane() % 4 * 2;
@@ -90,12 +91,12 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
     float *q_lse = reinterpret_cast<float*>(d_o + R * P), *q_delta = q_lse + R;
     int* q_at = reinterpret_cast<int*>(q_delta + R);
     float* scratch = reinterpret_cast<float*>(q_at + R) + warp() * 16 * scratch_pitch<R>;
-    int head = blockIdx.x, first = warp() * 16, columns = blockIdx.z * W;
-    const Heads<T> heads{qkv, query, kv, dim};
+    int head = blockIdx.x, first = warp() * 16, skipped = blockIdx.z * W;
+    const Head<T> columns(qkv, query, kv, dim, head);
     int tile_at = tile.prefix_len + tile.first - tile.start;  // the position of the tile's first key
 
-    load_rows<T, D, R>(k, dim, qkv, [&](int i) { return i < tile.rows ? heads.k(tile.first + i, head) : nullptr; });
-    load_rows<T, D, R>(v, dim, qkv, [&](int i) { return i < tile.rows ? heads.v(tile.first + i, head) : nullptr; });
+    load_rows<T, D, R>(k, dim, qkv, [&](int i) { return i < tile.rows ? columns.row(columns.k, tile.first + i) : nullptr; });
+    load_rows<T, D, R>(v, dim, qkv, [&](int i) { return i < tile.rows ? columns.row(columns.v, tile.first + i) : nullptr; });
     copy_commit();
 
     float d_k[W / 8][4], d_v[W / 8][4];
@@ -107,9 +108,9 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         int at = window > 0 && there ? positions[mine] : 0;
         // (A barrier as well: nobody reads the last queries any more.)
         if (!__syncthreads_or(there && (window <= 0 || at - (tile_at + tile.rows - 1) < window))) continue;
-        load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? heads.q(from + i, head) : nullptr; });
+        load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? columns.row(columns.q, from + i) : nullptr; });
         load_rows<T, D, R>(d_o, dim, qkv,
-                           [&](int i) { return from + i < tile.end ? d_out + ((long long)(from + i) * query + head) * dim : nullptr; });
+                           [&](int i) { return from + i < tile.end ? d_out + (long long)(from + i) * (query * dim) + head * dim : nullptr; });
         copy_commit();
         if (int(threadIdx.x) < R) {
             long long row = (long long)mine * query + head;
@@ -132,14 +133,14 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
                 bool seen = whole || (from + c >= tile.first + r && (window <= 0 || q_at[c] - (tile_at + r) < window));
                 p[j][i] = seen ? exp2_fast(p[j][i] * (scale * LOG2E) - q_lse[c]) : 0.0f;
             }
-        multiply_columns<N, W / 8, D>(d_v, p, d_o + columns, scratch);
+        multiply_columns<N, W / 8, D>(d_v, p, d_o + skipped, scratch);
         clear(d);
         multiply_rows<N, D>(d, v + first * P, d_o);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[j][i] *= d[j][i] - q_delta[j * 8 + lane() % 4 * 2 + i % 2];
-        multiply_columns<N, W / 8, D>(d_k, p, q + columns, scratch);
+        multiply_columns<N, W / 8, D>(d_k, p, q + skipped, scratch);
     }
     copy_wait<0>();
     for (int half = 0; half < 2; ++half) {
@@ -148,7 +149,7 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         float* to = d_heads + ((long long)(tile.first + r) * query + head) * 2 * dim;
 #pragma unroll
         for (int j = 0; j < W / 8; ++j) {
-            int c = columns + j * 8 + lane() % 4 * 2;
+            int c = skipped + j * 8 + lane() % 4 * 2;
             if (c < dim) {
                 *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scale, d_k[j][2 * half + 1] * scale};
                 *reinterpret_cast<Pair<float>*>(to + dim + c) = {d_v[j][2 * half], d_v[j][2 * half + 1]};

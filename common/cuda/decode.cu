@@ -24,8 +24,8 @@ template <class T> struct Decode {
 
     __device__ int group() const { return query / kv; }
     __device__ const T* q(int sequence, int head) const { return qkv + ((long long)sequence * (query + 2 * kv) + head) * dim; }
-    // The keys of row i of a table; the values lie kv·dim further on.
-    __device__ const T* key(int table, int i, int kv_head) const {
+    // The keys of a head from row i of a table on, as far as its page goes; the values lie kv·dim further on.
+    __device__ const T* keys(int table, int i, int kv_head) const {
         long long row = (long long)pages[(long long)table * max_pages + i / PAGE] * PAGE + i % PAGE;
         return cache + (row * 2 * kv + kv_head) * dim;
     }
@@ -44,12 +44,15 @@ struct Keys {
     }
 };
 
-// Loads the tiles of keys and values from row `from` of a table on.
+// Loads the tiles of keys and values from row `from` of a table on, which begins a tile and so lies in one page with it.
 template <class T, int D>
 __device__ void load_tile(const Decode<T>& d, T* k, T* v, int table, int from, int last, int kv_head) {
     constexpr int R = attention_rows<T>;
-    load_rows<T, D, R>(k, d.dim, d.cache, [&](int i) { return from + i < last ? d.key(table, from + i, kv_head) : nullptr; });
-    load_rows<T, D, R>(v, d.dim, d.cache, [&](int i) { return from + i < last ? d.key(table, from + i, kv_head) + d.kv * d.dim : nullptr; });
+    static_assert(PAGE % R == 0, "a tile would lie in two pages");
+    const T* keys = d.keys(table, from, kv_head);
+    int rows = last - from, width = 2 * d.kv * d.dim, to_values = d.kv * d.dim;
+    load_rows<T, D, R>(k, d.dim, keys, [&](int i) { return i < rows ? keys + i * width : nullptr; });
+    load_rows<T, D, R>(v, d.dim, keys, [&](int i) { return i < rows ? keys + i * width + to_values : nullptr; });
     copy_commit();
 }
 
@@ -87,9 +90,9 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int key = from + j * 8 + lane() % 4 * 2 + i % 2;
-                s[j][i] = key < keys.last && key >= start[i / 2] ? s[j][i] * (d.scale * LOG2E) : -INFINITY;
+                if (key >= keys.last || key < start[i / 2]) s[j][i] = -INFINITY;
             }
-        state.weigh(s);
+        state.weigh(s, d.scale * LOG2E);
         multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
     }
     copy_wait<0>();
@@ -142,9 +145,9 @@ template <class T, int D> __device__ void own_part(const Decode<T>& d, int seque
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int key = from + mine + j * 8 + lane() % 4 * 2 + i % 2;
-                s[j][i] = key < keys.last && key >= start ? s[j][i] * (d.scale * LOG2E) : -INFINITY;
+                if (key >= keys.last || key < start) s[j][i] = -INFINITY;
             }
-        state.weigh(s);
+        state.weigh(s, d.scale * LOG2E);
         multiply_columns<2, D / 8, D>(state.o, s, v + mine * P, scratch);
     }
     copy_wait<0>();

@@ -117,12 +117,12 @@ struct AttentionTile {
 // `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scaled scores).
 // `window`: how many positions back a token sees, itself included; 0 for all. scale = 1/√dim.
 // Grid (query, tiles). Shared: 3·R·P + X.
-#define ATTENTION(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, T* out, float* lse, \
+#define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, T* out, float* lse, \
     const AttentionTile* tiles, int query, int kv, int dim, int window, float scale)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
 // Grid (query, tiles). Shared: 4·R·P + X.
-#define ATTENTION_BACKWARD_Q(name, T, D) KERNEL(ATTENTION_THREADS(T), name, const T* qkv, const T* out, \
+#define ATTENTION_BACKWARD_Q(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 3), name, const T* qkv, const T* out, \
     const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, int query, int kv, int dim, \
     int window, float scale)
 
@@ -177,7 +177,7 @@ struct DecodeTile {
 // `tiles` [tile_count] cover all rows of all sequences that matter; what a sequence without them gets is undefined.
 // Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
 // Shared: 3·R·P + X with R, P, X as above.
-#define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, \
+#define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \
     int max_pages, int count, int tile_count, int prefix_splits, int own_splits, int query, int kv, int dim, int window, \
     float scale)

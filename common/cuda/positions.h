@@ -5,15 +5,14 @@
 
 namespace device {
 
-// Rows [q | k | v] of a batch.
-template <class T> struct Heads {
-    const T* qkv;
-    int query, kv, dim;
+// The columns of a query head and of its key head in rows [q | k | v] of a batch.
+template <class T> struct Head {
+    const T *q, *k, *v;  // of row 0
+    int width;           // from row to row
 
-    __device__ long long row(int token) const { return (long long)token * (query + 2 * kv) * dim; }
-    __device__ const T* q(int token, int head) const { return qkv + row(token) + head * dim; }
-    __device__ const T* k(int token, int head) const { return qkv + row(token) + (query + head / (query / kv)) * dim; }
-    __device__ const T* v(int token, int head) const { return k(token, head) + kv * dim; }
+    __device__ Head(const T* qkv, int query, int kv, int dim, int head)
+        : q(qkv + head * dim), k(qkv + (query + head / (query / kv)) * dim), v(k + kv * dim), width((query + 2 * kv) * dim) {}
+    __device__ const T* row(const T* column, int token) const { return column + (long long)token * width; }
 };
 
 // The keys that a tile of queries sees, by position: a branch's root first, then the segment itself.
@@ -28,17 +27,22 @@ struct Visible {
     // The row of the batch that holds a position.
     __device__ int row(int at) const { return at < tile.prefix_len ? tile.prefix + at : tile.start + at - tile.prefix_len; }
 
-    // Scales the scores of a warp's rows (from row `first` of the tile) against keys from position `from` on, and hides
-    // what a row does not see. Most tiles lie wholly in sight of all rows.
-    template <int N> __device__ void mask(float (&s)[N][4], int from, int first, float scale) const {
-        bool whole = from + 8 * N - 1 <= position(0) && (window <= 0 || from > position(tile.rows - 1) - window);
+    // Hides what a warp's rows (from row `first` of the tile) do not see of the keys from position `from` on: their scores
+    // become −∞. Most tiles lie wholly in sight of all rows.
+    template <int N> __device__ void mask(float (&s)[N][4], int from, int first) const {
+        if (from + 8 * N - 1 <= position(0) && (window <= 0 || from > position(tile.rows - 1) - window)) return;
+        // Key numbers count from this lane's first; those of a row from `low` to `high` are seen.
+        int high[2], low[2];
+        for (int half = 0; half < 2; ++half) {
+            high[half] = position(first + lane() / 4 + half * 8) - from - lane() % 4 * 2;
+            low[half] = window > 0 ? high[half] - window + 1 : -0x40000000;
+        }
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int key = from + j * 8 + lane() % 4 * 2 + i % 2, at = position(first + lane() / 4 + i / 2 * 8);
-                bool seen = whole || (key <= at && (window <= 0 || key > at - window));
-                s[j][i] = seen ? s[j][i] * scale : -INFINITY;
+                int key = j * 8 + i % 2;
+                if (key > high[i / 2] || key < low[i / 2]) s[j][i] = -INFINITY;
             }
     }
 };

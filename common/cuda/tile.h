@@ -116,19 +116,25 @@ template <int N> __device__ inline void clear(float (&c)[N][4]) {
 }
 
 // Starts loading R rows of up to D elements into a tile, by the whole block: row(i) gives the address of row i, or null
-// for a row of zeros; columns from `dim` on are zeros too. `some` is any valid address.
+// for a row of zeros; columns from `dim` on are zeros too. `some` is any valid address. What `row` computes is computed
+// for every 16 bytes, and a tile is soon multiplied: it must be little.
 template <class T, int D, int R, class F> __device__ inline void load_rows(T* tile, int dim, const T* some, F row) {
-    constexpr int V = Vector<T>::LENGTH, CHUNKS = D / V;
-    bool vectors = dim % V == 0;
-    for (int i = threadIdx.x; i < R * CHUNKS; i += blockDim.x) {
-        int r = i / CHUNKS, c = i % CHUNKS * V;
-        const T* from = row(r);
-        T* to = tile + r * pitch<T, D> + c;
-        if (vectors) {
+    constexpr int V = Vector<T>::LENGTH, CHUNKS = D / V, THREADS = ATTENTION_THREADS(T);
+    if (dim % V == 0) {
+#pragma unroll
+        for (int first = 0; first < R * CHUNKS; first += THREADS) {
+            int i = first + int(threadIdx.x), r = i / CHUNKS, c = i % CHUNKS * V;
+            if (R * CHUNKS % THREADS != 0 && i >= R * CHUNKS) break;
+            const T* from = row(r);
             bool valid = from && c < dim;
-            copy_async(to, valid ? from + c : some, valid);
-        } else {
-            for (int e = 0; e < V; ++e) to[e] = from && c + e < dim ? from[c + e] : narrow<T>(0.0f);
+            copy_async(tile + r * pitch<T, D> + c, valid ? from + c : some, valid);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < R * D; i += THREADS) {
+            int r = i / D, c = i % D;
+            const T* from = row(r);
+            tile[r * pitch<T, D> + c] = from && c < dim ? from[c] : narrow<T>(0.0f);
         }
     }
 }
@@ -143,9 +149,9 @@ template <int N> struct Online {
         for (int i = 0; i < 2; ++i) max[i] = -INFINITY, sum[i] = 0;
     }
 
-    // Takes in 8·K more keys: `s` are their scores in base 2 (−∞ where hidden) and becomes their weights, with which the
-    // values are then to be multiplied into `o`.
-    template <int K> __device__ void weigh(float (&s)[K][4]) {
+    // Takes in 8·K more keys: `s` are their scores (−∞ where hidden), which `scale` turns to base 2, and becomes their
+    // weights, with which the values are then to be multiplied into `o`.
+    template <int K> __device__ void weigh(float (&s)[K][4], float scale) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float top = -INFINITY;
@@ -153,15 +159,15 @@ template <int N> struct Online {
             for (int j = 0; j < K; ++j) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
             top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));  // the four lanes of a row
             top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-            top = fmaxf(top, max[half]);
+            top = fmaxf(top * scale, max[half]);
             float shift = top == -INFINITY ? 0.0f : top;  // a row that sees nothing yet keeps zeros
             float keep = exp2_fast(max[half] - shift);
             max[half] = top;
             sum[half] *= keep;
 #pragma unroll
             for (int j = 0; j < K; ++j) {
-                s[j][2 * half] = exp2_fast(s[j][2 * half] - shift);
-                s[j][2 * half + 1] = exp2_fast(s[j][2 * half + 1] - shift);
+                s[j][2 * half] = exp2_fast(fmaf(s[j][2 * half], scale, -shift));
+                s[j][2 * half + 1] = exp2_fast(fmaf(s[j][2 * half + 1], scale, -shift));
                 sum[half] += s[j][2 * half] + s[j][2 * half + 1];
             }
 #pragma unroll
