@@ -65,7 +65,7 @@ def note(name, value):
 
 def unpack(folder):
     HOME.mkdir(parents=True, exist_ok=True)
-    for piece in Path(folder).glob("*"):
+    for piece in (piece for piece in Path(folder).glob("*") if piece.is_file()):
         shutil.copy(piece, HOME / piece.name)
     if (HOME / "tools.tar.xz").exists():
         with tarfile.open(HOME / "tools.tar.xz") as tools:
@@ -184,16 +184,13 @@ def rates(_):
 
 
 def check(args):
-    # Every family against transformers' figures and the CPU's decoder, sampling and training included.
+    # Every kernel against float64; every family against transformers' figures and the CPU's decoder, training included.
     env = {**environment(), "CARGO_MANIFEST_DIR": str(HOME / "common")}
-    for test in ("cuda", "cuda_training"):
+    for test in ("cuda_kernels", "cuda", "cuda_training"):
         done = subprocess.run([HOME / f"bin/test-{test}"], env=env, capture_output=True, text=True)
         note(f"tests {test}", {"passed": done.returncode == 0, "end": (done.stdout + done.stderr)[-1500:]})
-    if shutil.which("compute-sanitizer") and not args.quick:
-        for tool in ("memcheck", "racecheck"):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", HOME / "bin/test-cuda", "ragged"]
-            done = subprocess.run(command, env=env, capture_output=True, text=True)
-            note(f"sanitizer {tool}", {"clean": done.returncode == 0, "end": done.stdout[-600:]})
+    if not args.quick:
+        sanitizers(env)
     # SmolLM2 against float64.
     golden = rows_of(HOME / "tests/golden/smollm2_logps.jsonl")
     for dtype, tolerance in (("f32", 1e-4), ("bf16", 1e-2)):
@@ -213,23 +210,46 @@ def check(args):
     note("samples", {"same in another order": made[0] == made[1]})
 
 
+def sanitizers(env):
+    """compute-sanitizer over the kernels' tests: accesses, races, what nobody wrote, barriers. All at once: each waits long."""
+    found = shutil.which("compute-sanitizer") or next(iter(glob.glob("/usr/local/cuda*/bin/compute-sanitizer")), None)
+    if not found:
+        return
+    going = {}
+    for tool, tests in (("memcheck", ()), ("racecheck", ("bf16",)), ("initcheck", ("bf16",)), ("synccheck", ("bf16",))):
+        command = [found, "--tool", tool, "--error-exitcode", "9", HOME / "bin/test-cuda_kernels", "--test-threads", "1", *tests]
+        output = open(HOME / f"{tool}.log", "w")
+        going[tool] = subprocess.Popen(list(map(str, command)), env=env, stdout=output, stderr=output)
+    for tool, process in going.items():
+        try:
+            code = process.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = "timed out"
+        text = (HOME / f"{tool}.log").read_text()
+        note(f"sanitizer {tool}", {"clean": code == 0, "exit": code, "end": text[-500:]})
+        if os.environ.get("OUT"):
+            shutil.copy(HOME / f"{tool}.log", os.environ["OUT"])
+
+
 def text_prompts(count):
     rows = [row for row in rows_of(HOME / "examples/prompts.jsonl") if isinstance(row["prompt"], str)]
     return [{"prompt": row["prompt"], "id": row.get("id", str(i))} for i, row in enumerate(rows[:count])]
 
 
-def stages(name, model, dtype, prompts, max_tokens, slots=256):
-    """Generates with so many sequences at a time, and scores what came; notes both."""
+def stages(name, model, dtype, prompts, max_tokens, at_once):
+    """Generates, with each of these numbers of sequences at a time, and scores what came; notes all."""
     shape, bytes_each = SHAPES[name], {"bf16": 2, "f32": 4}[dtype]
     where = ("--device", "cuda", "--dtype", dtype)
     file, samples = write(HOME / "prompts.jsonl", text_prompts(prompts)), HOME / f"{name}-samples.jsonl"
-    made = run("dice-gen", *where, "--model", model, "--k", K, "--max-tokens", max_tokens, "--batch-size", slots, file,
-               output=samples)
-    read = results().get("rates", {}).get("read_gbps")
-    if read:
-        floor = slots * read * 1e9 / (shape.weights * bytes_each)
-        made.update(floor=floor, share=made["rate"] / floor, slots=slots)
-    note(f"{name} generate {dtype}", made)
+    for slots in at_once:
+        made = run("dice-gen", *where, "--model", model, "--k", K, "--max-tokens", max_tokens, "--batch-size", slots, file,
+                   output=samples)
+        read = results().get("rates", {}).get("read_gbps")
+        if read:
+            floor = slots * read * 1e9 / (shape.weights * bytes_each)
+            made.update(floor=floor, share=made["rate"] / floor)
+        note(f"{name} generate ({slots} at once) {dtype}", made)
     # Without the sampler's log-probs, so that the policy is run, too.
     rows = [{k: v for k, v in row.items() if k not in ("logp", "model")} for row in rows_of(samples)]
     unscored = write(HOME / f"{name}-unscored.jsonl", rows)
@@ -288,14 +308,14 @@ def pairs_of(samples, count):
 
 def small(args):
     for dtype in ("bf16",) if args.quick else ("bf16", "f32"):
-        stages("small", SMALL, dtype, 8 if args.quick else 64, 64 if args.quick else 512)
-        train("small", SMALL, dtype, pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 256))
+        stages("small", SMALL, dtype, 8 if args.quick else 64, 64 if args.quick else 256, (256, 1024))
+        train("small", SMALL, dtype, pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 160))
 
 
 def large(args):
     random_8b()
-    # So many that the products still wait for the weights: the floor is a floor.
-    stages("large", LARGE, "bf16", 4 if args.quick else 32, 32 if args.quick else 256, slots=128)
+    # Up to 128 or so the products wait for the weights, and the floor is one.
+    stages("large", LARGE, "bf16", 4 if args.quick else 32, 32 if args.quick else 128, (64, 128, 512))
 
 
 def large_train(args):
@@ -318,17 +338,15 @@ def peers(args):
         one = write(HOME / "one.jsonl", rows_of(HOME / "examples/preferences.jsonl")[:1])
         run("dice-train", "--device", "cpu", "--model", SMALL, "--learning-rate", 0, "--max-steps", 1, "--output", folder, one)
     for name, model, pairs in (("small", folder, HOME / "pairs.jsonl"), ("large", LARGE, HOME / "long-pairs.jsonl")):
-        work = [("generate", HOME / "prompts.jsonl", 16), ("score", HOME / f"{name}-unscored.jsonl", 16), ("train", pairs, 8)]
-        for stage, rows, batch in work:
-            if not (Path(model).exists() and Path(rows).exists()):
-                print(f"{name} {stage}: nothing to compare with yet", file=sys.stderr)
-                continue
-            command = [sys.executable, HOME / "peer.py", stage, model, rows, "--batch", batch, "--k", K, "--max-tokens", 128]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=590)
-            if done.returncode != 0:
-                note(f"peer {name} {stage}", {"failed": done.stderr[-500:]})
-            else:
-                note(f"peer {name} {stage}", json.loads(done.stdout.splitlines()[-1]))
+        work = {"generate": HOME / "prompts.jsonl", "score": HOME / f"{name}-unscored.jsonl", "train": pairs}
+        there = {stage: rows for stage, rows in work.items() if Path(model).exists() and Path(rows).exists()}
+        if len(there) < len(work):
+            print(f"{name}: nothing to compare with yet: {sorted(work.keys() - there.keys())}", file=sys.stderr)
+        command = [sys.executable, HOME / "peer.py", model, *(f"{stage}={rows}" for stage, rows in there.items()), "--k", K]
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, timeout=590)
+        for line in done.stdout.splitlines():
+            found = json.loads(line)
+            note(f"peer {name} {found['stage']}", found)
 
 
 # ---- A random 8B model -----------------------------------------------------------------------------------------------
@@ -445,7 +463,7 @@ def table(_):
             percent = number(value["share"] * 100, "{:.0f}%") if value.get("share") is not None else "-"
             print(f"| {name} | {stage} | {dtype} | {value['rate']:.0f} | {percent} | {asked.get(part[1], '-')} | "
                   f"{value['peak_gb']:.1f} | {number(peer.get('rate'))} | {number(ratio, '{:.1f}')} |")
-    for key in ("tests cuda", "tests cuda_training", "sanitizer memcheck", "sanitizer racecheck", "log-probs f32", "log-probs bf16", "samples"):
+    for key in ("tests cuda_kernels", "tests cuda", "tests cuda_training", *(f"sanitizer {tool}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")), "log-probs f32", "log-probs bf16", "samples"):
         if key in kept:
             print(f"- {key}: " + json.dumps({k: v for k, v in kept[key].items() if k != "end"}))
 

@@ -1,8 +1,10 @@
 """transformers on a GPU: what a practitioner would write around it in plain PyTorch, on the rows that our tools had.
 
 Weights, activations and the optimiser's states are bfloat16 throughout (what fits a big model on one card), attention is
-PyTorch's own (`sdpa`). Prints one JSON object: tokens a second (prompt and response, every row alone, as TRL counts them;
-generation counts new tokens) and the peak of memory.
+PyTorch's own (`sdpa`). Prints a JSON object for each stage: tokens a second (prompt and response, every row alone, as TRL
+counts them; generation counts new tokens) and the peak of memory.
+
+    python3 peer.py MODEL generate=PROMPTS score=SAMPLES train=PAIRS
 """
 
 import argparse
@@ -49,11 +51,16 @@ def logps(model, rows, pad):
     return (each * keep).sum(1)
 
 
-def generate(model, args, tokenizer, pad):
-    prompts = rows_of(args.rows, tokenizer, [])
+# Rows of a batch, and the most rows that are worth the time: rates hardly change with more.
+BATCH = {"generate": 16, "score": 16, "train": 8}
+MOST = {"generate": 32, "score": 512, "train": 64}
+
+
+def generate(model, path, args, tokenizer, pad):
+    prompts = rows_of(path, tokenizer, [])[: MOST["generate"]]
     new = 0
-    for at in range(0, len(prompts), args.batch):
-        ids, mask = padded([p for (p,) in prompts[at : at + args.batch]], pad)
+    for at in range(0, len(prompts), BATCH["generate"]):
+        ids, mask = padded([p for (p,) in prompts[at : at + BATCH["generate"]]], pad)
         out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=0.9, top_k=0, top_p=1.0,
                              num_return_sequences=args.k, max_new_tokens=args.max_tokens,
                              min_new_tokens=args.max_tokens, pad_token_id=pad)
@@ -61,22 +68,24 @@ def generate(model, args, tokenizer, pad):
     return new
 
 
-def score(model, args, tokenizer, pad):
-    rows = sorted(rows_of(args.rows, tokenizer, ["response"]), key=lambda r: len(r[0]) + len(r[1]))
+def score(model, path, args, tokenizer, pad):
+    rows = rows_of(path, tokenizer, ["response"])[: MOST["score"]]
+    rows.sort(key=lambda r: len(r[0]) + len(r[1]))
     with torch.no_grad():
-        for at in range(0, len(rows), args.batch):
-            logps(model, rows[at : at + args.batch], pad).tolist()
+        for at in range(0, len(rows), BATCH["score"]):
+            logps(model, rows[at : at + BATCH["score"]], pad).tolist()
     return sum(len(p) + len(r) for p, r in rows)
 
 
-def train(model, args, tokenizer, pad):
-    pairs = rows_of(args.rows, tokenizer, ["chosen", "rejected"])
+def train(model, path, args, tokenizer, pad):
+    # Long pairs: a token of each costs the same, and there are many.
+    pairs = rows_of(path, tokenizer, ["chosen", "rejected"])[: MOST["train"]]
+    pairs = pairs[:8] if len(pairs[0][1]) > 1000 else pairs
     model.gradient_checkpointing_enable()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
-    step = args.batch
-    for at in range(0, len(pairs), step):
-        part = pairs[at : at + step]
+    for at in range(0, len(pairs), BATCH["train"]):
+        part = pairs[at : at + BATCH["train"]]
         for pair in part:
             prompt, chosen, rejected = pair
             both = logps(model, [(prompt, chosen), (prompt, rejected)], pad)
@@ -90,28 +99,27 @@ def train(model, args, tokenizer, pad):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=["generate", "score", "train"])
     parser.add_argument("model")
-    parser.add_argument("rows")
+    parser.add_argument("stage", nargs="+", help="generate=PROMPTS, score=SAMPLES or train=PAIRS")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "f32"])
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=128)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.dtype]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda()
     pad = tokenizer.eos_token_id or 0
-    stage = {"generate": generate, "score": score, "train": train}[args.stage]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    tokens = stage(model, args, tokenizer, pad)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "rate": tokens / seconds,
-                      "peak_gb": torch.cuda.max_memory_allocated() / 1e9}))
+    for stage in args.stage:
+        name, path = stage.split("=", 1)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        tokens = {"generate": generate, "score": score, "train": train}[name](model, path, args, tokenizer, pad)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"stage": name, "tokens": tokens, "seconds": seconds, "rate": tokens / seconds,
+                          "peak_gb": torch.cuda.max_memory_allocated() / 1e9}), flush=True)
 
 
 main()

@@ -28,11 +28,11 @@ struct Logits {
     float penalty;
     float max, scale, lowest;
 
-    __device__ float at(int i) const {
-        float l = row[i];
+    __device__ float penalised(float l, int i) const {
         if (seen && (seen[i / 32] >> (i % 32) & 1)) l = l > 0 ? l / penalty : l * penalty;
         return l;
     }
+    __device__ float at(int i) const { return penalised(row[i], i); }
     __device__ bool allowed(float l) const { return (l - max) * scale >= lowest; }
     __device__ float weight(float l) const { return exp2_fast((l - max) * scale * LOG2E); }
 };
@@ -138,12 +138,15 @@ __device__ inline int pick(const Logits& logits, Threshold kept, double u) {
     for (int chunk = warp(); chunk < chunks; chunk += SAMPLE_THREADS / WARP) {
         float sum = 0;
         int equal = 0;
-        for (int i = chunk * CHUNK + lane(); i < min((chunk + 1) * CHUNK, logits.vocab); i += WARP) {
-            float l = logits.at(i);
-            if (!logits.allowed(l)) continue;
-            if (order_of(l) > kept.order) sum += logits.weight(l);
-            else if (order_of(l) == kept.order) ++equal;
-        }
+        for_columns_of(lane(), WARP, chunk * CHUNK, min((chunk + 1) * CHUNK, logits.vocab), logits.vocab, [&](int c, auto few) {
+            few = few.load(logits.row + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) {
+                float l = logits.penalised(few.at[i], c + i);
+                if (!logits.allowed(l)) continue;
+                if (order_of(l) > kept.order) sum += logits.weight(l);
+                else if (order_of(l) == kept.order) ++equal;
+            }
+        });
         sum = warp_sum(sum);
         equal = warp_sum(equal);
         if (lane() == 0) masses[chunk] = sum, ties[chunk] = equal;
@@ -229,12 +232,18 @@ KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, Sampl
                  0, how.temperature > 0 ? 1.0f / how.temperature : 1.0f, logf(how.min_p)};
     // log Σ exp of the model's own logits, and the largest of the penalised.
     float top = -INFINITY, highest = -INFINITY, sum = 0;
-    for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) {
-        float l = words.row[i];
-        if (l > top) sum *= exp2_fast((top - l) * LOG2E), top = l;
-        if (l > -INFINITY) sum += exp2_fast((l - top) * LOG2E);
-        highest = fmaxf(highest, words.at(i));
-    }
+    for_columns(0, vocab, vocab, [&](int c, auto few) {
+        few = few.load(words.row + c);
+        float most = top;
+        for (float l : few.at) most = fmaxf(most, l);
+        if (most == -INFINITY) return;
+        sum *= exp2_fast((top - most) * LOG2E);  // 0 where top was −∞
+        top = most;
+        for (int i = 0; i < int(sizeof few / 4); ++i) {
+            sum += exp2_fast((few.at[i] - top) * LOG2E);
+            highest = fmaxf(highest, words.penalised(few.at[i], c + i));
+        }
+    });
     float own_top = top;
     top = block_max(top);
     sum = block_sum(own_top > -INFINITY ? sum * exp2_fast((own_top - top) * LOG2E) : 0.0f);

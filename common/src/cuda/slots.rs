@@ -10,8 +10,8 @@ pub const PAGE: usize = 64;
 /// Slots that are taken where memory allows. The products of a big model are bound by arithmetic from some 200 on, but a
 /// small one's step takes hardly longer for many sequences than for few.
 const MOST_SLOTS: usize = 1024;
-/// Tokens of its prompt that a slot counts on, when memory is shared out.
-const PROMPT: usize = 1024;
+/// Tokens of its prompt that a slot counts on, when memory is shared out: a prompt serves all of its samples.
+const PROMPT: usize = 256;
 /// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least: each part is one
 /// more to be merged.
 pub const PREFIX_SPLITS: usize = 4;
