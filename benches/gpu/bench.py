@@ -5,12 +5,14 @@ Where the tools are built (no GPU needed), `benches/gpu/pack.sh` makes three pie
 and this file's folder to the GPU machine, in as many trips as its door asks for, and there:
 
     python3 benches/gpu/bench.py unpack gpu-pack    # after each trip: keeps what has come in $DICE_GPU (/tmp/dice-gpu)
-    python3 benches/gpu/bench.py rates check        # ~3 minutes: what the card gives; kernels, log-probs, sampling
-    python3 benches/gpu/bench.py small              # ~4 minutes: SmolLM2-135M: generate, score, train
-    python3 benches/gpu/bench.py large              # ~8 minutes: a random Llama-3-8B: generate, score
-    python3 benches/gpu/bench.py large-train        # ~8 minutes: its full-parameter DPO and LoRA at 2 x 2048 tokens a pair
-    python3 benches/gpu/bench.py peers              # ~8 minutes: transformers on the same rows (torch and transformers needed)
+    python3 benches/gpu/bench.py rates tests        # ~1 minute: what the card gives; every kernel, every family, sanitizers
+    python3 benches/gpu/bench.py small figures      # ~1 minute: SmolLM2-135M: generate, score, train; log-probs, samples
+    python3 benches/gpu/bench.py large              # ~1 minute: a random Llama-3-8B: generate, score
+    python3 benches/gpu/bench.py large-train        # ~1 minute: its full-parameter DPO and LoRA at 2 x 2048 tokens a pair
+    python3 benches/gpu/bench.py small-peers large-peers  # ~2 minutes: transformers on the same rows
     python3 benches/gpu/bench.py table              # the tables, in Markdown, with the floors
+
+(The model is for `small` and `figures` alone. On $DICE_GPU in memory, /dev/shm, an 8B model is there in seconds.)
 
 Steps may share a call and come in any order after `unpack`; a machine that starts afresh between two calls needs `unpack` (and
 `rates`, for the shares) again. Every step adds to $DICE_GPU/results.json, which is copied to $OUT where that is set, and prints
@@ -45,6 +47,7 @@ RESULTS = HOME / "results.json"
 SMALL = HOME / "SmolLM2-135M-Instruct.gguf"
 LARGE = HOME / "llama-8b"
 K = 16
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 # ---- What is kept between calls --------------------------------------------------------------------------------------
@@ -183,15 +186,40 @@ def rates(_):
     note("rates", json.loads(text.stdout))
 
 
-def check(args):
-    # Every kernel against float64; every family against transformers' figures and the CPU's decoder, training included.
+def tests(args):
+    """Every kernel against float64; every family against transformers' figures and the CPU's decoder, training included."""
     env = {**environment(), "CARGO_MANIFEST_DIR": str(HOME / "common")}
+    checked = sanitizers(env) if not args.quick else {}
     for test in ("cuda_kernels", "cuda", "cuda_training"):
         done = subprocess.run([HOME / f"bin/test-{test}"], env=env, capture_output=True, text=True)
         note(f"tests {test}", {"passed": done.returncode == 0, "end": (done.stdout + done.stderr)[-1500:]})
-    if not args.quick:
-        sanitizers(env)
-    # SmolLM2 against float64.
+    for tool, process in checked.items():
+        try:
+            code = process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = "timed out"
+        text = (HOME / f"{tool}.log").read_text()
+        note(f"sanitizer {tool}", {"clean": code == 0, "exit": code, "end": text[-300:]})
+        if os.environ.get("OUT"):
+            shutil.copy(HOME / f"{tool}.log", os.environ["OUT"])
+
+
+def sanitizers(env):
+    """compute-sanitizer over the kernels' tests: accesses, races, what nobody wrote, barriers. All go on at once."""
+    found = shutil.which("compute-sanitizer") or next(iter(glob.glob("/usr/local/cuda*/bin/compute-sanitizer")), None)
+    going = {}
+    for tool in SANITIZERS if found else ():
+        # Which module has a kernel is asked of one after the other: a "no" is no error.
+        command = [found, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", HOME / "bin/test-cuda_kernels",
+                   "--test-threads", "1", *(() if tool == "memcheck" else ("bf16",))]
+        output = open(HOME / f"{tool}.log", "w")
+        going[tool] = subprocess.Popen(list(map(str, command)), env=env, stdout=output, stderr=output)
+    return going
+
+
+def figures(_):
+    """SmolLM2's log-probs against float64; the same draws again, with other neighbours."""
     golden = rows_of(HOME / "tests/golden/smollm2_logps.jsonl")
     for dtype, tolerance in (("f32", 1e-4), ("bf16", 1e-2)):
         scored = HOME / f"golden-{dtype}.jsonl"
@@ -199,7 +227,6 @@ def check(args):
             HOME / "tests/golden/smollm2_logps.jsonl", output=scored)
         off = [abs(row["policy_logps"] / exact["logp64"] - 1) for row, exact in zip(rows_of(scored), golden)]
         note(f"log-probs {dtype}", {"mean_relative": sum(off) / len(off), "most": max(off), "fine": max(off) < tolerance})
-    # The same draws again, with other neighbours.
     prompts = write(HOME / "few.jsonl", text_prompts(4))
     made = []
     for order in (1, -1):
@@ -208,28 +235,6 @@ def check(args):
             output=HOME / "made.jsonl")
         made.append({(row["id"], row["sample"]): row["token_ids"] for row in rows_of(HOME / "made.jsonl")})
     note("samples", {"same in another order": made[0] == made[1]})
-
-
-def sanitizers(env):
-    """compute-sanitizer over the kernels' tests: accesses, races, what nobody wrote, barriers. All at once: each waits long."""
-    found = shutil.which("compute-sanitizer") or next(iter(glob.glob("/usr/local/cuda*/bin/compute-sanitizer")), None)
-    if not found:
-        return
-    going = {}
-    for tool, tests in (("memcheck", ()), ("racecheck", ("bf16",)), ("initcheck", ("bf16",)), ("synccheck", ("bf16",))):
-        command = [found, "--tool", tool, "--error-exitcode", "9", HOME / "bin/test-cuda_kernels", "--test-threads", "1", *tests]
-        output = open(HOME / f"{tool}.log", "w")
-        going[tool] = subprocess.Popen(list(map(str, command)), env=env, stdout=output, stderr=output)
-    for tool, process in going.items():
-        try:
-            code = process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = "timed out"
-        text = (HOME / f"{tool}.log").read_text()
-        note(f"sanitizer {tool}", {"clean": code == 0, "exit": code, "end": text[-500:]})
-        if os.environ.get("OUT"):
-            shutil.copy(HOME / f"{tool}.log", os.environ["OUT"])
 
 
 def text_prompts(count):
@@ -307,9 +312,8 @@ def pairs_of(samples, count):
 
 
 def small(args):
-    for dtype in ("bf16",) if args.quick else ("bf16", "f32"):
-        stages("small", SMALL, dtype, 8 if args.quick else 64, 64 if args.quick else 256, (256, 1024))
-        train("small", SMALL, dtype, pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 160))
+    stages("small", SMALL, "bf16", 8 if args.quick else 64, 64 if args.quick else 256, (256, 1024))
+    train("small", SMALL, "bf16", pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 160))
 
 
 def large(args):
@@ -321,7 +325,7 @@ def large(args):
 def large_train(args):
     random_8b()
     rows = []
-    for i in range(16 if args.quick else 32):
+    for i in range(16 if args.quick else 24):
         ids = lambda seed: [(i * 7919 + seed * 104729 + j * 31) % 250 for j in range(1900)]
         rows.append({"prompt": "Write. " * 60, "chosen": "x", "rejected": "y", "chosen_token_ids": ids(1),
                      "rejected_token_ids": ids(2), "chosen_finish_reason": "length", "rejected_finish_reason": "length"})
@@ -331,22 +335,30 @@ def large_train(args):
     train("large", LARGE, "bf16", pairs, "--optimizer", "adamw-bf16")
 
 
-def peers(args):
-    """transformers on the same rows. A folder of the small model is made by a step of training at rate zero."""
+def small_peers(_):
+    """A folder of the small model is made by a step of training at rate zero."""
     folder = HOME / "small-folder"
     if not folder.exists():
         one = write(HOME / "one.jsonl", rows_of(HOME / "examples/preferences.jsonl")[:1])
         run("dice-train", "--device", "cpu", "--model", SMALL, "--learning-rate", 0, "--max-steps", 1, "--output", folder, one)
-    for name, model, pairs in (("small", folder, HOME / "pairs.jsonl"), ("large", LARGE, HOME / "long-pairs.jsonl")):
-        work = {"generate": HOME / "prompts.jsonl", "score": HOME / f"{name}-unscored.jsonl", "train": pairs}
-        there = {stage: rows for stage, rows in work.items() if Path(model).exists() and Path(rows).exists()}
-        if len(there) < len(work):
-            print(f"{name}: nothing to compare with yet: {sorted(work.keys() - there.keys())}", file=sys.stderr)
-        command = [sys.executable, HOME / "peer.py", model, *(f"{stage}={rows}" for stage, rows in there.items()), "--k", K]
-        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, timeout=590)
-        for line in done.stdout.splitlines():
-            found = json.loads(line)
-            note(f"peer {name} {found['stage']}", found)
+    peers("small", folder, HOME / "pairs.jsonl")
+
+
+def large_peers(_):
+    peers("large", LARGE, HOME / "long-pairs.jsonl")
+
+
+def peers(name, model, pairs):
+    """transformers on the rows that our tools had."""
+    work = {"generate": HOME / "prompts.jsonl", "score": HOME / f"{name}-unscored.jsonl", "train": pairs}
+    there = {stage: rows for stage, rows in work.items() if Path(rows).exists()}
+    if len(there) < len(work):
+        print(f"{name}: nothing to compare with yet: {sorted(work.keys() - there.keys())}", file=sys.stderr)
+    command = [sys.executable, HOME / "peer.py", model, *(f"{stage}={rows}" for stage, rows in there.items()), "--k", K]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, timeout=590)
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        note(f"peer {name} {found['stage']}", found)
 
 
 # ---- A random 8B model -----------------------------------------------------------------------------------------------
@@ -463,12 +475,13 @@ def table(_):
             percent = number(value["share"] * 100, "{:.0f}%") if value.get("share") is not None else "-"
             print(f"| {name} | {stage} | {dtype} | {value['rate']:.0f} | {percent} | {asked.get(part[1], '-')} | "
                   f"{value['peak_gb']:.1f} | {number(peer.get('rate'))} | {number(ratio, '{:.1f}')} |")
-    for key in ("tests cuda_kernels", "tests cuda", "tests cuda_training", *(f"sanitizer {tool}" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")), "log-probs f32", "log-probs bf16", "samples"):
-        if key in kept:
-            print(f"- {key}: " + json.dumps({k: v for k, v in kept[key].items() if k != "end"}))
+    for key, value in kept.items():
+        if key.split()[0] in ("tests", "sanitizer", "log-probs", "samples"):
+            print(f"- {key}: " + json.dumps({k: v for k, v in value.items() if k != "end"}))
 
 
-STEPS = {"rates": rates, "check": check, "small": small, "large": large, "large-train": large_train, "peers": peers, "table": table}
+STEPS = {"rates": rates, "tests": tests, "figures": figures, "small": small, "large": large, "large-train": large_train,
+         "small-peers": small_peers, "large-peers": large_peers, "table": table}
 
 
 def main():

@@ -53,7 +53,7 @@ def logps(model, rows, pad):
 
 # Rows of a batch, and the most rows that are worth the time: rates hardly change with more.
 BATCH = {"generate": 16, "score": 16, "train": 8}
-MOST = {"generate": 32, "score": 512, "train": 64}
+MOST = {"generate": 16, "score": 512, "train": 64}
 
 
 def generate(model, path, args, tokenizer, pad):

@@ -2,12 +2,10 @@
 //
 // The time goes into reading keys and values, so each is read once where it can be. The prompt's are shared by its
 // samples: their query heads are the rows of one tensor core tile, 64 at a time (16 samples × 4 heads of Llama-3-8B are
-// just that). A sequence's own keys serve its `group` heads alone: 16 rows, some empty, and the block's warps take
-// different keys. Both parts are split along the sequence, so that a few sequences fill the device too; the parts meet
-// in decode_merge by their log-sum-exps (base 2 here).
-//
-// A block loads, waits, computes; three fit an SM at D = 128 in bf16 (131 registers, 52 KiB), and with 32 KiB of loads
-// each that is twice what it takes to keep the memory of a Hopper busy.
+// just that), and a block's. A sequence's own keys serve its `group` heads alone: 16 rows, some empty, and a warp's,
+// which goes over the keys 16 at a time without waiting for anybody: so the device holds a thousand sequences' heads at
+// once, each with the next keys on their way while it works on the last. Both parts are split along the sequence, so that
+// a few sequences fill the device too; the parts meet in decode_merge by their log-sum-exps (base 2 here).
 #include "kernels.h"
 #include "tile.h"
 
@@ -56,6 +54,26 @@ __device__ void load_tile(const Decode<T>& d, T* k, T* v, int table, int from, i
     copy_commit();
 }
 
+// Writes what a warp found for its 16 rows: place(i) is where row i belongs in the partial results, or below 0.
+template <class T, int D, class F> __device__ void store_part(const Decode<T>& d, Online<D / 8>& state, F place) {
+    state.finish();
+    for (int half = 0; half < 2; ++half) {
+        long long at = place(lane() / 4 + 8 * half);
+        if (at < 0) continue;
+        bool any = state.sum[half] > 0;
+        float share = any ? 1.0f / state.sum[half] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            int c = j * 8 + lane() % 4 * 2;
+            if (c < d.dim) {
+                *reinterpret_cast<Pair<float>*>(d.partial + at * d.dim + c) = {state.o[j][2 * half] * share,
+                                                                               state.o[j][2 * half + 1] * share};
+            }
+        }
+        if (lane() % 4 == 0) d.partial_lse[at] = any ? state.max[half] + log2f(state.sum[half]) : -INFINITY;
+    }
+}
+
 // The prompt's part of a tile of rows.
 template <class T, int D> __device__ void prompt_part(const Decode<T>& d, DecodeTile tile, int split, int kv_head) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
@@ -96,98 +114,77 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
         multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
     }
     copy_wait<0>();
-    state.finish();
-    for (int half = 0; half < 2; ++half) {
-        int i = warp() * 16 + lane() / 4 + 8 * half, row = tile.first + i;
-        if (i >= tile.rows) continue;
-        long long at = d.part(split, row / group, kv_head * group + row % group);
-        bool any = state.sum[half] > 0;
-        float share = any ? 1.0f / state.sum[half] : 0.0f;
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            int c = j * 8 + lane() % 4 * 2;
-            if (c < d.dim) {
-                *reinterpret_cast<Pair<float>*>(d.partial + at * d.dim + c) = {state.o[j][2 * half] * share,
-                                                                               state.o[j][2 * half + 1] * share};
-            }
-        }
-        if (lane() % 4 == 0) d.partial_lse[at] = any ? state.max[half] + log2f(state.sum[half]) : -INFINITY;
-    }
+    store_part<T, D>(d, state, [&](int i) -> long long {
+        int row = tile.first + warp() * 16 + i;
+        return warp() * 16 + i < tile.rows ? d.part(split, row / group, kv_head * group + row % group) : -1;
+    });
 }
 
-// A sequence's own part, for up to 16 heads from `first_head` on.
+// A sequence's own part, for up to 16 heads from `first_head` on: a warp's work.
 template <class T, int D> __device__ void own_part(const Decode<T>& d, int sequence, int split, int kv_head, int first_head, int heads) {
-    constexpr int R = attention_rows<T>, P = pitch<T, D>, WARPS = R / 16;
-    SHARED_MEMORY(T, q);
-    T *k = q + R * P, *v = k + R * P;
-    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
+    constexpr int P = pitch<T, D>, STEP = 16;
+    SHARED_MEMORY(T, tiles);
+    T *q = tiles + warp() * 3 * STEP * P, *k = q + STEP * P, *v = k + STEP * P;
+    float* scratch = reinterpret_cast<float*>(tiles + 3 * attention_rows<T> * P) + warp() * 16 * scratch_pitch<attention_rows<T>>;
     Sequence own = d.sequences[sequence];
     if (own.limit == 0) return;  // nobody's
     int len = d.positions[sequence] + 1 - own.prefix_len;
     int start = d.window > 0 ? max(len - d.window, 0) : 0;
-    Keys keys(len, R, split, d.own_splits);
-    load_rows<T, D, 16>(q, d.dim, d.qkv, [&](int i) { return i < heads ? d.q(sequence, first_head + i) : nullptr; });
-    copy_commit();
+    Keys keys(len, STEP, split, d.own_splits);
+    int width = 2 * d.kv * d.dim, to_values = d.kv * d.dim, first = max(keys.first, start / STEP * STEP);
+    // Rows of a step are loaded by the lanes of the warp; a step lies in one page, since it begins at a multiple of 16.
+    auto load = [&](T* tile, const T* at, int rows, int skipped, auto row) {
+        load_rows<T, D, STEP, WARP>(tile, d.dim, at, [&](int i) { return i < rows ? at + skipped + row(i) : nullptr; });
+        copy_commit();
+    };
+    auto of_step = [&](int i) { return i * width; };
+    const T* at = first < keys.last ? d.keys(own.own_table, first, kv_head) : d.cache;
+    load(q, d.q(sequence, first_head), heads, 0, [&](int i) { return i * d.dim; });
+    load(k, at, keys.last - first, 0, of_step);
     Online<D / 8> state;
     state.begin();
-    for (int from = keys.first; from < keys.last; from += R) {
-        if (from + R <= start) continue;
-        __syncthreads();
-        load_tile<T, D>(d, k, v, own.own_table, from, keys.last, kv_head);
-        copy_wait<0>();
-        __syncthreads();
-        int mine = warp() * 16;
+    for (int from = first; from < keys.last; from += STEP) {
+        const T* next = from + STEP < keys.last ? d.keys(own.own_table, from + STEP, kv_head) : at;
+        load(v, at, keys.last - from, to_values, of_step);
+        copy_wait<1>();
+        __syncwarp();  // the keys are here
         float s[2][4];
         clear(s);
-        multiply_rows<2, D>(s, q, k + mine * P);
+        multiply_rows<2, D>(s, q, k);
+        __syncwarp();  // and may be overwritten
+        load(k, next, keys.last - from - STEP, 0, of_step);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int key = from + mine + j * 8 + lane() % 4 * 2 + i % 2;
+                int key = from + j * 8 + lane() % 4 * 2 + i % 2;
                 if (key >= keys.last || key < start) s[j][i] = -INFINITY;
             }
         state.weigh(s, d.scale * LOG2E);
-        multiply_columns<2, D / 8, D>(state.o, s, v + mine * P, scratch);
+        copy_wait<1>();
+        __syncwarp();  // the values are here
+        multiply_columns<2, D / 8, D>(state.o, s, v, scratch);
+        __syncwarp();
+        at = next;
     }
     copy_wait<0>();
-    state.finish();
-    // The warps' results meet where the keys and values were: [warp][16][D], then each row's maximum and sum.
-    __syncthreads();
-    float *o = reinterpret_cast<float*>(k), *top = o + WARPS * 16 * D, *sum = top + WARPS * 16;
-    for (int half = 0; half < 2; ++half) {
-        int row = warp() * 16 + lane() / 4 + 8 * half;
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            *reinterpret_cast<Pair<float>*>(o + row * D + j * 8 + lane() % 4 * 2) = {state.o[j][2 * half], state.o[j][2 * half + 1]};
-        }
-        if (lane() % 4 == 0) top[row] = state.max[half], sum[row] = state.sum[half];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < heads * D; i += blockDim.x) {
-        int row = i / D, c = i % D;
-        float highest = -INFINITY, total = 0, value = 0;
-        for (int w = 0; w < WARPS; ++w) highest = fmaxf(highest, top[w * 16 + row]);
-        for (int w = 0; w < WARPS && highest > -INFINITY; ++w) {
-            float weight = exp2_fast(top[w * 16 + row] - highest);
-            total += weight * sum[w * 16 + row];
-            value += weight * o[(w * 16 + row) * D + c];
-        }
-        long long at = d.part(d.prefix_splits + split, sequence, first_head + row);
-        if (c < d.dim) d.partial[at * d.dim + c] = total > 0 ? value / total : 0.0f;
-        if (c == 0) d.partial_lse[at] = total > 0 ? highest + log2f(total) : -INFINITY;
-    }
+    store_part<T, D>(d, state, [&](int i) -> long long {
+        return i < heads ? d.part(d.prefix_splits + split, sequence, first_head + i) : -1;
+    });
 }
 
+// Blocks for the prompts' tiles, splits and heads come first; then each warp takes heads of a sequence and a split.
 template <class T, int D> __device__ void decode_attention(const Decode<T>& d, const DecodeTile* tiles, int tile_count) {
-    int prompts = tile_count * d.prefix_splits, b = blockIdx.x, y = blockIdx.y;
+    int prompts = tile_count * d.prefix_splits * d.kv, b = blockIdx.x;
     if (b < prompts) {
-        if (y < d.kv) prompt_part<T, D>(d, tiles[b / d.prefix_splits], b % d.prefix_splits, y);
-        return;
+        int tile = b / d.kv / d.prefix_splits, split = b / d.kv % d.prefix_splits;
+        return prompt_part<T, D>(d, tiles[tile], split, b % d.kv);
     }
-    b -= prompts;
-    int parts = (d.group() + 15) / 16, kv_head = y / parts, skipped = y % parts * 16;
-    own_part<T, D>(d, b / d.own_splits, b % d.own_splits, kv_head, kv_head * d.group() + skipped, min(d.group() - skipped, 16));
+    int parts = (d.group() + 15) / 16, heads = d.kv * parts, unit = (b - prompts) * (attention_rows<T> / 16) + warp();
+    int head = unit % heads, split = unit / heads % d.own_splits, sequence = unit / heads / d.own_splits;
+    if (sequence >= d.count) return;
+    int kv_head = head / parts, skipped = head % parts * 16;
+    own_part<T, D>(d, sequence, split, kv_head, kv_head * d.group() + skipped, min(d.group() - skipped, 16));
 }
 
 // A warp for a row, its lanes for the columns.

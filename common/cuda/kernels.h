@@ -175,7 +175,7 @@ struct DecodeTile {
 // Writes partial results of the prompt's part and of the own part: `partial` [parts, count, query, dim] float32 and
 // `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole tiles.
 // `tiles` [tile_count] cover all rows of all sequences that matter; what a sequence without them gets is undefined.
-// Grid (tile_count·prefix_splits + count·own_splits, kv · ceil(group / 16)) — prompts' tiles use only y < kv.
+// Grid (tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W)), W = R / 16 being a block's warps.
 // Shared: 3·R·P + X with R, P, X as above.
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, const DecodeTile* tiles, const int* pages, \

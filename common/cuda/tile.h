@@ -115,15 +115,17 @@ template <int N> __device__ inline void clear(float (&c)[N][4]) {
         for (int i = 0; i < 4; ++i) c[j][i] = 0;
 }
 
-// Starts loading R rows of up to D elements into a tile, by the whole block: row(i) gives the address of row i, or null
-// for a row of zeros; columns from `dim` on are zeros too. `some` is any valid address. What `row` computes is computed
-// for every 16 bytes, and a tile is soon multiplied: it must be little.
-template <class T, int D, int R, class F> __device__ inline void load_rows(T* tile, int dim, const T* some, F row) {
-    constexpr int V = Vector<T>::LENGTH, CHUNKS = D / V, THREADS = ATTENTION_THREADS(T);
+// Starts loading R rows of up to D elements into a tile, by the whole block (or by each warp, with THREADS = WARP): row(i)
+// gives the address of row i, or null for a row of zeros; columns from `dim` on are zeros too. `some` is any valid
+// address. What `row` computes is computed for every 16 bytes, and a tile is soon multiplied: it must be little.
+template <class T, int D, int R, int THREADS = ATTENTION_THREADS(T), class F>
+__device__ inline void load_rows(T* tile, int dim, const T* some, F row) {
+    constexpr int V = Vector<T>::LENGTH, CHUNKS = D / V;
+    int thread = threadIdx.x % THREADS;
     if (dim % V == 0) {
 #pragma unroll
         for (int first = 0; first < R * CHUNKS; first += THREADS) {
-            int i = first + int(threadIdx.x), r = i / CHUNKS, c = i % CHUNKS * V;
+            int i = first + thread, r = i / CHUNKS, c = i % CHUNKS * V;
             if (R * CHUNKS % THREADS != 0 && i >= R * CHUNKS) break;
             const T* from = row(r);
             bool valid = from && c < dim;
@@ -131,7 +133,7 @@ template <class T, int D, int R, class F> __device__ inline void load_rows(T* ti
         }
     } else {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < R * D; i += THREADS) {
+        for (int i = thread; i < R * D; i += THREADS) {
             int r = i / D, c = i % D;
             const T* from = row(r);
             tile[r * pitch<T, D> + c] = from && c < dim ? from[c] : narrow<T>(0.0f);

@@ -367,18 +367,15 @@ impl<'a> Generator<'a> {
     fn attend(&self, layer: usize, prompts: PromptParts) -> Result<()> {
         let (decoder, memory, slots) = (self.decoder, &self.memory, self.slots.len());
         let (heads, tiles) = (decoder.heads(layer), decoder.attention_tiles());
-        let (own_splits, head_size) = (memory.own_splits, decoder.head_size());
-        let shared = (3 * tiles.rows * tiles.pitch)
-            .max(4 * 32 * tiles.pitch + 16 * head_size * 16 + 256)
-            + tiles.extra;
-        let launch = Launch::plane(
-            prompts.tiles * prompts.splits + slots * own_splits,
-            heads.kv * heads.group().div_ceil(16),
+        let own_splits = memory.own_splits;
+        let own = slots * own_splits * heads.kv * heads.group().div_ceil(16);
+        let launch = Launch::row(
+            prompts.tiles * prompts.splits * heads.kv + own.div_ceil(tiles.rows / 16),
             tiles.threads,
         );
         decoder.device.launch(
             &decoder.kernels.decode_attention,
-            launch.shared(shared),
+            launch.shared(3 * tiles.rows * tiles.pitch + tiles.extra),
             args![
                 &memory.pass.qkv,
                 memory.layer(layer),

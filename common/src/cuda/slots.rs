@@ -139,9 +139,9 @@ impl Sizes {
     }
 }
 
-/// Parts that a sequence's own keys are read in side by side: more where sequences are few.
+/// Parts that a sequence's own keys are read in side by side, a warp each: more where sequences are few.
 pub fn own_splits(slots: usize, kv_heads: usize) -> usize {
-    (256 / (slots * kv_heads)).clamp(1, 8)
+    (1024 / (slots * kv_heads)).clamp(1, 8)
 }
 
 pub fn seen_words(vocab: usize) -> usize {

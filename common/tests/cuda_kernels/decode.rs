@@ -143,7 +143,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         );
         let mut out: Vec<T> = unwritten(count * query * dim);
         launch!(format!("decode_attention_{}_{made}", T::NAME),
-            [tiles.len() * splits.0 + count * splits.1, kv * group.div_ceil(16), 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
+            [tiles.len() * splits.0 * kv + (count * splits.1 * kv * group.div_ceil(16)).div_ceil(r / 16), 1, 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
             &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.pages,
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
             query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, scale);
