@@ -23,7 +23,7 @@ Needs: the driver, and cuBLAS, which is looked for beside PyTorch's wheels and i
 - Rates of our tools are those of their own summary line: from the first row read to the last written, models loaded. Training
   is timed from its first step's row to its last.
 - Useful FLOPs: two per weight and token, a prompt once for all that shares it, the LM head for response tokens only; training
-  three times that. Attention's own products are left out. The share is of the best product `gpu_rates` measured in that format.
+  three times that, of adapters alone two times. Attention's own products are left out. The share is of the best product `gpu_rates` measured in that format.
 - The floor of generation is the time in which all weights are read once a step, at the rate of a copy on the device.
 - Peak memory is the highest that nvidia-smi showed, every 0.1 s, less what was taken before.
 """
@@ -295,7 +295,7 @@ def train(name, model, dtype, pairs, *more, label="train"):
     prompts = tokens - response
     note(f"{name} {label} {dtype}", {
         "tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "peak_gb": memory, "loss": steps[-1]["loss"],
-        "share": share(3 * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
+        "share": share((2 if "LoRA" in label else 3) * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
 
 
 def pairs_of(samples, count):
@@ -330,7 +330,7 @@ def large_train(args):
         rows.append({"prompt": "Write. " * 60, "chosen": "x", "rejected": "y", "chosen_token_ids": ids(1),
                      "rejected_token_ids": ids(2), "chosen_finish_reason": "length", "rejected_finish_reason": "length"})
     pairs = write(HOME / "long-pairs.jsonl", rows)
-    train("large", LARGE, "bf16", pairs, "--lora-rank", 16, label="train LoRA")
+    train("large", LARGE, "bf16", pairs, "--lora-rank", 16, "--memory-budget", "22G", label="train LoRA")
     # With float32 moments an 8B model would need 18 bytes a parameter: 144 GB before the first activation.
     train("large", LARGE, "bf16", pairs, "--optimizer", "adamw-bf16")
 

@@ -28,8 +28,8 @@ pub struct Compute {
     pub dtype: Dtype,
 
     /// Most memory to use (8G, 512M): batches are made to fit, and a row that does not fit even alone is left out and
-    /// named. Without it, three quarters of what the machine has left when the models are loaded. (A GPU's memory is used
-    /// as far as it is free)
+    /// named. Without it, three quarters of what the machine has left when the models are loaded. On a GPU: of its memory,
+    /// models included; without it, all that is free there
     #[arg(long, value_name = "SIZE", value_parser = budget::size)]
     pub memory_budget: Option<usize>,
 
@@ -158,6 +158,9 @@ impl Compute {
                 Some(gpu)
             }
         };
+        if let (Some(gpu), Some(budget)) = (&gpu, self.memory_budget) {
+            gpu.limit_memory(budget);
+        }
         Ok(Place {
             precision: self.precision(prefers, gpu.is_some()),
             gpu,
@@ -183,7 +186,7 @@ pub struct Place {
     pub gpu: Option<cuda::Device>,
     /// The format of the matrix products' operands.
     pub precision: Precision,
-    /// What the user lets a CPU's computation take, bytes; a GPU's takes what is free there.
+    /// What the user lets a CPU's computation take, bytes; a GPU knows it by itself.
     pub budget: Option<usize>,
 }
 

@@ -232,7 +232,8 @@ fn memory_decides_how_many_run() {
     let theirs = run(on_cpu(&cpu, how(), &[0]), requests(vocab));
     let mut seen = vec![];
     for kilobytes in [50, 200, 400, 800, 1600] {
-        let device = cuda::emulated(kilobytes << 10);
+        let device = cuda::emulated(1 << 30);
+        device.limit_memory(kilobytes << 10);
         let Ok(gpu) = cuda::Decoder::new(&device, &weights.config, &weights, Precision::F32) else {
             seen.push(None);
             continue;

@@ -171,6 +171,7 @@ pub struct Product {
 pub(super) trait Backend: Send + Sync {
     fn name(&self) -> String;
     fn memory(&self) -> Result<Memory>;
+    fn limit(&self, bytes: usize);
     fn allocate(&self, bytes: usize) -> Result<Address>;
     fn free(&self, at: Address, bytes: usize);
     fn upload(&self, from: &[u8], to: Address) -> Result<()>;
@@ -202,6 +203,11 @@ impl Device {
     /// How much memory it has.
     pub fn memory(&self) -> Result<Memory> {
         self.0.memory()
+    }
+
+    /// From now on it is as if it had no more memory than this; what the driver itself takes is not counted.
+    pub fn limit_memory(&self, bytes: usize) {
+        self.0.limit(bytes);
     }
 
     /// Memory of so many bytes; what it holds is left to chance.

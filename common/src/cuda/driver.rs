@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// The oldest cards that have bfloat16 matrix units and the copies that the kernels use: Ampere.
@@ -39,6 +39,8 @@ struct Driver {
     kernels: Mutex<HashMap<String, Kernel>>,
     staging: Mutex<Staging>,
     capturing: AtomicBool,
+    /// What the user lets us take of its memory, bytes.
+    limit: AtomicUsize,
 }
 
 /// A GPU's context, as one opening of it has it.
@@ -201,6 +203,7 @@ impl Driver {
                 kernels: Mutex::default(),
                 staging: Mutex::new(Staging::new()?),
                 capturing: AtomicBool::new(false),
+                limit: AtomicUsize::new(usize::MAX),
             })
         }
     }
@@ -260,15 +263,26 @@ impl Backend for Driver {
         let reserved =
             self.pool_bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
         let used = self.pool_bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        let limit = self.limit.load(SeqCst);
         Ok(Memory {
-            free: free + reserved.saturating_sub(used),
-            total,
+            free: (free + reserved.saturating_sub(used)).min(limit.saturating_sub(used)),
+            total: total.min(limit),
         })
+    }
+
+    fn limit(&self, bytes: usize) {
+        self.limit.store(bytes, SeqCst);
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
         ensure!(!self.capturing.load(SeqCst), "allocation inside a graph");
         self.bind()?;
+        let limit = self.limit.load(SeqCst);
+        if limit < usize::MAX {
+            let used =
+                self.pool_bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+            ensure!(used + bytes <= limit, "more than --memory-budget");
+        }
         // SAFETY: the stream is ours, and all use of the memory is on it. Nothing is not allocated as nothing.
         Ok(unsafe { cuda::malloc_async(self.stream, bytes.max(1)) }?)
     }

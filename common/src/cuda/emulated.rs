@@ -13,6 +13,7 @@ use half::bf16;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// Bytes before and after each buffer that must stay as they were.
@@ -20,7 +21,7 @@ const GUARD: usize = 256;
 const UNTOUCHED: u8 = 0xa5;
 
 struct Emulated {
-    total: usize,
+    total: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -44,7 +45,7 @@ enum Work {
 /// A device with so much memory.
 pub fn open(total: usize) -> Device {
     Device(Arc::new(Emulated {
-        total,
+        total: total.into(),
         state: Mutex::default(),
     }))
 }
@@ -80,16 +81,22 @@ impl Backend for Emulated {
     }
 
     fn memory(&self) -> Result<Memory> {
+        let total = self.total.load(SeqCst);
         Ok(Memory {
-            free: self.total - self.state().used,
-            total: self.total,
+            free: total.saturating_sub(self.state().used),
+            total,
         })
+    }
+
+    fn limit(&self, bytes: usize) {
+        self.total.fetch_min(bytes, SeqCst);
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.not_in_a_graph()?;
         let mut state = self.state();
-        ensure!(state.used + bytes <= self.total, "out of memory");
+        let total = self.total.load(SeqCst);
+        ensure!(state.used + bytes <= total, "out of memory");
         // SAFETY: the layout has a size above 0, and all of it is written.
         let at = unsafe {
             let start = alloc(block(bytes));
