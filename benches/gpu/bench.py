@@ -266,9 +266,9 @@ def stages(name, model, dtype, prompts, max_tokens, at_once):
     note(f"{name} score {dtype}", scored)
 
 
-def train(name, model, dtype, pairs, *more, label="train"):
+def train(name, model, dtype, pairs, *more, label="train", batch=8):
     """Timed from the first step's row to the last; then it is stopped: writing a model is no part of training."""
-    shape, rows, batch = SHAPES[name], rows_of(pairs), 8
+    shape, rows = SHAPES[name], rows_of(pairs)
     shutil.rmtree(HOME / "trained.part", ignore_errors=True)
     command = [HOME / "bin/dice-train", "--device", "cuda", "--dtype", dtype, "--model", model, "--output", HOME / "trained",
                "--save-steps", 0, "--batch-size", batch, *more, pairs]
@@ -298,7 +298,7 @@ def train(name, model, dtype, pairs, *more, label="train"):
         "share": share((2 if "LoRA" in label else 3) * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
 
 
-def pairs_of(samples, count):
+def pairs_of(samples, count, name="pairs"):
     """Preference pairs of neighbouring samples, with their token ids; which is the better does not matter to time."""
     rows, pairs = rows_of(samples), []
     for a, b in zip(rows[::2], rows[1::2]):
@@ -308,12 +308,15 @@ def pairs_of(samples, count):
                 pair |= {side: row["response"], f"{side}_token_ids": row["token_ids"],
                          f"{side}_finish_reason": row["finish_reason"]}
             pairs.append(pair)
-    return write(HOME / "pairs.jsonl", pairs[:count])
+    return write(HOME / f"{name}.jsonl", pairs[:count])
 
 
 def small(args):
-    stages("small", SMALL, "bf16", 8 if args.quick else 64, 64 if args.quick else 256, (256, 1024))
-    train("small", SMALL, "bf16", pairs_of(HOME / "small-samples.jsonl", 24 if args.quick else 160))
+    stages("small", SMALL, "bf16", 8 if args.quick else 128, 64 if args.quick else 256, (256, 1024))
+    samples = HOME / "small-samples.jsonl"
+    train("small", SMALL, "bf16", pairs_of(samples, 24 if args.quick else 160))
+    if not args.quick:
+        train("small", SMALL, "bf16", pairs_of(samples, 448, "many-pairs"), label="train (64 pairs a step)", batch=64)
 
 
 def large(args):

@@ -28,20 +28,22 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
     load_rows<T, D, R>(d_o, dim, qkv, [&](int i) { return i < tile.rows ? d_out + at(i) * dim : nullptr; });
     copy_commit();
 
-    // δ of the warp's rows, from memory while the tiles arrive; the lanes of rows g and g + 8 keep theirs.
-    float row_delta[2] = {}, row_lse[2] = {};
-    for (int i = 0; i < 16; ++i) {
-        float sum = 0;
-        bool there = first + i < tile.rows;
-        for (int c = lane(); there && c < dim; c += WARP) sum += widen(out[at(first + i) * dim + c]) * widen(d_out[at(first + i) * dim + c]);
-        sum = warp_sum(sum);
-        if (there && lane() == 0) delta[at(first + i)] = sum;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (lane() / 4 + 8 * half != i || !there) continue;
-            row_delta[half] = sum;
-            row_lse[half] = lse[at(first + i)] * LOG2E;
-        }
+    // δ of the warp's rows, from memory while the tiles arrive: two lanes sum a row, and those of rows g and g + 8 ask them.
+    int mine = first + lane() / 2;
+    bool there = mine < tile.rows;
+    float sum = 0, own_lse = there ? lse[at(mine)] * LOG2E : 0;
+    if (there) {
+        for_columns_of(lane() % 2, 2, 0, dim, dim, [&](int c, auto few) {
+            auto o = few.load(out + at(mine) * dim + c), d = few.load(d_out + at(mine) * dim + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) sum += o.at[i] * d.at[i];
+        });
+    }
+    sum += __shfl_xor_sync(ALL, sum, 1);
+    if (there && lane() % 2 == 0) delta[at(mine)] = sum;
+    float row_delta[2], row_lse[2];
+    for (int half = 0; half < 2; ++half) {
+        row_delta[half] = __shfl_sync(ALL, sum, lane() / 4 * 2 + 16 * half);
+        row_lse[half] = __shfl_sync(ALL, own_lse, lane() / 4 * 2 + 16 * half);
     }
 
     float d_q[D / 8][4];

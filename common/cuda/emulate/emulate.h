@@ -126,9 +126,18 @@ template <class V> V __shfl_xor_sync(unsigned, V value, int mask) {
 }
 
 template <class V> V __shfl_sync(unsigned, V value, int from) {
-    emulate::Slot& slot = emulate::warp_instruction("shfl.idx", &value, sizeof value, [](emulate::Slot* slots, int from) {
-        for (int lane = 0; lane < 32; ++lane) memcpy(slots[lane].out, slots[from].in, 8);
-    }, from);
+    struct Asked {
+        char value[8];
+        int from;  // each lane has its own
+    } asked{{}, from};
+    memcpy(asked.value, &value, sizeof value);
+    emulate::Slot& slot = emulate::warp_instruction("shfl.idx", &asked, sizeof asked, [](emulate::Slot* slots, int) {
+        for (int lane = 0; lane < 32; ++lane) {
+            Asked own;
+            memcpy(&own, slots[lane].in, sizeof own);
+            memcpy(slots[lane].out, slots[own.from % 32].in, 8);
+        }
+    }, 0);
     memcpy(&value, slot.out, sizeof value);
     return value;
 }
