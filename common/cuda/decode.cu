@@ -187,21 +187,24 @@ template <class T, int D> __device__ void decode_attention(const Decode<T>& d, c
     own_part<T, D>(d, sequence, split, kv_head, kv_head * d.group() + skipped, min(d.group() - skipped, 16));
 }
 
-// A warp for a row, its lanes for the columns.
+// A warp for a row; its lanes weigh a part each (there are at most 32) and then take columns.
 template <class T> __device__ void decode_merge(const float* partial, const float* partial_lse, T* out, int parts, int rows, int dim) {
     int row = blockIdx.x * 8 + warp();
     if (row >= rows) return;
-    float highest = -INFINITY, total = 0;
-    for (int p = 0; p < parts; ++p) highest = fmaxf(highest, partial_lse[(long long)p * rows + row]);
-    for (int p = 0; p < parts; ++p) total += exp2_fast(partial_lse[(long long)p * rows + row] - highest);
-    for (int c = lane(); c < dim; c += WARP) {
-        float value = 0;
+    float lse = lane() < parts ? partial_lse[(long long)lane() * rows + row] : -INFINITY;
+    float highest = warp_max(lse);
+    float weight = lse > -INFINITY ? exp2_fast(lse - highest) : 0.0f;
+    weight /= warp_sum(weight);
+    for (int first = 0; first < dim; first += 2 * WARP) {
+        int c = first + 2 * lane();
+        Few<2> sum{};
         for (int p = 0; p < parts; ++p) {
-            long long at = (long long)p * rows + row;
-            float weight = exp2_fast(partial_lse[at] - highest);
-            if (weight > 0) value += weight * partial[at * dim + c];
+            float share = __shfl_sync(ALL, weight, p);
+            if (share == 0 || c >= dim) continue;  // what a part without keys wrote is nothing
+            auto x = Few<2>::load(partial + ((long long)p * rows + row) * dim + c);
+            sum.at[0] += share * x.at[0], sum.at[1] += share * x.at[1];
         }
-        out[(long long)row * dim + c] = narrow<T>(value / total);
+        if (c < dim) sum.store(out + (long long)row * dim + c);
     }
 }
 

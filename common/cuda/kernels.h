@@ -183,7 +183,7 @@ struct DecodeTile {
     float scale)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 
-// out [count, query·dim] from the parts. Grid (ceil(count·query / 8)).
+// out [count, query·dim] from the parts, of which there are at most 32. Grid (ceil(count·query / 8)).
 #define DECODE_MERGE(name, T) KERNEL(256, name, const float* partial, const float* partial_lse, T* out, int parts, \
     int rows, int dim)  /* rows = count·query */
 DECODE_MERGE(decode_merge_f32, float);

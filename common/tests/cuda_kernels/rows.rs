@@ -99,6 +99,7 @@ fn norms<T: Element>() {
         (67, 64, false),
         (5, 1030, true),
         (3, 1028, false),
+        (3, 5124, true),
     ];
     for (count, width, gathered) in sizes {
         let teams = if width <= 1024 { 8 } else { 1 };
