@@ -358,10 +358,10 @@ def peers(name, model, pairs):
     if len(there) < len(work):
         print(f"{name}: nothing to compare with yet: {sorted(work.keys() - there.keys())}", file=sys.stderr)
     command = [sys.executable, HOME / "peer.py", model, *(f"{stage}={rows}" for stage, rows in there.items()), "--k", K]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, timeout=590)
-    for line in done.stdout.splitlines():
-        found = json.loads(line)
-        note(f"peer {name} {found['stage']}", found)
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            found = json.loads(line)
+            note(f"peer {name} {found['stage']}", found)
 
 
 # ---- A random 8B model -----------------------------------------------------------------------------------------------
