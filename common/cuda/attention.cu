@@ -5,8 +5,8 @@
 // seam costs nothing, and tiles that nobody sees are never loaded.
 //
 // Shared memory holds one tile each of queries, keys and values. While scores are formed the values arrive, and while
-// they are weighed the next keys; at D = 128 in bf16 that is 52 KiB, so that three blocks (the registers' limit) share
-// an SM and hide what remains.
+// they are weighed the next keys; at D = 128 in bf16 that is 52 KiB, so that four blocks (their registers are held to that)
+// share an SM and hide what remains.
 #include "kernels.h"
 #include "positions.h"
 #include "tile.h"
