@@ -23,7 +23,8 @@ Needs: the driver, and cuBLAS, which is looked for beside PyTorch's wheels and i
 - Rates of our tools are those of their own summary line: from the first row read to the last written, models loaded. Training
   is timed from its first step's row to its last.
 - Useful FLOPs: two per weight and token, a prompt once for all that shares it, the LM head for response tokens only; training
-  three times that, of adapters alone two times. Attention's own products are left out. The share is of the best product `gpu_rates` measured in that format.
+  three times that, of adapters alone two times. Attention's own products are left out. The share is of the best product
+  that `gpu_rates` measured in that format.
 - The floor of generation is the time in which all weights are read once a step, at the rate of a copy on the device.
 - Peak memory is the highest that nvidia-smi showed, every 0.1 s, less what was taken before.
 """
