@@ -203,13 +203,13 @@ struct SamplingParams {
 // with ChaCha8 under keys[s] (8 words: the hash that `sampler::stream` seeds its generator with): the numbers that the
 // CPU draws. `seen` [count, ceil(vocab / 32)] or null: bit per token that occurred, prompt included; the drawn token's
 // is set (null unless repetition_penalty ≠ 1). `ends` [end_count]: tokens that end a response.
-// Then, for that draw number n: drawn[s, n] = token and logps[s, n] = its log-probability at temperature 1 before any
-// penalty ([count, capacity] each); finished[s] = 1 if it is an end token, else 2 if n + 1 = limit; tokens[s] = token;
-// and unless finished, positions[s] += 1 and cache_rows[s] = the cache row of its key by `pages` (finished: −1).
+// Then, for that draw number n: tokens[s] = token and logps[s] = its log-probability at temperature 1 before any penalty;
+// finished[s] = 1 if it is an end token, else 2 if n + 1 = limit; and unless finished, positions[s] += 1 and
+// cache_rows[s] = the cache row of its key by `pages` (finished: −1).
 // Grid (count). Shared: 8·ceil(vocab / 1024) bytes.
 KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, SamplingParams how, const unsigned* keys,
     unsigned* seen, const int* ends, int end_count, const Sequence* sequences, const int* pages, int max_pages,
-    int* drawn, float* logps, int capacity, int* tokens, int* positions, int* cache_rows, int* finished);
+    float* logps, int* tokens, int* positions, int* cache_rows, int* finished);
 
 // ---- log p(target) --------------------------------------------------------------------------------------------------
 // The logits of some rows for words first … first + words − 1 come from a GEMM, chunk after chunk of the vocabulary.

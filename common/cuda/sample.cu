@@ -223,7 +223,7 @@ __device__ inline int greedy(const Logits& logits) {
 
 KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, SamplingParams how, const unsigned* keys,
        unsigned* seen, const int* ends, int end_count, const Sequence* sequences, const int* pages, int max_pages,
-       int* drawn, float* logps, int capacity, int* tokens, int* positions, int* cache_rows, int* finished) {
+       float* logps, int* tokens, int* positions, int* cache_rows, int* finished) {
     using namespace device;
     int s = blockIdx.x;
     if (finished[s]) return;
@@ -253,8 +253,7 @@ KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, Sampl
     int token = how.temperature > 0 ? pick(words, truncate(words, how), uniform(keys + (long long)s * 8, n)) : greedy(words);
     __syncthreads();  // everyone has read the state
     if (threadIdx.x > 0) return;
-    drawn[(long long)s * capacity + n] = token;
-    logps[(long long)s * capacity + n] = (words.row[token] - top) - logf(sum);
+    logps[s] = (words.row[token] - top) - logf(sum);
     if (own_seen) own_seen[token / 32] |= 1u << (token % 32);
     bool end = false;
     for (int i = 0; i < end_count; ++i) end |= ends[i] == token;

@@ -38,6 +38,8 @@ struct Running {
     group: usize,
     number: usize,
     token_ids: Vec<u32>,
+    /// Σ log p of them, nats.
+    logp: f64,
     pages: Vec<i32>,
     /// As the device has it.
     sequence: Sequence,
@@ -96,7 +98,7 @@ impl<'a> Generator<'a> {
             .div_ceil(PAGE)
             .min(pages)
             .max(capacity.div_ceil(PAGE));
-        let memory = Slots::new(decoder, &how, end_ids, (slots, capacity), (pages, most))?;
+        let memory = Slots::new(decoder, &how, end_ids, slots, (pages, most))?;
         Ok(Self {
             rotary: decoder.rotation(1)?,
             groups: Queue::new(),
@@ -193,6 +195,7 @@ impl<'a> Generator<'a> {
             group,
             number,
             token_ids: vec![],
+            logp: 0.0,
             pages,
             sequence,
         });
@@ -321,7 +324,10 @@ impl<'a> Generator<'a> {
             repetition_penalty: self.how.repetition_penalty,
             top_k: i32::try_from(self.how.top_k).unwrap_or(0),
         };
-        let finished = memory.state.element(slots, 4);
+        let (finished, logps) = (
+            memory.state.element(slots, 4),
+            memory.state.element(2 * slots, 4),
+        );
         decoder.device.launch(
             "sample",
             Launch::row(slots, 512).shared(4 * config.vocab.div_ceil(1024) * 2),
@@ -337,9 +343,7 @@ impl<'a> Generator<'a> {
                 &memory.sequences,
                 &memory.tables,
                 self.pages.most as i32,
-                &memory.drawn,
-                &memory.logps,
-                memory.capacity as i32,
+                logps,
                 &memory.state,
                 &memory.positions,
                 &memory.cache_rows,
@@ -432,12 +436,10 @@ impl<'a> Generator<'a> {
     /// Ends a sequence; its slot and pages are free.
     fn retire(&mut self, slot: usize, finish: Finish) -> Result<()> {
         let running = self.slots[slot].take().expect("it runs");
-        let len = running.token_ids.len();
-        let logps: Vec<f32> = self.memory.logps.read(slot * self.memory.capacity, len)?;
         let sample = Sample {
             token_ids: running.token_ids,
             finish,
-            logp: logps.iter().map(|&l| f64::from(l)).sum(),
+            logp: running.logp,
         };
         self.pages.free.extend(running.pages);
         let done = self.groups.finish(running.group, running.number, sample);
@@ -482,13 +484,15 @@ impl Generate for Generator<'_> {
         let prompts = self.update()?;
         self.run_step(prompts)?;
         let slots = self.slots.len();
-        let state: Vec<i32> = self.memory.state.read(0, 2 * slots)?;
-        let (tokens, finished) = state.split_at(slots);
+        let state: Vec<i32> = self.memory.state.read(0, 3 * slots)?;
+        let (tokens, state) = state.split_at(slots);
+        let (finished, logps) = state.split_at(slots);
         for slot in 0..slots {
             let Some(running) = &mut self.slots[slot] else {
                 continue;
             };
             running.token_ids.push(tokens[slot] as u32);
+            running.logp += f64::from(f32::from_bits(logps[slot] as u32));
             self.tokens += 1;
             if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
                 self.retire(slot, Finish::Stop)?;

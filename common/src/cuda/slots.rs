@@ -66,7 +66,7 @@ pub struct Slots {
     pub positions: Buffer,
     pub cache_rows: Buffer,
     pub logit_rows: Buffer,
-    /// `[2][slots]`: last tokens, then what finished.
+    /// `[3][slots]`: last tokens, what finished, and the log-probs of the tokens, float32: what a step is read of.
     pub state: Buffer,
     /// `[slots, 8]`
     pub keys: Buffer,
@@ -74,11 +74,6 @@ pub struct Slots {
     pub seen: Option<Buffer>,
     pub ends: Buffer,
     pub end_count: usize,
-    /// `[slots, capacity]`
-    pub drawn: Buffer,
-    /// `[slots, capacity]`, float32.
-    pub logps: Buffer,
-    pub capacity: usize,
     /// `[slots + prompts' tables, vocab]`, float32: of the slots, then of prompts that wait for their first draws.
     pub logits: Buffer,
     pub normed: Buffer,
@@ -114,7 +109,7 @@ impl Sizes {
             prompt_pages: config.context.div_ceil(PAGE),
             run: config.context.min(PROMPT) * decoder.pass_bytes(),
             slot: decoder.pass_bytes()
-                + (2 * config.vocab + partials + 2 * capacity) * float
+                + (2 * config.vocab + partials) * float
                 + if seen { config.vocab / 8 } else { 0 },
         }
     }
@@ -162,7 +157,7 @@ impl Slots {
         decoder: &Decoder,
         how: &Sampling,
         end_ids: &[u32],
-        (slots, capacity): (usize, usize),
+        slots: usize,
         (pages, most): (usize, usize),
     ) -> Result<Self> {
         let device = &decoder.device;
@@ -182,16 +177,13 @@ impl Slots {
             positions: numbers(slots)?,
             cache_rows: numbers(slots)?,
             logit_rows: numbers(slots)?,
-            state: numbers(2 * slots)?,
+            state: numbers(3 * slots)?,
             keys: device.zeroed(slots * 32)?,
             seen: (how.repetition_penalty != 1.0)
                 .then(|| numbers(slots * seen_words(vocab)))
                 .transpose()?,
             ends: device.buffer_of(end_ids)?,
             end_count: end_ids.len(),
-            drawn: numbers(slots * capacity)?,
-            logps: numbers(slots * capacity)?,
-            capacity,
             logits: numbers(tables * vocab)?,
             normed: device.zeroed(slots * config.hidden * decoder.size())?,
             pass: decoder.pass(slots)?,

@@ -34,7 +34,6 @@ const PLAIN: Params = Params {
 #[derive(Clone, Debug, PartialEq)]
 struct State {
     seen: Vec<u32>,
-    drawn: Vec<i32>,
     logps: Vec<u32>,
     tokens: Vec<i32>,
     positions: Vec<i32>,
@@ -42,7 +41,6 @@ struct State {
     finished: Vec<i32>,
 }
 
-const CAPACITY: usize = 40;
 const PROMPT: i32 = 10;
 const PAGES: [i32; 4] = [9, 5, 7, 3];
 
@@ -71,7 +69,7 @@ fn draw(
     ];
     let pages = PAGES.to_vec();
     let mut next = state.clone();
-    let mut logps: Vec<f32> = unwritten(count * CAPACITY);
+    let mut logps: Vec<f32> = unwritten(count);
     next.seen = seen.unwrap_or(&[]).to_vec();
     let seen_arg = if seen.is_some() {
         Arg::from(&mut next.seen)
@@ -95,9 +93,7 @@ fn draw(
             (&sequences).into(),
             (&pages).into(),
             2i32.into(),
-            (&mut next.drawn).into(),
             (&mut logps).into(),
-            (CAPACITY as i32).into(),
             (&mut next.tokens).into(),
             (&mut next.positions).into(),
             (&mut next.cache_rows).into(),
@@ -111,7 +107,6 @@ fn draw(
 fn fresh(count: usize, draws: impl Fn(usize) -> i32) -> State {
     State {
         seen: vec![],
-        drawn: vec![-1; count * CAPACITY],
         logps: vec![],
         tokens: vec![-1; count],
         positions: (0..count).map(|s| PROMPT - 1 + draws(s)).collect(),
@@ -226,9 +221,7 @@ fn check(logits: &Vec<f32>, vocab: usize, how: Params, seen: &[usize]) {
         let row = &logits[s % (logits.len() / vocab) * vocab..][..vocab];
         let (weights, n) = (weights(row, seen, how), draws(s) as usize);
         let total: f64 = weights.iter().sum();
-        let token = next.drawn[s * CAPACITY + n];
-        assert_eq!(next.tokens[s], token);
-        let token = token as usize;
+        let token = next.tokens[s] as usize;
         let before: f64 = weights[..token].iter().sum::<f64>() / total;
         let (u, share) = (uniform(s, n), weights[token] / total);
         assert!(
@@ -249,7 +242,7 @@ fn check(logits: &Vec<f32>, vocab: usize, how: Params, seen: &[usize]) {
                 .map(|&l| (l as f64 - max).exp())
                 .sum::<f64>()
                 .ln();
-        let logp = f32::from_bits(next.logps[s * CAPACITY + n]) as f64;
+        let logp = f32::from_bits(next.logps[s]) as f64;
         assert!(
             (logp - exact).abs() < 1e-5 * exact.abs().max(0.1),
             "{logp} for {exact}"
@@ -443,8 +436,6 @@ fn a_step_is_kept_account_of() {
     assert_eq!(moved, [1, 1, 0, 0, 1]);
     let row = |n: i32| PAGES[2] * 64 + n; // table 1 begins at page 7
     assert_eq!(next.cache_rows, [row(0), row(12), -1, -7, row(3)]);
-    assert_eq!(next.drawn[CAPACITY + 12], 50);
-    assert_eq!(next.drawn.iter().filter(|&&t| t >= 0).count(), 4);
     let ended = draw(&logits, 64, PLAIN, &keys, None, &vec![3, 50], &state);
     assert_eq!(ended.finished, [1, 1, 1, 1, 1]);
     assert_eq!(ended.cache_rows, [-1, -1, -1, -7, -1]);
