@@ -16,9 +16,15 @@ const HEAD_SIZES: [usize; 6] = [16, 32, 64, 96, 128, 256];
 /// Threads of a block in kernels that work row by row.
 pub(super) const THREADS: usize = 256;
 
+/// Rows up to so wide are normed by a warp each (`NORM_NARROW` of `common/cuda/kernels.h`).
+const NORM_NARROW: usize = 1024;
+
 /// Rows that a block of `rms_norm` works on at a time.
 pub(super) fn norm_rows(width: usize) -> usize {
-    if width <= 1024 { THREADS / 32 } else { 1 }
+    match width <= NORM_NARROW {
+        true => THREADS / 32,
+        false => 1,
+    }
 }
 
 /// Lanes that kernels of the rotation give a head.
