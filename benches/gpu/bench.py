@@ -297,9 +297,10 @@ def train(name, model, dtype, pairs, *more, label="train", batch=8):
     response = sum(len(row[f"{side}_token_ids"]) for row in rows for side in ("chosen", "rejected"))
     response = response * (len(steps) - 1) / len(steps)
     prompts = tokens - response
+    passes = 2 if "LoRA" in label else 3  # adapters have no gradient of the weights
     note(f"{name} {label} {dtype}", {
         "tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "peak_gb": memory, "loss": steps[-1]["loss"],
-        "share": share((2 if "LoRA" in label else 3) * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
+        "share": share(passes * shape.flops(prompts, response), seconds, dtype), "counted_per_row": response + 2 * prompts})
 
 
 def pairs_of(samples, count, name="pairs"):

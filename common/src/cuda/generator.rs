@@ -58,11 +58,13 @@ pub struct Generator<'a> {
     graphs: HashMap<PromptParts, Option<Graph>>,
     /// The host's lists are not what the device has.
     changed: bool,
+    /// Of what the device has.
+    parts: PromptParts,
     tokens: u64,
 }
 
 /// How the prompts' keys are shared out among blocks.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 struct PromptParts {
     /// Tiles of queries.
     tiles: usize,
@@ -112,6 +114,7 @@ impl<'a> Generator<'a> {
             memory,
             graphs: HashMap::new(),
             changed: true,
+            parts: PromptParts::default(),
             tokens: 0,
             decoder,
             how,
@@ -239,28 +242,27 @@ impl<'a> Generator<'a> {
 
     /// Brings what changed to the device.
     fn update(&mut self) -> Result<PromptParts> {
-        let tiles = self.tiles();
+        if !self.changed {
+            return Ok(self.parts);
+        }
+        let mut tiles = self.tiles();
         let longest = |of: fn(Sequence) -> i32| {
             let running = self.slots.iter().flatten();
             running.map(|r| of(r.sequence)).max().unwrap_or(1) as usize
         };
         // Few sizes, so few graphs; a tile without rows does nothing.
-        let prompts = PromptParts {
+        self.parts = PromptParts {
             tiles: tiles.len().next_power_of_two(),
             splits: (longest(|s| s.prefix_len) / PREFIX_SPLIT).clamp(1, PREFIX_SPLITS),
         };
-        if !self.changed {
-            return Ok(prompts);
-        }
         let longest = longest(|s| s.prefix_len + s.limit);
         let rotary = self.decoder.rotation(longest)?;
         if !Arc::ptr_eq(&rotary, &self.rotary) {
             self.graphs.clear(); // they hold the old table's address
             self.rotary = rotary;
         }
-        let mut padded = tiles;
-        padded.resize(prompts.tiles, DecodeTile::default());
-        self.memory.tiles.write(0, &padded)?;
+        tiles.resize(self.parts.tiles, DecodeTile::default());
+        self.memory.tiles.write(0, &tiles)?;
         let slots = self.slots.len();
         let (mut positions, mut finished) = (vec![0i32; slots], vec![IDLE; slots]);
         let mut logit_rows: Vec<i32> = (0..slots as i32).collect();
@@ -283,7 +285,7 @@ impl<'a> Generator<'a> {
         self.memory.logit_rows.write(0, &logit_rows)?;
         self.memory.cache_rows.write(0, &vec![-1i32; slots])?;
         self.changed = fresh; // after their first draw they have logits of their own
-        Ok(prompts)
+        Ok(self.parts)
     }
 
     /// The queries of neighbouring slots that read the same prompt, cut to what a block takes.

@@ -436,6 +436,9 @@ fn a_step_is_kept_account_of() {
     assert_eq!(moved, [1, 1, 0, 0, 1]);
     let row = |n: i32| PAGES[2] * 64 + n; // table 1 begins at page 7
     assert_eq!(next.cache_rows, [row(0), row(12), -1, -7, row(3)]);
+    let unwritten = |&logp: &u32| f32::from_bits(logp).is_nan();
+    let unwritten: Vec<bool> = next.logps.iter().map(unwritten).collect();
+    assert_eq!(unwritten, [false, false, false, true, false]);
     let ended = draw(&logits, 64, PLAIN, &keys, None, &vec![3, 50], &state);
     assert_eq!(ended.finished, [1, 1, 1, 1, 1]);
     assert_eq!(ended.cache_rows, [-1, -1, -1, -7, -1]);
