@@ -242,8 +242,9 @@ def figures(_):
 
 
 def text_prompts(count):
-    rows = [row for row in rows_of(HOME / "examples/prompts.jsonl") if isinstance(row["prompt"], str)]
-    return [{"prompt": row["prompt"], "id": row.get("id", str(i))} for i, row in enumerate(rows[:count])]
+    """So many prompts, from the start again where the file has fewer."""
+    prompts = [row["prompt"] for row in rows_of(HOME / "examples/prompts.jsonl") if isinstance(row["prompt"], str)]
+    return [{"prompt": prompts[i % len(prompts)], "id": str(i)} for i in range(count)]
 
 
 def stages(name, model, dtype, prompts, max_tokens, at_once):
@@ -317,7 +318,7 @@ def pairs_of(samples, count, name="pairs"):
 
 
 def small(args):
-    stages("small", SMALL, "bf16", 8 if args.quick else 128, 64 if args.quick else 256, (256, 1024))
+    stages("small", SMALL, "bf16", 8 if args.quick else 512, 64 if args.quick else 256, (256, 1024))
     samples = HOME / "small-samples.jsonl"
     train("small", SMALL, "bf16", pairs_of(samples, 24 if args.quick else 160))
     if not args.quick:
@@ -330,14 +331,19 @@ def large(args):
     stages("large", LARGE, "bf16", 4 if args.quick else 32, 32 if args.quick else 128, (64, 128, 512))
 
 
-def large_train(args):
-    random_8b()
+def long_pairs(count):
+    """Pairs of 2 x 1900 tokens for the large model."""
     rows = []
-    for i in range(16 if args.quick else 24):
+    for i in range(count):
         ids = lambda seed: [(i * 7919 + seed * 104729 + j * 31) % 250 for j in range(1900)]
         rows.append({"prompt": "Write. " * 60, "chosen": "x", "rejected": "y", "chosen_token_ids": ids(1),
                      "rejected_token_ids": ids(2), "chosen_finish_reason": "length", "rejected_finish_reason": "length"})
-    pairs = write(HOME / "long-pairs.jsonl", rows)
+    return write(HOME / "long-pairs.jsonl", rows)
+
+
+def large_train(args):
+    random_8b()
+    pairs = long_pairs(16 if args.quick else 24)
     train("large", LARGE, "bf16", pairs, "--lora-rank", 16, "--memory-budget", "22G", label="train LoRA")
     # With float32 moments an 8B model would need 18 bytes a parameter: 144 GB before the first activation.
     train("large", LARGE, "bf16", pairs, "--optimizer", "adamw-bf16")
@@ -353,7 +359,7 @@ def small_peers(_):
 
 
 def large_peers(_):
-    peers("large", LARGE, HOME / "long-pairs.jsonl")
+    peers("large", LARGE, long_pairs(24))
 
 
 def peers(name, model, pairs):

@@ -224,6 +224,38 @@ fn bfloat16_samples_know_their_log_probs() {
     }
 }
 
+/// More prompts than a pass over prompts takes, one of them longer than its rows; which run together is another matter when
+/// they come in another order.
+#[test]
+fn neighbours_change_nothing() {
+    let device = device();
+    let (mut weights, _) = open("llama");
+    weights.config.context = 1024;
+    let gpu = on(&device, &weights, Precision::Bf16);
+    let how = Sampling {
+        max_tokens: 3,
+        ..how()
+    };
+    let mut requests: Vec<Request> = (0..20u32)
+        .map(|i| Request {
+            key: i.to_string(),
+            prompt: (0..if i == 11 { 530 } else { 5 + 7 * i })
+                .map(|t| (t * t + i) % 64)
+                .collect(),
+            k: 1 + i as usize % 2,
+        })
+        .collect();
+    let samples = |requests: &[Request], slots| {
+        let generator = cuda::Generator::new(&gpu, how.clone(), &[7], Some(slots)).unwrap();
+        let mut found = run(Box::new(generator), requests.to_vec());
+        found.sort_by_key(|(key, _)| key.clone());
+        found
+    };
+    let one = samples(&requests, 3);
+    requests.reverse();
+    assert_eq!(one, samples(&requests, 3));
+}
+
 #[test]
 fn memory_decides_how_many_run() {
     let (weights, _) = open("llama");

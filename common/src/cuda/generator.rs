@@ -2,16 +2,17 @@
 //!
 //! Keys and values lie in pages. A prompt's are stored once, for all of its samples; a sequence has its own pages for
 //! what it may generate, taken when it starts and given back when it ends. A step draws a token for each sequence from
-//! the logits that are there and runs those tokens; only the tokens and who is done come back. A prompt runs alone, and a
-//! step always runs all slots, used or not: so no product's shape depends on what else there is to do, and a sample is
-//! what it is whatever runs beside it.
+//! the logits that are there and runs those tokens; only the tokens and who is done come back. Prompts run together, filled
+//! up to a fixed number of rows, and a step always runs all slots, used or not: so no product's shape depends on what else
+//! there is to do, and a sample is what it is whatever runs beside it. A step is under way while the host writes out what
+//! the one before has finished.
 
 use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
-use super::device::{Arg, Graph, Launch};
+use super::device::{Arg, Buffer, Graph, Launch};
 use super::slots::{
-    DecodeTile, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, SamplingParams, Sequence, Sizes, Slots, bits_of,
-    seen_words,
+    DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPT_ROWS, PROMPTS, SamplingParams,
+    Sequence, Sizes, Slots, bits_of, seen_words, tables,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
@@ -22,8 +23,6 @@ use std::sync::Arc;
 
 /// Why the kernel ended a sequence.
 const END_TOKEN: i32 = 1;
-/// A slot that nobody uses, or whose sequence the host has ended.
-const IDLE: i32 = 3;
 
 /// What is kept of a prompt.
 #[derive(Default)]
@@ -56,6 +55,8 @@ pub struct Generator<'a> {
     rotary: Arc<Rotation>,
     /// None for what ran once, which makes everything ready for capture.
     graphs: HashMap<PromptParts, Option<Graph>>,
+    /// A step is under way: what it draws has not been read.
+    under_way: bool,
     /// The host's lists are not what the device has.
     changed: bool,
     /// Of what the device has.
@@ -107,12 +108,13 @@ impl<'a> Generator<'a> {
             slots: (0..slots).map(|_| None).collect(),
             pages: Pages {
                 free: (0..pages as i32).rev().collect(),
-                free_tables: (slots..2 * slots + 1).rev().collect(),
+                free_tables: (slots..tables(slots)).rev().collect(),
                 most,
                 all: pages,
             },
             memory,
             graphs: HashMap::new(),
+            under_way: false,
             changed: true,
             parts: PromptParts::default(),
             tokens: 0,
@@ -173,7 +175,7 @@ impl<'a> Generator<'a> {
             return Ok(false);
         }
         if shared > 0 {
-            self.prefill(group)?;
+            self.prefill(&self.together(group))?;
         }
         let pages = self.pages.take(own);
         self.memory.tables.write(slot * self.pages.most, &pages)?;
@@ -206,37 +208,78 @@ impl<'a> Generator<'a> {
         Ok(true)
     }
 
-    /// Runs a prompt: its keys and values into pages, the logits after it into the row of its table.
-    fn prefill(&mut self, group: usize) -> Result<()> {
-        let decoder = self.decoder;
+    /// The prompts that run together: that of `group`, which has not run, and those after it for which there is room.
+    fn together(&self, group: usize) -> Vec<usize> {
+        let prompt = |group: usize| self.groups.group(group).request.prompt.len();
+        let mut found = vec![group];
+        let mut rows = prompt(group);
+        let mut free = self.pages.free.len() - rows.div_ceil(PAGE);
+        // Whatever is taken ahead, a response of the longest kind can start.
+        let reserve = self.own_pages(0);
+        for next in self.groups.after(group) {
+            rows += prompt(next);
+            free = free.saturating_sub(prompt(next).div_ceil(PAGE));
+            let most = PROMPTS.min(self.pages.free_tables.len());
+            if rows > PROMPT_ROWS || free < reserve || found.len() == most {
+                break;
+            }
+            found.push(next);
+        }
+        found
+    }
+
+    /// Runs prompts: their keys and values into pages, the logits after each into the row of its table.
+    fn prefill(&mut self, groups: &[usize]) -> Result<()> {
+        let (decoder, memory) = (self.decoder, &self.memory);
         let device = &decoder.device;
-        let entry = self.groups.group_mut(group);
-        let tokens = &entry.request.prompt;
-        let pages = self.pages.take(tokens.len().div_ceil(PAGE));
-        let table = self.pages.free_tables.pop().expect("a table for each slot");
-        self.memory.tables.write(table * self.pages.most, &pages)?;
-        let row = |i: usize| pages[i / PAGE] * PAGE as i32 + (i % PAGE) as i32;
-        let rows: Vec<i32> = (0..tokens.len()).map(row).collect();
-        let rows = device.buffer_of(&rows)?;
         let mut layout = Layout::default();
-        layout.push(tokens.len(), &[]);
+        let (mut tokens, mut rows, mut last) = (vec![], vec![], vec![]);
+        for &group in groups {
+            let entry = self.groups.group_mut(group);
+            let prompt = &entry.request.prompt;
+            let pages = self.pages.take(prompt.len().div_ceil(PAGE));
+            let table = self.pages.free_tables.pop().expect("a table for each slot");
+            memory.tables.write(table * self.pages.most, &pages)?;
+            layout.push(prompt.len(), &[]);
+            tokens.extend_from_slice(prompt);
+            rows.extend(
+                (0..prompt.len()).map(|i| pages[i / PAGE] * PAGE as i32 + (i % PAGE) as i32),
+            );
+            last.push(tokens.len() as i32 - 1);
+            entry.own = Prompt {
+                pages,
+                table: Some(table),
+            };
+        }
+        let all = tokens.len().next_multiple_of(PROMPT_ROWS);
+        if all > tokens.len() {
+            layout.push(all - tokens.len(), &[]); // nobody reads these
+        }
+        tokens.resize(all, 0);
+        rows.resize(all, -1);
+        last.resize(PROMPTS, 0);
+        let rows = device.buffer_of(&rows)?;
         let shape = decoder.shape(&layout)?;
-        let pass = decoder.pass(tokens.len())?;
-        decoder.forward(&shape, tokens, &pass, |i| {
-            let cache = self.memory.layer(i);
+        let pass = decoder.pass(all)?;
+        decoder.forward(&shape, &tokens, &pass, |i| {
+            let cache = memory.layer(i);
             Some(CacheRows { cache, rows: &rows })
         })?;
-        let last = device.buffer_of(&[tokens.len() as i32 - 1])?;
-        decoder.final_norm(&pass.x, Some(&last), 1, &pass.normed)?;
+        let last = device.buffer_of(&last)?;
+        decoder.final_norm(&pass.x, Some(&last), PROMPTS, &pass.normed)?;
         let (width, vocab) = (decoder.config.hidden, decoder.config.vocab);
         decoder.logits(
             pass.normed.rows(0, width, decoder.precision),
-            1,
+            PROMPTS,
             (0, vocab),
-            self.memory.logits.rows(table, vocab, Precision::F32),
+            memory.after_prompts.rows(0, vocab, Precision::F32),
         )?;
-        entry.own.pages = pages;
-        entry.own.table = Some(table);
+        for (i, &group) in groups.iter().enumerate() {
+            let table = self.groups.group(group).own.table.expect("just given");
+            let logits = |of: &Buffer, row| of.part(row * vocab, vocab, size_of::<f32>());
+            let from = logits(&memory.after_prompts, i);
+            logits(&memory.logits, table).copy_from(&from, from.bytes())?;
+        }
         Ok(())
     }
 
@@ -262,28 +305,20 @@ impl<'a> Generator<'a> {
             self.rotary = rotary;
         }
         tiles.resize(self.parts.tiles, DecodeTile::default());
-        self.memory.tiles.write(0, &tiles)?;
-        let slots = self.slots.len();
-        let (mut positions, mut finished) = (vec![0i32; slots], vec![IDLE; slots]);
-        let mut logit_rows: Vec<i32> = (0..slots as i32).collect();
-        let mut sequences = vec![Sequence::default(); slots];
+        let mut given = Given::new(self.slots.len());
         let mut fresh = false;
         for (slot, running) in self.slots.iter().enumerate() {
             let Some(running) = running else { continue };
             let sequence = running.sequence;
-            positions[slot] = sequence.prefix_len + running.token_ids.len() as i32 - 1;
-            finished[slot] = 0;
-            sequences[slot] = sequence;
+            given.positions[slot] = sequence.prefix_len + running.token_ids.len() as i32 - 1;
+            given.finished[slot] = 0;
+            given.sequences[slot] = sequence;
             if running.token_ids.is_empty() {
                 fresh = true;
-                logit_rows[slot] = sequence.prefix_table;
+                given.logit_rows[slot] = sequence.prefix_table;
             }
         }
-        self.memory.sequences.write(0, &sequences)?;
-        self.memory.positions.write(0, &positions)?;
-        self.memory.state.write(slots, &finished)?;
-        self.memory.logit_rows.write(0, &logit_rows)?;
-        self.memory.cache_rows.write(0, &vec![-1i32; slots])?;
+        self.memory.give(&given, &tiles)?;
         self.changed = fresh; // after their first draw they have logits of their own
         Ok(self.parts)
     }
@@ -326,10 +361,6 @@ impl<'a> Generator<'a> {
             repetition_penalty: self.how.repetition_penalty,
             top_k: i32::try_from(self.how.top_k).unwrap_or(0),
         };
-        let (finished, logps) = (
-            memory.state.element(slots, 4),
-            memory.state.element(2 * slots, 4),
-        );
         decoder.device.launch(
             "sample",
             Launch::row(slots, 512).shared(4 * config.vocab.div_ceil(1024) * 2),
@@ -345,11 +376,11 @@ impl<'a> Generator<'a> {
                 &memory.sequences,
                 &memory.tables,
                 self.pages.most as i32,
-                logps,
+                &memory.logps,
                 &memory.state,
                 &memory.positions,
                 &memory.cache_rows,
-                finished,
+                &memory.finished,
             ],
         )?;
         let pass = &memory.pass;
@@ -435,6 +466,28 @@ impl<'a> Generator<'a> {
         Ok(())
     }
 
+    /// Waits for the step that is under way, and takes what it drew.
+    fn take_drawn(&mut self, stopped: Stopped) -> Result<()> {
+        let slots = self.slots.len();
+        let state: Vec<i32> = self.memory.state.read(0, 3 * slots)?;
+        let (tokens, state) = state.split_at(slots);
+        let (logps, finished) = state.split_at(slots);
+        for slot in 0..slots {
+            let Some(running) = &mut self.slots[slot] else {
+                continue;
+            };
+            running.token_ids.push(tokens[slot] as u32);
+            running.logp += f64::from(f32::from_bits(logps[slot] as u32));
+            self.tokens += 1;
+            if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
+                self.retire(slot, Finish::Stop)?;
+            } else if finished[slot] != 0 {
+                self.retire(slot, Finish::Length)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Ends a sequence; its slot and pages are free.
     fn retire(&mut self, slot: usize, finish: Finish) -> Result<()> {
         let running = self.slots[slot].take().expect("it runs");
@@ -457,7 +510,8 @@ impl<'a> Generator<'a> {
 
 impl Generate for Generator<'_> {
     fn wants_prompt(&self) -> bool {
-        self.running() + self.groups.waiting() < self.slots.len()
+        self.groups.unstarted() < PROMPTS
+            || self.running() + self.groups.waiting() < self.slots.len()
     }
 
     fn is_idle(&self) -> bool {
@@ -479,28 +533,14 @@ impl Generate for Generator<'_> {
     }
 
     fn step(&mut self, stopped: Stopped) -> Result<()> {
-        self.fill()?;
-        if self.running() == 0 {
-            return Ok(());
+        if std::mem::take(&mut self.under_way) {
+            self.take_drawn(stopped)?;
         }
-        let prompts = self.update()?;
-        self.run_step(prompts)?;
-        let slots = self.slots.len();
-        let state: Vec<i32> = self.memory.state.read(0, 3 * slots)?;
-        let (tokens, state) = state.split_at(slots);
-        let (finished, logps) = state.split_at(slots);
-        for slot in 0..slots {
-            let Some(running) = &mut self.slots[slot] else {
-                continue;
-            };
-            running.token_ids.push(tokens[slot] as u32);
-            running.logp += f64::from(f32::from_bits(logps[slot] as u32));
-            self.tokens += 1;
-            if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
-                self.retire(slot, Finish::Stop)?;
-            } else if finished[slot] != 0 {
-                self.retire(slot, Finish::Length)?;
-            }
+        self.fill()?;
+        if self.running() > 0 {
+            let prompts = self.update()?;
+            self.run_step(prompts)?;
+            self.under_way = true;
         }
         Ok(())
     }

@@ -5,6 +5,8 @@ use super::device::{Address, Buffer, Plain};
 use crate::generate::Sampling;
 use anyhow::{Result, bail};
 
+/// A slot that nobody uses, or whose sequence the host has ended.
+const IDLE: i32 = 3;
 /// Rows of a page.
 pub const PAGE: usize = 64;
 /// Slots that are taken where memory allows. The products of a big model are bound by arithmetic from some 200 on, but a
@@ -12,6 +14,10 @@ pub const PAGE: usize = 64;
 const MOST_SLOTS: usize = 1024;
 /// Tokens of its prompt that a slot counts on, when memory is shared out: a prompt serves all of its samples.
 const PROMPT: usize = 256;
+/// Rows of a pass over prompts; a longer prompt has a multiple of it for itself.
+pub const PROMPT_ROWS: usize = 512;
+/// Prompts of a pass, at most.
+pub const PROMPTS: usize = 16;
 /// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least: each part is one
 /// more to be merged.
 pub const PREFIX_SPLITS: usize = 4;
@@ -54,20 +60,34 @@ pub struct SamplingParams {
 // SAFETY: five 32-bit numbers without padding.
 unsafe impl Plain for SamplingParams {}
 
+/// Numbers of a [`Sequence`] and of a [`DecodeTile`].
+const SEQUENCE: usize = size_of::<Sequence>() / size_of::<i32>();
+const TILE: usize = size_of::<DecodeTile>() / size_of::<i32>();
+
+/// Rows of the table of pages: one for each slot, one for the prompt of each, and those of prompts that run ahead.
+pub fn tables(slots: usize) -> usize {
+    2 * slots + PROMPTS
+}
+
 /// What slots have on the device; each is `[slots]` of int32 unless it is said otherwise.
 pub struct Slots {
     /// `[layers][pages · PAGE, 2 · kv · dim]`.
     cache: Buffer,
     layer_bytes: usize,
+    block: Buffer,
     /// `[tables, most pages]`; table s is slot s's own, the others are prompts'.
     pub tables: Buffer,
-    pub sequences: Buffer,
-    pub tiles: Buffer,
+    /// `[3][slots]`: the last tokens, their log-probs, and what finished: what a step is read of.
+    pub state: Buffer,
+    /// Of `state`, float32.
+    pub logps: Buffer,
+    /// Of `state`; from here on it is what the host gives: these, in one block.
+    pub finished: Buffer,
     pub positions: Buffer,
     pub cache_rows: Buffer,
     pub logit_rows: Buffer,
-    /// `[3][slots]`: last tokens, what finished, and the log-probs of the tokens, float32: what a step is read of.
-    pub state: Buffer,
+    pub sequences: Buffer,
+    pub tiles: Buffer,
     /// `[slots, 8]`
     pub keys: Buffer,
     /// `[slots, ceil(vocab / 32)]`, with a repetition penalty only.
@@ -76,12 +96,34 @@ pub struct Slots {
     pub end_count: usize,
     /// `[slots + prompts' tables, vocab]`, float32: of the slots, then of prompts that wait for their first draws.
     pub logits: Buffer,
+    /// `[PROMPTS, vocab]`, float32: of a pass over prompts.
+    pub after_prompts: Buffer,
     pub normed: Buffer,
     pub pass: Pass,
     /// `[parts, slots, heads, dim]` and `[parts, slots, heads]`, float32.
     pub partial: Buffer,
     pub partial_lse: Buffer,
     pub own_splits: usize,
+}
+
+/// What the host says of the slots, each `[slots]`.
+pub struct Given {
+    pub finished: Vec<i32>,
+    pub positions: Vec<i32>,
+    pub logit_rows: Vec<i32>,
+    pub sequences: Vec<Sequence>,
+}
+
+impl Given {
+    /// Slots that nobody uses.
+    pub fn new(slots: usize) -> Self {
+        Self {
+            finished: vec![IDLE; slots],
+            positions: vec![0; slots],
+            logit_rows: (0..slots as i32).collect(),
+            sequences: vec![Sequence::default(); slots],
+        }
+    }
 }
 
 /// What slots and pages cost, bytes.
@@ -107,7 +149,10 @@ impl Sizes {
             page: PAGE * row * config.layers,
             own_pages: capacity.div_ceil(PAGE),
             prompt_pages: config.context.div_ceil(PAGE),
-            run: config.context.min(PROMPT) * decoder.pass_bytes(),
+            // Beside activations a row has its token, position and place, and two tables of rotations are there while
+            // the longer one is made; the logits after prompts exist twice.
+            run: PROMPT_ROWS * (decoder.pass_bytes() + (4 + 2 * heads.dim) * float)
+                + 2 * PROMPTS * config.vocab * float,
             slot: decoder.pass_bytes()
                 + (2 * config.vocab + partials) * float
                 + if seen { config.vocab / 8 } else { 0 },
@@ -162,22 +207,29 @@ impl Slots {
     ) -> Result<Self> {
         let device = &decoder.device;
         let (config, heads) = (&decoder.config, decoder.heads(0));
-        let (vocab, tables) = (config.vocab, 2 * slots + 1);
+        let (vocab, tables) = (config.vocab, tables(slots));
         let numbers = |n: usize| device.zeroed(n * size_of::<i32>());
         let own_splits = own_splits(slots, heads.kv);
         let parts = PREFIX_SPLITS + own_splits;
         let most_tiles = slots * heads.group().div_ceil(decoder.attention_tiles().rows);
+        let most_tiles = most_tiles.next_power_of_two();
         let layer_bytes = pages * PAGE * 2 * heads.kv_width() * decoder.size();
+        // Of 32-bit numbers, one after the other: see `give`.
+        let block = numbers(6 * slots + SEQUENCE * slots + TILE * most_tiles)?;
+        let of_slots = |first: usize| block.part(first * slots, slots, size_of::<i32>());
         Ok(Self {
             cache: device.allocate(layer_bytes * config.layers)?,
             layer_bytes,
             tables: numbers(tables * most)?,
-            sequences: device.zeroed(slots * size_of::<Sequence>())?,
-            tiles: device.zeroed(most_tiles.next_power_of_two() * size_of::<DecodeTile>())?,
-            positions: numbers(slots)?,
-            cache_rows: numbers(slots)?,
-            logit_rows: numbers(slots)?,
-            state: numbers(3 * slots)?,
+            state: block.part(0, 3 * slots, size_of::<i32>()),
+            logps: of_slots(1),
+            finished: of_slots(2),
+            positions: of_slots(3),
+            cache_rows: of_slots(4),
+            logit_rows: of_slots(5),
+            sequences: block.part(6 * slots, SEQUENCE * slots, size_of::<i32>()),
+            tiles: block.part((6 + SEQUENCE) * slots, TILE * most_tiles, size_of::<i32>()),
+            block,
             keys: device.zeroed(slots * 32)?,
             seen: (how.repetition_penalty != 1.0)
                 .then(|| numbers(slots * seen_words(vocab)))
@@ -185,12 +237,32 @@ impl Slots {
             ends: device.buffer_of(end_ids)?,
             end_count: end_ids.len(),
             logits: numbers(tables * vocab)?,
+            after_prompts: numbers(PROMPTS * vocab)?,
             normed: device.zeroed(slots * config.hidden * decoder.size())?,
             pass: decoder.pass(slots)?,
             partial: numbers(parts * slots * heads.query * heads.dim)?,
             partial_lse: numbers(parts * slots * heads.query)?,
             own_splits,
         })
+    }
+
+    /// Brings to the device which sequences there are, in one copy.
+    pub fn give(&self, given: &Given, tiles: &[DecodeTile]) -> Result<()> {
+        let slots = given.finished.len();
+        let mut numbers = [
+            &given.finished[..],
+            &given.positions,
+            &vec![-1; slots],
+            &given.logit_rows,
+        ]
+        .concat();
+        for s in &given.sequences {
+            numbers.extend([s.prefix_table, s.prefix_len, s.own_table, s.limit]);
+        }
+        for t in tiles {
+            numbers.extend([t.first, t.rows, t.prefix_table, t.prefix_len]);
+        }
+        self.block.write(2 * slots, &numbers)
     }
 
     /// A layer's cache.

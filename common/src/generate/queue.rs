@@ -50,6 +50,11 @@ impl<T> Queue<T> {
         self.groups.iter().map(|g| g.request.k - g.started).sum()
     }
 
+    /// Groups of which no sample has started.
+    pub fn unstarted(&self) -> usize {
+        self.groups.iter().filter(|g| g.started == 0).count()
+    }
+
     /// The number of the first group with a sample that has not started.
     pub fn next(&self) -> Option<usize> {
         let at = self.groups.iter().position(|g| g.started < g.request.k);
