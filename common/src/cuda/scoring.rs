@@ -39,10 +39,29 @@ impl Decoder {
     }
 }
 
+/// So many rows in a round number, at most a few percent more: cuBLAS searches its kernels wherever it meets a shape for
+/// the first time, and loads what it finds, which takes longer than the product.
+fn rounded(rows: usize) -> usize {
+    rows.next_multiple_of((rows / 32).next_power_of_two().clamp(16, 512))
+}
+
+/// Groups packed for a pass on a device: tokens and targets in round numbers, those at the end belonging to nobody.
+pub fn pack<'a>(groups: impl IntoIterator<Item = &'a Group>) -> Batch {
+    let mut batch = Batch::new(groups);
+    let (tokens, targets) = (rounded(batch.tokens.len()), rounded(batch.targets.len()));
+    if tokens > batch.tokens.len() {
+        batch.layout.push(tokens - batch.tokens.len(), &[]);
+    }
+    batch.tokens.resize(tokens, 0);
+    batch.targets.resize(targets, 0);
+    batch.rows.resize(targets, 0);
+    batch
+}
+
 /// Σ log p over the tokens of each response, in nats, groups and responses in order.
 pub fn score(decoder: &Decoder, groups: &[Group]) -> Result<Vec<f64>> {
     let device = &decoder.device;
-    let batch = Batch::new(groups);
+    let batch = pack(groups);
     let shape = decoder.shape(&batch.layout)?;
     let pass = decoder.pass(batch.tokens.len())?;
     decoder.forward(&shape, &batch.tokens, &pass, |_| None)?;

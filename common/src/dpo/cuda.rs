@@ -10,7 +10,7 @@ use super::trainer::{
 };
 use crate::cuda::{self, Decoder, Device, Flat, Footprint, Forward, Gradients, Rates, Trained};
 use crate::kernels::gemm::Precision;
-use crate::logprob::{Batch, Group};
+use crate::logprob::Group;
 use crate::model::{Lora, Params};
 use crate::weights::{self, Config, Weights};
 use anyhow::{Context, Result, bail, ensure};
@@ -135,7 +135,7 @@ impl CudaTrainer {
 
     fn part(&self, mean: Mean, pairs: &[&Pair], sums: &mut Sums) -> Result<()> {
         let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
-        let batch = Batch::new(&groups);
+        let batch = cuda::pack(&groups);
         let (tokens, targets) = (batch.tokens.len(), batch.targets.len());
         let footprint = self.footprint();
         let least = footprint.part(tokens, targets, 0);
@@ -148,7 +148,7 @@ impl CudaTrainer {
         let whole = footprint.whole_layers(tokens, targets, self.free);
         let forward = Forward::new(&self.decoder, &batch, whole)?;
         let slopes = mean.slopes(pairs, &forward.sums()?, sums);
-        sums.tokens += tokens as u64;
+        sums.tokens += groups.iter().map(|g| g.tokens() as u64).sum::<u64>();
         let gradients = Gradients {
             flat: &self.trained.gradient,
             params: &self.params,
