@@ -54,24 +54,25 @@ template <class T>
 __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, const float* cos, const float* sin,
                          const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim) {
     const HeadLanes lanes(dim);
-    int heads = query + 2 * kv, half = lanes.half;
+    // Values that are where they should be are left alone.
+    int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
     int unit = (blockIdx.x * (blockDim.x / WARP) + warp()) * lanes.heads() + lanes.number();
     int r = unit / heads, head = unit % heads;
     bool there = r < count, turns = head < query + kv;
-    long long at = (long long)unit * dim;
+    long long at = ((long long)r * (query + 2 * kv) + head) * dim;
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
     float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, dim, norms.eps) : 1.0f;
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-    if (!turns && !shift && !copy && in == qkv) return;  // a value that is where it should be
     const float *turn = cos + (long long)positions[r] * half, *lift = sin + (long long)positions[r] * half;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+        auto cosines = few.load(turn + c), sines = few.load(lift + c);
         for (int i = 0; i < int(sizeof few / 4) && turns; ++i) {
             if (weight) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
-            float cosine = turn[c + i], sine = lift[c + i], turned = x.at[i] * cosine - y.at[i] * sine;
+            float cosine = cosines.at[i], sine = sines.at[i], turned = x.at[i] * cosine - y.at[i] * sine;
             y.at[i] = y.at[i] * cosine + x.at[i] * sine;
             x.at[i] = turned;
         }
@@ -114,8 +115,9 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                 lanes.for_pairs([&](int c, auto few) {
                     auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
+                    auto cosines = few.load(turn + c), sines = few.load(lift + c);
                     for (int i = 0; i < int(sizeof few / 4); ++i) {
-                        float cosine = turn[c + i], sine = lift[c + i];
+                        float cosine = cosines.at[i], sine = sines.at[i];
                         mean += x.at[i] * weight[c + i] * (u.at[i] * cosine + v.at[i] * sine) +
                                 y.at[i] * weight[c + i + half] * (v.at[i] * cosine - u.at[i] * sine);
                     }
@@ -127,8 +129,9 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         float* d_weight = own_sums + (head < query ? 0 : dim);
         lanes.for_pairs([&](int c, auto few) {
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
+            auto cosines = few.load(turn + c), sines = few.load(lift + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) {
-                float cosine = turn[c + i], sine = lift[c + i];
+                float cosine = cosines.at[i], sine = sines.at[i];
                 float d = u.at[i] * cosine + v.at[i] * sine;
                 v.at[i] = v.at[i] * cosine - u.at[i] * sine;
                 u.at[i] = d;
