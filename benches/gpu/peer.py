@@ -1,8 +1,8 @@
 """transformers on a GPU: what a practitioner would write around it in plain PyTorch, on the rows that our tools had.
 
 Weights, activations and the optimiser's states are bfloat16 throughout (what fits a big model on one card), attention is
-PyTorch's own (`sdpa`). Prints a JSON object for each stage: tokens a second (prompt and response, every row alone, as TRL
-counts them; generation counts new tokens) and the peak of memory.
+PyTorch's own (`sdpa`). The first batch of each stage is not timed. Prints a JSON object for each stage: tokens a second (prompt
+and response, every row alone, as TRL counts them; generation counts new tokens) and the peak of memory.
 
     python3 peer.py MODEL generate=PROMPTS score=SAMPLES train=PAIRS
 """
@@ -51,50 +51,55 @@ def logps(model, rows, pad):
     return (each * keep).sum(1)
 
 
-# Rows of a batch, and the most rows that are worth the time: rates hardly change with more.
-BATCH = {"generate": 16, "score": 16, "train": 8}
-MOST = {"generate": 16, "score": 512, "train": 64}
+# Each stage is its rows, cut to what is worth the time (rates hardly change with more), and what is done with a batch of
+# them, which gives the tokens that it took. Batches are of a size that is good for the model.
 
 
-def generate(model, path, args, tokenizer, pad):
-    prompts = rows_of(path, tokenizer, [])[: MOST["generate"]]
-    new = 0
-    for at in range(0, len(prompts), BATCH["generate"]):
-        ids, mask = padded([p for (p,) in prompts[at : at + BATCH["generate"]]], pad)
+def generate(model, path, args, tokenizer, pad, large):
+    prompts = [prompt for (prompt,) in rows_of(path, tokenizer, [])[:32]]
+
+    def run(prompts):
+        ids, mask = padded(prompts, pad)
         out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=0.9, top_k=0, top_p=1.0,
                              num_return_sequences=args.k, max_new_tokens=args.max_tokens,
                              min_new_tokens=args.max_tokens, pad_token_id=pad)
-        new += out.shape[0] * (out.shape[1] - ids.shape[1])
-    return new
+        return out.shape[0] * (out.shape[1] - ids.shape[1])
+
+    return prompts, 16, run
 
 
-def score(model, path, args, tokenizer, pad):
-    rows = rows_of(path, tokenizer, ["response"])[: MOST["score"]]
+def score(model, path, args, tokenizer, pad, large):
+    rows = rows_of(path, tokenizer, ["response"])[: 512 if large else 2048]
     rows.sort(key=lambda r: len(r[0]) + len(r[1]))
-    with torch.no_grad():
-        for at in range(0, len(rows), BATCH["score"]):
-            logps(model, rows[at : at + BATCH["score"]], pad).tolist()
-    return sum(len(p) + len(r) for p, r in rows)
+
+    @torch.no_grad()
+    def run(rows):
+        logps(model, rows, pad).tolist()
+        return sum(len(p) + len(r) for p, r in rows)
+
+    return rows, 32 if large else 64, run
 
 
-def train(model, path, args, tokenizer, pad):
-    # Long pairs: a token of each costs the same, and there are many.
-    pairs = rows_of(path, tokenizer, ["chosen", "rejected"])[: MOST["train"]]
-    pairs = pairs[:8] if len(pairs[0][1]) > 1000 else pairs
-    model.gradient_checkpointing_enable()
+def train(model, path, args, tokenizer, pad, large):
+    pairs = rows_of(path, tokenizer, ["chosen", "rejected"])[: 16 if large else 256]
+    if large:
+        model.gradient_checkpointing_enable()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
-    for at in range(0, len(pairs), BATCH["train"]):
-        part = pairs[at : at + BATCH["train"]]
-        for pair in part:
-            prompt, chosen, rejected = pair
-            both = logps(model, [(prompt, chosen), (prompt, rejected)], pad)
-            # The reference's log-probs are given: a constant margin costs nothing.
-            (-torch.nn.functional.logsigmoid(0.1 * (both[0] - both[1])) / len(part)).backward()
+
+    def run(pairs):
+        # A large model takes one pair after the other.
+        for part in [[pair] for pair in pairs] if large else [pairs]:
+            both = logps(model, [(p, c) for p, c, _ in part] + [(p, r) for p, _, r in part], pad)
+            margin = both[: len(part)] - both[len(part) :]
+            # The reference's log-probs are given: constants cost nothing.
+            (-torch.nn.functional.logsigmoid(0.1 * margin).sum() / len(pairs)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+        return sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+
+    return pairs, 8, run
 
 
 def main():
@@ -110,12 +115,16 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda()
     pad = tokenizer.eos_token_id or 0
+    large = sum(p.numel() for p in model.parameters()) > 1e9
     for stage in args.stage:
         name, path = stage.split("=", 1)
+        rows, at_once, run = {"generate": generate, "score": score, "train": train}[name](model, path, args, tokenizer, pad, large)
+        batches = [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
+        run(batches[0])  # to warm up
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        tokens = {"generate": generate, "score": score, "train": train}[name](model, path, args, tokenizer, pad)
+        tokens = sum(map(run, batches[1:]))
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         print(json.dumps({"stage": name, "tokens": tokens, "seconds": seconds, "rate": tokens / seconds,
