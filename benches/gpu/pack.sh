@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what a GPU machine needs, in pieces that are each below 50 MB: run it where the tools are built, with
-#     just build-cuda model            # or: cargo build --release --workspace --features cuda
+# Builds and packs what a GPU machine needs, in pieces that are each below 50 MB: run it where there is a compiler, with
+#     just cuda-toolkit model          # nvcc, where there is none
 #     benches/gpu/pack.sh [FOLDER]     # default: gpu-pack
 # bench.py says what to do with the pieces there.
 set -euo pipefail
@@ -10,7 +10,7 @@ model=models/SmolLM2-135M-Instruct.gguf
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cargo build --release --workspace --features common/cuda --example gpu_rates
+cargo build --release --workspace --features common/cuda --bins --example gpu_rates
 # The device's tests, which find the GPU by themselves; with the emulated device, too, since they are one program.
 tests() {
     cargo test --release --workspace --features common/cuda,common/cuda-emulated --test "$1" --no-run \
