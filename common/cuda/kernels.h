@@ -76,7 +76,7 @@ SWIGLU_BACKWARD(swiglu_backward_bf16, bf16);
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
 
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
-// [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2]. `in` may be `qkv` (but is
+// [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2], or null: no rotation. `in` may be `qkv` (but is
 // wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`, `k_norm` both
 // or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given L lanes: the
 // smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32.

@@ -29,6 +29,14 @@ struct HeadNorms {
     __device__ const float* of(int head, int query, int kv) const { return head < query ? q : head < query + kv ? k : nullptr; }
 };
 
+// As many of a row's columns; where there is no row, all are `other`.
+template <class Few> __device__ Few of_row(const float* row, int c, float other) {
+    if (row) return Few::load(row + c);
+    Few v;
+    for (float& x : v.at) x = other;
+    return v;
+}
+
 // As many columns of a head, with its bias.
 template <class Few, class T> __device__ Few with_bias(const T* x, const float* bias, int c) {
     Few v = Few::load(x + c);
@@ -66,10 +74,10 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-    const float *turn = cos + (long long)positions[r] * half, *lift = sin + (long long)positions[r] * half;
+    const float *turn = cos ? cos + (long long)positions[r] * half : nullptr, *lift = cos ? sin + (long long)positions[r] * half : nullptr;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
-        auto cosines = few.load(turn + c), sines = few.load(lift + c);
+        auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
         for (int i = 0; i < int(sizeof few / 4) && turns; ++i) {
             if (weight) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
             float cosine = cosines.at[i], sine = sines.at[i], turned = x.at[i] * cosine - y.at[i] * sine;
@@ -107,7 +115,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
         int position = there ? positions[r] : 0;
-        const float *turn = cos + (long long)position * half, *lift = sin + (long long)position * half;
+        const float *turn = cos ? cos + (long long)position * half : nullptr, *lift = cos ? sin + (long long)position * half : nullptr;
         float scale = 1, mean = 0;
         if (norms.q) {
             scale = head_scale(lanes, there, in + at, shift, dim, norms.eps);
@@ -115,7 +123,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                 lanes.for_pairs([&](int c, auto few) {
                     auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-                    auto cosines = few.load(turn + c), sines = few.load(lift + c);
+                    auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
                     for (int i = 0; i < int(sizeof few / 4); ++i) {
                         float cosine = cosines.at[i], sine = sines.at[i];
                         mean += x.at[i] * weight[c + i] * (u.at[i] * cosine + v.at[i] * sine) +
@@ -129,7 +137,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         float* d_weight = own_sums + (head < query ? 0 : dim);
         lanes.for_pairs([&](int c, auto few) {
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-            auto cosines = few.load(turn + c), sines = few.load(lift + c);
+            auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
             for (int i = 0; i < int(sizeof few / 4); ++i) {
                 float cosine = cosines.at[i], sine = sines.at[i];
                 float d = u.at[i] * cosine + v.at[i] * sine;

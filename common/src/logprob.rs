@@ -400,6 +400,7 @@ mod tests {
         let normed = Config {
             qk_norm: true,
             windows: vec![Some(3), None],
+            rotates: vec![true, false],
             ..llama.clone()
         };
         vec![llama, biased, normed]

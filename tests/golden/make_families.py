@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from exact import dump, exact, response_logps, versions
@@ -103,6 +104,18 @@ FAMILIES = {
         {},
     ),
     "qwen3": (Qwen3Config, dict(head_dim=16, rope_parameters=rope(1000000.0)), {}),
+    "smollm3": (
+        SmolLM3Config,
+        dict(
+            num_hidden_layers=3,
+            no_rope_layers=[1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=8,
+            tie_word_embeddings=True,
+            rope_parameters=rope(5000000.0),
+        ),
+        {},
+    ),
     "llama-bf16-sharded": (
         LlamaConfig,
         dict(rope_parameters=rope(10000.0)),

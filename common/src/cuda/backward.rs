@@ -229,6 +229,7 @@ impl<'a> Backward<'a> {
         let wanted = places.head_norms.as_ref();
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
+        let (cos, sin) = self.shape.rotary.of(self.decoder.config.rotates[i]);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("qkv_rope_backward"),
             Launch::row(blocks, THREADS).shared(shared),
@@ -239,8 +240,8 @@ impl<'a> Backward<'a> {
                 norms.0,
                 norms.1,
                 self.decoder.config.norm_eps,
-                &self.shape.rotary.cos,
-                &self.shape.rotary.sin,
+                cos,
+                sin,
                 &self.shape.positions,
                 partial,
                 count as i32,

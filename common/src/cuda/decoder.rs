@@ -41,6 +41,8 @@ pub struct Decoder {
     pub precision: Precision,
     /// Where it is.
     pub device: Device,
+    /// How many it has, adapters not counted.
+    pub(super) parameters: usize,
     embedding: Buffer,
     head: Option<Buffer>,
     pub(super) layers: Vec<Layer>,
@@ -94,6 +96,13 @@ pub(super) struct Rotation {
     pub cos: Buffer,
     pub sin: Buffer,
     positions: usize,
+}
+
+impl Rotation {
+    /// The tables of a layer that rotates, and none of one that does not.
+    pub fn of(&self, rotates: bool) -> (Option<&Buffer>, Option<&Buffer>) {
+        (rotates.then_some(&self.cos), rotates.then_some(&self.sin))
+    }
 }
 
 /// The kernels' names in a decoder's format and head size.
@@ -308,6 +317,7 @@ impl Decoder {
             })
         };
         Ok(Self {
+            parameters: params.len,
             embedding: in_format(&params.embedding)?,
             head: params.head.as_ref().map(in_format).transpose()?,
             layers: params
@@ -501,6 +511,7 @@ impl Decoder {
             Some((q, k)) => (q.address(), k.address()),
             None => (0, 0),
         };
+        let (cos, sin) = rotary.of(self.config.rotates[i]);
         let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
         self.device.launch(
             &self.kernels.qkv_rope,
@@ -515,8 +526,8 @@ impl Decoder {
                 q_norm,
                 k_norm,
                 eps,
-                &rotary.cos,
-                &rotary.sin,
+                cos,
+                sin,
                 positions,
                 cache,
                 cache_rows,

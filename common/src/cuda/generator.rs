@@ -11,8 +11,8 @@ use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
 use super::device::{Arg, Buffer, Graph, Launch};
 use super::slots::{
-    DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPT_ROWS, PROMPTS, SamplingParams,
-    Sequence, Sizes, Slots, bits_of, seen_words, tables,
+    DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence, Sizes,
+    Slots, bits_of, prompt_rows, seen_words, tables,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
@@ -212,6 +212,7 @@ impl<'a> Generator<'a> {
     fn together(&self, group: usize) -> Vec<usize> {
         let prompt = |group: usize| self.groups.group(group).request.prompt.len();
         let mut found = vec![group];
+        let all = prompt_rows(prompt(group));
         let mut rows = prompt(group);
         let mut free = self.pages.free.len() - rows.div_ceil(PAGE);
         // Whatever is taken ahead, a response of the longest kind can start.
@@ -219,8 +220,9 @@ impl<'a> Generator<'a> {
         for next in self.groups.after(group) {
             rows += prompt(next);
             free = free.saturating_sub(prompt(next).div_ceil(PAGE));
+            let fits = rows <= all && prompt_rows(prompt(next)) == all;
             let most = PROMPTS.min(self.pages.free_tables.len());
-            if rows > PROMPT_ROWS || free < reserve || found.len() == most {
+            if !fits || free < reserve || found.len() == most {
                 break;
             }
             found.push(next);
@@ -228,44 +230,38 @@ impl<'a> Generator<'a> {
         found
     }
 
-    /// Runs prompts: their keys and values into pages, the logits after each into the row of its table.
-    fn prefill(&mut self, groups: &[usize]) -> Result<()> {
-        let (decoder, memory) = (self.decoder, &self.memory);
-        let device = &decoder.device;
-        let mut layout = Layout::default();
-        let (mut tokens, mut rows, mut last) = (vec![], vec![], vec![]);
+    /// Gives prompts that run together pages and tables.
+    fn seat(&mut self, groups: &[usize]) -> Result<Prompts> {
+        let first = self.groups.group(groups[0]).request.prompt.len();
+        let mut batch = Prompts::default();
         for &group in groups {
             let entry = self.groups.group_mut(group);
             let prompt = &entry.request.prompt;
             let pages = self.pages.take(prompt.len().div_ceil(PAGE));
             let table = self.pages.free_tables.pop().expect("a table for each slot");
-            memory.tables.write(table * self.pages.most, &pages)?;
-            layout.push(prompt.len(), &[]);
-            tokens.extend_from_slice(prompt);
-            rows.extend(
-                (0..prompt.len()).map(|i| pages[i / PAGE] * PAGE as i32 + (i % PAGE) as i32),
-            );
-            last.push(tokens.len() as i32 - 1);
-            entry.own = Prompt {
-                pages,
-                table: Some(table),
-            };
+            let at = table * self.pages.most;
+            self.memory.tables.write(at, &pages)?;
+            batch.push(prompt, &pages);
+            entry.own.pages = pages;
+            entry.own.table = Some(table);
         }
-        let all = tokens.len().next_multiple_of(PROMPT_ROWS);
-        if all > tokens.len() {
-            layout.push(all - tokens.len(), &[]); // nobody reads these
-        }
-        tokens.resize(all, 0);
-        rows.resize(all, -1);
-        last.resize(PROMPTS, 0);
-        let rows = device.buffer_of(&rows)?;
-        let shape = decoder.shape(&layout)?;
-        let pass = decoder.pass(all)?;
-        decoder.forward(&shape, &tokens, &pass, |i| {
+        batch.fill_up(prompt_rows(first));
+        Ok(batch)
+    }
+
+    /// Runs prompts: their keys and values into pages, the logits after each into the row of its table.
+    fn prefill(&mut self, groups: &[usize]) -> Result<()> {
+        let batch = self.seat(groups)?;
+        let (decoder, memory) = (self.decoder, &self.memory);
+        let device = &decoder.device;
+        let rows = device.buffer_of(&batch.rows)?;
+        let shape = decoder.shape(&batch.layout)?;
+        let pass = decoder.pass(batch.tokens.len())?;
+        decoder.forward(&shape, &batch.tokens, &pass, |i| {
             let cache = memory.layer(i);
             Some(CacheRows { cache, rows: &rows })
         })?;
-        let last = device.buffer_of(&last)?;
+        let last = device.buffer_of(&batch.last)?;
         decoder.final_norm(&pass.x, Some(&last), PROMPTS, &pass.normed)?;
         let (width, vocab) = (decoder.config.hidden, decoder.config.vocab);
         decoder.logits(
@@ -547,6 +543,37 @@ impl Generate for Generator<'_> {
 
     fn finished(&mut self) -> Vec<(Request, Vec<Sample>)> {
         self.groups.finished()
+    }
+}
+
+/// Prompts of a pass.
+#[derive(Default)]
+struct Prompts {
+    layout: Layout,
+    tokens: Vec<u32>,
+    /// Where in the cache each token goes; −1 for nowhere.
+    rows: Vec<i32>,
+    /// The last token of each prompt.
+    last: Vec<i32>,
+}
+
+impl Prompts {
+    fn push(&mut self, prompt: &[u32], pages: &[i32]) {
+        let row = |i: usize| pages[i / PAGE] * PAGE as i32 + (i % PAGE) as i32;
+        self.layout.push(prompt.len(), &[]);
+        self.tokens.extend_from_slice(prompt);
+        self.rows.extend((0..prompt.len()).map(row));
+        self.last.push(self.tokens.len() as i32 - 1);
+    }
+
+    /// Adds what belongs to nobody, up to so many tokens and to [`PROMPTS`] prompts.
+    fn fill_up(&mut self, tokens: usize) {
+        if tokens > self.tokens.len() {
+            self.layout.push(tokens - self.tokens.len(), &[]);
+        }
+        self.tokens.resize(tokens, 0);
+        self.rows.resize(tokens, -1);
+        self.last.resize(PROMPTS, 0);
     }
 }
 

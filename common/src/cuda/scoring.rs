@@ -37,31 +37,34 @@ impl Decoder {
         let each = self.pass_bytes() + self.config.hidden * self.size();
         Ok((for_passes / each).clamp(LEAST_TOKENS, MOST_TOKENS))
     }
-}
 
-/// So many rows in a round number, at most a few percent more: cuBLAS searches its kernels wherever it meets a shape for
-/// the first time, and loads what it finds, which takes longer than the product.
-fn rounded(rows: usize) -> usize {
-    rows.next_multiple_of((rows / 32).next_power_of_two().clamp(16, 512))
-}
-
-/// Groups packed for a pass on a device: tokens and targets in round numbers, those at the end belonging to nobody.
-pub fn pack<'a>(groups: impl IntoIterator<Item = &'a Group>) -> Batch {
-    let mut batch = Batch::new(groups);
-    let (tokens, targets) = (rounded(batch.tokens.len()), rounded(batch.targets.len()));
-    if tokens > batch.tokens.len() {
-        batch.layout.push(tokens - batch.tokens.len(), &[]);
+    /// Groups packed for a pass: tokens and targets in round numbers, those at the end belonging to nobody.
+    pub fn pack<'a>(&self, groups: impl IntoIterator<Item = &'a Group>) -> Batch {
+        let mut batch = Batch::new(groups);
+        let tokens = rounded(batch.tokens.len(), self.parameters);
+        let targets = rounded(batch.targets.len(), self.parameters);
+        if tokens > batch.tokens.len() {
+            batch.layout.push(tokens - batch.tokens.len(), &[]);
+        }
+        batch.tokens.resize(tokens, 0);
+        batch.targets.resize(targets, 0);
+        batch.rows.resize(targets, 0);
+        batch
     }
-    batch.tokens.resize(tokens, 0);
-    batch.targets.resize(targets, 0);
-    batch.rows.resize(targets, 0);
-    batch
+}
+
+/// So many rows in a round number: cuBLAS searches its kernels wherever it meets a shape for the first time, and loads what
+/// it finds, which takes longer than a small product. A few percent more at most, and few rows of a large model.
+fn rounded(rows: usize, parameters: usize) -> usize {
+    const CHEAP: usize = 1 << 36; // parameters times rows
+    let step = (rows / 32).min(CHEAP / parameters);
+    rows.next_multiple_of(step.next_power_of_two().clamp(16, 512))
 }
 
 /// Σ log p over the tokens of each response, in nats, groups and responses in order.
 pub fn score(decoder: &Decoder, groups: &[Group]) -> Result<Vec<f64>> {
     let device = &decoder.device;
-    let batch = pack(groups);
+    let batch = decoder.pack(groups);
     let shape = decoder.shape(&batch.layout)?;
     let pass = decoder.pass(batch.tokens.len())?;
     decoder.forward(&shape, &batch.tokens, &pass, |_| None)?;
@@ -196,4 +199,33 @@ pub(super) fn tile(rows: usize, vocab: usize) -> (usize, usize) {
     let even = all / rows.max(1) / 64 * 64;
     let words = even.clamp(WORDS.min(vocab), vocab);
     ((all / words).min(rows).max(1), words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_in_few_numbers_and_cost_little() {
+        for (parameters, dearest) in [(134_000_000, 512), (1_200_000_000, 64), (8_000_000_000, 16)]
+        {
+            for rows in 1..40_000 {
+                let padded = rounded(rows, parameters);
+                let more = padded - rows;
+                assert!(
+                    padded >= rows && more < dearest.min((rows / 16).max(16)),
+                    "{rows}: {padded}"
+                );
+            }
+            let mut shapes: Vec<usize> =
+                (2500..3500).map(|rows| rounded(rows, parameters)).collect();
+            shapes.dedup();
+            assert!(
+                shapes.len() <= 1000 / dearest.min(128) + 2,
+                "{}",
+                shapes.len()
+            );
+        }
+        assert_eq!(rounded(0, 1), 0);
+    }
 }

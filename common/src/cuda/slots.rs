@@ -14,8 +14,8 @@ pub const PAGE: usize = 64;
 const MOST_SLOTS: usize = 1024;
 /// Tokens of its prompt that a slot counts on, when memory is shared out: a prompt serves all of its samples.
 const PROMPT: usize = 256;
-/// Rows of a pass over prompts; a longer prompt has a multiple of it for itself.
-pub const PROMPT_ROWS: usize = 512;
+/// Rows of a pass over prompts of up to half as many tokens.
+const PROMPT_ROWS: usize = 512;
 /// Prompts of a pass, at most.
 pub const PROMPTS: usize = 16;
 /// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least: each part is one
@@ -59,6 +59,14 @@ pub struct SamplingParams {
 }
 // SAFETY: five 32-bit numbers without padding.
 unsafe impl Plain for SamplingParams {}
+
+/// Rows of the pass that a prompt runs in. Its own length decides alone; those of the same number can share a pass.
+pub fn prompt_rows(prompt: usize) -> usize {
+    match prompt > PROMPT_ROWS / 2 {
+        true => prompt.next_multiple_of(PROMPT_ROWS / 4),
+        false => PROMPT_ROWS,
+    }
+}
 
 /// Numbers of a [`Sequence`] and of a [`DecodeTile`].
 const SEQUENCE: usize = size_of::<Sequence>() / size_of::<i32>();

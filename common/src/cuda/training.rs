@@ -108,7 +108,7 @@ impl<'a> Forward<'a> {
         let (vocab, width) = (decoder.config.vocab, decoder.config.hidden);
         let (count, params) = (self.predicting.count, gradients.params);
         let floats = |n: usize| device.allocate(n * size_of::<f32>());
-        // Zero for rows that belong to nobody (see `pack`).
+        // Zero for rows that belong to nobody (see [`Decoder::pack`]).
         let d_logps = device.zeroed(count * size_of::<f32>())?;
         device.launch(
             "spread",

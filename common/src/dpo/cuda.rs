@@ -135,7 +135,7 @@ impl CudaTrainer {
 
     fn part(&self, mean: Mean, pairs: &[&Pair], sums: &mut Sums) -> Result<()> {
         let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
-        let batch = cuda::pack(&groups);
+        let batch = self.decoder.pack(&groups);
         let (tokens, targets) = (batch.tokens.len(), batch.targets.len());
         let footprint = self.footprint();
         let least = footprint.part(tokens, targets, 0);

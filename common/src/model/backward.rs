@@ -153,6 +153,9 @@ impl Pass<'_> {
     }
 
     fn rotate_back(&self, d_qkv: &mut [f32]) {
+        if !self.model.decoder.config.rotates[self.layer] {
+            return;
+        }
         let heads = self.model.decoder.layers[self.layer].heads;
         let positions: Vec<usize> = self.layout.positions().collect();
         rows(d_qkv, heads.qkv_width(), |first, part| {

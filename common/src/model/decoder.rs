@@ -312,7 +312,7 @@ impl Decoder {
     pub fn project(&self, i: usize, positions: &[usize], rotary: &Rotary, state: &mut LayerState) {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
-        let width = heads.qkv_width();
+        let (width, rotates) = (heads.qkv_width(), self.config.rotates[i]);
         fit(&mut state.qkv, positions.len() * width);
         let normed = norm::rows_of(&state.x, &layer.input_norm, eps);
         layer.qkv.forward_made(normed, &mut state.qkv, Write::Set);
@@ -332,7 +332,9 @@ impl Decoder {
                             let raw = head.to_vec();
                             norm::row(&raw, weight, eps, head);
                         }
-                        rotary.rotate(head, position);
+                        if rotates {
+                            rotary.rotate(head, position);
+                        }
                     }
                 }
             }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// The families that one decoder serves; `model_type` in `config.json`.
-pub const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+pub const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "smollm3"];
 
 /// The nonlinearity of the gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Config {
     /// Per layer: the attention's window in tokens, the query itself included (a query at position i
     /// sees keys j with i − window < j ≤ i), or None for all of the past.
     pub windows: Vec<Option<usize>>,
+    /// Per layer: whether queries and keys are rotated to their positions (SmolLM3 leaves out some layers, arXiv 2501.18795).
+    pub rotates: Vec<bool>,
     pub rope: Rope,
 }
 
@@ -136,7 +138,7 @@ impl Config {
     }
 
     fn write(&self, fields: &mut Map<String, Value>) {
-        // The layout of `use_sliding_window`, `max_window_layers` and `layer_types` is Qwen's; Mistral has one window.
+        // The layout of `use_sliding_window`, `max_window_layers` and `layer_types` is Qwen's and SmolLM3's; Mistral has one window.
         let window = self.windows.iter().flatten().next();
         let layer_types: Vec<_> = self
             .windows
@@ -150,6 +152,7 @@ impl Config {
             "mistral" => "Mistral",
             "qwen2" => "Qwen2",
             "qwen3" => "Qwen3",
+            "smollm3" => "SmolLM3",
             _ => "Llama",
         };
         let mut set = |key: &str, value: Value| fields.insert(key.to_owned(), value);
@@ -168,16 +171,20 @@ impl Config {
         set("tie_word_embeddings", json!(self.tied));
         set("rope_theta", shortest(self.rope.theta));
         set("rope_scaling", self.rope.scaling_json());
-        if self.model_type == "llama" || self.model_type == "qwen3" {
+        if ["llama", "qwen3", "smollm3"].contains(&&*self.model_type) {
             set("attention_bias", json!(self.qkv_bias));
         }
-        if self.model_type == "llama" {
+        if ["llama", "smollm3"].contains(&&*self.model_type) {
             set("mlp_bias", json!(self.mlp_bias));
+        }
+        if self.model_type == "smollm3" {
+            let rotates: Vec<_> = self.rotates.iter().map(|&r| u8::from(r)).collect();
+            set("no_rope_layers", json!(rotates));
         }
         if self.model_type == "mistral" {
             set("sliding_window", json!(window));
         }
-        if self.model_type.starts_with("qwen") {
+        if self.model_type.starts_with("qwen") || self.model_type == "smollm3" {
             set("use_sliding_window", json!(window.is_some()));
             set("sliding_window", json!(window));
             set("layer_types", json!(layer_types));
@@ -201,12 +208,14 @@ fn read(fields: &Fields) -> Result<Config> {
     );
     refuse_what_would_be_read_wrongly(fields)?;
     let qwen = model_type.starts_with("qwen");
+    let smollm3 = model_type == "smollm3";
     let (hidden, heads) = (
         fields.size("hidden_size")?,
         fields.size("num_attention_heads")?,
     );
     let kv_heads = match fields.present("num_key_value_heads") {
         None if model_type == "mistral" && !fields.0.contains_key("num_key_value_heads") => 8,
+        None if smollm3 && !fields.0.contains_key("num_key_value_heads") => 4,
         None => heads,
         Some(_) => fields.size("num_key_value_heads")?,
     };
@@ -222,11 +231,15 @@ fn read(fields: &Fields) -> Result<Config> {
         }
     };
     let attention_bias = match model_type {
-        "llama" | "qwen3" => fields.flag("attention_bias")?.unwrap_or(false),
+        "llama" | "qwen3" | "smollm3" => fields.flag("attention_bias")?.unwrap_or(false),
         _ => false,
     };
     let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
+    let rotates = match smollm3 {
+        true => smollm3_rotates(fields, layers)?,
+        false => vec![true; layers],
+    };
     Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,
@@ -238,17 +251,19 @@ fn read(fields: &Fields) -> Result<Config> {
         ffn: fields.size("intermediate_size")?,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         context,
-        tied: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+        tied: fields.flag("tie_word_embeddings")?.unwrap_or(smollm3),
         qkv_bias: attention_bias || model_type == "qwen2",
         o_bias: attention_bias,
-        mlp_bias: model_type == "llama" && fields.flag("mlp_bias")?.unwrap_or(false),
+        mlp_bias: (model_type == "llama" || smollm3) && fields.flag("mlp_bias")?.unwrap_or(false),
         qk_norm: model_type == "qwen3",
         activation: Activation::Silu,
         windows: match model_type {
             "mistral" => vec![mistral_window(fields)?; layers],
             _ if qwen => qwen_windows(fields, layers)?,
+            _ if smollm3 => smollm3_windows(fields, &rotates)?,
             _ => vec![None; layers],
         },
+        rotates,
         rope: Rope::from_json(fields.0, context)?,
     }
     .checked()
@@ -257,8 +272,12 @@ fn read(fields: &Fields) -> Result<Config> {
 impl Config {
     /// What of the config changes the numbers beyond the tensors' own shapes, as text for the fingerprint.
     pub(super) fn arithmetic(&self) -> String {
+        let rotates = match self.rotates.contains(&false) {
+            true => format!(" rotates {:?}", self.rotates),
+            false => String::new(),
+        };
         format!(
-            "heads {} kv_heads {} head_dim {} eps {:?} tied {} activation {:?} windows {:?} rope {:?}\n",
+            "heads {} kv_heads {} head_dim {} eps {:?} tied {} activation {:?} windows {:?} rope {:?}{rotates}\n",
             self.heads,
             self.kv_heads,
             self.head_dim,
@@ -347,6 +366,41 @@ fn mistral_window(fields: &Fields) -> Result<Option<usize>> {
     })
 }
 
+/// SmolLM3Config.__post_init__ of transformers 5: a list that is there, or all but every fourth layer.
+fn smollm3_rotates(fields: &Fields, layers: usize) -> Result<Vec<bool>> {
+    let Some(list) = fields.present("no_rope_layers") else {
+        let interval = match fields.present("no_rope_layer_interval") {
+            None => 4,
+            Some(_) => fields.size("no_rope_layer_interval")?,
+        };
+        return Ok((1..=layers).map(|layer| layer % interval != 0).collect());
+    };
+    let list = list.as_array().context("no_rope_layers: must be a list")?;
+    ensure!(
+        list.len() >= layers,
+        "no_rope_layers: has {} entries for {layers} layers",
+        list.len()
+    );
+    let flag = |entry: &Value| match entry.as_u64() {
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => bail!("no_rope_layers: entries must be 0 or 1, not {entry}"),
+    };
+    list[..layers].iter().map(flag).collect()
+}
+
+/// The same: with `use_sliding_window`, a window on the layers that do not rotate, unless `layer_types` says which.
+fn smollm3_windows(fields: &Fields, rotates: &[bool]) -> Result<Vec<Option<usize>>> {
+    let window = match fields.flag("use_sliding_window")?.unwrap_or(false) {
+        true if fields.present("sliding_window").is_some() => Some(fields.size("sliding_window")?),
+        _ => None,
+    };
+    match fields.present("layer_types") {
+        Some(types) => typed_windows(types, window, rotates.len()),
+        None => Ok(rotates.iter().map(|&r| window.filter(|_| !r)).collect()),
+    }
+}
+
 /// Qwen2Config/Qwen3Config.__post_init__ of transformers 5: a window only with `use_sliding_window`, on the
 /// layers from `max_window_layers` on, unless `layer_types` says which.
 fn qwen_windows(fields: &Fields, layers: usize) -> Result<Vec<Option<usize>>> {
@@ -363,6 +417,15 @@ fn qwen_windows(fields: &Fields, layers: usize) -> Result<Vec<Option<usize>>> {
             .map(|layer| window.filter(|_| layer >= first))
             .collect());
     };
+    typed_windows(types, window, layers)
+}
+
+/// A window on the layers of which `layer_types` says so.
+fn typed_windows(
+    types: &Value,
+    window: Option<usize>,
+    layers: usize,
+) -> Result<Vec<Option<usize>>> {
     let types = types.as_array().context("layer_types: must be a list")?;
     ensure!(
         types.len() == layers,
@@ -473,12 +536,14 @@ mod tests {
         assert_eq!(flags(&of("mistral")), (false, false, false, false));
         assert_eq!(flags(&of("qwen2")), (true, false, false, false));
         assert_eq!(flags(&of("qwen3")), (false, false, false, true));
+        assert_eq!(flags(&of("smollm3")), (false, false, false, false));
         let biased = json!({"attention_bias": true, "mlp_bias": true});
         let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
         assert_eq!(flags(&of("llama")), (true, true, true, false));
         assert_eq!(flags(&of("mistral")), (false, false, false, false));
         assert_eq!(flags(&of("qwen2")), (true, false, false, false));
         assert_eq!(flags(&of("qwen3")), (true, true, false, true));
+        assert_eq!(flags(&of("smollm3")), (true, true, true, false));
     }
 
     #[test]
@@ -489,6 +554,8 @@ mod tests {
         assert_eq!(of("qwen3", "head_dim").head_dim, 128);
         assert_eq!(of("qwen2", "rms_norm_eps").norm_eps, 1e-6);
         assert!(!of("llama", "tie_word_embeddings").tied);
+        assert!(of("smollm3", "tie_word_embeddings").tied);
+        assert_eq!(of("smollm3", "num_key_value_heads").kv_heads, 4);
         let null = with(
             "mistral",
             json!({"num_key_value_heads": null, "head_dim": null}),
@@ -541,6 +608,27 @@ mod tests {
                 "layer_types": ["sliding_attention", "full_attention"]});
             assert_eq!(windows(qwen, types), [Some(16), None]);
         }
+        // SmolLM3's defaults: of two layers, both rotate; a window is for those that do not.
+        let smollm3 = |changes: Value| {
+            let found = read(&with("smollm3", changes)).unwrap();
+            (found.rotates, found.windows)
+        };
+        let none = vec![None, None];
+        assert_eq!(smollm3(json!({})), (vec![true, true], none.clone()));
+        let window =
+            json!({"use_sliding_window": true, "sliding_window": 16, "no_rope_layer_interval": 2});
+        assert_eq!(smollm3(window), (vec![true, false], vec![None, Some(16)]));
+        assert_eq!(
+            smollm3(json!({"no_rope_layers": [0, 1, 1], "sliding_window": 16})),
+            (vec![false, true], none)
+        );
+        for (list, wanted) in [
+            (json!([1]), "has 1 entries for 2 layers"),
+            (json!([1, 2]), "must be 0 or 1, not 2"),
+        ] {
+            let line = error(&with("smollm3", json!({"no_rope_layers": list})));
+            assert!(line.contains(wanted), "{line}");
+        }
         for (layer_types, wanted) in [
             (json!(["full_attention"]), "has 1 entries for 2 layers"),
             (
@@ -562,7 +650,7 @@ mod tests {
         for (changes, wanted) in [
             (
                 json!({"model_type": "gemma2"}),
-                "the architecture \"gemma2\" is not supported; known: llama, mistral, qwen2, qwen3",
+                "the architecture \"gemma2\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3",
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
             (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),

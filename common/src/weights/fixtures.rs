@@ -148,7 +148,7 @@ pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors
                 name if name.contains("k_proj") => config.kv_heads,
                 _ => 0,
             };
-            let values = match arch == "llama" && heads > 0 {
+            let values = match !arch.starts_with("qwen") && heads > 0 {
                 true => permute(values, heads, shape[1..].iter().product()),
                 false => values.clone(),
             };

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 /// llama.cpp's names of the families (Mistral is `llama` there).
-const ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "qwen3"];
+const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "smollm3"];
 
 impl Config {
     /// Reads the metadata of a GGUF file; sizes that it leaves out (vocabulary, tied head, biases) come from its tensors.
@@ -88,6 +88,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
         qk_norm: has("blk.0.attn_q_norm.weight"),
         activation: Activation::Silu,
         windows: vec![window; layers],
+        // llama.cpp does not store it, and takes the default of transformers' config.
+        rotates: (1..=layers)
+            .map(|layer| architecture != "smollm3" || layer % 4 != 0)
+            .collect(),
         rope: Rope {
             theta: fields.real("rope.freq_base")?.unwrap_or(10_000.0) as f32,
             scaling: scaling(&fields, head_dim)?,

@@ -207,7 +207,7 @@ impl Weights {
         }
     }
 
-    /// Only llama.cpp's `llama` architecture (Mistral too) rotates neighbouring rows.
+    /// llama.cpp's `llama` architecture (Mistral too) and `smollm3` rotate neighbouring rows.
     fn is_permuted(&self, name: &str) -> bool {
         !self.config.model_type.starts_with("qwen")
             && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))

@@ -229,7 +229,7 @@ fn shard_names_stay_in_their_folder() {
 #[test]
 fn gguf_opens_under_hugging_face_names_with_rows_in_their_order() {
     let folder = tempfile::tempdir().unwrap();
-    for family in ["llama", "qwen2", "qwen3"] {
+    for family in ["llama", "qwen2", "qwen3", "smollm3"] {
         for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16] {
             let (path, config, tensors) = gguf(folder.path(), family, dtype);
             let weights = open(&path).unwrap();

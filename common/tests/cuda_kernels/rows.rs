@@ -205,13 +205,15 @@ fn swiglu<T: Element>() {
     }
 }
 
-/// Everything between the projection and attention, with and without biases and head norms.
+/// Everything between the projection and attention, with and without biases, head norms and rotation.
 fn rotation<T: Element>() {
-    for (dim, biased, normed, cached) in [
-        (64, true, true, true),
-        (6, false, false, true),
-        (16, false, true, false),
-        (96, true, false, false),
+    for (dim, biased, normed, cached, turned) in [
+        (64, true, true, true, true),
+        (6, false, false, true, true),
+        (16, false, true, false, true),
+        (96, true, false, false, true),
+        (64, false, false, true, false),
+        (16, true, true, false, false),
     ] {
         let (query, kv, count) = (3, 1, 5);
         let width = (query + 2 * kv) * dim;
@@ -219,13 +221,15 @@ fn rotation<T: Element>() {
         let bias = biased.then(|| noise::<f32>(width, 2));
         let norms = normed.then(|| (noise::<f32>(dim, 3), noise::<f32>(dim, 4)));
         let positions = vec![0, 3, 1, 7, 3i32];
-        let angle = |p: usize, i: usize| p as f64 * 0.9f64.powi(i as i32 % 40);
+        let speed = if turned { 1.0 } else { 0.0 };
+        let angle = |p: usize, i: usize| speed * p as f64 * 0.9f64.powi(i as i32 % 40);
         let table = |f: fn(f64) -> f64| -> Vec<f32> {
             (0..8)
                 .flat_map(|p| (0..dim / 2).map(move |i| f(angle(p, i)) as f32))
                 .collect()
         };
         let (cos, sin) = (table(f64::cos), table(f64::sin));
+        let (cos, sin) = (turned.then_some(&cos), turned.then_some(&sin));
         let cache_rows = vec![4, -1, 0, 6, 2i32];
         let d_out: Vec<T> = noise(count * width, 5);
         let sizes = [query as i32, kv as i32, dim as i32];
@@ -256,8 +260,8 @@ fn rotation<T: Element>() {
                     q_norm.into(),
                     k_norm.into(),
                     EPS.into(),
-                    (&cos).into(),
-                    (&sin).into(),
+                    cos.into(),
+                    sin.into(),
                     (&positions).into(),
                     cache_arg,
                     (&cache_rows).into(),
@@ -281,8 +285,8 @@ fn rotation<T: Element>() {
                     q_norm.into(),
                     k_norm.into(),
                     EPS.into(),
-                    (&cos).into(),
-                    (&sin).into(),
+                    cos.into(),
+                    sin.into(),
                     (&positions).into(),
                     Null.into(),
                     Null.into(),
@@ -296,7 +300,7 @@ fn rotation<T: Element>() {
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
             launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
-                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, &cos, &sin, &positions, &mut partial,
+                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, &positions, &mut partial,
                 count as i32, sizes[0], sizes[1], sizes[2]);
             let mut d_norms = vec![0.0f32; 2 * dim];
             if normed {

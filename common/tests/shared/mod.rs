@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 10] = [
+pub const FAMILIES: [&str; 11] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -21,6 +21,7 @@ pub const FAMILIES: [&str; 10] = [
     "qwen2",
     "qwen2-sliding",
     "qwen3",
+    "smollm3",
 ];
 
 /// A file of golden figures.
