@@ -66,7 +66,7 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
     int unit = (blockIdx.x * (blockDim.x / WARP) + warp()) * lanes.heads() + lanes.number();
     int r = unit / heads, head = unit % heads;
-    bool there = r < count, turns = head < query + kv;
+    bool there = r < count, turns = cos && head < query + kv;
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
@@ -74,15 +74,19 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-    const float *turn = cos ? cos + (long long)positions[r] * half : nullptr, *lift = cos ? sin + (long long)positions[r] * half : nullptr;
+    long long position = turns ? positions[r] : 0;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
-        auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
-        for (int i = 0; i < int(sizeof few / 4) && turns; ++i) {
-            if (weight) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
-            float cosine = cosines.at[i], sine = sines.at[i], turned = x.at[i] * cosine - y.at[i] * sine;
-            y.at[i] = y.at[i] * cosine + x.at[i] * sine;
-            x.at[i] = turned;
+        if (weight) {
+            for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
+        }
+        if (turns) {
+            auto cosine = few.load(cos + position * half + c), sine = few.load(sin + position * half + c);
+            for (int i = 0; i < int(sizeof few / 4); ++i) {
+                float turned = x.at[i] * cosine.at[i] - y.at[i] * sine.at[i];
+                y.at[i] = y.at[i] * cosine.at[i] + x.at[i] * sine.at[i];
+                x.at[i] = turned;
+            }
         }
         x.store(qkv + at + c), y.store(qkv + at + c + half);
         if (copy) x.store(copy + c), y.store(copy + c + half);
