@@ -16,7 +16,7 @@ template <class T> struct Decode {
     const T *qkv, *cache;
     float *partial, *partial_lse;
     const Sequence* sequences;
-    const int *positions, *pages;
+    const int *positions, *order, *pages;
     int max_pages, count, prefix_splits, own_splits, query, kv, dim, window;
     float scale;
 
@@ -82,16 +82,17 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
     float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
     if (tile.rows == 0) return;
     int group = d.group();
-    Keys keys(tile.prefix_len, R, split, d.prefix_splits);
+    // Its own length decides, not that of others, into how many parts its sums are cut.
+    Keys keys(tile.prefix_len, R, split, min(max(tile.prefix_len / PREFIX_SPLIT, 1), d.prefix_splits));
     load_rows<T, D, R>(q, d.dim, d.qkv, [&](int i) {
         int row = tile.first + i;
-        return i < tile.rows ? d.q(row / group, kv_head * group + row % group) : nullptr;
+        return i < tile.rows ? d.q(d.order[row / group], kv_head * group + row % group) : nullptr;
     });
     copy_commit();
     int start[2];  // the first position that rows g and g + 8 see
     for (int half = 0; half < 2; ++half) {
         int i = warp() * 16 + lane() / 4 + 8 * half;
-        start[half] = d.window > 0 && i < tile.rows ? d.positions[(tile.first + i) / group] - d.window + 1 : 0;
+        start[half] = d.window > 0 && i < tile.rows ? d.positions[d.order[(tile.first + i) / group]] - d.window + 1 : 0;
     }
     Online<D / 8> state;
     state.begin();
@@ -116,7 +117,7 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
     copy_wait<0>();
     store_part<T, D>(d, state, [&](int i) -> long long {
         int row = tile.first + warp() * 16 + i;
-        return warp() * 16 + i < tile.rows ? d.part(split, row / group, kv_head * group + row % group) : -1;
+        return warp() * 16 + i < tile.rows ? d.part(split, d.order[row / group], kv_head * group + row % group) : -1;
     });
 }
 
@@ -212,8 +213,8 @@ template <class T> __device__ void decode_merge(const float* partial, const floa
 
 #define DEFINE(name, T, D)                                                                                                      \
     DECODE_ATTENTION(name, T, D) {                                                                                              \
-        device::Decode<T> all{qkv, cache, partial, partial_lse, sequences, positions, pages, max_pages, count, prefix_splits,  \
-                              own_splits, query, kv, dim, window, scale};                                                      \
+        device::Decode<T> all{qkv, cache, partial, partial_lse, sequences, positions, order, pages, max_pages, count,          \
+                              prefix_splits, own_splits, query, kv, dim, window, scale};                                       \
         device::decode_attention<T, D>(all, tiles, tile_count);                                                                 \
     }
 ATTENTION_VARIANTS(DEFINE, decode_attention);

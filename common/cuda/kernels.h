@@ -162,8 +162,11 @@ struct Sequence {
     int limit;        // it ends after so many tokens
 };
 
+constexpr int PREFIX_SPLIT = 256;
+
 // Rows of queries that read one prompt together: row f of kv head h is query head h·group + f % group of sequence
-// f / group, group = query / kv. The sequences of a prompt should be neighbours. At most R rows (64 bf16, 32 f32).
+// order[f / group], group = query / kv: sequences of a prompt lie anywhere, and follow each other in `order`. At most R
+// rows (64 bf16, 32 f32).
 struct DecodeTile {
     int first;        // its first row
     int rows;         // 1 … R; 0: nothing to do
@@ -173,13 +176,15 @@ struct DecodeTile {
 
 // The last token of sequence s is at positions[s], its key already in the cache (own row positions[s] − prefix_len).
 // Writes partial results of the prompt's part and of the own part: `partial` [parts, count, query, dim] float32 and
-// `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole tiles.
-// `tiles` [tile_count] cover all rows of all sequences that matter; what a sequence without them gets is undefined.
+// `partial_lse` [parts, count, query], parts = prefix_splits + own_splits; each split takes an equal run of keys in whole
+// tiles. A prompt is split once for each PREFIX_SPLIT of its tokens, at most; what is left of prefix_splits gets nothing.
+// `tiles` [tile_count] cover all rows of all sequences that matter, which are in `order`, up to [count]; what a sequence
+// without them gets is undefined.
 // Grid (tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W)), W = R / 16 being a block's warps.
 // Shared: 3·R·P + X with R, P, X as above.
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
-    const DecodeTile* tiles, const int* pages, int max_pages, int count, int tile_count, int prefix_splits, int own_splits, \
+    const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, int prefix_splits, int own_splits, \
     int query, int kv, int dim, int window, float scale)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 

@@ -224,41 +224,44 @@ fn bfloat16_samples_know_their_log_probs() {
     }
 }
 
-/// More prompts than a pass over prompts takes, some too long to share one; which run together is another matter when they
-/// come in another order.
+/// More prompts than a pass over prompts takes, some too long to share one. In another order they run beside others.
 #[test]
 fn neighbours_change_nothing() {
     let device = device();
     let (mut weights, _) = open("llama");
     weights.config.context = 1024;
-    let gpu = on(&device, &weights, Precision::Bf16);
     let how = Sampling {
         max_tokens: 3,
         ..how()
     };
-    let mut requests: Vec<Request> = (0..20u32)
+    let length = |i: u32| match i {
+        11 => 530,
+        12 => 270,
+        13 => 400,
+        _ => 5 + 7 * i,
+    };
+    let requests: Vec<Request> = (0..20u32)
         .map(|i| Request {
             key: i.to_string(),
-            prompt: (0..match i {
-                11 => 530,
-                12 => 270,
-                13 => 400,
-                _ => 5 + 7 * i,
-            })
-                .map(|t| (t * t + i) % 64)
-                .collect(),
+            prompt: (0..length(i)).map(|t| (t * t + i) % 64).collect(),
             k: 1 + i as usize % 2,
         })
         .collect();
-    let samples = |requests: &[Request], slots| {
-        let generator = cuda::Generator::new(&gpu, how.clone(), &[7], Some(slots)).unwrap();
-        let mut found = run(Box::new(generator), requests.to_vec());
-        found.sort_by_key(|(key, _)| key.clone());
-        found
-    };
-    let one = samples(&requests, 3);
-    requests.reverse();
-    assert_eq!(one, samples(&requests, 3));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let gpu = on(&device, &weights, precision);
+        let samples = |order: &dyn Fn(usize) -> usize| {
+            let mut requests: Vec<_> = requests.iter().cloned().enumerate().collect();
+            requests.sort_by_key(|(i, _)| order(*i));
+            let requests = requests.into_iter().map(|(_, request)| request).collect();
+            let generator = cuda::Generator::new(&gpu, how.clone(), &[7], Some(3)).unwrap();
+            let mut found = run(Box::new(generator), requests);
+            found.sort_by_key(|(key, _)| key.clone());
+            found
+        };
+        let one = samples(&|i| i);
+        assert_eq!(one, samples(&|i| 20 - i));
+        assert_eq!(one, samples(&|i| i * 7 % 20));
+    }
 }
 
 #[test]

@@ -284,7 +284,8 @@ impl<'a> Generator<'a> {
         if !self.changed {
             return Ok(self.parts);
         }
-        let mut tiles = self.tiles();
+        let order = self.order();
+        let mut tiles = self.tiles(&order);
         let longest = |of: fn(Sequence) -> i32| {
             let running = self.slots.iter().flatten();
             running.map(|r| of(r.sequence)).max().unwrap_or(1) as usize
@@ -302,6 +303,7 @@ impl<'a> Generator<'a> {
         }
         tiles.resize(self.parts.tiles, DecodeTile::default());
         let mut given = Given::new(self.slots.len());
+        (given.order.iter_mut().zip(&order)).for_each(|(to, &slot)| *to = slot as i32);
         let mut fresh = false;
         for (slot, running) in self.slots.iter().enumerate() {
             let Some(running) = running else { continue };
@@ -319,28 +321,37 @@ impl<'a> Generator<'a> {
         Ok(self.parts)
     }
 
-    /// The queries of neighbouring slots that read the same prompt, cut to what a block takes.
-    fn tiles(&self) -> Vec<DecodeTile> {
+    /// The slots in use, those of a prompt after each other.
+    fn order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.slots.len()).collect();
+        order.retain(|&slot| self.slots[slot].is_some());
+        order.sort_by_key(|&slot| self.prefix(slot));
+        order
+    }
+
+    /// The table of the prompt of a slot in use, and the prompt's length.
+    fn prefix(&self, slot: usize) -> (i32, i32) {
+        let running = self.slots[slot].as_ref().expect("it is in use");
+        (running.sequence.prefix_table, running.sequence.prefix_len)
+    }
+
+    /// The queries that read the same prompt, cut to what a block takes.
+    fn tiles(&self, order: &[usize]) -> Vec<DecodeTile> {
         let (each, most) = (
             self.decoder.heads(0).group(),
             self.decoder.attention_tiles().rows,
         );
-        let prompt = |slot: &Option<Running>| {
-            let sequence = slot.as_ref()?.sequence;
-            Some((sequence.prefix_table, sequence.prefix_len))
-        };
         let mut tiles = vec![];
         let mut first = 0;
-        for together in self.slots.chunk_by(|a, b| prompt(a) == prompt(b)) {
+        for together in order.chunk_by(|&a, &b| self.prefix(a) == self.prefix(b)) {
             let end = first + together.len() * each;
-            if let Some((prefix_table, prefix_len)) = prompt(&together[0]) {
-                tiles.extend((first..end).step_by(most).map(|row| DecodeTile {
-                    first: row as i32,
-                    rows: (end - row).min(most) as i32,
-                    prefix_table,
-                    prefix_len,
-                }));
-            }
+            let (prefix_table, prefix_len) = self.prefix(together[0]);
+            tiles.extend((first..end).step_by(most).map(|row| DecodeTile {
+                first: row as i32,
+                rows: (end - row).min(most) as i32,
+                prefix_table,
+                prefix_len,
+            }));
             first = end;
         }
         tiles
@@ -417,6 +428,7 @@ impl<'a> Generator<'a> {
                 &memory.sequences,
                 &memory.positions,
                 &memory.tiles,
+                &memory.order,
                 &memory.tables,
                 self.pages.most as i32,
                 slots as i32,

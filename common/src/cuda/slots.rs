@@ -18,8 +18,8 @@ const PROMPT: usize = 256;
 const PROMPT_ROWS: usize = 512;
 /// Prompts of a pass, at most.
 pub const PROMPTS: usize = 16;
-/// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least: each part is one
-/// more to be merged.
+/// Parts that the keys of prompts are read in side by side, at most, and the keys of a part, at least (as kernels have it):
+/// each part is one more to be merged.
 pub const PREFIX_SPLITS: usize = 4;
 pub const PREFIX_SPLIT: usize = 256;
 
@@ -35,7 +35,7 @@ pub struct Sequence {
 // SAFETY: four 32-bit numbers without padding.
 unsafe impl Plain for Sequence {}
 
-/// Queries that read one prompt together, as kernels declare it.
+/// Queries that read one prompt together, as kernels declare it: rows count in the order of [`Given::order`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub struct DecodeTile {
@@ -94,6 +94,7 @@ pub struct Slots {
     pub positions: Buffer,
     pub cache_rows: Buffer,
     pub logit_rows: Buffer,
+    pub order: Buffer,
     pub sequences: Buffer,
     pub tiles: Buffer,
     /// `[slots, 8]`
@@ -119,6 +120,8 @@ pub struct Given {
     pub finished: Vec<i32>,
     pub positions: Vec<i32>,
     pub logit_rows: Vec<i32>,
+    /// The slots in use, those of a prompt after each other; what comes then is nobody's.
+    pub order: Vec<i32>,
     pub sequences: Vec<Sequence>,
 }
 
@@ -129,6 +132,7 @@ impl Given {
             finished: vec![IDLE; slots],
             positions: vec![0; slots],
             logit_rows: (0..slots as i32).collect(),
+            order: vec![0; slots],
             sequences: vec![Sequence::default(); slots],
         }
     }
@@ -223,7 +227,7 @@ impl Slots {
         let most_tiles = most_tiles.next_power_of_two();
         let layer_bytes = pages * PAGE * 2 * heads.kv_width() * decoder.size();
         // Of 32-bit numbers, one after the other: see `give`.
-        let block = numbers(6 * slots + SEQUENCE * slots + TILE * most_tiles)?;
+        let block = numbers((7 + SEQUENCE) * slots + TILE * most_tiles)?;
         let of_slots = |first: usize| block.part(first * slots, slots, size_of::<i32>());
         Ok(Self {
             cache: device.allocate(layer_bytes * config.layers)?,
@@ -235,8 +239,9 @@ impl Slots {
             positions: of_slots(3),
             cache_rows: of_slots(4),
             logit_rows: of_slots(5),
-            sequences: block.part(6 * slots, SEQUENCE * slots, size_of::<i32>()),
-            tiles: block.part((6 + SEQUENCE) * slots, TILE * most_tiles, size_of::<i32>()),
+            order: of_slots(6),
+            sequences: block.part(7 * slots, SEQUENCE * slots, size_of::<i32>()),
+            tiles: block.part((7 + SEQUENCE) * slots, TILE * most_tiles, size_of::<i32>()),
             block,
             keys: device.zeroed(slots * 32)?,
             seen: (how.repetition_penalty != 1.0)
@@ -262,6 +267,7 @@ impl Slots {
             &given.positions,
             &vec![-1; slots],
             &given.logit_rows,
+            &given.order,
         ]
         .concat();
         for s in &given.sequences {

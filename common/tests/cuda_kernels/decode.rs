@@ -29,8 +29,10 @@ struct Batch<T> {
     cache: Vec<T>,
     pages: Vec<i32>,
     max_pages: usize,
+    /// In another order than the groups have them, which is `order`.
     sequences: Vec<Sequence>,
     positions: Vec<i32>,
+    order: Vec<i32>,
 }
 
 impl<T: Element> Batch<T> {
@@ -53,6 +55,7 @@ impl<T: Element> Batch<T> {
             max_pages,
             sequences: vec![],
             positions: vec![],
+            order: vec![],
         };
         let mut table = 0;
         for (prompt, own) in groups {
@@ -71,6 +74,9 @@ impl<T: Element> Batch<T> {
             }
             table += 1;
         }
+        batch.sequences.reverse();
+        batch.positions.reverse();
+        batch.order = (0..batch.sequences.len() as i32).rev().collect();
         batch
     }
 
@@ -94,7 +100,7 @@ impl<T: Element> Batch<T> {
         let mut sequence = 0;
         for (prompt, own) in &self.groups {
             let end = first + own.len() * group;
-            let prefix_table = self.sequences[sequence].prefix_table;
+            let prefix_table = self.sequences[self.order[sequence] as usize].prefix_table;
             for at in (first..end).step_by(most) {
                 let rows = most.min(end - at) as i32;
                 tiles.push(Tile {
@@ -144,7 +150,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         let mut out: Vec<T> = unwritten(count * query * dim);
         launch!(format!("decode_attention_{}_{made}", T::NAME),
             [tiles.len() * splits.0 * kv + (count * splits.1 * kv * group.div_ceil(16)).div_ceil(r / 16), 1, 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
-            &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.pages,
+            &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.order, &batch.pages,
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
             query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, scale);
         launch!(format!("decode_merge_{}", T::NAME), [(count * query).div_ceil(8), 1, 1], 256, 0;
@@ -192,6 +198,7 @@ fn groups() -> Vec<(usize, Vec<usize>)> {
         (70, vec![1, 5, 64, 65, 130]),
         (1, vec![1]),
         (200, vec![3; 40]),
+        (800, vec![2, 70]),
     ]
 }
 
