@@ -4,7 +4,7 @@
 mod shared;
 
 use common::cuda::{self, Device};
-use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling};
+use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling, Stopped};
 use common::kernels::gemm::Precision;
 use common::logprob::{self, Group};
 use common::model::Decoder;
@@ -83,9 +83,14 @@ fn requests(vocab: u32) -> Vec<Request> {
     ]
 }
 
-fn run(
+fn run(generator: Box<dyn Generate + '_>, requests: Vec<Request>) -> Vec<(String, Vec<Sample>)> {
+    run_until(generator, requests, &|ids| ids.ends_with(&[5]))
+}
+
+fn run_until(
     mut generator: Box<dyn Generate + '_>,
     requests: Vec<Request>,
+    stop: Stopped,
 ) -> Vec<(String, Vec<Sample>)> {
     let mut waiting = requests.into_iter();
     let mut out = vec![];
@@ -97,7 +102,7 @@ fn run(
         if generator.is_idle() {
             return out;
         }
-        generator.step(&|ids: &[u32]| ids.ends_with(&[5])).unwrap();
+        generator.step(stop).unwrap();
         out.extend(generator.finished().into_iter().map(|(r, s)| (r.key, s)));
     }
 }
@@ -298,6 +303,33 @@ fn memory_decides_how_many_run() {
         seen.contains(&None) && seen.contains(&Some(0)) && seen.last() > Some(&Some(1)),
         "{seen:?}"
     );
+}
+
+/// Responses of seven pages each, where there are not as many for all sequences that are let in.
+#[test]
+fn sequences_that_had_to_give_way_are_the_same() {
+    let (mut weights, _) = open("llama");
+    weights.config.context = 512;
+    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let how = Sampling {
+        max_tokens: 440,
+        ..how()
+    };
+    let requests: Vec<Request> = (0..6u32)
+        .map(|i| Request {
+            key: i.to_string(),
+            prompt: (0..3 + 7 * i).map(|t| (t * t + i) % 64).collect(),
+            k: 1 + i as usize / 5,
+        })
+        .collect();
+    let theirs = run_until(on_cpu(&cpu, how.clone(), &[]), requests.clone(), &|_| false);
+    let device = cuda::emulated(1 << 30);
+    device.limit_memory(1300 << 10); // of 33 pages
+    let gpu = on(&device, &weights, Precision::F32);
+    let generator = cuda::Generator::new(&gpu, how, &[], None).unwrap();
+    assert_eq!(generator.slots(), 5);
+    let ours = run_until(Box::new(generator), requests, &|_| false);
+    assert_same(&ours, &theirs, "five of 35 pages");
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Generation on the device: all sequences take a step together, as one captured graph.
 //!
-//! Keys and values lie in pages. A prompt's are stored once, for all of its samples; a sequence has its own pages for
-//! what it may generate, taken when it starts and given back when it ends. A step draws a token for each sequence from
-//! the logits that are there and runs those tokens; only the tokens and who is done come back. Prompts run together, filled
-//! up to a fixed number of rows, and a step always runs all slots, used or not: so no product's shape depends on what else
-//! there is to do, and a sample is what it is whatever runs beside it. A step is under way while the host writes out what
-//! the one before has finished.
+//! Keys and values lie in pages. A prompt's are stored once, for all of its samples; a sequence takes a page when its last
+//! is full. Where none is left, those that are last in the line give theirs back and start over later: their draws are the
+//! same then. A step draws a token for each sequence from the logits that are there and runs those tokens; only the tokens
+//! and who is done come back. Prompts run together, filled up to a fixed number of rows, and a step always runs all slots,
+//! used or not: so no product's shape depends on what else there is to do, and a sample is what it is whatever runs beside
+//! it. A step is under way while the host writes out what the one before has finished.
+
+mod admission;
 
 use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
@@ -17,7 +19,7 @@ use super::slots::{
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
 use crate::kernels::gemm::Precision;
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -55,6 +57,10 @@ pub struct Generator<'a> {
     rotary: Arc<Rotation>,
     /// None for what ran once, which makes everything ready for capture.
     graphs: HashMap<PromptParts, Option<Graph>>,
+    /// Samples that gave their pages back, the first to start again last.
+    again: Vec<(usize, usize)>,
+    /// How many responses have ended, and their tokens.
+    ended: (u64, u64),
     /// A step is under way: what it draws has not been read.
     under_way: bool,
     /// The host's lists are not what the device has.
@@ -114,6 +120,8 @@ impl<'a> Generator<'a> {
             },
             memory,
             graphs: HashMap::new(),
+            again: vec![],
+            ended: (0, 0),
             under_way: false,
             changed: true,
             parts: PromptParts::default(),
@@ -132,24 +140,6 @@ impl<'a> Generator<'a> {
         self.slots.iter().flatten().count()
     }
 
-    /// Starts waiting samples in free slots, as long as there are pages.
-    fn fill(&mut self) -> Result<()> {
-        while let Some(slot) = self.slots.iter().position(Option::is_none)
-            && let Some(group) = self.groups.next()
-        {
-            if !self.start(slot, group)? {
-                ensure!(
-                    self.running() > 0,
-                    "the GPU's memory holds keys of {} tokens: too few for a prompt of {} and a response",
-                    self.pages.all * PAGE,
-                    self.groups.group(group).request.prompt.len()
-                );
-                break; // until somebody gives pages back
-            }
-        }
-        Ok(())
-    }
-
     /// How many tokens a response to a prompt of so many may have.
     fn limit(&self, prompt: usize) -> usize {
         self.how
@@ -162,33 +152,25 @@ impl<'a> Generator<'a> {
         self.limit(prompt).div_ceil(PAGE)
     }
 
-    /// Starts the next sample of a group in a slot, if there are pages for it.
-    fn start(&mut self, slot: usize, group: usize) -> Result<bool> {
-        let entry = self.groups.group(group);
-        let prompt = entry.request.prompt.len();
-        let (limit, own) = (self.limit(prompt), self.own_pages(prompt));
-        let shared = match entry.own.table {
-            None => prompt.div_ceil(PAGE),
-            Some(_) => 0,
-        };
-        if own + shared > self.pages.free.len() || shared > self.pages.most {
-            return Ok(false);
-        }
-        if shared > 0 {
+    /// Starts a sample of a group in a slot; there are pages.
+    fn start(&mut self, slot: usize, group: usize, number: usize) -> Result<()> {
+        if self.groups.group(group).own.table.is_none() {
+            if self.pages.free_tables.is_empty() {
+                self.forget_prompt();
+            }
             self.prefill(&self.together(group))?;
         }
-        let pages = self.pages.take(own);
+        let pages = self.pages.take(1);
         self.memory.tables.write(slot * self.pages.most, &pages)?;
-        let number = self.groups.start(group);
         let entry = self.groups.group(group);
         let table = entry.own.table.expect("the prompt ran");
         let key = stream_key(self.how.seed, &entry.request.key, number);
-        let prefix_len = prompt as i32;
+        let prompt = entry.request.prompt.len();
         let sequence = Sequence {
             prefix_table: table as i32,
-            prefix_len,
+            prefix_len: prompt as i32,
             own_table: slot as i32,
-            limit: limit as i32,
+            limit: self.limit(prompt) as i32,
         };
         self.memory.keys.write(slot * key.len(), &key)?;
         if let Some(seen) = &self.memory.seen {
@@ -205,22 +187,26 @@ impl<'a> Generator<'a> {
             sequence,
         });
         self.changed = true;
-        Ok(true)
+        Ok(())
     }
 
-    /// The prompts that run together: that of `group`, which has not run, and those after it for which there is room.
+    /// The prompts that run together: that of `group`, whose keys are not there, and those after it for which there is room.
     fn together(&self, group: usize) -> Vec<usize> {
         let prompt = |group: usize| self.groups.group(group).request.prompt.len();
         let mut found = vec![group];
         let all = prompt_rows(prompt(group));
         let mut rows = prompt(group);
-        let mut free = self.pages.free.len() - rows.div_ceil(PAGE);
-        // Whatever is taken ahead, a response of the longest kind can start.
-        let reserve = self.own_pages(0);
-        for next in self.groups.after(group) {
+        let mut free = self.pages.free.len() - self.unseated(group);
+        let reserve = self.expected() + self.promised();
+        for next in self
+            .groups
+            .after(group)
+            .filter(|&next| self.groups.is_unstarted(next))
+        {
             rows += prompt(next);
             free = free.saturating_sub(prompt(next).div_ceil(PAGE));
-            let fits = rows <= all && prompt_rows(prompt(next)) == all;
+            let ran = self.groups.group(next).own.table.is_some();
+            let fits = !ran && rows <= all && prompt_rows(prompt(next)) == all;
             let most = PROMPTS.min(self.pages.free_tables.len());
             if !fits || free < reserve || found.len() == most {
                 break;
@@ -486,7 +472,6 @@ impl<'a> Generator<'a> {
             };
             running.token_ids.push(tokens[slot] as u32);
             running.logp += f64::from(f32::from_bits(logps[slot] as u32));
-            self.tokens += 1;
             if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
                 self.retire(slot, Finish::Stop)?;
             } else if finished[slot] != 0 {
@@ -504,12 +489,13 @@ impl<'a> Generator<'a> {
             finish,
             logp: running.logp,
         };
+        self.tokens += sample.token_ids.len() as u64;
+        self.ended.0 += 1;
+        self.ended.1 += sample.token_ids.len() as u64;
         self.pages.free.extend(running.pages);
-        let done = self.groups.finish(running.group, running.number, sample);
-        let prompt = &mut self.groups.group_mut(running.group).own;
-        if done {
-            self.pages.free.append(&mut prompt.pages);
-            self.pages.free_tables.extend(prompt.table.take());
+        if self.groups.finish(running.group, running.number, sample) {
+            self.pages
+                .give_back(&mut self.groups.group_mut(running.group).own);
         }
         self.changed = true;
         Ok(())
@@ -519,7 +505,7 @@ impl<'a> Generator<'a> {
 impl Generate for Generator<'_> {
     fn wants_prompt(&self) -> bool {
         self.groups.unstarted() < PROMPTS
-            || self.running() + self.groups.waiting() < self.slots.len()
+            || self.running() + self.again.len() + self.groups.waiting() < self.slots.len()
     }
 
     fn is_idle(&self) -> bool {
@@ -544,6 +530,7 @@ impl Generate for Generator<'_> {
         if std::mem::take(&mut self.under_way) {
             self.take_drawn(stopped)?;
         }
+        self.grow()?;
         self.fill()?;
         if self.running() > 0 {
             let prompts = self.update()?;
@@ -590,6 +577,11 @@ impl Prompts {
 }
 
 impl Pages {
+    fn give_back(&mut self, prompt: &mut Prompt) {
+        self.free.append(&mut prompt.pages);
+        self.free_tables.extend(prompt.table.take());
+    }
+
     fn take(&mut self, count: usize) -> Vec<i32> {
         self.free.split_off(self.free.len() - count)
     }

@@ -14,6 +14,8 @@ pub const PAGE: usize = 64;
 const MOST_SLOTS: usize = 1024;
 /// Tokens of its prompt that a slot counts on, when memory is shared out: a prompt serves all of its samples.
 const PROMPT: usize = 256;
+/// A response is expected to take one part in so many of the longest.
+pub const EXPECTED: usize = 4;
 /// Rows of a pass over prompts of up to half as many tokens.
 const PROMPT_ROWS: usize = 512;
 /// Prompts of a pass, at most.
@@ -171,23 +173,27 @@ impl Sizes {
         }
     }
 
-    /// How many slots, and how many pages for them and their prompts.
+    /// How many slots, and how many pages for them and their prompts. Responses are rarely of the longest kind: slots count
+    /// on a part of one, and where that is too few, some wait.
     pub fn share_out(&self, free: usize, wanted: Option<usize>) -> Result<(usize, usize)> {
         let usable = free.saturating_sub(self.run.max(free / 5)); // prompts run in the rest
         let prompt = self.prompt_pages.min(PROMPT.div_ceil(PAGE));
-        let each = self.slot + (self.own_pages + prompt) * self.page;
+        let longest = self.own_pages + prompt;
+        let each = self.slot + (self.own_pages.div_ceil(EXPECTED) + prompt) * self.page;
+        // One of the longest kind always fits.
+        let beside = usable.saturating_sub(longest * self.page);
         let most = wanted.unwrap_or(MOST_SLOTS).max(1);
-        let slots = (usable / each).min(most);
+        let slots = (usable / each).min(beside / self.slot).min(most);
         if slots == 0 {
             bail!(
                 "the GPU has {} MB free, but a response of --max-tokens takes {} MB: lower --max-tokens",
                 free >> 20,
-                each >> 20
+                (self.slot + longest * self.page) >> 20
             );
         }
-        let left = (usable - slots * each) / self.page;
-        let more = left.min(self.prompt_pages); // a single long prompt finds room where there is any
-        Ok((slots, slots * (self.own_pages + prompt) + more))
+        let pages = (usable - slots * self.slot) / self.page;
+        // A single long prompt finds room where there is any.
+        Ok((slots, pages.min(slots * longest + self.prompt_pages)))
     }
 }
 

@@ -55,6 +55,16 @@ impl<T> Queue<T> {
         self.groups.iter().filter(|g| g.started == 0).count()
     }
 
+    /// The numbers of all groups, oldest first.
+    pub fn numbers(&self) -> std::ops::Range<usize> {
+        self.retired..self.retired + self.groups.len()
+    }
+
+    /// Whether no sample of a group has started.
+    pub fn is_unstarted(&self, group: usize) -> bool {
+        self.group(group).started == 0
+    }
+
     /// The number of the first group with a sample that has not started.
     pub fn next(&self) -> Option<usize> {
         let at = self.groups.iter().position(|g| g.started < g.request.k);
