@@ -34,8 +34,6 @@ pub struct Sequence {
     pub own_table: i32,
     pub limit: i32,
 }
-// SAFETY: four 32-bit numbers without padding.
-unsafe impl Plain for Sequence {}
 
 /// Queries that read one prompt together, as kernels declare it: rows count in the order of [`Given::order`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -46,8 +44,6 @@ pub struct DecodeTile {
     pub prefix_table: i32,
     pub prefix_len: i32,
 }
-// SAFETY: as above.
-unsafe impl Plain for DecodeTile {}
 
 /// How tokens are drawn, as kernels declare it.
 #[derive(Clone, Copy, Debug, Default)]
