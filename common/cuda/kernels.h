@@ -76,10 +76,10 @@ SWIGLU_BACKWARD(swiglu_backward_bf16, bf16);
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
 
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
-// [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2], or null: no rotation. `in` may be `qkv` (but is
-// wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`, `k_norm` both
-// or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given L lanes: the
-// smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32.
+// [count]: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2], or null: no rotation. `in` may be
+// `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`,
+// `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given
+// L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32.
 // Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
     const float* k_norm, float eps, const float* cos, const float* sin, const int* positions, T* cache, \
@@ -162,6 +162,7 @@ struct Sequence {
     int limit;        // it ends after so many tokens
 };
 
+// Keys of a prompt that are worth a part of their own.
 constexpr int PREFIX_SPLIT = 256;
 
 // Rows of queries that read one prompt together: row f of kv head h is query head h·group + f % group of sequence
@@ -184,8 +185,8 @@ struct DecodeTile {
 // Shared: 3·R·P + X with R, P, X as above.
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
-    const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, int prefix_splits, int own_splits, \
-    int query, int kv, int dim, int window, float scale)
+    const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, \
+    int prefix_splits, int own_splits, int query, int kv, int dim, int window, float scale)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 
 // out [count, query·dim] from the parts, of which there are at most 32. Grid (ceil(count·query / 8)).

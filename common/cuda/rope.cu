@@ -29,12 +29,15 @@ struct HeadNorms {
     __device__ const float* of(int head, int query, int kv) const { return head < query ? q : head < query + kv ? k : nullptr; }
 };
 
-// As many of a row's columns; where there is no row, all are `other`.
-template <class Few> __device__ Few of_row(const float* row, int c, float other) {
-    if (row) return Few::load(row + c);
-    Few v;
-    for (float& x : v.at) x = other;
-    return v;
+// Turns pairs by the angles that begin at `at` in the tables, forth (WAY 1) or back (−1). Without tables they stay.
+template <int WAY, class Few> __device__ void turn(Few& x, Few& y, const float* cos, const float* sin, long long at) {
+    if (!cos) return;
+    Few cosine = Few::load(cos + at), sine = Few::load(sin + at);
+    for (int i = 0; i < int(sizeof x / 4); ++i) {
+        float lift = WAY * sine.at[i], turned = x.at[i] * cosine.at[i] - y.at[i] * lift;
+        y.at[i] = y.at[i] * cosine.at[i] + x.at[i] * lift;
+        x.at[i] = turned;
+    }
 }
 
 // As many columns of a head, with its bias.
@@ -66,7 +69,7 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
     int unit = (blockIdx.x * (blockDim.x / WARP) + warp()) * lanes.heads() + lanes.number();
     int r = unit / heads, head = unit % heads;
-    bool there = r < count, turns = cos && head < query + kv;
+    bool there = r < count, turns = head < query + kv;
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
@@ -80,14 +83,7 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
         if (weight) {
             for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
         }
-        if (turns) {
-            auto cosine = few.load(cos + position * half + c), sine = few.load(sin + position * half + c);
-            for (int i = 0; i < int(sizeof few / 4); ++i) {
-                float turned = x.at[i] * cosine.at[i] - y.at[i] * sine.at[i];
-                y.at[i] = y.at[i] * cosine.at[i] + x.at[i] * sine.at[i];
-                x.at[i] = turned;
-            }
-        }
+        if (turns) turn<1>(x, y, cos, sin, position * half + c);
         x.store(qkv + at + c), y.store(qkv + at + c + half);
         if (copy) x.store(copy + c), y.store(copy + c + half);
     });
@@ -118,8 +114,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         long long at = ((long long)r * (turned + kv) + head) * dim;
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
-        int position = there ? positions[r] : 0;
-        const float *turn = cos ? cos + (long long)position * half : nullptr, *lift = cos ? sin + (long long)position * half : nullptr;
+        long long position = there ? positions[r] : 0;
         float scale = 1, mean = 0;
         if (norms.q) {
             scale = head_scale(lanes, there, in + at, shift, dim, norms.eps);
@@ -127,11 +122,9 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                 lanes.for_pairs([&](int c, auto few) {
                     auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-                    auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
+                    turn<-1>(u, v, cos, sin, position * half + c);
                     for (int i = 0; i < int(sizeof few / 4); ++i) {
-                        float cosine = cosines.at[i], sine = sines.at[i];
-                        mean += x.at[i] * weight[c + i] * (u.at[i] * cosine + v.at[i] * sine) +
-                                y.at[i] * weight[c + i + half] * (v.at[i] * cosine - u.at[i] * sine);
+                        mean += x.at[i] * weight[c + i] * u.at[i] + y.at[i] * weight[c + i + half] * v.at[i];
                     }
                 });
             }
@@ -141,13 +134,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         float* d_weight = own_sums + (head < query ? 0 : dim);
         lanes.for_pairs([&](int c, auto few) {
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-            auto cosines = of_row<decltype(few)>(turn, c, 1), sines = of_row<decltype(few)>(lift, c, 0);
-            for (int i = 0; i < int(sizeof few / 4); ++i) {
-                float cosine = cosines.at[i], sine = sines.at[i];
-                float d = u.at[i] * cosine + v.at[i] * sine;
-                v.at[i] = v.at[i] * cosine - u.at[i] * sine;
-                u.at[i] = d;
-            }
+            turn<-1>(u, v, cos, sin, position * half + c);
             if (weight) {
                 auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                 for (int i = 0; i < int(sizeof few / 4); ++i) {

@@ -164,7 +164,7 @@ impl Compute {
         let precision = self.precision(prefers, gpu.is_some());
         if gpu.is_some() && self.dtype == Dtype::Auto && precision == Precision::F32 {
             program::say(format_args!(
-                "computing in f32, which is exact and on a GPU slow: --dtype bf16 multiplies some 15 times as fast"
+                "float32 is exact, and slow on a GPU: --dtype bf16 multiplies some 15 times as fast"
             ));
         }
         Ok(Place {

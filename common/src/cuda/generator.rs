@@ -59,14 +59,15 @@ pub struct Generator<'a> {
     graphs: HashMap<PromptParts, Option<Graph>>,
     /// Samples that gave their pages back, the first to start again last.
     again: Vec<(usize, usize)>,
-    /// How many responses have ended, and their tokens.
-    ended: (u64, u64),
+    /// How many responses have ended.
+    ended: u64,
     /// A step is under way: what it draws has not been read.
     under_way: bool,
     /// The host's lists are not what the device has.
     changed: bool,
     /// Of what the device has.
     parts: PromptParts,
+    /// Of all responses that have ended.
     tokens: u64,
 }
 
@@ -121,7 +122,7 @@ impl<'a> Generator<'a> {
             memory,
             graphs: HashMap::new(),
             again: vec![],
-            ended: (0, 0),
+            ended: 0,
             under_way: false,
             changed: true,
             parts: PromptParts::default(),
@@ -309,8 +310,8 @@ impl<'a> Generator<'a> {
 
     /// The slots in use, those of a prompt after each other.
     fn order(&self) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.slots.len()).collect();
-        order.retain(|&slot| self.slots[slot].is_some());
+        let in_use = |&slot: &usize| self.slots[slot].is_some();
+        let mut order: Vec<usize> = (0..self.slots.len()).filter(in_use).collect();
         order.sort_by_key(|&slot| self.prefix(slot));
         order
     }
@@ -490,8 +491,7 @@ impl<'a> Generator<'a> {
             logp: running.logp,
         };
         self.tokens += sample.token_ids.len() as u64;
-        self.ended.0 += 1;
-        self.ended.1 += sample.token_ids.len() as u64;
+        self.ended += 1;
         self.pages.free.extend(running.pages);
         if self.groups.finish(running.group, running.number, sample) {
             self.pages

@@ -80,6 +80,7 @@ pub struct Slots {
     /// `[layers][pages · PAGE, 2 · kv · dim]`.
     cache: Buffer,
     layer_bytes: usize,
+    /// Of which `state` and what the host gives are parts.
     block: Buffer,
     /// `[tables, most pages]`; table s is slot s's own, the others are prompts'.
     pub tables: Buffer,

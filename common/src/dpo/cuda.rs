@@ -135,20 +135,21 @@ impl CudaTrainer {
 
     fn part(&self, mean: Mean, pairs: &[&Pair], sums: &mut Sums) -> Result<()> {
         let groups: Vec<Group> = pairs.iter().map(|p| p.group()).collect();
+        let tokens: usize = groups.iter().map(Group::tokens).sum();
         let batch = self.decoder.pack(&groups);
-        let (tokens, targets) = (batch.tokens.len(), batch.targets.len());
+        let (rows, targets) = (batch.tokens.len(), batch.targets.len());
         let footprint = self.footprint();
-        let least = footprint.part(tokens, targets, 0);
+        let least = footprint.part(rows, targets, 0);
         ensure!(
             least <= self.free,
             "a pair of {tokens} tokens takes {} MB of the GPU in training, of which {} MB are free: lower --max-length",
             least >> 20,
             self.free >> 20
         );
-        let whole = footprint.whole_layers(tokens, targets, self.free);
+        let whole = footprint.whole_layers(rows, targets, self.free);
         let forward = Forward::new(&self.decoder, &batch, whole)?;
         let slopes = mean.slopes(pairs, &forward.sums()?, sums);
-        sums.tokens += groups.iter().map(|g| g.tokens() as u64).sum::<u64>();
+        sums.tokens += tokens as u64;
         let gradients = Gradients {
             flat: &self.trained.gradient,
             params: &self.params,

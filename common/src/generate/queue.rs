@@ -73,7 +73,7 @@ impl<T> Queue<T> {
 
     /// The numbers of the groups after one.
     pub fn after(&self, group: usize) -> impl Iterator<Item = usize> + use<T> {
-        group + 1..self.retired + self.groups.len()
+        group + 1..self.numbers().end
     }
 
     /// Starts a sample of a group; gives its number.

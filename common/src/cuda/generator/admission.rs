@@ -55,8 +55,8 @@ impl Generator<'_> {
     /// the longest, while few have.
     pub(super) fn expected(&self) -> usize {
         match self.ended {
-            (0..FEW, _) => self.own_pages(0).div_ceil(EXPECTED),
-            (ended, tokens) => (tokens * 5 / 4).div_ceil(ended * PAGE as u64) as usize,
+            0..FEW => self.own_pages(0).div_ceil(EXPECTED),
+            ended => (self.tokens * 5 / 4).div_ceil(ended * PAGE as u64) as usize,
         }
         .min(self.own_pages(0))
     }
