@@ -92,12 +92,7 @@ fn attention_bfloat16(bencher: Bencher, backward: bool) {
 }
 
 fn attend(bencher: Bencher, backward: bool, precision: Precision) {
-    let heads = Heads {
-        query: 9,
-        kv: 3,
-        dim: 64,
-        window: None,
-    };
+    let heads = Heads::new(9, 3, 64);
     let mut layout = Layout::default();
     layout.push(64, &[128; 8]);
     let tokens = layout.tokens();

@@ -17,9 +17,9 @@
 
 // ---- Rows -----------------------------------------------------------------------------------------------------------
 
-// out[r] = float32(table[tokens[r]]): `table` [vocab, width], `out` [count, width].
+// out[r] = float32(table[tokens[r]]) · scale: `table` [vocab, width], `out` [count, width].
 // Grid (count).
-#define EMBED(name, T) KERNEL(256, name, const T* table, const int* tokens, float* out, int width)
+#define EMBED(name, T) KERNEL(256, name, const T* table, const int* tokens, float scale, float* out, int width)
 EMBED(embed_f32, float);
 EMBED(embed_bf16, bf16);
 
@@ -46,6 +46,26 @@ RMS_NORM(rms_norm_bf16, bf16);
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float);
 RMS_NORM_BACKWARD(rms_norm_backward_bf16, bf16);
 
+// The residual stream gains what a norm makes of `given`: sum[r] += norm of given[r], both [count, width]. Grid as above.
+KERNEL(256, rms_norm_add, const float* given, const float* weight, float eps, float* sum, int count, int width);
+// Its gradient: `d_given` [count, width] is set, given that of the stream, `dy` [count, width]. `partial`, grid and shared
+// memory as for RMS_NORM_BACKWARD.
+#define RMS_NORM_ADD_BACKWARD(name, T) KERNEL(256, name, const float* given, const float* weight, float eps, \
+    const float* dy, T* d_given, float* partial, int count, int width)
+RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_f32, float);
+RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16);
+
+// Norms `width` columns of each row of `x` in place: all query heads of a token as one, or all key heads. Rows begin `stride`
+// elements apart; `stride` and `x` are multiples of four elements where `width` is. Grid as above.
+#define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, float eps, int count, int width, int stride)
+RMS_NORM_PART(rms_norm_part_f32, float);
+RMS_NORM_PART(rms_norm_part_bf16, bf16);
+// Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above.
+#define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, float eps, T* d, \
+    float* partial, int count, int width, int stride)
+RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float);
+RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16);
+
 // x[r] += bias: `x` [count, width]. Grid (count). Type: that of x (bias is float32).
 #define ADD_BIAS(name, T) KERNEL(256, name, T* x, const float* bias, int width)
 ADD_BIAS(add_bias_f32, float);
@@ -58,18 +78,18 @@ ADD_BIAS(add_bias_bf16, bf16);
 SUM_COLUMNS(sum_columns_f32, float);
 SUM_COLUMNS(sum_columns_bf16, bf16);
 
-// out = silu(gate) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn].
-// Grid (count, ceil(ffn / 1024)).
-#define SWIGLU(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn)
-SWIGLU(swiglu_f32, float);
-SWIGLU(swiglu_bf16, bf16);
+// out = gate · σ(c·gate·(1 + a·gate²)) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn]. SiLU is c = 1, a = 0;
+// GELU by tanh is c = √(8/π), a = 0.044715. Grid (count, ceil(ffn / 1024)).
+#define ACTIVATION(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn, float c, float a)
+ACTIVATION(activation_f32, float);
+ACTIVATION(activation_bf16, bf16);
 
 // Replaces `gate_up` by its gradient, given that of the output, `dy` [count, ffn]; `inner` [count, ffn] or null
 // receives the output again (the down projection's gradient wants it); it may be `dy` itself.
 // Grid (count, ceil(ffn / 1024)).
-#define SWIGLU_BACKWARD(name, T) KERNEL(256, name, T* gate_up, const T* dy, T* inner, int ffn)
-SWIGLU_BACKWARD(swiglu_backward_f32, float);
-SWIGLU_BACKWARD(swiglu_backward_bf16, bf16);
+#define ACTIVATION_BACKWARD(name, T) KERNEL(256, name, T* gate_up, const T* dy, T* inner, int ffn, float c, float a)
+ACTIVATION_BACKWARD(activation_backward_f32, float);
+ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
 
 // ---- Queries, keys and values ---------------------------------------------------------------------------------------
 // A row of the fused projection is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.

@@ -1,5 +1,5 @@
-// RMSNorm of the residual stream and its gradient: y = x / √(mean(x²) + ε) · w. (A weight may lie anywhere in a flat
-// buffer, so it is read one by one; rows are read in fours.)
+// RMSNorm and its gradient: y = x / √(mean(x²) + ε) · w, of the residual stream, of what is added to it, of queries and of
+// keys. (A weight may lie anywhere in a flat buffer, so it is read one by one; rows are read in fours.)
 #include "kernels.h"
 
 namespace device {
@@ -38,13 +38,22 @@ template <class F> __device__ inline void for_kept(const Team& team, int width, 
 // (Weights may begin anywhere.)
 __device__ inline Few<4> four(const float* weight) { return {{weight[0], weight[1], weight[2], weight[3]}}; }
 
-template <class T>
-__device__ void rms_norm(const float* x, const int* rows, const float* weight, float eps, T* out, int count, int width) {
+// Rows `stride` elements apart.
+template <class T> struct Rows {
+    T* first;
+    int stride;
+    __device__ T* operator[](int r) const { return first + (long long)r * stride; }
+};
+
+// y[r] = norm of x[rows[r]], or of x[r], or y[r] gains it. It may be x itself.
+template <class X, class Y>
+__device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, float eps, Rows<Y> y, int count, int width,
+                         bool add) {
     const Team team(width);
     int r = blockIdx.x * team.count() + team.number();
     if (r >= count) return;
-    const float* from = x + (long long)(rows ? rows[r] : r) * width;
-    T* to = out + (long long)r * width;
+    const X* from = x[rows ? rows[r] : r];
+    Y* to = y[r];
     float squares = 0;
     if (keeps(team, width)) {
         Few<4> v[KEPT], w[KEPT];
@@ -54,8 +63,10 @@ __device__ void rms_norm(const float* x, const int* rows, const float* weight, f
         });
         float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
         for_kept(team, width, [&](int k, int c) {
-            for (int i = 0; i < 4; ++i) v[k].at[i] *= scale * w[k].at[i];
-            v[k].store(to + c);
+            Few<4> sum = {};
+            if (add) sum = Few<4>::load(to + c);
+            for (int i = 0; i < 4; ++i) sum.at[i] += v[k].at[i] * (scale * w[k].at[i]);
+            sum.store(to + c);
         });
         return;
     }
@@ -66,16 +77,18 @@ __device__ void rms_norm(const float* x, const int* rows, const float* weight, f
     float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
     team.for_row(width, [&](int c, auto few) {
         auto v = few.load(from + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) v.at[i] *= scale * weight[c + i];
-        v.store(to + c);
+        if (add) few = few.load(to + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = (add ? few.at[i] : 0.0f) + v.at[i] * (scale * weight[c + i]);
+        few.store(to + c);
     });
 }
 
 // With x̂ = x·s, s = 1/rms, g = dy·w: dx = s·(g − x̂·mean(g·x̂)); dw = Σ dy·x̂, summed here over each team's rows in
 // shared memory, where each thread has its own columns, and then over the teams in order.
-template <class T>
-__device__ void rms_norm_backward(const float* x, const int* rows, const float* weight, float eps, const T* dy, float* dx,
-                                  T* dx_copy, float* partial, int count, int width, int add) {
+// `dx` may be `dy`.
+template <class X, class DY, class DX>
+__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, float eps, Rows<const DY> dy,
+                                  Rows<DX> dx, DY* dx_copy, float* partial, int count, int width, bool add) {
     SHARED_MEMORY(float, sums);
     const Team team(width);
     float* d_weight = sums + team.number() * width;
@@ -85,10 +98,11 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
         Few<4> w[KEPT], d_w[KEPT];
         for_kept(team, width, [&](int k, int c) { w[k] = four(weight + c), d_w[k] = {}; });
         for (int r = first; r < last; r += team.count()) {
-            const float* from = x + (long long)(rows ? rows[r] : r) * width;
-            long long row = (long long)r * width;
+            const X* from = x[rows ? rows[r] : r];
+            const DY* dy_row = dy[r];
+            DX* to = dx[r];
             Few<4> v[KEPT], d[KEPT];
-            for_kept(team, width, [&](int k, int c) { v[k] = Few<4>::load(from + c), d[k] = Few<4>::load(dy + row + c); });
+            for_kept(team, width, [&](int k, int c) { v[k] = Few<4>::load(from + c), d[k] = Few<4>::load(dy_row + c); });
             float squares = 0, product = 0;
             for_kept(team, width, [&](int k, int) {
                 for (int i = 0; i < 4; ++i) {
@@ -100,14 +114,14 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
             float mean = team.sum(product) * scale / width;
             for_kept(team, width, [&](int k, int c) {
                 Few<4> dx_row = {};
-                if (add) dx_row = Few<4>::load(dx + row + c);
+                if (add) dx_row = Few<4>::load(to + c);
                 for (int i = 0; i < 4; ++i) {
                     float normed = v[k].at[i] * scale;
                     dx_row.at[i] += scale * (d[k].at[i] * w[k].at[i] - normed * mean);
                     d_w[k].at[i] += d[k].at[i] * normed;
                 }
-                dx_row.store(dx + row + c);
-                if (dx_copy) dx_row.store(dx_copy + row + c);
+                dx_row.store(to + c);
+                if (dx_copy) dx_row.store(dx_copy + (long long)r * width + c);
             });
         }
         for_kept(team, width, [&](int k, int c) { d_w[k].store(d_weight + c); });
@@ -116,9 +130,9 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
             for (int i = 0; i < int(sizeof few / 4); ++i) d_weight[c + i] = 0;
         });
         for (int r = first; r < last; r += team.count()) {
-            const float* from = x + (long long)(rows ? rows[r] : r) * width;
-            const T* dy_row = dy + (long long)r * width;
-            float* dx_row = dx + (long long)r * width;
+            const X* from = x[rows ? rows[r] : r];
+            const DY* dy_row = dy[r];
+            DX* dx_row = dx[r];
             float squares = 0, product = 0;
             team.for_row(width, [&](int c, auto few) {
                 auto v = few.load(from + c), d = few.load(dy_row + c);
@@ -152,12 +166,69 @@ __device__ void rms_norm_backward(const float* x, const int* rows, const float* 
 
 }  // namespace device
 
-RMS_NORM(rms_norm_f32, float) { device::rms_norm(x, rows, weight, eps, out, count, width); }
-RMS_NORM(rms_norm_bf16, bf16) { device::rms_norm(x, rows, weight, eps, out, count, width); }
+namespace device {
+
+template <class T> __device__ Rows<T> rows_of(T* x, int stride) { return {x, stride}; }
+
+template <class T>
+__device__ void norm_stream(const float* x, const int* rows, const float* weight, float eps, T* out, int count, int width) {
+    rms_norm(rows_of(x, width), rows, weight, eps, rows_of(out, width), count, width, false);
+}
+
+template <class T>
+__device__ void norm_stream_backward(const float* x, const int* rows, const float* weight, float eps, const T* dy, float* dx,
+                                     T* dx_copy, float* partial, int count, int width, int add) {
+    rms_norm_backward(rows_of(x, width), rows, weight, eps, rows_of(dy, width), rows_of(dx, width), dx_copy, partial, count,
+                      width, add);
+}
+
+template <class T>
+__device__ void norm_given_backward(const float* given, const float* weight, float eps, const float* dy, T* d_given,
+                                    float* partial, int count, int width) {
+    rms_norm_backward(rows_of(given, width), nullptr, weight, eps, rows_of(dy, width), rows_of(d_given, width),
+                      (float*)nullptr, partial, count, width, false);
+}
+
+template <class T>
+__device__ void norm_part(T* x, const float* weight, float eps, int count, int width, int stride) {
+    rms_norm(rows_of((const T*)x, stride), nullptr, weight, eps, rows_of(x, stride), count, width, false);
+}
+
+template <class T>
+__device__ void norm_part_backward(const T* x, const float* weight, float eps, T* d, float* partial, int count, int width,
+                                   int stride) {
+    rms_norm_backward(rows_of(x, stride), nullptr, weight, eps, rows_of((const T*)d, stride), rows_of(d, stride), (T*)nullptr,
+                      partial, count, width, false);
+}
+
+}  // namespace device
+
+RMS_NORM(rms_norm_f32, float) { device::norm_stream(x, rows, weight, eps, out, count, width); }
+RMS_NORM(rms_norm_bf16, bf16) { device::norm_stream(x, rows, weight, eps, out, count, width); }
 
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float) {
-    device::rms_norm_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
+    device::norm_stream_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
 }
 RMS_NORM_BACKWARD(rms_norm_backward_bf16, bf16) {
-    device::rms_norm_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
+    device::norm_stream_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
+}
+
+KERNEL(256, rms_norm_add, const float* given, const float* weight, float eps, float* sum, int count, int width) {
+    device::rms_norm(device::rows_of(given, width), nullptr, weight, eps, device::rows_of(sum, width), count, width, true);
+}
+RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_f32, float) {
+    device::norm_given_backward(given, weight, eps, dy, d_given, partial, count, width);
+}
+RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16) {
+    device::norm_given_backward(given, weight, eps, dy, d_given, partial, count, width);
+}
+
+RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, eps, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, eps, count, width, stride); }
+
+RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float) {
+    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
+}
+RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16) {
+    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
 }

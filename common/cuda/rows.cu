@@ -3,10 +3,14 @@
 
 namespace device {
 
-template <class T> __device__ void embed(const T* table, const int* tokens, float* out, int width) {
+template <class T> __device__ void embed(const T* table, const int* tokens, float scale, float* out, int width) {
     const T* from = table + (long long)tokens[blockIdx.x] * width;
     float* to = out + (long long)blockIdx.x * width;
-    for_columns(0, width, width, [=](int c, auto few) { few.load(from + c).store(to + c); });
+    for_columns(0, width, width, [=](int c, auto few) {
+        auto v = few.load(from + c);
+        for (float& x : v.at) x *= scale;
+        v.store(to + c);
+    });
 }
 
 template <class T> __device__ void add_bias(T* x, const float* bias, int width) {
@@ -36,8 +40,8 @@ template <class T> __device__ void sum_columns(const T* x, float* out, int count
 
 }  // namespace device
 
-EMBED(embed_f32, float) { device::embed(table, tokens, out, width); }
-EMBED(embed_bf16, bf16) { device::embed(table, tokens, out, width); }
+EMBED(embed_f32, float) { device::embed(table, tokens, scale, out, width); }
+EMBED(embed_bf16, bf16) { device::embed(table, tokens, scale, out, width); }
 
 KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width) {
     float* to = target + (long long)rows[blockIdx.x] * width;

@@ -20,7 +20,7 @@ pub enum Value {
     Reals(Vec<f64>),
 }
 
-/// Whether arrays (vocabularies, merges) are read or stepped over.
+/// Whether arrays (vocabularies, merges) are read or stepped over; those of flags are always read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrays {
     Read,
@@ -164,7 +164,7 @@ impl<'a> Cursor<'a> {
     fn value(&mut self, kind: u32) -> Result<Option<Value>> {
         Ok(Some(match kind {
             6 | 12 => Value::Real(self.real(kind)?),
-            7 => Value::Flag(self.whole(kind)? != 0),
+            FLAG => Value::Flag(self.whole(kind)? != 0),
             8 => Value::Text(self.string()?),
             9 => return self.values(),
             _ => Value::Whole(self.whole(kind)?),
@@ -173,7 +173,7 @@ impl<'a> Cursor<'a> {
 
     fn whole(&mut self, kind: u32) -> Result<i128> {
         Ok(match kind {
-            0 | 7 => i128::from(self.array::<1>()?[0]),
+            0 | FLAG => i128::from(self.array::<1>()?[0]),
             1 => i128::from(i8::from_le_bytes(self.array()?)),
             2 => i128::from(u16::from_le_bytes(self.array()?)),
             3 => i128::from(i16::from_le_bytes(self.array()?)),
@@ -195,7 +195,7 @@ impl<'a> Cursor<'a> {
     /// An array. One of arrays is always stepped over: nothing has a use for it.
     fn values(&mut self) -> Result<Option<Value>> {
         let (kind, count) = (self.u32()?, self.length()?);
-        if self.arrays == Arrays::Skip || kind == 9 {
+        if (self.arrays == Arrays::Skip && kind != FLAG) || kind == 9 {
             return self.skip(kind, count, 0).map(|()| None);
         }
         self.fits(count, smallest(kind)?, "array elements")?;
@@ -249,10 +249,13 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// The number of the type of truth values.
+const FLAG: u32 = 7;
+
 /// The fewest bytes that a value of a type takes.
 fn smallest(kind: u32) -> Result<usize> {
     Ok(match kind {
-        0 | 1 | 7 => 1,
+        0 | 1 | FLAG => 1,
         2 | 3 => 2,
         4..=6 | 8 | 9 => 4,
         10..=12 => 8,

@@ -377,7 +377,8 @@ mod tests {
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::model::{Gradients, Params, Workspace};
-    use crate::weights::Config;
+    use crate::kernels::activation::Activation;
+    use crate::weights::{Config, Norms, QkNorm};
     use serde_json::json;
     use std::path::Path;
 
@@ -398,12 +399,24 @@ mod tests {
             ..llama.clone()
         };
         let normed = Config {
-            qk_norm: true,
+            qk_norm: Some(QkNorm::Heads),
             windows: vec![Some(3), None],
-            rotates: vec![true, false],
+            ropes: vec![llama.ropes[0], None],
             ..llama.clone()
         };
-        vec![llama, biased, normed]
+        let after = Config {
+            norms: Norms::After,
+            qk_norm: Some(QkNorm::Rows),
+            ..llama.clone()
+        };
+        let around = Config {
+            norms: Norms::Around,
+            embed_scale: 3.0,
+            attention_scale: 0.6,
+            activation: Activation::GeluTanh,
+            ..llama.clone()
+        };
+        vec![llama, biased, normed, after, around]
     }
 
     fn weights(params: &Params) -> Vec<f32> {

@@ -19,6 +19,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -147,6 +149,23 @@ FAMILIES = {
             rope_parameters={
                 "sliding_attention": rope(10000.0),
                 "full_attention": rope(1000000.0, "linear", factor=8.0),
+            },
+        ),
+        {},
+    ),
+    "olmo2": (Olmo2Config, dict(rope_parameters=rope(500000.0)), {}),
+    # Wavelengths 6.3, 55, 489 positions of a context of 64: the ramp has a pair in it; layer 1 of 3 sees everything.
+    "olmo3": (
+        Olmo3Config,
+        dict(
+            num_hidden_layers=3,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "sliding_attention": rope(5000.0),
+                "full_attention": rope(
+                    5000.0, "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=1.0
+                ),
             },
         ),
         {},

@@ -5,7 +5,7 @@ use super::decoder::{Decoder, Linear, Pass, Shape, THREADS, head_lanes, norm_row
 use super::device::{Address, Buffer, Form, Launch, Operand, Product};
 use crate::kernels::gemm::Precision;
 use crate::model::{Matrix, Params, Span};
-use crate::weights::Config;
+use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
 
 /// Where a backward pass adds gradients.
@@ -50,6 +50,8 @@ pub(super) struct Backward<'a> {
     pub dx: Buffer,
     /// The same in bfloat16, where that is multiplied.
     dx_copy: Option<Buffer>,
+    /// The gradient of what a sublayer gave, where there is a norm after it.
+    d_given: Option<Buffer>,
     d_qkv: Buffer,
     d_attention: Buffer,
     /// What each query head adds to the gradients of its key and value, `[T, heads, 2, dim]`, float32.
@@ -86,9 +88,13 @@ impl<'a> Backward<'a> {
         dx.clear()?;
         Ok(Self {
             dx,
-            dx_copy: match decoder.precision {
-                Precision::F32 => None,
-                Precision::Bf16 => Some(rows(hidden, size)?),
+            dx_copy: match (decoder.precision, decoder.config.norms) {
+                (Precision::Bf16, Norms::Before) => Some(rows(hidden, size)?),
+                _ => None,
+            },
+            d_given: match decoder.config.norms {
+                Norms::Before => None,
+                Norms::After | Norms::Around => Some(rows(hidden, size)?),
             },
             d_qkv: rows(heads.qkv_width(), size)?,
             d_attention: rows(heads.q_width(), size)?,
@@ -108,22 +114,25 @@ impl<'a> Backward<'a> {
         self.attention(i, x, pass)
     }
 
-    /// next = middle + down(swiglu(gate_up(norm(middle)))). `pass.gate_up` becomes its gradient.
+    /// next = middle + norm(down(act(gate_up(norm(middle))))). `pass.gate_up` becomes its gradient.
     fn mlp(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        let (count, ffn) = (self.shape.tokens, self.decoder.config.ffn);
-        self.input_gradient(&layer.down, self.dy(), &pass.inner, pass)?;
+        let (config, count) = (&self.decoder.config, self.shape.tokens);
+        let (ffn, [c, a]) = (config.ffn, config.activation.curve());
+        let norm = (&layer.norms.after_mlp, &places.norms.after_mlp);
+        let dy = self.given(norm, pass.down.as_ref())?;
+        self.input_gradient(&layer.down, dy, &pass.inner, pass)?;
         self.decoder.device.launch(
-            &self.decoder.kernels.of_format("swiglu_backward"),
+            &self.decoder.kernels.of_format("activation_backward"),
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
-            args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32],
+            args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32, c, a],
         )?;
-        self.weight_gradient(&layer.down, &places.down, &pass.inner, self.dy(), pass)?;
-        self.bias_gradient(&places.down, &self.dx, Precision::F32)?;
+        self.weight_gradient(&layer.down, &places.down, &pass.inner, dy, pass)?;
+        self.given_bias_gradient(&places.down)?;
         let d_gate_up = self.operand(&pass.gate_up, 2 * ffn);
-        self.through_norm(
+        self.read(
             (&layer.gate_up, &places.gate_up),
-            (&layer.mlp_norm, &places.mlp_norm),
+            (&layer.norms.before_mlp, &places.norms.before_mlp),
             d_gate_up,
             &pass.x,
             pass,
@@ -131,29 +140,69 @@ impl<'a> Backward<'a> {
         self.bias_gradient(&places.gate_up, &pass.gate_up, self.decoder.precision)
     }
 
-    /// middle = x + output(attention(rotate(qkv(norm(x))))).
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))).
     fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        self.input_gradient(&layer.output, self.dy(), &self.d_attention, pass)?;
-        self.weight_gradient(
-            &layer.output,
-            &places.output,
-            &pass.attention,
-            self.dy(),
-            pass,
-        )?;
-        self.bias_gradient(&places.output, &self.dx, Precision::F32)?;
+        let norm = (&layer.norms.after_attention, &places.norms.after_attention);
+        let dy = self.given(norm, pass.output.as_ref())?;
+        self.input_gradient(&layer.output, dy, &self.d_attention, pass)?;
+        self.weight_gradient(&layer.output, &places.output, &pass.attention, dy, pass)?;
+        self.given_bias_gradient(&places.output)?;
         self.attend(i, pass)?;
         self.rotate(i, pass)?;
+        self.norm_rows(i, pass)?;
         let d_qkv = self.operand(&self.d_qkv, layer.qkv.rows);
-        self.through_norm(
+        self.read(
             (&layer.qkv, &places.qkv),
-            (&layer.input_norm, &places.input_norm),
+            (&layer.norms.before_attention, &places.norms.before_attention),
             d_qkv,
             x,
             pass,
         )?;
         self.bias_gradient(&places.qkv, &self.d_qkv, self.decoder.precision)
+    }
+
+    /// The gradient of what a sublayer gave, as it is multiplied: that of the residual stream, or, where there is a norm after
+    /// it, what that makes of it.
+    fn given(
+        &self,
+        (weight, span): (&Option<Buffer>, &Option<Span>),
+        given: Option<&Buffer>,
+    ) -> Result<Operand> {
+        let (Some(weight), Some(span), Some(given), Some(d_given)) =
+            (weight, span, given, &self.d_given)
+        else {
+            return Ok(self.dy());
+        };
+        let (count, width) = (self.shape.tokens, self.decoder.config.hidden);
+        let blocks = count.min(NORM_BLOCKS);
+        let wanted = self.gradients.span(span);
+        self.decoder.device.launch(
+            &self.decoder.kernels.of_format("rms_norm_add_backward"),
+            norm_launch(blocks, width),
+            args![
+                given,
+                weight,
+                self.decoder.config.norm_eps,
+                &self.dx,
+                d_given,
+                wanted.map(|_| &self.partial),
+                count as i32,
+                width as i32,
+            ],
+        )?;
+        if let Some(to) = wanted {
+            self.add_partial(blocks, width, to)?;
+        }
+        Ok(self.operand(d_given, width))
+    }
+
+    /// That of the bias of what [`Self::given`] was last asked about.
+    fn given_bias_gradient(&self, matrix: &Matrix) -> Result<()> {
+        match &self.d_given {
+            Some(d_given) => self.bias_gradient(matrix, d_given, self.decoder.precision),
+            None => self.bias_gradient(matrix, &self.dx, Precision::F32),
+        }
     }
 
     /// From the gradient of attention's result to `d_qkv`, that of what it read.
@@ -178,7 +227,7 @@ impl<'a> Backward<'a> {
                 kv,
                 dim,
                 window,
-                heads.scale(),
+                heads.scale,
             ],
         )?;
         let halves = if self.decoder.head_size() == 256 {
@@ -202,7 +251,7 @@ impl<'a> Backward<'a> {
                 kv,
                 dim,
                 window,
-                heads.scale(),
+                heads.scale,
             ],
         )?;
         let count = self.shape.tokens;
@@ -213,23 +262,24 @@ impl<'a> Backward<'a> {
         )
     }
 
-    /// Back through rotation and head norms: `d_qkv` becomes the gradient of the projection.
+    /// Back through rotation and head norms: `d_qkv` becomes the gradient of what they were made of.
     fn rotate(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
         let blocks = count.min(HEAD_NORM_BLOCKS);
-        let (norms, shared) = match &layer.head_norms {
-            Some((q, k)) => (
+        let by_heads = self.decoder.config.qk_norm == Some(QkNorm::Heads);
+        let (norms, shared) = match &layer.qk_norms {
+            Some((q, k)) if by_heads => (
                 (q.address(), k.address()),
                 512 / head_lanes(heads.dim) * heads.dim * size_of::<f32>(),
             ),
-            None => ((0, 0), 0),
+            _ => ((0, 0), 0),
         };
         // Both lie side by side, as the kernel sums them.
-        let wanted = places.head_norms.as_ref();
+        let wanted = places.qk_norms.as_ref().filter(|_| by_heads);
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
-        let (cos, sin) = self.shape.rotary.of(self.decoder.config.rotates[i]);
+        let (cos, sin) = self.shape.rotary.of(i);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("qkv_rope_backward"),
             Launch::row(blocks, THREADS).shared(shared),
@@ -256,18 +306,61 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// y = linear(norm(x)): adds the gradients of both, and to `dx` what x gains, given `dy`.
-    fn through_norm(
+    /// Back through the norms of all queries of a token and of all its keys, where the family has those.
+    fn norm_rows(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
+        let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
+        let (Some((q, k)), Some((q_span, k_span)), Some(QkNorm::Rows), Some(raw)) = (
+            &layer.qk_norms,
+            &places.qk_norms,
+            self.decoder.config.qk_norm,
+            &pass.qkv_raw,
+        ) else {
+            return Ok(());
+        };
+        let (size, blocks) = (self.decoder.size(), count.min(NORM_BLOCKS));
+        for (first, width, weight, span) in [
+            (0, heads.q_width(), q, q_span),
+            (heads.q_width(), heads.kv_width(), k, k_span),
+        ] {
+            let wanted = self.gradients.span(span);
+            self.decoder.device.launch(
+                &self.decoder.kernels.of_format("rms_norm_part_backward"),
+                norm_launch(blocks, width),
+                args![
+                    raw.element(first, size),
+                    weight,
+                    self.decoder.config.norm_eps,
+                    self.d_qkv.element(first, size),
+                    wanted.map(|_| &self.partial),
+                    count as i32,
+                    width as i32,
+                    heads.qkv_width() as i32,
+                ],
+            )?;
+            if let Some(to) = wanted {
+                self.add_partial(blocks, width, to)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// y = linear(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what x gains, given `dy`.
+    fn read(
         &self,
         (linear, matrix): (&Linear, &Matrix),
-        (weight, span): (&Buffer, &Span),
+        (weight, span): (&Option<Buffer>, &Option<Span>),
         dy: Operand,
         x: &Buffer,
         pass: &Pass,
     ) -> Result<()> {
         let count = self.shape.tokens;
-        self.decoder.norm(x, None, weight, count, &pass.normed)?;
+        self.decoder.read(x, weight.as_ref(), count, &pass.normed)?;
         self.weight_gradient(linear, matrix, &pass.normed, dy, pass)?;
+        let (Some(weight), Some(span)) = (weight, span) else {
+            let dx = self.dx.rows(0, linear.cols, Precision::F32);
+            return self.add_input_gradient(linear, dy, dx, 1.0, pass);
+        };
         self.input_gradient(linear, dy, &pass.normed, pass)?;
         let norm = Norm {
             x,
@@ -287,7 +380,7 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(norm.span);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("rms_norm_backward"),
-            Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>()),
+            norm_launch(blocks, width),
             args![
                 norm.x,
                 norm.rows,
@@ -333,8 +426,20 @@ impl<'a> Backward<'a> {
 
     /// For y = x·Wᵀ: sets `dx` `[T, in]` to dy·W.
     fn input_gradient(&self, linear: &Linear, dy: Operand, dx: &Buffer, pass: &Pass) -> Result<()> {
-        let (device, count) = (&self.decoder.device, self.shape.tokens);
         let dx = self.operand(dx, linear.cols);
+        self.add_input_gradient(linear, dy, dx, 0.0, pass)
+    }
+
+    /// dx = `keep`·dx + dy·W.
+    fn add_input_gradient(
+        &self,
+        linear: &Linear,
+        dy: Operand,
+        dx: Operand,
+        keep: f32,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (device, count) = (&self.decoder.device, self.shape.tokens);
         device.multiply(Product {
             form: Form::RowsByColumns,
             m: count,
@@ -344,7 +449,7 @@ impl<'a> Backward<'a> {
             b: self.operand(&linear.weight, linear.cols),
             c: dx,
             scale: 1.0,
-            keep: 0.0,
+            keep,
         })?;
         for adapter in &linear.adapters {
             let between = pass.low_rank.as_ref().expect("made with the adapters");
@@ -418,11 +523,22 @@ impl<'a> Backward<'a> {
     }
 }
 
+/// The gradient of a norm over rows of such a width, by so many blocks.
+fn norm_launch(blocks: usize, width: usize) -> Launch {
+    Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
+}
+
 /// What partial sums over at most so many rows take, whichever needs most.
 pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
     let mut most = count.min(NORM_BLOCKS) * config.hidden;
-    if config.qk_norm {
-        most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.head_dim);
+    match config.qk_norm {
+        None => {}
+        Some(QkNorm::Heads) => {
+            most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.head_dim);
+        }
+        Some(QkNorm::Rows) => {
+            most = most.max(count.min(NORM_BLOCKS) * config.heads * config.head_dim);
+        }
     }
     let qkv = (config.heads + 2 * config.kv_heads) * config.head_dim;
     for (has, width) in [

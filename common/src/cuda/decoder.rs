@@ -3,11 +3,11 @@
 use super::args;
 use super::device::{Address, Buffer, Device, Form, Launch, Operand, Plain, Product, bytes_of};
 use super::lora::LowRank;
+use super::optimizer::elements;
 use crate::kernels::attention::{Heads, Layout};
 use crate::kernels::gemm::Precision;
-use crate::kernels::rope::Rotary;
-use crate::model::{LayerParams, Matrix, Params, Source, Span};
-use crate::weights::Config;
+use crate::model::{LayerNorms, LayerParams, Matrix, Params, Rotations, Source, Span};
+use crate::weights::{Config, Norms, QkNorm};
 use anyhow::{Result, ensure};
 use std::sync::{Arc, Mutex};
 
@@ -53,11 +53,10 @@ pub struct Decoder {
 
 pub(super) struct Layer {
     pub heads: Heads,
-    pub input_norm: Buffer,
+    pub norms: LayerNorms<Buffer>,
     pub qkv: Linear,
-    pub head_norms: Option<(Buffer, Buffer)>,
+    pub qk_norms: Option<(Buffer, Buffer)>,
     pub output: Linear,
-    pub mlp_norm: Buffer,
     pub gate_up: Linear,
     pub down: Linear,
 }
@@ -90,18 +89,17 @@ pub(super) struct Linear {
     pub adapters: Vec<LowRank>,
 }
 
-/// cos and sin of every position that was needed so far.
+/// cos and sin of every position that was needed so far, `[positions, head_dim / 2]` each, for each kind of rotation.
 pub(super) struct Rotation {
-    /// `[positions, head_dim / 2]` each.
-    pub cos: Buffer,
-    pub sin: Buffer,
-    positions: usize,
+    tables: Vec<(Buffer, Buffer)>,
+    rotations: Rotations,
 }
 
 impl Rotation {
     /// The tables of a layer that rotates, and none of one that does not.
-    pub fn of(&self, rotates: bool) -> (Option<&Buffer>, Option<&Buffer>) {
-        (rotates.then_some(&self.cos), rotates.then_some(&self.sin))
+    pub fn of(&self, layer: usize) -> (Option<&Buffer>, Option<&Buffer>) {
+        let table = self.rotations.number(layer).map(|n| &self.tables[n]);
+        (table.map(|t| &t.0), table.map(|t| &t.1))
     }
 }
 
@@ -110,7 +108,7 @@ pub(super) struct Kernels {
     pub embed: String,
     pub rms_norm: String,
     pub add_bias: String,
-    pub swiglu: String,
+    pub activation: String,
     pub qkv_rope: String,
     pub attention: String,
     pub decode_attention: String,
@@ -138,7 +136,7 @@ impl Kernels {
             embed: name("embed"),
             rms_norm: name("rms_norm"),
             add_bias: name("add_bias"),
-            swiglu: name("swiglu"),
+            activation: name("activation"),
             qkv_rope: name("qkv_rope"),
             attention: format!("attention_{format}_{head_size}"),
             decode_attention: format!("decode_attention_{format}_{head_size}"),
@@ -208,18 +206,22 @@ pub struct Pass {
     pub x: Buffer,
     /// A norm's output.
     pub normed: Buffer,
-    /// The fused projection before bias, head norms and rotation, where it is to be kept; else `qkv` has it meanwhile.
+    /// The fused projection before its norms and rotation, where it is to be kept; else `qkv` has it meanwhile.
     pub qkv_raw: Option<Buffer>,
-    /// `[q | k | v]` after bias, head norms and rotation.
+    /// `[q | k | v]` after bias, norms and rotation.
     pub qkv: Buffer,
     /// Attention's result.
     pub attention: Buffer,
     /// Log-sum-exp of the scores, `[T, heads]`, float32.
     pub lse: Buffer,
+    /// What attention's output projection gives, float32, where there is a norm after it.
+    pub output: Option<Buffer>,
     /// `[gate | up]`.
     pub gate_up: Buffer,
     /// The MLP's inner activation.
     pub inner: Buffer,
+    /// What the MLP's output projection gives, float32, where there is a norm after it.
+    pub down: Option<Buffer>,
     /// What adapters have between their factors, `[T, rank]`; none without adapters.
     pub low_rank: Option<Buffer>,
 }
@@ -302,16 +304,16 @@ impl Decoder {
                     kv: config.kv_heads,
                     dim: config.head_dim,
                     window: config.windows[i],
+                    scale: config.attention_scale,
                 },
-                input_norm: vector(&p.input_norm)?,
+                norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
-                head_norms: p
-                    .head_norms
+                qk_norms: p
+                    .qk_norms
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                mlp_norm: vector(&p.mlp_norm)?,
                 gate_up: linear(&p.gate_up)?,
                 down: linear(&p.down)?,
             })
@@ -350,13 +352,16 @@ impl Decoder {
         let c = &self.config;
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn;
-        in_format * self.size() + (c.hidden + c.heads) * size_of::<f32>()
+        let streams = if c.norms == Norms::Before { 1 } else { 2 };
+        in_format * self.size() + (streams * c.hidden + c.heads) * size_of::<f32>()
     }
 
     /// Room for the activations of so many tokens.
     pub fn pass(&self, tokens: usize) -> Result<Pass> {
         let (c, heads) = (&self.config, self.heads(0));
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        // Both sublayers are done with it before the next begins.
+        let given = self.given(tokens)?;
         Ok(Pass {
             x: rows(c.hidden, size_of::<f32>())?,
             normed: rows(c.hidden, self.size())?,
@@ -364,13 +369,24 @@ impl Decoder {
             qkv: rows(heads.qkv_width(), self.size())?,
             attention: rows(heads.q_width(), self.size())?,
             lse: rows(heads.query, size_of::<f32>())?,
+            output: given.clone(),
             gate_up: rows(2 * c.ffn, self.size())?,
             inner: rows(c.ffn, self.size())?,
+            down: given,
             low_rank: match self.rank() {
                 0 => None,
                 rank => Some(rows(rank, self.size())?),
             },
         })
+    }
+
+    /// Room for what a sublayer gives, where there is a norm after it.
+    pub(super) fn given(&self, tokens: usize) -> Result<Option<Buffer>> {
+        let bytes = tokens * self.config.hidden * size_of::<f32>();
+        match self.config.norms {
+            Norms::Before => Ok(None),
+            Norms::After | Norms::Around => self.device.allocate(bytes).map(Some),
+        }
     }
 
     /// The largest rank of its adapters; 0 where it has none.
@@ -417,17 +433,18 @@ impl Decoder {
     pub(super) fn rotation(&self, positions: usize) -> Result<Arc<Rotation>> {
         let mut rotary = self.rotary.lock().expect("no thread panics with the lock");
         if let Some(table) = &*rotary
-            && table.positions >= positions
+            && table.rotations.positions() >= positions
         {
             return Ok(table.clone());
         }
-        let positions = positions.next_power_of_two();
-        let table = Rotary::new(&self.config.rope.inv_freq(self.config.head_dim), positions);
-        let (cos, sin) = table.tables();
+        let rotations = Rotations::new(&self.config, positions.next_power_of_two());
+        let tables = rotations.tables().iter().map(|rotary| {
+            let (cos, sin) = rotary.tables();
+            Ok((self.device.buffer_of(cos)?, self.device.buffer_of(sin)?))
+        });
         let table = Arc::new(Rotation {
-            cos: self.device.buffer_of(cos)?,
-            sin: self.device.buffer_of(sin)?,
-            positions,
+            tables: tables.collect::<Result<_>>()?,
+            rotations,
         });
         *rotary = Some(table.clone());
         Ok(table)
@@ -452,7 +469,7 @@ impl Decoder {
         self.device.launch(
             &self.kernels.embed,
             Launch::row(count, THREADS),
-            args![&self.embedding, tokens, x, width],
+            args![&self.embedding, tokens, self.config.embed_scale, x, width],
         )
     }
 
@@ -504,14 +521,23 @@ impl Decoder {
         cache: Option<CacheRows>,
     ) -> Result<()> {
         let (layer, heads, eps) = (&self.layers[i], self.heads(i), self.config.norm_eps);
-        self.norm(&pass.x, None, &layer.input_norm, count, &pass.normed)?;
-        let raw = pass.qkv_raw.as_ref().unwrap_or(&pass.qkv);
-        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
-        let (q_norm, k_norm) = match &layer.head_norms {
-            Some((q, k)) => (q.address(), k.address()),
-            None => (0, 0),
+        let norm = layer.norms.before_attention.as_ref();
+        self.read(&pass.x, norm, count, &pass.normed)?;
+        let raw = match self.config.qk_norm {
+            Some(QkNorm::Rows) => &pass.qkv,
+            _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
         };
-        let (cos, sin) = rotary.of(self.config.rotates[i]);
+        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
+        let mut bias = layer.qkv.bias.as_ref();
+        let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
+            (Some((q, k)), Some(QkNorm::Heads)) => (q.address(), k.address()),
+            (Some(norms), Some(QkNorm::Rows)) => {
+                self.norm_rows(i, norms, bias.take(), count, pass)?;
+                (0, 0)
+            }
+            _ => (0, 0),
+        };
+        let (cos, sin) = rotary.of(i);
         let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
         self.device.launch(
             &self.kernels.qkv_rope,
@@ -522,7 +548,7 @@ impl Decoder {
             args![
                 raw,
                 &pass.qkv,
-                layer.qkv.bias.as_ref(),
+                bias,
                 q_norm,
                 k_norm,
                 eps,
@@ -537,6 +563,42 @@ impl Decoder {
                 heads.dim as i32,
             ],
         )
+    }
+
+    /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
+    fn norm_rows(
+        &self,
+        i: usize,
+        (q, k): &(Buffer, Buffer),
+        bias: Option<&Buffer>,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (heads, stride) = (self.heads(i), self.heads(i).qkv_width());
+        if let Some(bias) = bias {
+            self.bias(&self.kernels.add_bias, &pass.qkv, bias, count, stride)?;
+        }
+        if let Some(raw) = &pass.qkv_raw {
+            raw.copy_from(&pass.qkv, raw.bytes())?;
+        }
+        for (first, width, weight) in [
+            (0, heads.q_width(), q),
+            (heads.q_width(), heads.kv_width(), k),
+        ] {
+            self.device.launch(
+                &self.kernels.of_format("rms_norm_part"),
+                Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+                args![
+                    pass.qkv.element(first, self.size()),
+                    weight,
+                    self.config.norm_eps,
+                    count as i32,
+                    width as i32,
+                    stride as i32,
+                ],
+            )?;
+        }
+        Ok(())
     }
 
     /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`.
@@ -556,7 +618,7 @@ impl Decoder {
                 heads.kv as i32,
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
-                heads.scale(),
+                heads.scale,
             ],
         )
     }
@@ -570,8 +632,9 @@ impl Decoder {
     /// `pass.x` gains attention's output projection; from it to `pass.gate_up`.
     pub(super) fn widen(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
         let layer = &self.layers[i];
-        self.add(&layer.output, &pass.attention, &pass.x, count, pass)?;
-        self.norm(&pass.x, None, &layer.mlp_norm, count, &pass.normed)?;
+        self.give(&layer.output, &pass.attention, pass.output.as_ref(), &pass.x, count, pass)?;
+        self.gain(&layer.norms.after_attention, pass.output.as_ref(), &pass.x, count)?;
+        self.read(&pass.x, layer.norms.before_mlp.as_ref(), count, &pass.normed)?;
         self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &layer.gate_up.bias {
             Some(bias) => {
@@ -584,13 +647,20 @@ impl Decoder {
 
     /// The residual stream `x` gains the MLP of `pass.gate_up`.
     pub(super) fn narrow(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
-        let ffn = self.config.ffn;
+        let given = pass.down.as_ref();
+        self.give_mlp(i, count, pass, x)?;
+        self.gain(&self.layers[i].norms.after_mlp, given, x, count)
+    }
+
+    /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
+    pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
+        let (ffn, [c, a]) = (self.config.ffn, self.config.activation.curve());
         self.device.launch(
-            &self.kernels.swiglu,
+            &self.kernels.activation,
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
-            args![&pass.gate_up, &pass.inner, ffn as i32],
+            args![&pass.gate_up, &pass.inner, ffn as i32, c, a],
         )?;
-        self.add(&self.layers[i].down, &pass.inner, x, count, pass)
+        self.give(&self.layers[i].down, &pass.inner, pass.down.as_ref(), x, count, pass)
     }
 
     /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.
@@ -626,6 +696,25 @@ impl Decoder {
         })
     }
 
+    /// What a linear map reads of the residual stream: normed, or, where there is no norm, as it is, in the decoder's format.
+    pub(super) fn read(
+        &self,
+        x: &Buffer,
+        norm: Option<&Buffer>,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        let n = count * self.config.hidden;
+        match (norm, self.precision) {
+            (Some(norm), _) => self.norm(x, None, norm, count, out),
+            (None, Precision::F32) => out.copy_from(x, n * size_of::<f32>()),
+            (None, Precision::Bf16) => {
+                let args = args![x, out, n as u64, 0u64, 0];
+                self.device.launch("round_bf16", elements(n), args)
+            }
+        }
+    }
+
     pub(super) fn norm(
         &self,
         x: &Buffer,
@@ -655,21 +744,45 @@ impl Decoder {
         self.multiply(linear, x, y, count, 0.0, pass)
     }
 
-    /// The residual stream gains x·Wᵀ + b.
-    fn add(
+    /// `given` is x·Wᵀ + b; without such room, the residual stream gains it.
+    fn give(
         &self,
         linear: &Linear,
         x: &Buffer,
+        given: Option<&Buffer>,
         stream: &Buffer,
         count: usize,
         pass: &Pass,
     ) -> Result<()> {
-        let y = stream.rows(0, linear.rows, Precision::F32);
-        self.multiply(linear, x, y, count, 1.0, pass)?;
+        let (y, keep) = match given {
+            Some(given) => (given, 0.0),
+            None => (stream, 1.0),
+        };
+        let rows = y.rows(0, linear.rows, Precision::F32);
+        self.multiply(linear, x, rows, count, keep, pass)?;
         match &linear.bias {
-            Some(bias) => self.bias("add_bias_f32", stream, bias, count, linear.rows),
+            Some(bias) => self.bias("add_bias_f32", y, bias, count, linear.rows),
             None => Ok(()),
         }
+    }
+
+    /// The residual stream gains what was given, normed; nothing more where there is no norm.
+    fn gain(
+        &self,
+        norm: &Option<Buffer>,
+        given: Option<&Buffer>,
+        stream: &Buffer,
+        count: usize,
+    ) -> Result<()> {
+        let (Some(norm), Some(given)) = (norm, given) else {
+            return Ok(());
+        };
+        let (eps, width) = (self.config.norm_eps, self.config.hidden);
+        self.device.launch(
+            "rms_norm_add",
+            Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+            args![given, norm, eps, stream, count as i32, width as i32],
+        )
     }
 
     fn multiply(

@@ -426,7 +426,7 @@ impl<'a> Generator<'a> {
                 heads.kv as i32,
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
-                heads.scale(),
+                heads.scale,
             ],
         )?;
         let rows = slots * heads.query;

@@ -11,7 +11,7 @@ use super::optimizer::elements;
 use super::scoring::{Predicting, TargetLogps, tile};
 use crate::kernels::gemm::Precision;
 use crate::logprob::Batch;
-use crate::weights::Config;
+use crate::weights::{Config, Norms};
 use anyhow::Result;
 
 /// Rows of a launch over rows and columns, at most: a grid has no more in y.
@@ -90,6 +90,7 @@ impl<'a> Forward<'a> {
         {
             if state.pass.is_none() {
                 decoder.activations(i, &self.shape, &state.x, &self.scratch)?;
+                decoder.give_mlp_again(i, tokens, &self.scratch)?;
             }
             let pass = state.pass.as_ref().unwrap_or(&self.scratch);
             backward.layer(i, &state.x, pass)?;
@@ -99,6 +100,11 @@ impl<'a> Forward<'a> {
         };
         let order = Order::new(self.batch.tokens.iter().map(|&t| t as i32));
         debug_assert_eq!(order.order.len(), tokens);
+        if decoder.config.embed_scale != 1.0 {
+            let n = tokens * decoder.config.hidden;
+            let args = args![&backward.dx, n as u64, decoder.config.embed_scale];
+            decoder.device.launch("scale_f32", elements(n), args)?;
+        }
         order.add(decoder, &backward.dx, table)
     }
 
@@ -220,12 +226,14 @@ impl Decoder {
         Ok(Pass {
             x: rows(c.hidden, float)?,
             qkv_raw: match c.qk_norm {
-                true => Some(rows(heads.qkv_width(), size)?),
-                false => None,
+                Some(_) => Some(rows(heads.qkv_width(), size)?),
+                None => None,
             },
             qkv: rows(heads.qkv_width(), size)?,
             attention: rows(heads.q_width(), size)?,
             lse: rows(heads.query, float)?,
+            output: self.given(tokens)?,
+            down: self.given(tokens)?,
             gate_up: rows(2 * c.ffn, size)?,
             normed: match shared {
                 Some(pass) => pass.normed.clone(),
@@ -249,6 +257,14 @@ impl Decoder {
         self.project(i, shape, pass, None)?;
         self.attend(i, shape, pass)?;
         self.widen(i, shape.tokens, pass)
+    }
+
+    /// What the MLP of layer `i` gave, where its backward pass needs it: a norm comes after it.
+    fn give_mlp_again(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        match &pass.down {
+            Some(_) => self.give_mlp(i, count, pass, &pass.x),
+            None => Ok(()),
+        }
     }
 }
 
@@ -318,11 +334,16 @@ impl Footprint<'_> {
             Precision::Bf16 => size,
         };
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.
+        let copied = match c.norms {
+            Norms::Before => rounded,
+            Norms::After | Norms::Around => size,
+        };
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
         let shared = (c.hidden + c.ffn + self.rank) * size;
         let gradients =
-            (c.hidden + c.heads + 2 * q) * float + c.hidden * rounded + (2 * q + 2 * kv) * size;
+            (c.hidden + c.heads + 2 * q) * float + c.hidden * copied + (2 * q + 2 * kv) * size;
         let numbers = 4 * float; // tokens, positions, the order of rows
         let of_tokens = tokens * (streams + shared + gradients + numbers);
         // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.
@@ -340,8 +361,9 @@ impl Footprint<'_> {
         let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
         let q = c.heads * c.head_dim;
         let qkv = q + 2 * c.kv_heads * c.head_dim;
-        let raw = if c.qk_norm { qkv } else { 0 };
-        (c.hidden + c.heads) * float + (raw + qkv + q + 2 * c.ffn) * size
+        let raw = if c.qk_norm.is_some() { qkv } else { 0 };
+        let streams = if c.norms == Norms::Before { 1 } else { 3 };
+        (streams * c.hidden + c.heads) * float + (raw + qkv + q + 2 * c.ffn) * size
     }
 
     /// How many layers' activations fit into `free` bytes beside the rest of such a part.

@@ -42,7 +42,7 @@ impl Rows {
         for (token, row) in qkv.chunks_exact(heads.qkv_width()).enumerate() {
             self.scaled.clear();
             self.scaled
-                .extend(row[..heads.q_width()].iter().map(|q| q * heads.scale()));
+                .extend(row[..heads.q_width()].iter().map(|q| q * heads.scale));
             for head in 0..heads.query {
                 let row = self.row(heads.group(), token, head);
                 let query = &mut self.scaled[head * heads.dim..][..heads.dim];
@@ -141,10 +141,8 @@ mod tests {
             (8, 2, 15, Some(3)),
         ] {
             let heads = Heads {
-                query,
-                kv,
-                dim,
                 window,
+                ..Heads::new(query, kv, dim)
             };
             for (prompt, own) in [(70, [0usize, 33, 31]), (32, [64, 5, 1]), (1, [2, 0, 100])] {
                 for (format, tolerance) in [
@@ -205,7 +203,7 @@ mod tests {
                     part(heads.q_width() + heads.kv_width()),
                 );
                 let query = &last[m * width + head * heads.dim..][..heads.dim];
-                let expected = plain(query, &keys, &values, heads.scale());
+                let expected = plain(query, &keys, &values, heads.scale);
                 let found = &out[m * heads.q_width() + head * heads.dim..][..heads.dim];
                 for (found, expected) in found.iter().zip(expected) {
                     let error = (*found as f64 - expected).abs();
@@ -220,12 +218,7 @@ mod tests {
 
     #[test]
     fn a_score_that_is_not_a_number_shows() {
-        let heads = Heads {
-            query: 1,
-            kv: 1,
-            dim: 2,
-            window: None,
-        };
+        let heads = Heads::new(1, 1, 2);
         for format in [
             Format::Float(Precision::F32),
             Format::Float(Precision::Bf16),

@@ -7,9 +7,8 @@ use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
 use crate::kernels::attention::Layout;
 use crate::kernels::decoding::Format;
-use crate::kernels::rope::Rotary;
 use crate::kernels::team;
-use crate::model::{Decoder, LayerState};
+use crate::model::{Decoder, LayerState, Rotations};
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -93,7 +92,7 @@ pub struct Generator<'a> {
     limits: Limits,
     /// How keys and values are kept.
     cache: Format,
-    rotary: Rotary,
+    rotations: Rotations,
     groups: Queue<Prefix>,
     running: Vec<Sequence>,
     tokens: u64,
@@ -132,7 +131,7 @@ pub(super) struct Sequence {
 impl<'a> Generator<'a> {
     /// Nothing to do yet.
     pub fn new(decoder: &'a Decoder, how: Sampling, end_ids: &[u32], limits: Limits) -> Self {
-        let rotary = decoder.rotary(0);
+        let rotations = decoder.rotations(0);
         let end_ids = end_ids.to_vec();
         let sequences = limits.sequences.max(1);
         Self {
@@ -144,7 +143,7 @@ impl<'a> Generator<'a> {
                 ..limits
             },
             cache: Format::Float(decoder.precision),
-            rotary,
+            rotations,
             groups: Queue::new(),
             running: vec![],
             tokens: 0,
@@ -342,8 +341,8 @@ impl Generate for Generator<'_> {
     fn push(&mut self, request: Request) {
         assert!(!request.prompt.is_empty() && request.prompt.len() < self.decoder.config.context);
         let needed = (request.prompt.len() + self.how.max_tokens).min(self.decoder.config.context);
-        if needed > self.rotary.positions() {
-            self.rotary = self.decoder.rotary(needed);
+        if needed > self.rotations.positions() {
+            self.rotations = self.decoder.rotations(needed);
         }
         self.groups.push(request, Prefix::default());
     }
@@ -356,7 +355,7 @@ impl Generate for Generator<'_> {
         let step = Step {
             decoder: self.decoder,
             how: &self.how,
-            rotary: &self.rotary,
+            rotations: &self.rotations,
             groups: &self.groups,
         };
         // Shares of the sequences step side by side, without a word between them; but a share reads all weights.

@@ -5,16 +5,15 @@ use super::engine::{Prefix, Sequence};
 use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
-use crate::kernels::rope::Rotary;
 use crate::kernels::team;
-use crate::model::{Decoder, LayerState};
+use crate::model::{Decoder, LayerState, Rotations};
 use std::cell::Cell;
 
 /// What all sequences share.
 pub(super) struct Step<'a> {
     pub decoder: &'a Decoder,
     pub how: &'a Sampling,
-    pub rotary: &'a Rotary,
+    pub rotations: &'a Rotations,
     pub groups: &'a Queue<Prefix>,
 }
 
@@ -60,7 +59,7 @@ impl Step<'_> {
         decoder.embed(&last, &mut state.x);
         for i in 0..decoder.config.layers {
             let heads = decoder.heads(i);
-            decoder.project(i, &positions, self.rotary, state);
+            decoder.project(i, &positions, self.rotations, state);
             state.attention.resize(last.len() * heads.q_width(), 0.0);
             self.attention(i, running, &state.qkv, &mut state.attention);
             decoder.finish(i, state, next);

@@ -1,48 +1,70 @@
-//! SwiGLU: y = silu(gate)·up, from the fused projection [gate | up]; forward and backward.
+//! The activation of a gated MLP: y = g·σ(v)·up, from the fused projection [gate | up]; forward and backward.
 
 use super::isa::multiversion;
 use super::softmax::exp;
 
+/// The nonlinearity of the gate g: g·σ(v), v = c·g·(1 + a·g²).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// SiLU, g·σ(g).
+    Silu,
+    /// GELU by its approximation ½g·(1 + tanh u), u = √(2/π)·(g + 0.044715·g³), which is g·σ(2u).
+    GeluTanh,
+}
+
+impl Activation {
+    /// c and a.
+    pub fn curve(self) -> [f32; 2] {
+        match self {
+            Self::Silu => [1.0, 0.0],
+            Self::GeluTanh => [1.595_769_1, 0.044_715],
+        }
+    }
+}
+
 /// `gate_up` is `[T, 2·ffn]`, `out` `[T, ffn]`.
-pub fn swiglu(gate_up: &[f32], ffn: usize, out: &mut [f32]) {
+pub fn forward(activation: Activation, gate_up: &[f32], ffn: usize, out: &mut [f32]) {
     super::rows(out, ffn, |first, out| {
         for (row, out) in gate_up[first * 2 * ffn..]
             .chunks_exact(2 * ffn)
             .zip(out.chunks_exact_mut(ffn))
         {
-            forward_row(&row[..ffn], &row[ffn..], out);
+            forward_row(activation.curve(), &row[..ffn], &row[ffn..], out);
         }
     });
 }
 
 /// Replaces `gate_up` `[T, 2·ffn]` by its gradient, given that of the output, `dy` `[T, ffn]`.
-pub fn swiglu_backward(gate_up: &mut [f32], ffn: usize, dy: &[f32]) {
+pub fn backward(activation: Activation, gate_up: &mut [f32], ffn: usize, dy: &[f32]) {
     super::rows(gate_up, 2 * ffn, |first, gate_up| {
         for (row, dy) in gate_up
             .chunks_exact_mut(2 * ffn)
             .zip(dy[first * ffn..].chunks_exact(ffn))
         {
             let (gate, up) = row.split_at_mut(ffn);
-            backward_row(gate, up, dy);
+            backward_row(activation.curve(), gate, up, dy);
         }
     });
 }
 
 multiversion! {
-    pub fn forward_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    pub fn forward_row(curve: [f32; 2], gate: &[f32], up: &[f32], out: &mut [f32]) {
+        let [c, a] = curve;
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-            *out = g / (1.0 + exp::<FMA>(-g)) * u;
+            *out = g / (1.0 + exp::<FMA>(-c * g * (1.0 + a * g * g))) * u;
         }
     }
 }
 
 multiversion! {
-    pub fn backward_row(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    pub fn backward_row(curve: [f32; 2], gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        let [c, a] = curve;
         for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(dy) {
             let (g, u) = (*gate, *up);
-            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-g));
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-c * g * (1.0 + a * g * g)));
+            let slope = c * (1.0 + 3.0 * a * g * g);
             *up = dy * g * sigmoid;
-            *gate = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            *gate = dy * u * sigmoid * (1.0 + g * slope * (1.0 - sigmoid));
         }
     }
 }
@@ -52,23 +74,46 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{finite_difference, noise};
 
+    const BOTH: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+
     #[test]
     fn gradient_agrees_with_finite_differences() {
         let ffn = 19;
         let (x, dy) = (noise(2 * 2 * ffn, 1), noise(2 * ffn, 2));
-        let mut dx = x.clone();
-        swiglu_backward(&mut dx, ffn, &dy);
-        finite_difference(&x, &dx, |x| {
-            let mut y = vec![0.0; 2 * ffn];
-            swiglu(x, ffn, &mut y);
-            y.iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum()
-        });
+        for activation in BOTH {
+            let mut dx = x.clone();
+            backward(activation, &mut dx, ffn, &dy);
+            finite_difference(&x, &dx, |x| {
+                let mut y = vec![0.0; 2 * ffn];
+                forward(activation, x, ffn, &mut y);
+                y.iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum()
+            });
+        }
+    }
+
+    #[test]
+    fn gates_are_what_their_names_say() {
+        let gates = [-3.0f32, -0.7, 0.0, 0.4, 2.5];
+        for activation in BOTH {
+            let mut out = [0.0; 5];
+            forward_row(activation.curve(), &gates, &[1.0; 5], &mut out);
+            for (out, g) in out.into_iter().zip(gates.map(f64::from)) {
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                let expected = match activation {
+                    Activation::Silu => g / (1.0 + (-g).exp()),
+                    Activation::GeluTanh => 0.5 * g * (1.0 + inner.tanh()),
+                };
+                assert!((f64::from(out) - expected).abs() < 1e-6, "{activation:?} {g}");
+            }
+        }
     }
 
     #[test]
     fn large_gates_neither_overflow_nor_vanish() {
-        let mut out = vec![0.0; 3];
-        swiglu(&[200.0, -200.0, 0.0, 1.0, 1.0, 1.0], 3, &mut out);
-        assert_eq!(out, [200.0, 0.0, 0.0]);
+        for activation in BOTH {
+            let mut out = vec![0.0; 3];
+            forward(activation, &[200.0, -200.0, 0.0, 1.0, 1.0, 1.0], 3, &mut out);
+            assert_eq!(out, [200.0, 0.0, 0.0], "{activation:?}");
+        }
     }
 }

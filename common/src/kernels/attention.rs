@@ -85,9 +85,22 @@ pub struct Heads {
     pub dim: usize,
     /// How many positions back a token sees, itself included; none for all.
     pub window: Option<usize>,
+    /// What scores are multiplied by: 1/√dim, or what a family has in its place.
+    pub scale: f32,
 }
 
 impl Heads {
+    /// Heads that see all of the past, their scores over √dim.
+    pub fn new(query: usize, kv: usize, dim: usize) -> Self {
+        Self {
+            query,
+            kv,
+            dim,
+            window: None,
+            scale: 1.0 / (dim as f32).sqrt(),
+        }
+    }
+
     /// Elements of a row of q.
     pub fn q_width(&self) -> usize {
         self.query * self.dim
@@ -106,11 +119,6 @@ impl Heads {
     /// Query heads per key/value head.
     pub fn group(&self) -> usize {
         self.query / self.kv
-    }
-
-    /// 1/√dim.
-    pub fn scale(&self) -> f32 {
-        1.0 / (self.dim as f32).sqrt()
     }
 
     fn k_at(&self, kv_head: usize) -> usize {
@@ -223,7 +231,7 @@ pub fn backward(
                 let at = token * heads.qkv_width() + head * heads.dim;
                 // SAFETY: this task alone writes this part's rows of this key head's query heads.
                 let target = unsafe { d_qkv.slice(at, heads.dim) };
-                add_scaled(target, &scratch.result[r * heads.dim..], heads.scale());
+                add_scaled(target, &scratch.result[r * heads.dim..], heads.scale);
             }
         }
         storage.give_back();
@@ -481,7 +489,7 @@ impl<'a> Block<'a> {
             sums,
             ..
         } = scratch;
-        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale()), q);
+        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale), q);
         set(result, rows * heads.dim, 0.0);
         set(max, rows, f32::NEG_INFINITY);
         set(sums, rows, 0.0);
@@ -528,7 +536,7 @@ impl<'a> Block<'a> {
             deltas,
             ..
         } = scratch;
-        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale()), q);
+        self.gather(side, side.qkv, (heads.qkv_width(), heads.scale), q);
         self.gather(side, d_out, (heads.q_width(), 1.0), d_o);
         for gathered in [&mut *q, &mut *d_o] {
             gathered
@@ -724,12 +732,9 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{finite_difference, noise};
 
-    const HEADS: Heads = Heads {
-        query: 4,
-        kv: 2,
-        dim: 6,
-        window: None,
-    };
+    fn heads() -> Heads {
+        Heads::new(4, 2, 6)
+    }
 
     fn run(layout: &Layout, heads: Heads, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut out = vec![f32::NAN; layout.tokens() * heads.q_width()];
@@ -777,7 +782,7 @@ mod tests {
     #[test]
     fn shared_prompts_give_what_whole_sequences_give() {
         for window in [None, Some(5), Some(90)] {
-            let heads = Heads { window, ..HEADS };
+            let heads = Heads { window, ..heads() };
             let (prompt, branches) = (70, [1, 100, 33]);
             let mut layout = Layout::default();
             layout.push(3, &[]);
@@ -806,7 +811,7 @@ mod tests {
     #[test]
     fn gradient_agrees_with_finite_differences() {
         for window in [None, Some(3)] {
-            let heads = Heads { window, ..HEADS };
+            let heads = Heads { window, ..heads() };
             let mut layout = Layout::default();
             layout.push(4, &[3, 2]);
             layout.push(2, &[]);
@@ -829,7 +834,7 @@ mod tests {
 
     #[test]
     fn long_blocks_have_the_gradients_of_unshared_sequences() {
-        let heads = HEADS;
+        let heads = heads();
         let (prompt, len) = (80, 130);
         let mut shared = Layout::default();
         shared.push(prompt, &[len]);
@@ -879,7 +884,7 @@ mod tests {
 
     #[test]
     fn bfloat16_is_float32_but_for_its_rounding() {
-        let heads = HEADS;
+        let heads = heads();
         let mut layout = Layout::default();
         layout.push(81, &[130, 7]);
         let qkv = noise(layout.tokens() * heads.qkv_width(), 1);

@@ -16,9 +16,30 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     });
 }
 
-/// What writes row r of `x`, normalised: an operand that is made row by row.
-pub fn rows_of(x: &[f32], weight: &[f32], eps: f32) -> impl Fn(usize, &mut [f32]) + Sync {
-    move |r, out| row(&x[r * weight.len()..][..weight.len()], weight, eps, out)
+/// Adds each row of `x`, normalised, to that of `sum`.
+pub fn forward_add(x: &[f32], weight: &[f32], eps: f32, sum: &mut [f32]) {
+    super::rows(sum, weight.len(), |first, sum| {
+        let x = x[first * weight.len()..].chunks_exact(weight.len());
+        for (x, sum) in x.zip(sum.chunks_exact_mut(weight.len())) {
+            add_scaled_row(x, weight, inverse_rms(x, eps), sum);
+        }
+    });
+}
+
+/// What writes row r of `x` `[T, width]`, normalised where there is a weight: an operand that is made row by row.
+pub fn rows_of<'a>(
+    x: &'a [f32],
+    width: usize,
+    weight: Option<&'a [f32]>,
+    eps: f32,
+) -> impl Fn(usize, &mut [f32]) + Sync + 'a {
+    move |r, out| {
+        let x = &x[r * width..][..width];
+        match weight {
+            Some(weight) => row(x, weight, eps, out),
+            None => out.copy_from_slice(x),
+        }
+    }
 }
 
 /// 1 / √(mean(x²) + ε) of one row.
@@ -29,6 +50,28 @@ pub fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 /// Normalises one row.
 pub fn row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     scale_row(x, weight, inverse_rms(x, eps), out);
+}
+
+/// Normalises one row where it lies.
+pub fn row_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    let scale = inverse_rms(x, eps);
+    scale_in_place(x, weight, scale);
+}
+
+multiversion! {
+    pub fn scale_in_place(x: &mut [f32], weight: &[f32], scale: f32) {
+        for (x, &w) in x.iter_mut().zip(weight) {
+            *x = *x * scale * w;
+        }
+    }
+}
+
+multiversion! {
+    pub fn add_scaled_row(x: &[f32], weight: &[f32], scale: f32, sum: &mut [f32]) {
+        for ((sum, &x), &w) in sum.iter_mut().zip(x).zip(weight) {
+            *sum += x * scale * w;
+        }
+    }
 }
 
 multiversion! {

@@ -11,10 +11,11 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// `inv_freq` has head_dim/2 entries. Angles are formed in float32, as transformers does.
-    pub fn new(inv_freq: &[f32], positions: usize) -> Self {
+    /// `inv_freq` has head_dim/2 entries. Angles are formed in float32, as transformers does; what is rotated grows by
+    /// `growth`, which the tables have as a factor.
+    pub fn new(inv_freq: &[f32], growth: f32, positions: usize) -> Self {
         let angles = (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
-        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        let (cos, sin) = angles.map(|a| (a.cos() * growth, a.sin() * growth)).unzip();
         Self {
             half: inv_freq.len(),
             cos,
@@ -25,11 +26,6 @@ impl Rotary {
     /// cos and sin, `[positions, half]` each.
     pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
-    }
-
-    /// How many positions the table holds.
-    pub fn positions(&self) -> usize {
-        self.cos.len() / self.half.max(1)
     }
 
     /// Rotates one head vector `[head_dim]` in place.
@@ -44,7 +40,7 @@ impl Rotary {
         );
     }
 
-    /// The inverse rotation, which is also the gradient's.
+    /// The gradient of [`Self::rotate`]: turned the other way, and grown as there.
     pub fn rotate_back(&self, head: &mut [f32], position: usize) {
         let (x, y) = head.split_at_mut(self.half);
         turn(
@@ -76,7 +72,7 @@ mod tests {
 
     #[test]
     fn turning_back_restores_and_position_zero_does_nothing() {
-        let rotary = Rotary::new(&[1.0, 0.1], 8);
+        let rotary = Rotary::new(&[1.0, 0.1], 1.0, 8);
         let head = [1.0, 2.0, 3.0, 4.0];
         let mut turned = head;
         rotary.rotate(&mut turned, 0);
@@ -86,6 +82,10 @@ mod tests {
         assert!(
             (turned[0] - (c - 3.0 * s)).abs() < 1e-6 && (turned[2] - (3.0 * c + s)).abs() < 1e-6
         );
+        let grown = Rotary::new(&[1.0, 0.1], 2.5, 8);
+        let mut larger = head;
+        grown.rotate(&mut larger, 5);
+        assert!(larger.iter().zip(turned).all(|(x, y)| (x - 2.5 * y).abs() < 1e-5));
         rotary.rotate_back(&mut turned, 5);
         assert!(turned.iter().zip(head).all(|(x, y)| (x - y).abs() < 1e-6));
     }

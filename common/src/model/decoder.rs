@@ -1,11 +1,12 @@
-//! The forward pass: RMSNorm, attention with rotary positions, gated MLP, as Llama, Mistral and Qwen share it.
+//! The forward pass: attention with rotary positions and a gated MLP on a residual stream, with norms where the family has
+//! them.
 
-use super::params::{LayerParams, Matrix, Params, Source, Span};
+use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+use super::rotations::Rotations;
 use crate::kernels::attention::{self, Heads, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
-use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
-use crate::weights::Config;
+use crate::weights::{Config, Norms};
 use anyhow::Result;
 
 /// A model ready to run: its weights packed for the matrix products.
@@ -18,16 +19,14 @@ pub struct Decoder {
     head: Option<Packed>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Vec<f32>,
-    inv_freq: Vec<f32>,
 }
 
 pub(super) struct Layer {
     pub heads: Heads,
-    pub input_norm: Vec<f32>,
+    pub norms: LayerNorms<Vec<f32>>,
     pub qkv: Linear,
-    pub head_norms: Option<(Vec<f32>, Vec<f32>)>,
+    pub qk_norms: Option<(Vec<f32>, Vec<f32>)>,
     pub output: Linear,
-    pub mlp_norm: Vec<f32>,
     pub gate_up: Linear,
     pub down: Linear,
 }
@@ -97,18 +96,22 @@ impl Linear {
 pub struct LayerState {
     /// The layer's input, the residual stream.
     pub x: Vec<f32>,
-    /// The fused projection before head norms and rotation, kept only where there are head norms.
+    /// The fused projection before its norms and rotation, kept only where there are norms.
     pub qkv_raw: Vec<f32>,
-    /// `[q | k | v]` after head norms and rotation.
+    /// `[q | k | v]` after norms and rotation.
     pub qkv: Vec<f32>,
     /// Attention's result, before its output projection.
     pub attention: Vec<f32>,
     /// Log-sum-exp of the scores, `[T, heads]`.
     pub lse: Vec<f32>,
+    /// What attention's output projection gives, kept only where there is a norm after it.
+    pub output: Vec<f32>,
     /// The residual stream after attention.
     pub middle: Vec<f32>,
     /// `[gate | up]`.
     pub gate_up: Vec<f32>,
+    /// What the MLP's output projection gives, kept only where there is a norm after it.
+    pub down: Vec<f32>,
 }
 
 impl Decoder {
@@ -138,16 +141,16 @@ impl Decoder {
                     kv: config.kv_heads,
                     dim: config.head_dim,
                     window: config.windows[i],
+                    scale: config.attention_scale,
                 },
-                input_norm: vector(&p.input_norm)?,
+                norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
-                head_norms: p
-                    .head_norms
+                qk_norms: p
+                    .qk_norms
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                mlp_norm: vector(&p.mlp_norm)?,
                 gate_up: linear(&p.gate_up)?,
                 down: linear(&p.down)?,
             })
@@ -164,7 +167,6 @@ impl Decoder {
                 .map(layer)
                 .collect::<Result<_>>()?,
             norm: vector(&params.norm)?,
-            inv_freq: config.rope.inv_freq(config.head_dim),
         })
     }
 
@@ -180,9 +182,10 @@ impl Decoder {
             table(head, span, &self.config);
         }
         for (layer, p) in self.layers.iter_mut().zip(&params.layers) {
-            vector(&mut layer.input_norm, &p.input_norm);
-            vector(&mut layer.mlp_norm, &p.mlp_norm);
-            if let (Some((q, k)), Some((q_span, k_span))) = (&mut layer.head_norms, &p.head_norms) {
+            for (norm, span) in layer.norms.each_mut().zip(p.norms.each()) {
+                vector(norm, span);
+            }
+            if let (Some((q, k)), Some((q_span, k_span))) = (&mut layer.qk_norms, &p.qk_norms) {
                 vector(q, q_span);
                 vector(k, k_span);
             }
@@ -203,8 +206,9 @@ impl Decoder {
     pub fn state_bytes(&self, tokens: usize) -> usize {
         let c = &self.config;
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let qkv = (q + 2 * kv) * if c.qk_norm { 2 } else { 1 };
-        let row = 2 * c.hidden + qkv + q + c.heads + 2 * c.ffn;
+        let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
+        let streams = if c.norms == Norms::Before { 2 } else { 4 };
+        let row = streams * c.hidden + qkv + q + c.heads + 2 * c.ffn;
         tokens * row * c.layers * size_of::<f32>()
     }
 
@@ -226,17 +230,20 @@ impl Decoder {
         self.layers[i].heads
     }
 
-    /// The rotation table for so many positions.
-    pub fn rotary(&self, positions: usize) -> Rotary {
-        Rotary::new(&self.inv_freq, positions)
+    /// The rotations of all layers for so many positions.
+    pub fn rotations(&self, positions: usize) -> Rotations {
+        Rotations::new(&self.config, positions)
     }
 
-    /// The rows of the embedding of `tokens`, `[T, hidden]`.
+    /// Where the residual stream begins: the rows of the embedding of `tokens`, `[T, hidden]`.
     pub fn embed(&self, tokens: &[u32], out: &mut Vec<f32>) {
-        let width = self.config.hidden;
+        let (width, scale) = (self.config.hidden, self.config.embed_scale);
         fit(out, tokens.len() * width);
         for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
             self.embedding.read_row(token as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= scale);
+            }
         }
     }
 
@@ -271,11 +278,11 @@ impl Decoder {
         mut seen: impl FnMut(usize, &mut LayerState),
     ) -> Vec<f32> {
         assert_eq!(layout.tokens(), tokens.len());
-        let rotary = self.rotary(layout.longest());
+        let rotations = self.rotations(layout.longest());
         let (mut state, mut next) = (LayerState::default(), vec![]);
         self.embed(tokens, &mut state.x);
         for i in 0..self.layers.len() {
-            self.run_layer(i, layout, &rotary, &mut state, &mut next);
+            self.run_layer(i, layout, &rotations, &mut state, &mut next);
             seen(i, &mut state);
             std::mem::swap(&mut state.x, &mut next);
         }
@@ -287,14 +294,14 @@ impl Decoder {
         &self,
         i: usize,
         layout: &Layout,
-        rotary: &Rotary,
+        rotations: &Rotations,
         state: &mut LayerState,
         next: &mut Vec<f32>,
     ) {
         let heads = self.layers[i].heads;
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
-        self.project(i, &positions, rotary, state);
+        self.project(i, &positions, rotations, state);
         fit(&mut state.attention, tokens * heads.q_width());
         fit(&mut state.lse, tokens * heads.query);
         attention::forward(
@@ -309,32 +316,39 @@ impl Decoder {
     }
 
     /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position.
-    pub fn project(&self, i: usize, positions: &[usize], rotary: &Rotary, state: &mut LayerState) {
+    pub fn project(
+        &self,
+        i: usize,
+        positions: &[usize],
+        rotations: &Rotations,
+        state: &mut LayerState,
+    ) {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
-        let (width, rotates) = (heads.qkv_width(), self.config.rotates[i]);
+        let (width, rotary) = (heads.qkv_width(), rotations.of(i));
         fit(&mut state.qkv, positions.len() * width);
-        let normed = norm::rows_of(&state.x, &layer.input_norm, eps);
-        layer.qkv.forward_made(normed, &mut state.qkv, Write::Set);
-        if layer.head_norms.is_some() {
+        let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
+        let read = norm::rows_of(x, self.config.hidden, norm, eps);
+        layer.qkv.forward_made(read, &mut state.qkv, Write::Set);
+        if layer.qk_norms.is_some() {
             copy(&state.qkv, &mut state.qkv_raw);
         }
         rows(&mut state.qkv, width, |first, qkv| {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
                 let (q, k) =
                     row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
-                for (part, head_norm) in [
-                    (q, layer.head_norms.as_ref().map(|n| &n.0)),
-                    (k, layer.head_norms.as_ref().map(|n| &n.1)),
+                for (part, norm) in [
+                    (&mut *q, layer.qk_norms.as_ref().map(|n| &n.0)),
+                    (&mut *k, layer.qk_norms.as_ref().map(|n| &n.1)),
                 ] {
-                    for head in part.chunks_exact_mut(heads.dim) {
-                        if let Some(weight) = head_norm {
-                            let raw = head.to_vec();
-                            norm::row(&raw, weight, eps, head);
-                        }
-                        if rotates {
-                            rotary.rotate(head, position);
-                        }
+                    // A norm is as wide as what it norms: a head, or all of them.
+                    if let Some(weight) = norm {
+                        let normed = part.chunks_exact_mut(weight.len());
+                        normed.for_each(|x| norm::row_in_place(x, weight, eps));
+                    }
+                    if let Some(rotary) = rotary {
+                        let heads = part.chunks_exact_mut(heads.dim);
+                        heads.for_each(|head| rotary.rotate(head, position));
                     }
                 }
             }
@@ -344,33 +358,47 @@ impl Decoder {
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
-        copy(&state.x, &mut state.middle);
-        layer
-            .output
-            .forward(&state.attention, &mut state.middle, Write::Add);
         let (hidden, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
+        copy(&state.x, &mut state.middle);
+        let (norm, attention) = (&layer.norms.after_attention, &state.attention);
+        gain(&mut state.middle, norm, eps, &mut state.output, |y, write| {
+            layer.output.forward(attention, y, write);
+        });
         fit(&mut state.gate_up, state.x.len() / hidden * 2 * ffn);
-        let middle = &state.middle;
-        let normed = norm::rows_of(middle, &layer.mlp_norm, eps);
+        let (middle, norm) = (&state.middle, layer.norms.before_mlp.as_deref());
+        let read = norm::rows_of(middle, hidden, norm, eps);
         let gate_up = &mut state.gate_up;
-        layer.gate_up.forward_made(normed, gate_up, Write::Set);
+        layer.gate_up.forward_made(read, gate_up, Write::Set);
         let inner = |r: usize, row: &mut [f32]| {
             let (gate, up) = gate_up[r * 2 * ffn..][..2 * ffn].split_at(ffn);
-            activation::forward_row(gate, up, row);
+            activation::forward_row(self.config.activation.curve(), gate, up, row);
         };
         copy(middle, next);
-        layer.down.forward_made(inner, next, Write::Add);
-    }
-
-    /// The norm before the MLP.
-    pub(super) fn mlp_input(&self, i: usize, middle: &[f32], out: &mut Vec<f32>) {
-        fit(out, middle.len());
-        norm::forward(middle, &self.layers[i].mlp_norm, self.config.norm_eps, out);
+        gain(next, &layer.norms.after_mlp, eps, &mut state.down, |y, write| {
+            layer.down.forward_made(inner, y, write);
+        });
     }
 
     /// The MLP's inner activation.
     pub(super) fn mlp_inner(&self, gate_up: &[f32], out: &mut Vec<f32>) {
         fit(out, gate_up.len() / 2);
-        activation::swiglu(gate_up, self.config.ffn, out);
+        activation::forward(self.config.activation, gate_up, self.config.ffn, out);
     }
+}
+
+/// The residual stream gains what `product` gives, or, where there is a norm after it, that normed; then it is left in
+/// `given`, too, as it was before.
+fn gain(
+    stream: &mut [f32],
+    norm: &Option<Vec<f32>>,
+    eps: f32,
+    given: &mut Vec<f32>,
+    product: impl FnOnce(&mut [f32], Write),
+) {
+    let Some(weight) = norm else {
+        return product(stream, Write::Add);
+    };
+    fit(given, stream.len());
+    product(given, Write::Set);
+    norm::forward_add(given, weight, eps, stream);
 }

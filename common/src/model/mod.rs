@@ -5,11 +5,13 @@ mod decoder;
 mod gradients;
 mod lora;
 mod params;
+mod rotations;
 mod workspace;
 
 pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
-pub use params::{LayerParams, Matrix, Params, Source, Span};
+pub use rotations::Rotations;
+pub use params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 pub use workspace::{Kept, Workspace};

@@ -45,19 +45,67 @@ impl Matrix {
     }
 }
 
+/// The norms that a layer may have on the residual stream; which it has is the family's.
+#[derive(Clone, Debug)]
+pub struct LayerNorms<T> {
+    /// Of what attention reads.
+    pub before_attention: Option<T>,
+    /// Of what attention gives to the stream.
+    pub after_attention: Option<T>,
+    /// Of what the MLP reads.
+    pub before_mlp: Option<T>,
+    /// Of what the MLP gives to the stream.
+    pub after_mlp: Option<T>,
+}
+
+impl<T> LayerNorms<T> {
+    /// Those that there are.
+    pub fn each(&self) -> impl Iterator<Item = &T> {
+        let Self {
+            before_attention,
+            after_attention,
+            before_mlp,
+            after_mlp,
+        } = self;
+        let all = [before_attention, after_attention, before_mlp, after_mlp];
+        all.into_iter().flatten()
+    }
+
+    /// The same, to be changed.
+    pub fn each_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        let Self {
+            before_attention,
+            after_attention,
+            before_mlp,
+            after_mlp,
+        } = self;
+        let all = [before_attention, after_attention, before_mlp, after_mlp];
+        all.into_iter().flatten()
+    }
+
+    /// The same norms as something else.
+    pub fn try_map<U>(&self, make: impl Fn(&T) -> Result<U>) -> Result<LayerNorms<U>> {
+        let made = |norm: &Option<T>| norm.as_ref().map(&make).transpose();
+        Ok(LayerNorms {
+            before_attention: made(&self.before_attention)?,
+            after_attention: made(&self.after_attention)?,
+            before_mlp: made(&self.before_mlp)?,
+            after_mlp: made(&self.after_mlp)?,
+        })
+    }
+}
+
 /// The parameters of a layer.
 #[derive(Clone, Debug)]
 pub struct LayerParams {
-    /// Norm before attention.
-    pub input_norm: Span,
+    /// Norms on the residual stream.
+    pub norms: LayerNorms<Span>,
     /// `[q | k | v]`.
     pub qkv: Matrix,
-    /// Norm of each query head and of each key head, where the family has them.
-    pub head_norms: Option<(Span, Span)>,
+    /// Norm of queries and norm of keys, where the family has them.
+    pub qk_norms: Option<(Span, Span)>,
     /// The attention's output projection.
     pub output: Matrix,
-    /// Norm before the MLP.
-    pub mlp_norm: Span,
     /// `[gate | up]`.
     pub gate_up: Matrix,
     /// The MLP's output projection.
@@ -123,13 +171,12 @@ impl Params {
     pub fn spans(&self) -> Vec<&Span> {
         let mut all = vec![&self.embedding];
         for layer in &self.layers {
-            all.push(&layer.input_norm);
+            all.extend(layer.norms.each());
             for matrix in layer.matrices() {
                 all.push(&matrix.weight);
                 all.extend(&matrix.bias);
             }
-            all.push(&layer.mlp_norm);
-            all.extend(layer.head_norms.iter().flat_map(|(q, k)| [q, k]));
+            all.extend(layer.qk_norms.iter().flat_map(|(q, k)| [q, k]));
         }
         all.push(&self.norm);
         all.extend(&self.head);
@@ -213,18 +260,33 @@ impl Cursor<'_> {
         let c = self.config;
         let prefix = format!("model.layers.{i}.");
         let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+        let [before_attention, after_attention, before_mlp, after_mlp] = c.layer_norms();
+        let norm = |cursor: &mut Self, name: Option<&str>| {
+            name.map(|name| cursor.span(&prefix, &[&format!("{name}.weight")]))
+        };
+        // In the order of the forward pass: what is used together lies together.
+        let before_attention = norm(self, before_attention);
+        let qkv = self.matrix(&prefix, &attention, c.qkv_bias);
+        let qk_norms = (norm(self, c.qk_norm.map(|_| "self_attn.q_norm")))
+            .zip(norm(self, c.qk_norm.map(|_| "self_attn.k_norm")));
+        let output = self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias);
+        let after_attention = norm(self, after_attention);
+        let before_mlp = norm(self, before_mlp);
+        let gate_up = self.matrix(&prefix, &["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias);
+        let down = self.matrix(&prefix, &["mlp.down_proj"], c.mlp_bias);
+        let after_mlp = norm(self, after_mlp);
         LayerParams {
-            input_norm: self.span(&prefix, &["input_layernorm.weight"]),
-            qkv: self.matrix(&prefix, &attention, c.qkv_bias),
-            head_norms: c.qk_norm.then(|| {
-                let mut norm =
-                    |which: &str| self.span(&prefix, &[&format!("self_attn.{which}_norm.weight")]);
-                (norm("q"), norm("k"))
-            }),
-            output: self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias),
-            mlp_norm: self.span(&prefix, &["post_attention_layernorm.weight"]),
-            gate_up: self.matrix(&prefix, &["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias),
-            down: self.matrix(&prefix, &["mlp.down_proj"], c.mlp_bias),
+            norms: LayerNorms {
+                before_attention,
+                after_attention,
+                before_mlp,
+                after_mlp,
+            },
+            qkv,
+            qk_norms,
+            output,
+            gate_up,
+            down,
         }
     }
 

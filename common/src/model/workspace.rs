@@ -22,6 +22,7 @@ pub enum Kept {
 pub(super) struct Buffers {
     pub inner: Vec<f32>,
     pub d_inner: Vec<f32>,
+    pub d_given: Vec<f32>,
     pub d_wide: Vec<f32>,
     pub unused: Vec<f32>,
     /// The right operand of every product.
@@ -37,6 +38,7 @@ impl Workspace {
             buffers: Buffers {
                 inner: vec![],
                 d_inner: vec![],
+                d_given: vec![],
                 d_wide: vec![],
                 unused: vec![],
                 right: Packed::empty(precision),

@@ -1,6 +1,6 @@
 //! LoRA adapters in PEFT's layout: merged into their base while it is read, and written.
 
-use super::config::{Fields, shortest};
+use super::config_json::{Fields, shortest};
 use super::safetensors::Shards;
 use super::save::{write_json, write_safetensors};
 use anyhow::{Context, Result, bail, ensure};

@@ -19,7 +19,7 @@ pub(super) fn config_json(model_type: &str) -> Value {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": false, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": 2, "query_pre_attn_scalar": 8,
     })
 }
 
@@ -104,7 +104,10 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             key("attention.layer_norm_rms_epsilon"),
             F32(config.norm_eps),
         ),
-        (key("rope.freq_base"), F32(config.rope.theta)),
+        (
+            key("rope.freq_base"),
+            F32(config.ropes.last().unwrap().unwrap().theta),
+        ),
         ("tokenizer.ggml.eos_token_id".into(), U32(2)),
         (
             "tokenizer.ggml.tokens".into(),
@@ -148,11 +151,12 @@ pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors
                 name if name.contains("k_proj") => config.kv_heads,
                 _ => 0,
             };
-            let values = match !arch.starts_with("qwen") && heads > 0 {
+            let permuted = ["llama", "smollm3"].contains(&arch);
+            let values = match permuted && heads > 0 {
                 true => permute(values, heads, shape[1..].iter().product()),
                 false => values.clone(),
             };
-            let name = super::gguf::gguf_name(name).unwrap();
+            let name = super::gguf::gguf_name(config, name).unwrap();
             (name, shape.clone(), values)
         })
         .collect()
@@ -167,7 +171,17 @@ pub(super) fn gguf(
     let config = config(model_type);
     let tensors = random_tensors(&config, 11);
     let path = folder.join("tiny.gguf");
-    let stored = as_gguf(&config, model_type, &tensors);
-    write_gguf(&path, &gguf_metadata(&config, model_type), &stored, dtype);
+    let arch = match model_type {
+        "olmo3" => "olmo2",
+        "gemma3_text" => "gemma3",
+        _ => model_type,
+    };
+    let stored = as_gguf(&config, arch, &tensors);
+    let mut metadata = gguf_metadata(&config, arch);
+    if let Some(window) = config.windows[0] {
+        let window = gguf_file::Value::U32(window as u32);
+        metadata.push((format!("{arch}.attention.sliding_window"), window));
+    }
+    write_gguf(&path, &metadata, &stored, dtype);
     (path, config, tensors)
 }

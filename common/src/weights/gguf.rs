@@ -1,5 +1,6 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
+use super::Config;
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -84,8 +85,8 @@ impl Gguf {
     }
 }
 
-/// The GGUF name of a Hugging Face tensor name.
-pub(super) fn gguf_name(name: &str) -> Option<String> {
+/// The GGUF name of a Hugging Face tensor name, which means different things in different families.
+pub(super) fn gguf_name(config: &Config, name: &str) -> Option<String> {
     let whole = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
         "model.norm.weight" => Some("output_norm.weight"),
@@ -97,6 +98,11 @@ pub(super) fn gguf_name(name: &str) -> Option<String> {
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let (module, kind) = rest.rsplit_once('.')?;
+    let norms = ["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"];
+    let mut norms = config.layer_norms().into_iter().zip(norms);
+    if let Some((_, norm)) = norms.find(|(norm, _)| *norm == Some(module)) {
+        return Some(format!("blk.{layer}.{norm}.{kind}"));
+    }
     let module = match module {
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
@@ -107,8 +113,6 @@ pub(super) fn gguf_name(name: &str) -> Option<String> {
         "mlp.gate_proj" => "ffn_gate",
         "mlp.up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
-        "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" => "ffn_norm",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

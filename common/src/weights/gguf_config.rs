@@ -1,14 +1,12 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Activation, Config, bounded_layers};
+use super::config::{Config, bounded_layers, plain_scale};
+use super::family::{self, Family, Windows};
 use super::gguf::Gguf;
-use super::rope::{Rope, RopeScaling};
+use super::rope::{Rope, RopeScaling, positive, yarn_growth};
 use crate::gguf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
-
-/// llama.cpp's names of the families (Mistral is `llama` there).
-const ARCHITECTURES: [&str; 4] = ["llama", "qwen2", "qwen3", "smollm3"];
 
 impl Config {
     /// Reads the metadata of a GGUF file; sizes that it leaves out (vocabulary, tied head, biases) come from its tensors.
@@ -37,12 +35,14 @@ fn read(gguf: &Gguf) -> Result<Config> {
         Some(gguf::Value::Text(architecture)) => architecture.as_str(),
         _ => bail!("general.architecture is missing: which architecture is this?"),
     };
-    ensure!(
-        ARCHITECTURES.contains(&architecture),
-        "general.architecture: {architecture:?} is not supported; known: {}",
-        ARCHITECTURES.join(", ")
-    );
     let fields = Metadata { gguf, architecture };
+    let window = fields.whole("attention.sliding_window")?.filter(|&w| w > 0);
+    let family = family::of_gguf(architecture, window.is_some()).with_context(|| {
+        format!(
+            "general.architecture: {architecture:?} is not supported; known: {}",
+            family::architectures().join(", ")
+        )
+    })?;
     let split = fields.whole_of("split.count")?.unwrap_or(1);
     ensure!(
         split <= 1,
@@ -63,13 +63,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let head_dim = head_dim(&fields, hidden, heads)?;
     let layers = bounded_layers(fields.size("block_count")?)?;
     let context = fields.size("context_length")?;
-    let window = fields.whole("attention.sliding_window")?;
     let has = |name: &str| gguf.shape(name).is_some();
+    let windows = windows(&fields, family, window, layers)?;
     Config {
-        model_type: match window {
-            Some(_) if architecture == "llama" => "mistral".to_owned(),
-            _ => architecture.to_owned(),
-        },
+        model_type: family.model_type.to_owned(),
         vocab: embedding[0],
         hidden,
         layers,
@@ -82,22 +79,80 @@ fn read(gguf: &Gguf) -> Result<Config> {
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,
         context,
         tied: !has("output.weight"),
+        embed_scale: match family.scaled {
+            true => (hidden as f64).sqrt() as f32,
+            false => 1.0,
+        },
         qkv_bias: has("blk.0.attn_q.bias"),
         o_bias: has("blk.0.attn_output.bias"),
         mlp_bias: has("blk.0.ffn_up.bias"),
-        qk_norm: has("blk.0.attn_q_norm.weight"),
-        activation: Activation::Silu,
-        windows: vec![window; layers],
-        // llama.cpp does not store it, and takes the default of transformers' config.
-        rotates: (1..=layers)
-            .map(|layer| architecture != "smollm3" || layer % 4 != 0)
-            .collect(),
-        rope: Rope {
-            theta: fields.real("rope.freq_base")?.unwrap_or(10_000.0) as f32,
-            scaling: scaling(&fields, head_dim)?,
+        norms: family.norms,
+        qk_norm: family.qk_norm,
+        // llama.cpp does not store it: it knows the one Gemma 3, of 27B, whose scores are not over the root of its heads' width.
+        attention_scale: match family.scaled && layers == 62 {
+            true => plain_scale(hidden / heads),
+            false => plain_scale(head_dim),
         },
+        activation: family.activation,
+        ropes: ropes(&fields, family, &windows, head_dim)?,
+        windows,
     }
     .checked()
+}
+
+/// Per layer, its window: `attention.sliding_window_pattern` says which have one, by a period or a flag for each layer;
+/// else llama.cpp knows the family's.
+fn windows(
+    fields: &Metadata,
+    family: &Family,
+    window: Option<usize>,
+    layers: usize,
+) -> Result<Vec<Option<usize>>> {
+    let key = "attention.sliding_window_pattern";
+    let period = match (fields.get(key), family.windows) {
+        (Some(gguf::Value::Wholes(flags)), _) => {
+            ensure!(
+                flags.len() == layers,
+                "{key}: has {} entries for {layers} layers",
+                flags.len()
+            );
+            let sliding = flags.iter().map(|&flag| window.filter(|_| flag != 0));
+            return Ok(sliding.collect());
+        }
+        (Some(_), _) => fields.size(key)?,
+        (None, Windows::AllBut(period, _)) => period,
+        (None, _) => return Ok(vec![window; layers]),
+    };
+    let sliding = |layer: usize| window.filter(|_| layer % period != 0);
+    Ok((1..=layers).map(sliding).collect())
+}
+
+/// Per layer, its rotation, as llama.cpp does it where the file does not say.
+fn ropes(
+    fields: &Metadata,
+    family: &Family,
+    windows: &[Option<usize>],
+    head_dim: usize,
+) -> Result<Vec<Option<Rope>>> {
+    let base = |key: &str| Ok::<_, anyhow::Error>(fields.real(key)?.map(|base| base as f32));
+    let theta = base("rope.freq_base")?.unwrap_or(10_000.0);
+    let full = Rope {
+        theta,
+        scaling: scaling(fields, head_dim)?,
+    };
+    let local = match family.windows {
+        Windows::AllBut(_, local) => Rope {
+            theta: base("rope.freq_base_swa")?.unwrap_or(local.map_or(theta, |base| base as f32)),
+            scaling: RopeScaling::Default,
+        },
+        _ => full,
+    };
+    let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {
+        (Windows::Unrotated, _) if (layer + 1).is_multiple_of(4) => None,
+        (_, Some(_)) => Some(local),
+        (_, None) => Some(full),
+    };
+    Ok(windows.iter().enumerate().map(rope).collect())
 }
 
 fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
@@ -143,16 +198,29 @@ fn scaling(fields: &Metadata, head_dim: usize) -> Result<RopeScaling> {
                 Some(factor) => factor,
                 None => fields.real("rope.scale_linear")?.unwrap_or(1.0),
             };
-            ensure!(
-                factor.is_finite() && factor > 0.0,
-                "rope.scaling.factor: must be a positive number, not {factor}"
-            );
             Ok(RopeScaling::Linear {
-                factor: factor as f32,
+                factor: positive("rope.scaling.factor", factor)?,
+            })
+        }
+        "yarn" => {
+            let key = "rope.scaling.factor";
+            let factor = positive(key, fields.real(key)?.unwrap_or(1.0))?;
+            let original = "rope.scaling.original_context_length";
+            for (key, only) in [("yarn_ext_factor", 1.0), ("attn_factor", 1.0), ("yarn_attn_factor", 1.0)] {
+                let value = fields.real(&format!("rope.scaling.{key}"))?.unwrap_or(only);
+                ensure!(value == only, "rope.scaling.{key}: {value} is not supported, only {only}");
+            }
+            let beta = |key: &str| fields.real(&format!("rope.scaling.yarn_{key}"));
+            Ok(RopeScaling::Yarn {
+                factor,
+                original_context: fields.size(original)? as f32,
+                beta_fast: beta("beta_fast")?.unwrap_or(32.0) as f32,
+                beta_slow: beta("beta_slow")?.unwrap_or(1.0) as f32,
+                attention_factor: yarn_growth(factor),
             })
         }
         _ => bail!(
-            "rope.scaling.type: {kind:?} is not supported; known: none, linear, and Llama 3's rope_freqs.weight"
+            "rope.scaling.type: {kind:?} is not supported; known: none, linear, yarn, and Llama 3's rope_freqs.weight"
         ),
     }
 }

@@ -2,6 +2,8 @@
 
 mod adapter;
 mod config;
+mod config_json;
+mod family;
 mod gguf;
 mod gguf_config;
 mod hub;
@@ -10,7 +12,8 @@ mod safetensors;
 mod save;
 
 pub use adapter::{LoraModule, save_adapter};
-pub use config::{Activation, Config, FAMILIES};
+pub use config::{Config, Norms, QkNorm};
+pub use family::families;
 pub use rope::{Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
 
@@ -123,7 +126,7 @@ impl Weights {
         let known: std::collections::HashSet<_> = config
             .parameters()
             .iter()
-            .filter_map(|(name, _)| gguf::gguf_name(name))
+            .filter_map(|(name, _)| gguf::gguf_name(config, name))
             .collect();
         let unknown = gguf
             .names()
@@ -143,7 +146,7 @@ impl Weights {
         for (name, shape) in config.parameters() {
             match &source {
                 Source::Safetensors(shards) => shards.check(&name, &shape)?,
-                Source::Gguf(gguf) => gguf.check(&stored_name(&name)?, &shape)?,
+                Source::Gguf(gguf) => gguf.check(&stored_name(&config, &name)?, &shape)?,
                 Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
             }
         }
@@ -162,14 +165,21 @@ impl Weights {
     /// No such tensor, or another shape than `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         match &self.source {
-            Source::Safetensors(shards) => shards.read(name, shape),
+            Source::Safetensors(shards) => {
+                let mut values = shards.read(name, shape)?;
+                let short = self.config.stored_short_of(name);
+                if short != 0.0 {
+                    values.iter_mut().for_each(|v| *v += short);
+                }
+                Ok(values)
+            }
             Source::Adapted { base, adapter } => {
                 let mut values = base.tensor(name, shape)?;
                 adapter.merge(name, shape, &mut values)?;
                 Ok(values)
             }
             Source::Gguf(gguf) => {
-                let values = gguf.read(&stored_name(name)?, shape)?;
+                let values = gguf.read(&stored_name(&self.config, name)?, shape)?;
                 Ok(match self.is_permuted(name) {
                     true => {
                         gguf::unpermute(&values, self.config.head_dim, shape[1..].iter().product())
@@ -190,9 +200,9 @@ impl Weights {
         shape: &[usize],
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
-        match &self.source {
-            Source::Safetensors(shards) => shards.read_parts(name, shape, take),
-            _ => take(&self.tensor(name, shape)?),
+        match self.as_stored(name) {
+            Some(shards) => shards.read_parts(name, shape, take),
+            None => take(&self.tensor(name, shape)?),
         }
     }
 
@@ -201,15 +211,23 @@ impl Weights {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn bfloat16_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
-        match &self.source {
-            Source::Safetensors(shards) => shards.bytes_in(Dtype::BF16, name, shape),
-            _ => Ok(None),
+        match self.as_stored(name) {
+            Some(shards) => shards.bytes_in(Dtype::BF16, name, shape),
+            None => Ok(None),
         }
     }
 
-    /// llama.cpp's `llama` architecture (Mistral too) and `smollm3` rotate neighbouring rows.
+    /// The shards, if a tensor is in them as it is.
+    fn as_stored(&self, name: &str) -> Option<&Shards> {
+        match &self.source {
+            Source::Safetensors(shards) if self.config.stored_short_of(name) == 0.0 => Some(shards),
+            _ => None,
+        }
+    }
+
+    /// Some architectures of llama.cpp rotate neighbouring rows.
     fn is_permuted(&self, name: &str) -> bool {
-        !self.config.model_type.starts_with("qwen")
+        family::of(&self.config.model_type).is_some_and(|f| f.permuted)
             && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))
     }
 
@@ -231,7 +249,7 @@ impl Weights {
         let mut bytes = vec![];
         for (name, shape) in self.config.parameters() {
             hash.update(format!("{name} {shape:?}\n").as_bytes());
-            if let Source::Safetensors(shards) = &self.source
+            if let Some(shards) = self.as_stored(&name)
                 && let Some(bytes) = shards.bytes_in(Dtype::F32, &name, &shape)?
             {
                 hash.update_rayon(bytes);
@@ -304,8 +322,8 @@ fn is_adapter(path: &Path) -> bool {
     path.join(adapter::CONFIG).is_file() && !path.join("config.json").is_file()
 }
 
-fn stored_name(name: &str) -> Result<String> {
-    gguf::gguf_name(name).with_context(|| format!("GGUF has no name for the tensor {name:?}"))
+fn stored_name(config: &Config, name: &str) -> Result<String> {
+    gguf::gguf_name(config, name).with_context(|| format!("GGUF has no name for the tensor {name:?}"))
 }
 
 fn read_json(path: &Path) -> Result<Value> {

@@ -1,12 +1,12 @@
 //! Rotary frequencies, with the context scalings that checkpoints ask for.
 
-use super::config::{Fields, shortest};
+use super::config_json::{Fields, shortest};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::f32::consts::PI;
 
 /// Rotary position embedding over the whole head, halves rotated against each other (transformers' `rotate_half`).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f32,
@@ -29,6 +29,15 @@ pub enum RopeScaling {
         /// Context of the pretraining, tokens.
         original_context: f32,
     },
+    /// YaRN (arXiv 2309.00071): pairs that turn more than `beta_fast` times in the original context kept, those that turn
+    /// less than `beta_slow` times divided by `factor`, a ramp between; queries and keys grow with `attention_factor`.
+    Yarn {
+        factor: f32,
+        original_context: f32,
+        beta_fast: f32,
+        beta_slow: f32,
+        attention_factor: f32,
+    },
 }
 
 impl Rope {
@@ -36,16 +45,28 @@ impl Rope {
     /// operations of transformers' `modeling_rope_utils.py` (torch evaluates scalar/tensor as a
     /// reciprocal and a product), so that angles agree to the last bits even far into the context.
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
-        (0..head_dim)
-            .step_by(2)
-            .map(|i| 1.0 / self.theta.powf(i as f32 / head_dim as f32))
-            .map(|frequency| self.scaling.apply(frequency))
+        let ramp = self.scaling.ramp(self.theta, head_dim);
+        (0..head_dim / 2)
+            .map(|pair| {
+                let frequency = 1.0 / self.theta.powf((2 * pair) as f32 / head_dim as f32);
+                self.scaling.apply(frequency, ramp(pair))
+            })
             .collect()
     }
 
-    /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older) of a `config.json`.
-    pub(super) fn from_json(fields: &Map<String, Value>, context: usize) -> Result<Self> {
-        let top = Fields(fields);
+    /// What a rotation multiplies queries and keys by, beside turning them.
+    pub fn growth(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
+            _ => 1.0,
+        }
+    }
+
+    /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older) of a `config.json`; `theta` is
+    /// the base where it has none.
+    pub(super) fn from_json(top: &Fields, theta: f64, context: usize) -> Result<Self> {
         let (key, inner) = match (top.present("rope_scaling"), top.present("rope_parameters")) {
             (Some(scaling), _) if scaling.as_object().is_none_or(|s| !s.is_empty()) => {
                 ("rope_scaling", Some(scaling))
@@ -65,8 +86,49 @@ impl Rope {
                 "{key}: rope parameters by layer type are not supported"
             );
         }
-        let inner = Fields(inner);
-        for source in [&inner, &top] {
+        Self::of_fields(key, &Fields(inner), top, theta, context)
+    }
+
+    /// The same for families that rotate layers with a window otherwise than those without: first of those, then of
+    /// these. Both are in `rope_parameters` by the names that `layer_types` has; older files give one rope, which is that of the
+    /// layers without, and for the others `rope_local_base_freq`, or `local` where that is absent, or else (None) its base.
+    pub(super) fn by_layer_type(
+        top: &Fields,
+        theta: f64,
+        local: Option<f64>,
+        context: usize,
+    ) -> Result<(Self, Self)> {
+        let nested = top.present("rope_parameters").and_then(Value::as_object);
+        let of_type = |kind: &str| nested.and_then(|types| types.get(kind)?.as_object());
+        let read = |fields, theta| {
+            Self::of_fields("rope_parameters", &Fields(fields), top, theta, context)
+        };
+        let full = match of_type("full_attention") {
+            Some(fields) => read(fields, theta)?,
+            None => Self::from_json(top, theta, context)?,
+        };
+        let local = match (top.number("rope_local_base_freq")?, local) {
+            (Some(theta), Some(_)) | (None, Some(theta)) => theta,
+            (_, None) => f64::from(full.theta),
+        };
+        let local = match of_type("sliding_attention") {
+            Some(fields) => read(fields, local)?,
+            None => Self {
+                theta: positive("rope_local_base_freq", local)?,
+                scaling: RopeScaling::Default,
+            },
+        };
+        Ok((full, local))
+    }
+
+    fn of_fields(
+        key: &str,
+        inner: &Fields,
+        top: &Fields,
+        theta: f64,
+        context: usize,
+    ) -> Result<Self> {
+        for source in [inner, top] {
             let partial = source.number("partial_rotary_factor")?.unwrap_or(1.0);
             ensure!(
                 partial == 1.0,
@@ -75,17 +137,12 @@ impl Rope {
         }
         let theta = match inner.number("rope_theta")? {
             Some(theta) => theta,
-            None => top.number("rope_theta")?.unwrap_or(10_000.0),
+            None => top.number("rope_theta")?.unwrap_or(theta),
         };
-        ensure!(
-            theta.is_finite() && theta > 0.0,
-            "rope_theta: must be a positive number, not {theta}"
-        );
-        let scaling =
-            scaling(&inner, &top, context).with_context(|| format!("{key} is not usable"))?;
         Ok(Self {
-            theta: theta as f32,
-            scaling,
+            theta: positive("rope_theta", theta)?,
+            scaling: scaling(inner, top, context)
+                .with_context(|| format!("{key} is not usable"))?,
         })
     }
 
@@ -108,20 +165,46 @@ impl Rope {
                 "high_freq_factor": shortest(high_freq_factor),
                 "original_max_position_embeddings": original_context as u64,
             }),
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            } => json!({
+                "rope_type": "yarn",
+                "factor": shortest(factor),
+                "original_max_position_embeddings": original_context as u64,
+                "beta_fast": shortest(beta_fast),
+                "beta_slow": shortest(beta_slow),
+                "attention_factor": shortest(attention_factor),
+            }),
         }
     }
 }
 
+/// A number that must be above zero.
+pub(super) fn positive(key: &str, value: f64) -> Result<f32> {
+    ensure!(
+        value.is_finite() && value > 0.0,
+        "{key}: must be a positive number, not {value}"
+    );
+    Ok(value as f32)
+}
+
 fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> {
-    let positive = |key: &str| {
-        let value = inner
-            .number(key)?
-            .with_context(|| format!("{key:?} is missing"))?;
-        ensure!(
-            value.is_finite() && value > 0.0,
-            "{key}: must be a positive number, not {value}"
-        );
-        Ok(value as f32)
+    let given = |key: &str| match inner.number(key)? {
+        Some(value) => positive(key, value).map(Some),
+        None => Ok(None),
+    };
+    let needed = |key: &str| given(key)?.with_context(|| format!("{key:?} is missing"));
+    let original_context = || {
+        let key = "original_max_position_embeddings";
+        Ok::<_, anyhow::Error>(match (top.present(key), inner.present(key)) {
+            (Some(_), _) => top.size(key)?,
+            (None, Some(_)) => inner.size(key)?,
+            (None, None) => context,
+        } as f32)
     };
     let kind = match inner.text("rope_type")? {
         Some(kind) => kind,
@@ -130,33 +213,76 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
     Ok(match kind {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
-            factor: positive("factor")?,
+            factor: needed("factor")?,
         },
         "llama3" => {
-            let (low, high) = (positive("low_freq_factor")?, positive("high_freq_factor")?);
+            let (low, high) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
             ensure!(
                 low < high,
                 "low_freq_factor {low} must be below high_freq_factor {high}"
             );
-            let key = "original_max_position_embeddings";
-            let original = match (top.present(key), inner.present(key)) {
-                (Some(_), _) => top.size(key)?,
-                (None, Some(_)) => inner.size(key)?,
-                (None, None) => context,
-            };
             RopeScaling::Llama3 {
-                factor: positive("factor")?,
+                factor: needed("factor")?,
                 low_freq_factor: low,
                 high_freq_factor: high,
-                original_context: original as f32,
+                original_context: original_context()?,
             }
         }
-        _ => bail!("rope type {kind:?} is not supported; known: default, linear, llama3"),
+        "yarn" => {
+            for key in ["mscale", "mscale_all_dim"] {
+                ensure!(inner.present(key).is_none(), "{key}: is not supported");
+            }
+            ensure!(
+                inner.flag("truncate")?.unwrap_or(true),
+                "truncate: false is not supported"
+            );
+            let factor = needed("factor")?;
+            RopeScaling::Yarn {
+                factor,
+                original_context: original_context()?,
+                beta_fast: given("beta_fast")?.unwrap_or(32.0),
+                beta_slow: given("beta_slow")?.unwrap_or(1.0),
+                attention_factor: given("attention_factor")?.unwrap_or(yarn_growth(factor)),
+            }
+        }
+        _ => bail!("rope type {kind:?} is not supported; known: default, linear, llama3, yarn"),
     })
 }
 
+/// What the paper multiplies queries and keys by.
+pub(super) fn yarn_growth(factor: f32) -> f32 {
+    match factor <= 1.0 {
+        true => 1.0,
+        false => (0.1 * f64::from(factor).ln() + 1.0) as f32,
+    }
+}
+
 impl RopeScaling {
-    fn apply(&self, frequency: f32) -> f32 {
+    /// YaRN's part of each pair's frequency that is divided: 0 for the first pairs, 1 for the last. (The other scalings go
+    /// by the frequency itself.)
+    fn ramp(&self, theta: f32, head_dim: usize) -> impl Fn(usize) -> f32 + use<> {
+        let (low, high) = match *self {
+            Self::Yarn {
+                original_context,
+                beta_fast,
+                beta_slow,
+                ..
+            } => {
+                let dim = head_dim as f64;
+                let pair_that_turns = |times: f32| {
+                    let turns = f64::from(original_context) / (f64::from(times) * 2.0 * std::f64::consts::PI);
+                    dim * turns.ln() / (2.0 * f64::from(theta).ln())
+                };
+                let low = pair_that_turns(beta_fast).floor().max(0.0) as f32;
+                let high = pair_that_turns(beta_slow).ceil().min(dim - 1.0) as f32;
+                (low, if low == high { high + 0.001 } else { high })
+            }
+            _ => (0.0, 1.0),
+        };
+        move |pair| ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0)
+    }
+
+    fn apply(&self, frequency: f32, ramp: f32) -> f32 {
         match *self {
             Self::Default => frequency,
             Self::Linear { factor } => frequency / factor,
@@ -177,6 +303,11 @@ impl RopeScaling {
                     (1.0 - smooth) * frequency / factor + smooth * frequency
                 }
             }
+            Self::Yarn { factor, .. } => {
+                let divided = 1.0 / (factor * (1.0 / frequency));
+                let kept = 1.0 - ramp;
+                divided * (1.0 - kept) + frequency * kept
+            }
         }
     }
 }
@@ -186,7 +317,7 @@ mod tests {
     use super::*;
 
     fn rope(fields: Value) -> Result<Rope> {
-        Rope::from_json(fields.as_object().unwrap(), 131_072)
+        Rope::from_json(&Fields(fields.as_object().unwrap()), 10_000.0, 131_072)
     }
 
     /// Every fourth of the 32 frequencies of a 64-wide head: the bits of LlamaRotaryEmbedding.inv_freq
@@ -236,6 +367,34 @@ mod tests {
                 0x34ad07a7,
             ],
         );
+        let yarn = rope(json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0,
+            "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}}));
+        let yarn = yarn.unwrap();
+        assert_eq!(yarn.growth(), 1.207_944_2);
+        assert_bits(
+            &yarn,
+            [
+                0x3f800000, 0x3e4693b0, 0x3d1a08c8, 0x3ba94482, 0x39ecda8c, 0x380fc8f8, 0x36df10c4,
+                0x35ad07a7,
+            ],
+        );
+        for (i, expected) in [(13, 0x3b41d158u32), (14, 0x3ad84fc3), (18, 0x38a3418d)] {
+            assert!(
+                yarn.inv_freq(64)[i].to_bits().abs_diff(expected) <= 16,
+                "{i}"
+            );
+        }
+        let qwen = rope(json!({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0,
+            "original_max_position_embeddings": 32768}}));
+        let qwen = qwen.unwrap();
+        assert_eq!(qwen.growth(), 1.138_629_4);
+        assert_bits(
+            &qwen,
+            [
+                0x3f800000, 0x3e361887, 0x3d0186e3, 0x3ba8e98f, 0x3a18ead7, 0x383a7753, 0x3704a2b2,
+                0x35bcb0c1,
+            ],
+        );
         // The ramp between the kept and the divided frequencies.
         for (i, expected) in [(14, 0x3b527720u32), (15, 0x3aa9279b), (17, 0x38cb98f7)] {
             assert!(
@@ -283,12 +442,16 @@ mod tests {
     fn what_is_not_supported_is_named() {
         for (fields, wanted) in [
             (
-                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-                "\"yarn\" is not supported; known: default, linear, llama3",
+                json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
+                "\"longrope\" is not supported; known: default, linear, llama3, yarn",
             ),
             (
                 json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
                 "\"dynamic\"",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}}),
+                "mscale",
             ),
             (
                 json!({"rope_scaling": {"rope_type": "linear"}}),

@@ -36,9 +36,17 @@ pub(super) fn save_sharded<'a>(
     dir: &Path,
     config: &Config,
     original: Option<&Weights>,
-    mut tensors: impl Iterator<Item = Given<'a>>,
+    tensors: impl Iterator<Item = Given<'a>>,
     limit: usize,
 ) -> Result<()> {
+    let mut tensors = tensors.map(|given| {
+        let (name, shape, mut values) = given?;
+        let short = config.stored_short_of(&name);
+        if short != 0.0 {
+            values.to_mut().iter_mut().for_each(|v| *v -= short);
+        }
+        Ok((name, shape, values))
+    });
     let json = config.to_json(original.map(|weights| &weights.original));
     write_json(&dir.join("config.json"), &json)?;
     if let Some(original) = original {

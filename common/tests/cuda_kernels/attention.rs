@@ -98,9 +98,9 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
     };
     let mut delta: Vec<f32> = unwritten(tokens * heads.query);
     launch!(name("attention"), [heads.query, tiles.len(), 1], 2 * r, 3 * tile + scratch::<T>();
-        qkv, &mut run.out, &mut run.lse, &tiles, query, kv, dim, window, heads.scale());
+        qkv, &mut run.out, &mut run.lse, &tiles, query, kv, dim, window, heads.scale);
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
-        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale());
+        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale);
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
     let positions = if window > 0 {
         Arg::from(&positions)
@@ -126,7 +126,7 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
             kv.into(),
             dim.into(),
             window.into(),
-            heads.scale().into(),
+            heads.scale.into(),
         ],
     );
     launch!(format!("sum_heads_{}", T::NAME), [(tokens * heads.kv_width()).div_ceil(256), 1, 1], 256, 0;
@@ -230,12 +230,7 @@ fn every_head_size<T: Element>() {
         layout.push(33, &[20, 35]);
         check::<T>(
             &layout,
-            Heads {
-                query: 2,
-                kv: 1,
-                dim,
-                window: None,
-            },
+            Heads::new(2, 1, dim),
         );
     }
 }
@@ -244,12 +239,7 @@ fn every_group_of_heads<T: Element>() {
     for (query, kv) in [(1, 1), (3, 3), (6, 2), (7, 1)] {
         check::<T>(
             &batch(),
-            Heads {
-                query,
-                kv,
-                dim: 16,
-                window: None,
-            },
+            Heads::new(query, kv, 16),
         );
     }
 }
@@ -259,10 +249,8 @@ fn windows<T: Element>() {
         check::<T>(
             &batch(),
             Heads {
-                query: 2,
-                kv: 1,
-                dim: 16,
                 window: Some(window),
+                ..Heads::new(2, 1, 16)
             },
         );
     }
@@ -274,12 +262,7 @@ fn edges_of_tiles<T: Element>() {
         layout.push(len, &[len, 1]);
         check::<T>(
             &layout,
-            Heads {
-                query: 1,
-                kv: 1,
-                dim: 32,
-                window: None,
-            },
+            Heads::new(1, 1, 32),
         );
     }
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 11] = [
+pub const FAMILIES: [&str; 14] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -22,6 +22,9 @@ pub const FAMILIES: [&str; 11] = [
     "qwen2-sliding",
     "qwen3",
     "smollm3",
+    "olmo2",
+    "olmo3",
+    "gemma3",
 ];
 
 /// A file of golden figures.

@@ -1,0 +1,56 @@
+// The activation of a gated MLP on rows [gate | up], and its gradient in place.
+#include "kernels.h"
+
+namespace device {
+
+constexpr int ACTIVATION_COLUMNS = 1024;  // of a block
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-x * LOG2E)); }
+
+// The gate g becomes g·σ(v), v = c·g·(1 + a·g²).
+struct Curve {
+    float c, a;
+    __device__ float v(float g) const { return c * g * (1.0f + a * g * g); }
+    __device__ float slope(float g) const { return c * (1.0f + 3.0f * a * g * g); }
+};
+
+// Visits the block's part of a row.
+template <class F> __device__ inline void for_part(int ffn, F visit) {
+    int first = blockIdx.y * ACTIVATION_COLUMNS;
+    for_columns(first, min(first + ACTIVATION_COLUMNS, ffn), ffn, visit);
+}
+
+template <class T> __device__ void activation(const T* gate_up, T* out, int ffn, Curve curve) {
+    const T* gate = gate_up + (long long)blockIdx.x * 2 * ffn;
+    T* to = out + (long long)blockIdx.x * ffn;
+    for_part(ffn, [=](int c, auto few) {
+        auto g = few.load(gate + c), u = few.load(gate + ffn + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(curve.v(g.at[i])) * u.at[i];
+        few.store(to + c);
+    });
+}
+
+template <class T> __device__ void activation_backward(T* gate_up, const T* dy, T* inner, int ffn, Curve curve) {
+    T* gate = gate_up + (long long)blockIdx.x * 2 * ffn;
+    long long row = (long long)blockIdx.x * ffn;
+    for_part(ffn, [=](int c, auto few) {
+        auto g = few.load(gate + c), u = few.load(gate + ffn + c), d = few.load(dy + row + c);
+        for (int i = 0; i < int(sizeof few / 4); ++i) {
+            float x = g.at[i], s = sigmoid(curve.v(x)), up = u.at[i];
+            few.at[i] = x * s * up;
+            g.at[i] = d.at[i] * up * s * (1.0f + x * curve.slope(x) * (1.0f - s));
+            u.at[i] = d.at[i] * x * s;
+        }
+        g.store(gate + c);
+        u.store(gate + ffn + c);
+        if (inner) few.store(inner + row + c);
+    });
+}
+
+}  // namespace device
+
+ACTIVATION(activation_f32, float) { device::activation(gate_up, out, ffn, {c, a}); }
+ACTIVATION(activation_bf16, bf16) { device::activation(gate_up, out, ffn, {c, a}); }
+
+ACTIVATION_BACKWARD(activation_backward_f32, float) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }
+ACTIVATION_BACKWARD(activation_backward_bf16, bf16) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }

@@ -1,0 +1,774 @@
+//! `config.json`: read as each family means it, written as transformers 4 and 5 and vLLM all read it.
+
+use super::config::{Config, bounded_layers, plain_scale};
+use super::family::{self, Family, Windows, families};
+use super::rope::Rope;
+use crate::kernels::activation::Activation;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+impl Config {
+    /// Reads a `config.json` as transformers 5 and older wrote it; `path` is for the error lines.
+    /// What is absent gets transformers' default, except the sizes, which must be there.
+    ///
+    /// # Errors
+    /// An unknown architecture, rope type or option that the decoder would silently get wrong; a missing or absurd size.
+    pub fn from_json(value: &Value, path: &Path) -> Result<Self> {
+        let fields = Fields(
+            value
+                .as_object()
+                .with_context(|| format!("{}: must be a JSON object", path.display()))?,
+        );
+        read(&fields).with_context(|| path.display().to_string())
+    }
+
+    /// The `config.json` of a saved checkpoint. A folder's own file is kept as it was but for the
+    /// dtype, float32; otherwise (GGUF) the fields are written with the names that transformers 4 and 5
+    /// and vLLM all read, over whatever `original` holds (token ids).
+    pub fn to_json(&self, original: Option<&Value>) -> Value {
+        let mut fields = original
+            .and_then(Value::as_object)
+            .cloned()
+            .unwrap_or_default();
+        let unchanged = read(&Fields(&fields)).is_ok_and(|config| config == *self);
+        if !unchanged {
+            self.write(&mut fields);
+        }
+        let dtype = ["dtype", "torch_dtype"]
+            .into_iter()
+            .find(|key| fields.contains_key(*key))
+            .unwrap_or("torch_dtype");
+        fields.insert(dtype.to_owned(), json!("float32"));
+        Value::Object(fields)
+    }
+
+    fn write(&self, fields: &mut Map<String, Value>) {
+        let family = family::of(&self.model_type).expect("a config is of a family");
+        let window = self.windows.iter().flatten().next();
+        let mut set = |key: &str, value: Value| fields.insert(key.to_owned(), value);
+        set(
+            "architectures",
+            json!([format!("{}ForCausalLM", family.class)]),
+        );
+        set("model_type", json!(self.model_type));
+        set("vocab_size", json!(self.vocab));
+        set("hidden_size", json!(self.hidden));
+        set("intermediate_size", json!(self.ffn));
+        set("num_hidden_layers", json!(self.layers));
+        set("num_attention_heads", json!(self.heads));
+        set("num_key_value_heads", json!(self.kv_heads));
+        set("head_dim", json!(self.head_dim));
+        let (key, activation) = spelling(family.activation);
+        set(key, json!(activation));
+        set("max_position_embeddings", json!(self.context));
+        set("rms_norm_eps", shortest(self.norm_eps));
+        set("tie_word_embeddings", json!(self.tied));
+        // Layers that see everything have the rope that scaling is for; those with a window another, where it has one.
+        let rope_of = |windowed: bool| {
+            let layers = self.windows.iter().zip(&self.ropes);
+            let mut found = layers.filter(|(window, _)| window.is_some() == windowed);
+            found.find_map(|(_, rope)| rope.as_ref())
+        };
+        if let Some(rope) = rope_of(false).or(rope_of(true)) {
+            set("rope_theta", shortest(rope.theta));
+            set("rope_scaling", rope.scaling_json());
+        }
+        if family.attention_bias {
+            set("attention_bias", json!(self.qkv_bias));
+        }
+        if family.mlp_bias {
+            set("mlp_bias", json!(self.mlp_bias));
+        }
+        if family.scaled {
+            let scalar = f64::from(self.attention_scale).powi(-2).round();
+            set("query_pre_attn_scalar", json!(scalar as u64));
+        }
+        match family.windows {
+            Windows::None => return,
+            Windows::All => {}
+            Windows::Last => {
+                set("use_sliding_window", json!(window.is_some()));
+            }
+            Windows::Unrotated => {
+                set("use_sliding_window", json!(window.is_some()));
+                let rotates = self.ropes.iter().map(|rope| u8::from(rope.is_some()));
+                set("no_rope_layers", rotates.collect());
+            }
+            Windows::AllBut(_, base) => {
+                if let (Some(_), Some(rope)) = (base, rope_of(true)) {
+                    set("rope_local_base_freq", shortest(rope.theta));
+                }
+            }
+        }
+        set("sliding_window", json!(window));
+        if family.windows != Windows::All {
+            let kind = |window: &Option<usize>| match window {
+                Some(_) => "sliding_attention",
+                None => "full_attention",
+            };
+            set("layer_types", self.windows.iter().map(kind).collect());
+        }
+    }
+}
+
+/// A float32 as the shortest decimal that reads back the same (1e-5, not 9.999999747378752e-6).
+pub(super) fn shortest(value: f32) -> Value {
+    json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
+}
+
+/// The field that names an activation, and its name there.
+fn spelling(activation: Activation) -> (&'static str, &'static str) {
+    match activation {
+        Activation::Silu => ("hidden_act", "silu"),
+        Activation::GeluTanh => ("hidden_activation", "gelu_pytorch_tanh"),
+    }
+}
+
+fn read(fields: &Fields) -> Result<Config> {
+    let model_type = fields
+        .text("model_type")?
+        .context("\"model_type\" is missing: which architecture is this?")?;
+    let family = family::of(model_type).with_context(|| {
+        format!(
+            "model_type: the architecture {model_type:?} is not supported; known: {}",
+            families().collect::<Vec<_>>().join(", ")
+        )
+    })?;
+    refuse_what_would_be_read_wrongly(fields, family)?;
+    let (hidden, heads) = (
+        fields.size("hidden_size")?,
+        fields.size("num_attention_heads")?,
+    );
+    let kv_heads = match (fields.0.get("num_key_value_heads"), family.kv_heads) {
+        (None, Some(kv_heads)) => kv_heads,
+        (None | Some(Value::Null), _) => heads,
+        _ => fields.size("num_key_value_heads")?,
+    };
+    let head_dim = match (fields.present("head_dim"), family.head_dim) {
+        (Some(_), _) => fields.size("head_dim")?,
+        (None, Some(head_dim)) => head_dim,
+        (None, None) => {
+            ensure!(
+                hidden.is_multiple_of(heads),
+                "hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+            );
+            hidden / heads
+        }
+    };
+    let asked = |heard: bool, key: &str| Ok(heard && fields.flag(key)?.unwrap_or(false));
+    let attention_bias: Result<bool> = asked(family.attention_bias, "attention_bias");
+    let attention_bias = attention_bias?;
+    let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
+    let context = fields.size("max_position_embeddings")?;
+    let (windows, ropes) = positions(fields, family, layers, context)?;
+    Config {
+        model_type: model_type.to_owned(),
+        vocab: fields.size("vocab_size")?,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        ffn: fields.size("intermediate_size")?,
+        norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
+        context,
+        tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
+        embed_scale: match family.scaled {
+            true => (hidden as f64).sqrt() as f32,
+            false => 1.0,
+        },
+        qkv_bias: attention_bias || family.qkv_bias,
+        o_bias: attention_bias,
+        mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
+        norms: family.norms,
+        qk_norm: family.qk_norm,
+        attention_scale: match family.scaled {
+            true => attention_scale(fields)?,
+            false => plain_scale(head_dim),
+        },
+        activation: family.activation,
+        windows,
+        ropes,
+    }
+    .checked()
+}
+
+/// Gemma's scores are divided by the root of `query_pre_attn_scalar`, 256 where it says nothing.
+fn attention_scale(fields: &Fields) -> Result<f32> {
+    let scalar = fields.number("query_pre_attn_scalar")?.unwrap_or(256.0);
+    ensure!(
+        scalar.is_finite() && scalar > 0.0,
+        "query_pre_attn_scalar: must be a positive number, not {scalar}"
+    );
+    Ok(scalar.powf(-0.5) as f32)
+}
+
+/// Options under which the same tensors mean something else than this decoder would compute.
+fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result<()> {
+    let (key, known) = spelling(family.activation);
+    if let Some(activation) = fields.text(key)? {
+        ensure!(
+            activation == known || (known == "silu" && activation == "swish"),
+            "{key}: the activation {activation:?} is not supported; known for {}: {known}",
+            family.model_type
+        );
+    }
+    ensure!(
+        fields.present("quantization_config").is_none(),
+        "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
+    );
+    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        ensure!(
+            fields.present(key).is_none(),
+            "{key}: soft caps are not supported"
+        );
+    }
+    ensure!(
+        !fields.flag("use_bidirectional_attention")?.unwrap_or(false),
+        "use_bidirectional_attention: this is not a causal language model"
+    );
+    if let Some(Value::Array(architectures)) = fields.present("architectures") {
+        let causal = |a: &Value| a.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
+        ensure!(
+            architectures.is_empty() || architectures.iter().any(causal),
+            "architectures: {} is not a causal language model",
+            Value::Array(architectures.clone())
+        );
+    }
+    Ok(())
+}
+
+/// Per layer: a window or none.
+type LayerWindows = Vec<Option<usize>>;
+/// Per layer: a rotation or none.
+type LayerRopes = Vec<Option<Rope>>;
+
+/// How far each layer sees and how it rotates, as the `__post_init__` of each family's config in transformers 5 has it:
+/// `layer_types`, where it is there, says which layers have the window.
+fn positions(
+    fields: &Fields,
+    family: &Family,
+    layers: usize,
+    context: usize,
+) -> Result<(LayerWindows, LayerRopes)> {
+    let everywhere = || -> Result<LayerRopes> {
+        Ok(vec![Some(Rope::from_json(fields, family.theta, context)?); layers])
+    };
+    let asked = || fields.flag("use_sliding_window");
+    match family.windows {
+        Windows::None => Ok((vec![None; layers], everywhere()?)),
+        Windows::All => Ok((vec![sliding_window(fields)?; layers], everywhere()?)),
+        Windows::Last => {
+            let window = match asked()?.unwrap_or(false) {
+                true => sliding_window(fields)?,
+                false => None,
+            };
+            let first = match fields.present("max_window_layers") {
+                None => 28,
+                Some(_) => fields.count("max_window_layers")?,
+            };
+            let windows = typed_windows(fields, window, layers, |layer| layer >= first)?;
+            Ok((windows, everywhere()?))
+        }
+        Windows::Unrotated => {
+            let window = match asked()?.unwrap_or(false) {
+                true if fields.present("sliding_window").is_some() => sliding_window(fields)?,
+                _ => None,
+            };
+            let rotates = rotating_layers(fields, layers)?;
+            let windows = typed_windows(fields, window, layers, |layer| !rotates[layer])?;
+            let ropes = everywhere()?.into_iter().zip(&rotates);
+            Ok((windows, ropes.map(|(rope, &on)| rope.filter(|_| on)).collect()))
+        }
+        Windows::AllBut(period, base) => {
+            let window = sliding_window(fields)?;
+            let period = match fields.present("sliding_window_pattern") {
+                None => period,
+                Some(_) => fields.size("sliding_window_pattern")?,
+            };
+            let sliding = |layer: usize| !(layer + 1).is_multiple_of(period);
+            let windows = typed_windows(fields, window, layers, sliding)?;
+            let (full, local) = Rope::by_layer_type(fields, family.theta, base, context)?;
+            let rope = |window: &Option<usize>| match window {
+                Some(_) => Some(local),
+                None => Some(full),
+            };
+            let ropes = windows.iter().map(rope).collect();
+            Ok((windows, ropes))
+        }
+    }
+}
+
+/// The window, if the config does not say that there is none.
+fn sliding_window(fields: &Fields) -> Result<Option<usize>> {
+    Ok(match fields.0.get("sliding_window") {
+        None => Some(4096),
+        Some(Value::Null) => None,
+        Some(_) => Some(fields.size("sliding_window")?),
+    })
+}
+
+/// SmolLM3: a list that is there, or all but every fourth layer.
+fn rotating_layers(fields: &Fields, layers: usize) -> Result<Vec<bool>> {
+    let Some(list) = fields.present("no_rope_layers") else {
+        let interval = match fields.present("no_rope_layer_interval") {
+            None => 4,
+            Some(_) => fields.size("no_rope_layer_interval")?,
+        };
+        return Ok((1..=layers).map(|layer| layer % interval != 0).collect());
+    };
+    let list = list.as_array().context("no_rope_layers: must be a list")?;
+    ensure!(
+        list.len() >= layers,
+        "no_rope_layers: has {} entries for {layers} layers",
+        list.len()
+    );
+    let flag = |entry: &Value| match entry.as_u64() {
+        Some(0) => Ok(false),
+        Some(1) => Ok(true),
+        _ => bail!("no_rope_layers: entries must be 0 or 1, not {entry}"),
+    };
+    list[..layers].iter().map(flag).collect()
+}
+
+/// A window on the layers of which `layer_types` says so; where it says nothing, on those that `unsaid` names.
+fn typed_windows(
+    fields: &Fields,
+    window: Option<usize>,
+    layers: usize,
+    unsaid: impl Fn(usize) -> bool,
+) -> Result<LayerWindows> {
+    let Some(types) = fields.present("layer_types") else {
+        return Ok((0..layers).map(|layer| window.filter(|_| unsaid(layer))).collect());
+    };
+    let types = types.as_array().context("layer_types: must be a list")?;
+    ensure!(
+        types.len() == layers,
+        "layer_types: has {} entries for {layers} layers",
+        types.len()
+    );
+    let of_type = |kind: &Value| match kind.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") if window.is_some() => Ok(window),
+        Some("sliding_attention") => bail!(
+            "layer_types: asks for sliding_attention, but use_sliding_window and sliding_window give no window"
+        ),
+        _ => {
+            bail!("layer_types: {kind} is not supported; known: full_attention, sliding_attention")
+        }
+    };
+    types.iter().map(of_type).collect()
+}
+
+/// Typed reading of a JSON object's fields; null counts as absent, as in Python's configs.
+pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    pub(super) fn present(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    fn count(&self, key: &str) -> Result<usize> {
+        let value = self
+            .present(key)
+            .with_context(|| format!("{key:?} is missing"))?;
+        value
+            .as_u64()
+            .and_then(|count| usize::try_from(count).ok())
+            .with_context(|| format!("{key}: must be a whole number, not {value}"))
+    }
+
+    pub(super) fn size(&self, key: &str) -> Result<usize> {
+        let size = self.count(key)?;
+        ensure!(size > 0, "{key}: must be above 0");
+        Ok(size)
+    }
+
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.present(key)
+            .map(|value| {
+                value
+                    .as_f64()
+                    .with_context(|| format!("{key}: must be a number, not {value}"))
+            })
+            .transpose()
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.present(key)
+            .map(|value| {
+                value
+                    .as_bool()
+                    .with_context(|| format!("{key}: must be true or false, not {value}"))
+            })
+            .transpose()
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        self.present(key)
+            .map(|value| {
+                value
+                    .as_str()
+                    .with_context(|| format!("{key}: must be a string, not {value}"))
+            })
+            .transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::config_json;
+    use super::super::{Norms, QkNorm, RopeScaling};
+    use super::*;
+
+    fn read(value: &Value) -> Result<Config> {
+        Config::from_json(value, Path::new("x/config.json"))
+    }
+
+    fn error(value: &Value) -> String {
+        format!("{:#}", read(value).unwrap_err())
+    }
+
+    /// The base config of a family with some fields changed; null removes nothing, it is set.
+    fn with(model_type: &str, changes: Value) -> Value {
+        let mut json = config_json(model_type);
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        json
+    }
+
+    fn without(model_type: &str, key: &str) -> Value {
+        let mut json = config_json(model_type);
+        json.as_object_mut().unwrap().shift_remove(key);
+        json
+    }
+
+    #[test]
+    fn families_differ_as_transformers_has_them() {
+        let of = |model_type: &str| read(&config_json(model_type)).unwrap();
+        let flags = |c: &Config| (c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm.is_some());
+        assert_eq!(flags(&of("llama")), (false, false, false, false));
+        assert_eq!(flags(&of("mistral")), (false, false, false, false));
+        assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+        assert_eq!(flags(&of("qwen3")), (false, false, false, true));
+        assert_eq!(flags(&of("smollm3")), (false, false, false, false));
+        assert_eq!(flags(&of("olmo2")), (false, false, false, true));
+        assert_eq!(flags(&of("gemma3_text")), (false, false, false, true));
+        let around = |c: Config| (c.norms, c.qk_norm, c.activation, c.embed_scale, c.attention_scale);
+        let plain = (Norms::Before, None, Activation::Silu, 1.0, 1.0 / 8f32.sqrt());
+        assert_eq!(around(of("llama")), plain);
+        let olmo = (Norms::After, Some(QkNorm::Rows), Activation::Silu, 1.0, plain.4);
+        assert_eq!(around(of("olmo2")), olmo);
+        assert_eq!(around(of("olmo3")), olmo);
+        let heads = Some(QkNorm::Heads);
+        let gemma = (Norms::Around, heads, Activation::GeluTanh, 32f32.sqrt(), 0.25);
+        let scores = json!({"query_pre_attn_scalar": 16});
+        assert_eq!(around(read(&with("gemma3_text", scores)).unwrap()), gemma);
+        let biased = json!({"attention_bias": true, "mlp_bias": true});
+        let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
+        assert_eq!(flags(&of("llama")), (true, true, true, false));
+        assert_eq!(flags(&of("mistral")), (false, false, false, false));
+        assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+        assert_eq!(flags(&of("qwen3")), (true, true, false, true));
+        assert_eq!(flags(&of("smollm3")), (true, true, true, false));
+    }
+
+    #[test]
+    fn absent_fields_get_transformers_defaults() {
+        let of = |model_type: &str, key: &str| read(&without(model_type, key)).unwrap();
+        assert_eq!(of("llama", "num_key_value_heads").kv_heads, 4);
+        assert_eq!(of("llama", "head_dim").head_dim, 8);
+        assert_eq!(of("qwen3", "head_dim").head_dim, 128);
+        assert_eq!(of("qwen2", "rms_norm_eps").norm_eps, 1e-6);
+        assert!(!of("llama", "tie_word_embeddings").tied);
+        assert!(of("smollm3", "tie_word_embeddings").tied);
+        assert_eq!(of("smollm3", "num_key_value_heads").kv_heads, 4);
+        let null = with(
+            "mistral",
+            json!({"num_key_value_heads": null, "head_dim": null}),
+        );
+        assert_eq!(read(&null).unwrap().kv_heads, 4);
+        let eight = with(
+            "mistral",
+            json!({"num_attention_heads": 8, "hidden_size": 64}),
+        );
+        let mut eight = eight;
+        eight
+            .as_object_mut()
+            .unwrap()
+            .shift_remove("num_key_value_heads");
+        assert_eq!(read(&eight).unwrap().kv_heads, 8);
+    }
+
+    #[test]
+    fn windows_follow_each_familys_rules() {
+        let windows =
+            |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap().windows;
+        assert_eq!(
+            windows("llama", json!({"sliding_window": 16})),
+            [None, None]
+        );
+        assert_eq!(windows("mistral", json!({})), [Some(4096), Some(4096)]);
+        assert_eq!(
+            windows("mistral", json!({"sliding_window": 16})),
+            [Some(16), Some(16)]
+        );
+        assert_eq!(
+            windows("mistral", json!({"sliding_window": null})),
+            [None, None]
+        );
+        for qwen in ["qwen2", "qwen3"] {
+            assert_eq!(
+                windows(qwen, json!({"sliding_window": 16, "max_window_layers": 0})),
+                [None, None]
+            );
+            let on =
+                json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+            assert_eq!(windows(qwen, on), [None, Some(16)]);
+            let far = json!({"use_sliding_window": true, "sliding_window": 16});
+            assert_eq!(
+                windows(qwen, far),
+                [None, None],
+                "max_window_layers is 28 when absent"
+            );
+            let types = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 9,
+                "layer_types": ["sliding_attention", "full_attention"]});
+            assert_eq!(windows(qwen, types), [Some(16), None]);
+        }
+        // SmolLM3's defaults: of two layers, both rotate; a window is for those that do not.
+        let smollm3 = |changes: Value| {
+            let found = read(&with("smollm3", changes)).unwrap();
+            let rotates: Vec<_> = found.ropes.iter().map(Option::is_some).collect();
+            (rotates, found.windows)
+        };
+        let none = vec![None, None];
+        assert_eq!(smollm3(json!({})), (vec![true, true], none.clone()));
+        let window =
+            json!({"use_sliding_window": true, "sliding_window": 16, "no_rope_layer_interval": 2});
+        assert_eq!(smollm3(window), (vec![true, false], vec![None, Some(16)]));
+        assert_eq!(
+            smollm3(json!({"no_rope_layers": [0, 1, 1], "sliding_window": 16})),
+            (vec![false, true], none)
+        );
+        // OLMo 3's and Gemma 3's: all but every fourth and sixth.
+        for (family, full) in [("olmo3", [3, 7]), ("gemma3_text", [5, 11])] {
+            let found = windows(family, json!({"num_hidden_layers": 12, "sliding_window": 16}));
+            for (layer, window) in found.into_iter().enumerate().take(full[1] + 1) {
+                assert_eq!(window, Some(16).filter(|_| !full.contains(&layer)), "{family} {layer}");
+            }
+        }
+        let types = json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]});
+        assert_eq!(windows("olmo3", types), [None, Some(16)]);
+        assert_eq!(windows("gemma3_text", json!({"sliding_window_pattern": 2})), [Some(4096), None]);
+        for (list, wanted) in [
+            (json!([1]), "has 1 entries for 2 layers"),
+            (json!([1, 2]), "must be 0 or 1, not 2"),
+        ] {
+            let line = error(&with("smollm3", json!({"no_rope_layers": list})));
+            assert!(line.contains(wanted), "{line}");
+        }
+        for (layer_types, wanted) in [
+            (json!(["full_attention"]), "has 1 entries for 2 layers"),
+            (
+                json!(["full_attention", "linear_attention"]),
+                "\"linear_attention\" is not supported",
+            ),
+            (
+                json!(["full_attention", "sliding_attention"]),
+                "give no window",
+            ),
+        ] {
+            let line = error(&with("qwen2", json!({"layer_types": layer_types})));
+            assert!(line.contains(wanted), "{line}");
+        }
+    }
+
+    #[test]
+    fn layers_with_a_window_may_rotate_otherwise() {
+        // Of two layers the second sees everything.
+        let of = |family: &str, mut changes: Value| {
+            changes["layer_types"] = json!(["sliding_attention", "full_attention"]);
+            let ropes = read(&with(family, changes)).unwrap().ropes;
+            (ropes[0].unwrap(), ropes[1].unwrap())
+        };
+        let yarn = json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16});
+        let scaling = json!({"rope_theta": 5e5, "rope_scaling": yarn.clone()});
+        let (local, full) = of("olmo3", scaling);
+        assert_eq!((local.theta, local.scaling), (5e5, RopeScaling::Default));
+        assert_eq!(full.theta, 5e5);
+        assert!(matches!(full.scaling, RopeScaling::Yarn { factor: 8.0, original_context: 16.0, .. }));
+
+        let linear = json!({"rope_type": "linear", "factor": 8.0});
+        let old = json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": linear});
+        let (local, full) = of("gemma3_text", old.clone());
+        assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::Default));
+        assert_eq!((full.theta, full.scaling), (1e6, RopeScaling::Linear { factor: 8.0 }));
+        let new = json!({"rope_theta": null, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}});
+        assert_eq!(of("gemma3_text", new), (local, full));
+        let silent = of("gemma3_text", json!({"rope_theta": null}));
+        assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_named_with_its_file() {
+        for (changes, wanted) in [
+            (
+                json!({"model_type": "gemma2"}),
+                "the architecture \"gemma2\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma3_text",
+            ),
+            (json!({"model_type": null}), "\"model_type\" is missing"),
+            (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
+            (json!({"attn_logit_softcapping": 50.0}), "soft caps are not"),
+            (
+                json!({"quantization_config": {"bits": 4}}),
+                "quantization_config",
+            ),
+            (
+                json!({"architectures": ["LlamaForSequenceClassification"]}),
+                "LlamaForSequenceClassification",
+            ),
+            (
+                json!({"hidden_size": "32"}),
+                "hidden_size: must be a whole number, not \"32\"",
+            ),
+            (
+                json!({"hidden_size": -1}),
+                "hidden_size: must be a whole number",
+            ),
+            (json!({"hidden_size": 0}), "hidden_size: must be above 0"),
+            (json!({"vocab_size": null}), "\"vocab_size\" is missing"),
+            (json!({"vocab_size": 1u64 << 60}), "outside 1 to"),
+            (
+                json!({"num_hidden_layers": 1u64 << 40}),
+                "the number of layers",
+            ),
+            (json!({"num_key_value_heads": 3}), "evenly"),
+            (json!({"head_dim": 7}), "is odd"),
+            (
+                json!({"head_dim": null, "hidden_size": 30}),
+                "not a multiple",
+            ),
+            (json!({"rms_norm_eps": 0}), "epsilon"),
+            (
+                json!({"tie_word_embeddings": "yes"}),
+                "must be true or false",
+            ),
+        ] {
+            let line = error(&with("llama", changes.clone()));
+            assert!(
+                line.contains(wanted) && line.starts_with("x/config.json"),
+                "{changes}: {line}"
+            );
+        }
+        assert!(error(&json!([])).contains("must be a JSON object"));
+    }
+
+    #[test]
+    fn parameters_are_those_of_transformers_in_its_order() {
+        let names = |json: &Value| -> Vec<String> {
+            let config = read(json).unwrap();
+            config
+                .parameters()
+                .into_iter()
+                .map(|(name, _)| name)
+                .collect()
+        };
+        let layer = |names: Vec<String>| -> Vec<String> {
+            let own = names
+                .iter()
+                .filter_map(|n| n.strip_prefix("model.layers.1."));
+            own.map(str::to_owned).collect()
+        };
+        assert_eq!(
+            layer(names(&config_json("qwen3"))),
+            [
+                "self_attn.q_proj.weight",
+                "self_attn.k_proj.weight",
+                "self_attn.v_proj.weight",
+                "self_attn.o_proj.weight",
+                "self_attn.q_norm.weight",
+                "self_attn.k_norm.weight",
+                "mlp.gate_proj.weight",
+                "mlp.up_proj.weight",
+                "mlp.down_proj.weight",
+                "input_layernorm.weight",
+                "post_attention_layernorm.weight",
+            ]
+        );
+        assert!(layer(names(&config_json("qwen2"))).contains(&"self_attn.k_proj.bias".to_owned()));
+        assert_eq!(
+            layer(names(&config_json("olmo2")))[4..],
+            [
+                "self_attn.q_norm.weight",
+                "self_attn.k_norm.weight",
+                "mlp.gate_proj.weight",
+                "mlp.up_proj.weight",
+                "mlp.down_proj.weight",
+                "post_attention_layernorm.weight",
+                "post_feedforward_layernorm.weight",
+            ]
+        );
+        assert_eq!(
+            layer(names(&config_json("gemma3_text")))[9..],
+            [
+                "input_layernorm.weight",
+                "post_attention_layernorm.weight",
+                "pre_feedforward_layernorm.weight",
+                "post_feedforward_layernorm.weight",
+            ]
+        );
+        let tied = names(&with("llama", json!({"tie_word_embeddings": true})));
+        assert_eq!(tied.first().unwrap(), "model.embed_tokens.weight");
+        assert_eq!(tied.last().unwrap(), "model.norm.weight");
+        assert_eq!(
+            names(&config_json("llama")).last().unwrap(),
+            "lm_head.weight"
+        );
+        let wide = read(&with("llama", json!({"head_dim": 16}))).unwrap();
+        let shape = |name: &str| {
+            let all = wide.parameters();
+            all.into_iter().find(|(n, _)| n.ends_with(name)).unwrap().1
+        };
+        assert_eq!(shape("q_proj.weight"), [64, 32]);
+        assert_eq!(shape("k_proj.weight"), [32, 32]);
+        assert_eq!(shape("o_proj.weight"), [32, 64]);
+    }
+
+    #[test]
+    fn a_written_config_reads_back_the_same() {
+        let windows =
+            json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+        let scaled = json!({"attention_bias": true, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}});
+        for (family, changes) in [
+            ("llama", scaled),
+            ("mistral", json!({"sliding_window": 16})),
+            ("mistral", json!({"sliding_window": null})),
+            ("qwen2", windows.clone()),
+            ("qwen3", windows),
+            ("smollm3", json!({"no_rope_layers": [0, 1]})),
+            ("olmo2", json!({"attention_bias": true})),
+            ("olmo3", json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}})),
+            ("gemma3_text", json!({"sliding_window": 16, "rope_theta": 1e6, "query_pre_attn_scalar": 168})),
+        ] {
+            let config = read(&with(family, changes)).unwrap();
+            let written = config.to_json(None);
+            assert_eq!(read(&written).unwrap(), config);
+            assert_eq!(written["torch_dtype"], "float32");
+            assert_eq!(written["rms_norm_eps"], json!(1e-5));
+        }
+        // A file of transformers 5 keeps its own fields.
+        let mut new = config_json("llama");
+        new.as_object_mut().unwrap().shift_remove("torch_dtype");
+        new["dtype"] = json!("bfloat16");
+        let config = read(&new).unwrap();
+        let written = config.to_json(Some(&new));
+        new["dtype"] = json!("float32");
+        assert_eq!(written, new);
+    }
+}

@@ -1,0 +1,188 @@
+//! The model families that one decoder serves: what their configs mean and leave unsaid.
+
+use super::config::{Norms, QkNorm};
+use crate::kernels::activation::Activation;
+
+/// What is true of every model of a family.
+pub(super) struct Family {
+    /// `model_type` in `config.json`.
+    pub model_type: &'static str,
+    /// The name of its classes in transformers.
+    pub class: &'static str,
+    /// `general.architecture` of a GGUF.
+    pub gguf: &'static str,
+    /// transformers' values of fields that a config leaves out: `num_key_value_heads` (None: as many as query heads),
+    pub kv_heads: Option<usize>,
+    /// `head_dim` (None: hidden_size / num_attention_heads),
+    pub head_dim: Option<usize>,
+    /// `tie_word_embeddings`,
+    pub tied: bool,
+    /// `rms_norm_eps`,
+    pub norm_eps: f64,
+    /// `rope_theta`.
+    pub theta: f64,
+    /// Queries, keys and values have biases, whatever the config says.
+    pub qkv_bias: bool,
+    /// `attention_bias` is heard: biases on those and on the output projection.
+    pub attention_bias: bool,
+    /// `mlp_bias` is heard.
+    pub mlp_bias: bool,
+    pub norms: Norms,
+    /// Norms multiply by 1 + the weight in a Hugging Face folder (by the weight in a GGUF).
+    pub norms_from_one: bool,
+    pub qk_norm: Option<QkNorm>,
+    pub activation: Activation,
+    /// Embeddings are multiplied by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of.
+    pub scaled: bool,
+    pub windows: Windows,
+    /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
+    pub permuted: bool,
+}
+
+/// Which layers have a window.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Windows {
+    /// None.
+    None,
+    /// All, if there is a `sliding_window`.
+    All,
+    /// With `use_sliding_window`, those from `max_window_layers` on, or those that `layer_types` names.
+    Last,
+    /// With `use_sliding_window`, those that do not rotate, or those that `layer_types` names; `no_rope_layers` says which
+    /// rotate: else all but every fourth.
+    Unrotated,
+    /// All but every so-manieth, or those that `layer_types` names; and they are rotated otherwise, by the base that is
+    /// given here, or, None, by the others', unscaled.
+    AllBut(usize, Option<f64>),
+}
+
+const LLAMA: Family = Family {
+    model_type: "llama",
+    class: "Llama",
+    gguf: "llama",
+    kv_heads: None,
+    head_dim: None,
+    tied: false,
+    norm_eps: 1e-6,
+    theta: 10_000.0,
+    qkv_bias: false,
+    attention_bias: true,
+    mlp_bias: true,
+    norms: Norms::Before,
+    norms_from_one: false,
+    qk_norm: None,
+    activation: Activation::Silu,
+    scaled: false,
+    windows: Windows::None,
+    permuted: true,
+};
+
+const OLMO2: Family = Family {
+    model_type: "olmo2",
+    class: "Olmo2",
+    gguf: "olmo2",
+    norm_eps: 1e-5,
+    mlp_bias: false,
+    norms: Norms::After,
+    qk_norm: Some(QkNorm::Rows),
+    permuted: false,
+    ..LLAMA
+};
+
+const FAMILIES: [Family; 8] = [
+    LLAMA,
+    Family {
+        model_type: "mistral",
+        class: "Mistral",
+        kv_heads: Some(8),
+        attention_bias: false,
+        mlp_bias: false,
+        windows: Windows::All,
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen2",
+        class: "Qwen2",
+        gguf: "qwen2",
+        qkv_bias: true,
+        attention_bias: false,
+        mlp_bias: false,
+        windows: Windows::Last,
+        permuted: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3",
+        class: "Qwen3",
+        gguf: "qwen3",
+        head_dim: Some(128),
+        mlp_bias: false,
+        qk_norm: Some(QkNorm::Heads),
+        windows: Windows::Last,
+        permuted: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "smollm3",
+        class: "SmolLM3",
+        gguf: "smollm3",
+        kv_heads: Some(4),
+        tied: true,
+        theta: 2_000_000.0,
+        windows: Windows::Unrotated,
+        ..LLAMA
+    },
+    OLMO2,
+    Family {
+        model_type: "olmo3",
+        class: "Olmo3",
+        theta: 500_000.0,
+        windows: Windows::AllBut(4, None),
+        ..OLMO2
+    },
+    Family {
+        model_type: "gemma3_text",
+        class: "Gemma3",
+        gguf: "gemma3",
+        kv_heads: Some(4),
+        head_dim: Some(256),
+        tied: true,
+        theta: 1_000_000.0,
+        mlp_bias: false,
+        norms: Norms::Around,
+        norms_from_one: true,
+        qk_norm: Some(QkNorm::Heads),
+        activation: Activation::GeluTanh,
+        scaled: true,
+        windows: Windows::AllBut(6, Some(10_000.0)),
+        permuted: false,
+        ..LLAMA
+    },
+];
+
+/// The family of a `model_type`.
+pub(super) fn of(model_type: &str) -> Option<&'static Family> {
+    FAMILIES.iter().find(|f| f.model_type == model_type)
+}
+
+/// The names of all families.
+pub fn families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|f| f.model_type)
+}
+
+/// The family of a GGUF's `general.architecture`. With a window some are other families, which have no name there.
+pub(super) fn of_gguf(architecture: &str, window: bool) -> Option<&'static Family> {
+    let mut named = FAMILIES.iter().filter(|f| f.gguf == architecture);
+    let first = named.next()?;
+    Some(match (first.windows, window) {
+        (Windows::None, true) => named.next().unwrap_or(first),
+        _ => first,
+    })
+}
+
+/// The names that GGUFs have for the families.
+pub(super) fn architectures() -> Vec<&'static str> {
+    let mut names: Vec<_> = FAMILIES.iter().map(|f| f.gguf).collect();
+    names.dedup();
+    names
+}
