@@ -374,10 +374,10 @@ fn packed(decoder: &Decoder, normed: &[f32], threads: Threads) -> PackedLeft {
 mod tests {
     use super::*;
     use crate::dpo::Forward;
+    use crate::kernels::activation::Activation;
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::model::{Gradients, Params, Workspace};
-    use crate::kernels::activation::Activation;
     use crate::weights::{Config, Norms, QkNorm};
     use serde_json::json;
     use std::path::Path;

@@ -154,7 +154,10 @@ impl<'a> Backward<'a> {
         let d_qkv = self.operand(&self.d_qkv, layer.qkv.rows);
         self.read(
             (&layer.qkv, &places.qkv),
-            (&layer.norms.before_attention, &places.norms.before_attention),
+            (
+                &layer.norms.before_attention,
+                &places.norms.before_attention,
+            ),
             d_qkv,
             x,
             pass,

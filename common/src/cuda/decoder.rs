@@ -632,9 +632,26 @@ impl Decoder {
     /// `pass.x` gains attention's output projection; from it to `pass.gate_up`.
     pub(super) fn widen(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
         let layer = &self.layers[i];
-        self.give(&layer.output, &pass.attention, pass.output.as_ref(), &pass.x, count, pass)?;
-        self.gain(&layer.norms.after_attention, pass.output.as_ref(), &pass.x, count)?;
-        self.read(&pass.x, layer.norms.before_mlp.as_ref(), count, &pass.normed)?;
+        self.give(
+            &layer.output,
+            &pass.attention,
+            pass.output.as_ref(),
+            &pass.x,
+            count,
+            pass,
+        )?;
+        self.gain(
+            &layer.norms.after_attention,
+            pass.output.as_ref(),
+            &pass.x,
+            count,
+        )?;
+        self.read(
+            &pass.x,
+            layer.norms.before_mlp.as_ref(),
+            count,
+            &pass.normed,
+        )?;
         self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &layer.gate_up.bias {
             Some(bias) => {
@@ -660,7 +677,14 @@ impl Decoder {
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
             args![&pass.gate_up, &pass.inner, ffn as i32, c, a],
         )?;
-        self.give(&self.layers[i].down, &pass.inner, pass.down.as_ref(), x, count, pass)
+        self.give(
+            &self.layers[i].down,
+            &pass.inner,
+            pass.down.as_ref(),
+            x,
+            count,
+            pass,
+        )
     }
 
     /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.

@@ -103,7 +103,10 @@ mod tests {
                     Activation::Silu => g / (1.0 + (-g).exp()),
                     Activation::GeluTanh => 0.5 * g * (1.0 + inner.tanh()),
                 };
-                assert!((f64::from(out) - expected).abs() < 1e-6, "{activation:?} {g}");
+                assert!(
+                    (f64::from(out) - expected).abs() < 1e-6,
+                    "{activation:?} {g}"
+                );
             }
         }
     }
@@ -112,7 +115,12 @@ mod tests {
     fn large_gates_neither_overflow_nor_vanish() {
         for activation in BOTH {
             let mut out = vec![0.0; 3];
-            forward(activation, &[200.0, -200.0, 0.0, 1.0, 1.0, 1.0], 3, &mut out);
+            forward(
+                activation,
+                &[200.0, -200.0, 0.0, 1.0, 1.0, 1.0],
+                3,
+                &mut out,
+            );
             assert_eq!(out, [200.0, 0.0, 0.0], "{activation:?}");
         }
     }

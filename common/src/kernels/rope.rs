@@ -85,7 +85,12 @@ mod tests {
         let grown = Rotary::new(&[1.0, 0.1], 2.5, 8);
         let mut larger = head;
         grown.rotate(&mut larger, 5);
-        assert!(larger.iter().zip(turned).all(|(x, y)| (x - 2.5 * y).abs() < 1e-5));
+        assert!(
+            larger
+                .iter()
+                .zip(turned)
+                .all(|(x, y)| (x - 2.5 * y).abs() < 1e-5)
+        );
         rotary.rotate_back(&mut turned, 5);
         assert!(turned.iter().zip(head).all(|(x, y)| (x - y).abs() < 1e-6));
     }

@@ -189,7 +189,9 @@ impl Pass<'_> {
             linear(map, dy, &mut b.d_inner, &mut b.right);
             let d_inner = &b.d_inner;
             return rows(dx, 1, |first, dx| {
-                dx.iter_mut().zip(&d_inner[first..]).for_each(|(dx, d)| *dx += d);
+                dx.iter_mut()
+                    .zip(&d_inner[first..])
+                    .for_each(|(dx, d)| *dx += d);
             });
         };
         fit(&mut b.inner, x.len());

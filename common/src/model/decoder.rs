@@ -361,9 +361,15 @@ impl Decoder {
         let (hidden, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
-        gain(&mut state.middle, norm, eps, &mut state.output, |y, write| {
-            layer.output.forward(attention, y, write);
-        });
+        gain(
+            &mut state.middle,
+            norm,
+            eps,
+            &mut state.output,
+            |y, write| {
+                layer.output.forward(attention, y, write);
+            },
+        );
         fit(&mut state.gate_up, state.x.len() / hidden * 2 * ffn);
         let (middle, norm) = (&state.middle, layer.norms.before_mlp.as_deref());
         let read = norm::rows_of(middle, hidden, norm, eps);
@@ -374,9 +380,15 @@ impl Decoder {
             activation::forward_row(self.config.activation.curve(), gate, up, row);
         };
         copy(middle, next);
-        gain(next, &layer.norms.after_mlp, eps, &mut state.down, |y, write| {
-            layer.down.forward_made(inner, y, write);
-        });
+        gain(
+            next,
+            &layer.norms.after_mlp,
+            eps,
+            &mut state.down,
+            |y, write| {
+                layer.down.forward_made(inner, y, write);
+            },
+        );
     }
 
     /// The MLP's inner activation.

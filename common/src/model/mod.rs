@@ -12,6 +12,6 @@ pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
-pub use rotations::Rotations;
 pub use params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+pub use rotations::Rotations;
 pub use workspace::{Kept, Workspace};

@@ -22,11 +22,13 @@ impl Rotations {
                 kinds.len() - 1
             })
         };
-        let layers = config.ropes.iter().map(|rope| rope.as_ref().map(&mut number));
+        let layers = config
+            .ropes
+            .iter()
+            .map(|rope| rope.as_ref().map(&mut number));
         let layers = layers.collect();
-        let table = |rope: Rope| {
-            Rotary::new(&rope.inv_freq(config.head_dim), rope.growth(), positions)
-        };
+        let table =
+            |rope: Rope| Rotary::new(&rope.inv_freq(config.head_dim), rope.growth(), positions);
         Self {
             layers,
             tables: kinds.into_iter().map(table).collect(),

@@ -171,7 +171,10 @@ impl Config {
         );
         let rotating: Vec<_> = self.ropes.iter().flatten().collect();
         match rotating.windows(2).all(|two| two[0] == two[1]) {
-            true => rotating.first().iter().for_each(|rope| text += &format!(" rope {rope:?}")),
+            true => rotating
+                .first()
+                .iter()
+                .for_each(|rope| text += &format!(" rope {rope:?}")),
             false => text += &format!(" ropes {rotating:?}"),
         }
         if self.ropes.contains(&None) {

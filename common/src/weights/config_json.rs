@@ -253,7 +253,10 @@ fn positions(
     context: usize,
 ) -> Result<(LayerWindows, LayerRopes)> {
     let everywhere = || -> Result<LayerRopes> {
-        Ok(vec![Some(Rope::from_json(fields, family.theta, context)?); layers])
+        Ok(vec![
+            Some(Rope::from_json(fields, family.theta, context)?);
+            layers
+        ])
     };
     let asked = || fields.flag("use_sliding_window");
     match family.windows {
@@ -279,7 +282,10 @@ fn positions(
             let rotates = rotating_layers(fields, layers)?;
             let windows = typed_windows(fields, window, layers, |layer| !rotates[layer])?;
             let ropes = everywhere()?.into_iter().zip(&rotates);
-            Ok((windows, ropes.map(|(rope, &on)| rope.filter(|_| on)).collect()))
+            Ok((
+                windows,
+                ropes.map(|(rope, &on)| rope.filter(|_| on)).collect(),
+            ))
         }
         Windows::AllBut(period, base) => {
             let window = sliding_window(fields)?;
@@ -340,7 +346,9 @@ fn typed_windows(
     unsaid: impl Fn(usize) -> bool,
 ) -> Result<LayerWindows> {
     let Some(types) = fields.present("layer_types") else {
-        return Ok((0..layers).map(|layer| window.filter(|_| unsaid(layer))).collect());
+        return Ok((0..layers)
+            .map(|layer| window.filter(|_| unsaid(layer)))
+            .collect());
     };
     let types = types.as_array().context("layer_types: must be a list")?;
     ensure!(
@@ -456,14 +464,40 @@ mod tests {
         assert_eq!(flags(&of("smollm3")), (false, false, false, false));
         assert_eq!(flags(&of("olmo2")), (false, false, false, true));
         assert_eq!(flags(&of("gemma3_text")), (false, false, false, true));
-        let around = |c: Config| (c.norms, c.qk_norm, c.activation, c.embed_scale, c.attention_scale);
-        let plain = (Norms::Before, None, Activation::Silu, 1.0, 1.0 / 8f32.sqrt());
+        let around = |c: Config| {
+            (
+                c.norms,
+                c.qk_norm,
+                c.activation,
+                c.embed_scale,
+                c.attention_scale,
+            )
+        };
+        let plain = (
+            Norms::Before,
+            None,
+            Activation::Silu,
+            1.0,
+            1.0 / 8f32.sqrt(),
+        );
         assert_eq!(around(of("llama")), plain);
-        let olmo = (Norms::After, Some(QkNorm::Rows), Activation::Silu, 1.0, plain.4);
+        let olmo = (
+            Norms::After,
+            Some(QkNorm::Rows),
+            Activation::Silu,
+            1.0,
+            plain.4,
+        );
         assert_eq!(around(of("olmo2")), olmo);
         assert_eq!(around(of("olmo3")), olmo);
         let heads = Some(QkNorm::Heads);
-        let gemma = (Norms::Around, heads, Activation::GeluTanh, 32f32.sqrt(), 0.25);
+        let gemma = (
+            Norms::Around,
+            heads,
+            Activation::GeluTanh,
+            32f32.sqrt(),
+            0.25,
+        );
         let scores = json!({"query_pre_attn_scalar": 16});
         assert_eq!(around(read(&with("gemma3_text", scores)).unwrap()), gemma);
         let biased = json!({"attention_bias": true, "mlp_bias": true});
@@ -554,14 +588,25 @@ mod tests {
         );
         // OLMo 3's and Gemma 3's: all but every fourth and sixth.
         for (family, full) in [("olmo3", [3, 7]), ("gemma3_text", [5, 11])] {
-            let found = windows(family, json!({"num_hidden_layers": 12, "sliding_window": 16}));
+            let found = windows(
+                family,
+                json!({"num_hidden_layers": 12, "sliding_window": 16}),
+            );
             for (layer, window) in found.into_iter().enumerate().take(full[1] + 1) {
-                assert_eq!(window, Some(16).filter(|_| !full.contains(&layer)), "{family} {layer}");
+                assert_eq!(
+                    window,
+                    Some(16).filter(|_| !full.contains(&layer)),
+                    "{family} {layer}"
+                );
             }
         }
-        let types = json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]});
+        let types =
+            json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]});
         assert_eq!(windows("olmo3", types), [None, Some(16)]);
-        assert_eq!(windows("gemma3_text", json!({"sliding_window_pattern": 2})), [Some(4096), None]);
+        assert_eq!(
+            windows("gemma3_text", json!({"sliding_window_pattern": 2})),
+            [Some(4096), None]
+        );
         for (list, wanted) in [
             (json!([1]), "has 1 entries for 2 layers"),
             (json!([1, 2]), "must be 0 or 1, not 2"),
@@ -593,18 +638,29 @@ mod tests {
             let ropes = read(&with(family, changes)).unwrap().ropes;
             (ropes[0].unwrap(), ropes[1].unwrap())
         };
-        let yarn = json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16});
+        let yarn =
+            json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16});
         let scaling = json!({"rope_theta": 5e5, "rope_scaling": yarn.clone()});
         let (local, full) = of("olmo3", scaling);
         assert_eq!((local.theta, local.scaling), (5e5, RopeScaling::Default));
         assert_eq!(full.theta, 5e5);
-        assert!(matches!(full.scaling, RopeScaling::Yarn { factor: 8.0, original_context: 16.0, .. }));
+        assert!(matches!(
+            full.scaling,
+            RopeScaling::Yarn {
+                factor: 8.0,
+                original_context: 16.0,
+                ..
+            }
+        ));
 
         let linear = json!({"rope_type": "linear", "factor": 8.0});
         let old = json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": linear});
         let (local, full) = of("gemma3_text", old.clone());
         assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::Default));
-        assert_eq!((full.theta, full.scaling), (1e6, RopeScaling::Linear { factor: 8.0 }));
+        assert_eq!(
+            (full.theta, full.scaling),
+            (1e6, RopeScaling::Linear { factor: 8.0 })
+        );
         let new = json!({"rope_theta": null, "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}});
@@ -752,9 +808,15 @@ mod tests {
             ("qwen3", windows),
             ("smollm3", json!({"no_rope_layers": [0, 1]})),
             ("olmo2", json!({"attention_bias": true})),
-            ("olmo3", json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
-                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}})),
-            ("gemma3_text", json!({"sliding_window": 16, "rope_theta": 1e6, "query_pre_attn_scalar": 168})),
+            (
+                "olmo3",
+                json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}),
+            ),
+            (
+                "gemma3_text",
+                json!({"sliding_window": 16, "rope_theta": 1e6, "query_pre_attn_scalar": 168}),
+            ),
         ] {
             let config = read(&with(family, changes)).unwrap();
             let written = config.to_json(None);

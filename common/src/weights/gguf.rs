@@ -98,7 +98,12 @@ pub(super) fn gguf_name(config: &Config, name: &str) -> Option<String> {
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let (module, kind) = rest.rsplit_once('.')?;
-    let norms = ["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"];
+    let norms = [
+        "attn_norm",
+        "post_attention_norm",
+        "ffn_norm",
+        "post_ffw_norm",
+    ];
     let mut norms = config.layer_norms().into_iter().zip(norms);
     if let Some((_, norm)) = norms.find(|(norm, _)| *norm == Some(module)) {
         return Some(format!("blk.{layer}.{norm}.{kind}"));

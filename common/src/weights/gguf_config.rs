@@ -206,9 +206,16 @@ fn scaling(fields: &Metadata, head_dim: usize) -> Result<RopeScaling> {
             let key = "rope.scaling.factor";
             let factor = positive(key, fields.real(key)?.unwrap_or(1.0))?;
             let original = "rope.scaling.original_context_length";
-            for (key, only) in [("yarn_ext_factor", 1.0), ("attn_factor", 1.0), ("yarn_attn_factor", 1.0)] {
+            for (key, only) in [
+                ("yarn_ext_factor", 1.0),
+                ("attn_factor", 1.0),
+                ("yarn_attn_factor", 1.0),
+            ] {
                 let value = fields.real(&format!("rope.scaling.{key}"))?.unwrap_or(only);
-                ensure!(value == only, "rope.scaling.{key}: {value} is not supported, only {only}");
+                ensure!(
+                    value == only,
+                    "rope.scaling.{key}: {value} is not supported, only {only}"
+                );
             }
             let beta = |key: &str| fields.real(&format!("rope.scaling.yarn_{key}"));
             Ok(RopeScaling::Yarn {

@@ -323,7 +323,8 @@ fn is_adapter(path: &Path) -> bool {
 }
 
 fn stored_name(config: &Config, name: &str) -> Result<String> {
-    gguf::gguf_name(config, name).with_context(|| format!("GGUF has no name for the tensor {name:?}"))
+    gguf::gguf_name(config, name)
+        .with_context(|| format!("GGUF has no name for the tensor {name:?}"))
 }
 
 fn read_json(path: &Path) -> Result<Value> {

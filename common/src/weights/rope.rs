@@ -270,7 +270,8 @@ impl RopeScaling {
             } => {
                 let dim = head_dim as f64;
                 let pair_that_turns = |times: f32| {
-                    let turns = f64::from(original_context) / (f64::from(times) * 2.0 * std::f64::consts::PI);
+                    let turns = f64::from(original_context)
+                        / (f64::from(times) * 2.0 * std::f64::consts::PI);
                     dim * turns.ln() / (2.0 * f64::from(theta).ln())
                 };
                 let low = pair_that_turns(beta_fast).floor().max(0.0) as f32;
@@ -367,8 +368,10 @@ mod tests {
                 0x34ad07a7,
             ],
         );
-        let yarn = rope(json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0,
-            "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}}));
+        let yarn = rope(
+            json!({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "yarn", "factor": 8.0,
+            "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}}),
+        );
         let yarn = yarn.unwrap();
         assert_eq!(yarn.growth(), 1.207_944_2);
         assert_bits(
@@ -384,8 +387,10 @@ mod tests {
                 "{i}"
             );
         }
-        let qwen = rope(json!({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0,
-            "original_max_position_embeddings": 32768}}));
+        let qwen = rope(
+            json!({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0,
+            "original_max_position_embeddings": 32768}}),
+        );
         let qwen = qwen.unwrap();
         assert_eq!(qwen.growth(), 1.138_629_4);
         assert_bits(

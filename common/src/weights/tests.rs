@@ -355,8 +355,13 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
         ),
         (
             "llama.rope.scaling.type",
+            String("longrope".into()),
+            "\"longrope\" is not supported",
+        ),
+        (
+            "llama.rope.scaling.type",
             String("yarn".into()),
-            "\"yarn\" is not supported",
+            "original_context_length is missing",
         ),
         ("llama.rope.dimension_count", U32(4), "rotation over 4 of 8"),
         ("llama.expert_count", U32(8), "mixtures of experts"),
@@ -399,6 +404,43 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
         ));
     });
     assert!(line.contains("rope_freqs.weight"), "{line}");
+}
+
+#[test]
+fn a_gguf_says_which_layers_have_a_window_and_how_others_rotate() {
+    use gguf_file::Value::{Array, Bool, F32, String, U32};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let of = |types: [&str; 2]| {
+        let mut json = config_json("olmo3");
+        json["layer_types"] = json!(types);
+        json["sliding_window"] = json!(16);
+        json["rope_scaling"] =
+            json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32});
+        Config::from_json(&json, Path::new("config.json")).unwrap()
+    };
+    let first_full = of(["full_attention", "sliding_attention"]);
+    let tensors = as_gguf(&first_full, "olmo2", &random_tensors(&first_full, 5));
+    let write = |pattern| {
+        let mut metadata = gguf_metadata(&first_full, "olmo2");
+        for (key, value) in [
+            ("attention.sliding_window", U32(16)),
+            ("attention.sliding_window_pattern", pattern),
+            ("rope.scaling.type", String("yarn".into())),
+            ("rope.scaling.factor", F32(8.0)),
+            ("rope.scaling.original_context_length", U32(32)),
+        ] {
+            metadata.push((format!("olmo2.{key}"), value));
+        }
+        write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+    };
+    write(Array(vec![Bool(false), Bool(true)]));
+    assert_eq!(open(&path).unwrap().config, first_full);
+    write(U32(2));
+    let last_full = of(["sliding_attention", "full_attention"]);
+    assert_eq!(open(&path).unwrap().config, last_full);
+    write(Array(vec![Bool(true)]));
+    assert!(error(&path).contains("has 1 entries for 2 layers"));
 }
 
 #[test]

@@ -228,19 +228,13 @@ fn every_head_size<T: Element>() {
     for dim in [6, 16, 24, 32, 64, 80, 96, 128, 256] {
         let mut layout = Layout::default();
         layout.push(33, &[20, 35]);
-        check::<T>(
-            &layout,
-            Heads::new(2, 1, dim),
-        );
+        check::<T>(&layout, Heads::new(2, 1, dim));
     }
 }
 
 fn every_group_of_heads<T: Element>() {
     for (query, kv) in [(1, 1), (3, 3), (6, 2), (7, 1)] {
-        check::<T>(
-            &batch(),
-            Heads::new(query, kv, 16),
-        );
+        check::<T>(&batch(), Heads::new(query, kv, 16));
     }
 }
 
@@ -260,10 +254,7 @@ fn edges_of_tiles<T: Element>() {
     for len in [1, 31, 32, 33, 63, 64, 65, 129] {
         let mut layout = Layout::default();
         layout.push(len, &[len, 1]);
-        check::<T>(
-            &layout,
-            Heads::new(1, 1, 32),
-        );
+        check::<T>(&layout, Heads::new(1, 1, 32));
     }
 }
 

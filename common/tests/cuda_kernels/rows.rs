@@ -1,4 +1,4 @@
-//! Gathers and scatters, norms, SwiGLU, rotation.
+//! Gathers and scatters, norms, activations, rotation.
 
 use crate::device::{
     Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
@@ -9,13 +9,13 @@ fn embeddings<T: Element>() {
     let table: Vec<T> = noise(vocab * width, 1);
     let out = in_every_order(|| {
         let mut out: Vec<f32> = unwritten(tokens.len() * width);
-        launch!(format!("embed_{}", T::NAME), [tokens.len(), 1, 1], 256, 0; &table, &tokens, &mut out, width as i32);
+        launch!(format!("embed_{}", T::NAME), [tokens.len(), 1, 1], 256, 0; &table, &tokens, 2.0f32, &mut out, width as i32);
         out
     });
     for (row, &token) in out.chunks_exact(width).zip(&tokens) {
         let expected: Vec<f32> = table[token as usize * width..][..width]
             .iter()
-            .map(|x| x.to())
+            .map(|x| x.to() * 2.0)
             .collect();
         assert_eq!(row, expected);
     }
@@ -161,8 +161,95 @@ fn norms<T: Element>() {
     }
 }
 
-fn swiglu<T: Element>() {
-    for (count, ffn) in [(1, 1), (3, 1030), (2, 40)] {
+/// The stream gains what a norm makes of something else.
+fn norms_of_what_is_added<T: Element>() {
+    for (count, width) in [(1, 5), (67, 64), (5, 1030), (3, 5124)] {
+        let teams = if width <= 1024 { 8 } else { 1 };
+        let (given, w): (Vec<f32>, Vec<f32>) = (noise(count * width, 1), noise(width, 2));
+        let (before, dy): (Vec<f32>, Vec<f32>) = (noise(count * width, 3), noise(count * width, 4));
+        let blocks = count.min(4);
+        let (stream, d_given, dw) = in_every_order(|| {
+            let mut stream = before.clone();
+            launch!("rms_norm_add", [count.div_ceil(teams), 1, 1], 256, 0;
+                &given, &w, EPS, &mut stream, count as i32, width as i32);
+            let (mut d, mut partial): (Vec<T>, Vec<f32>) =
+                (unwritten(count * width), unwritten(blocks * width));
+            launch!(format!("rms_norm_add_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
+                &given, &w, EPS, &dy, &mut d, &mut partial, count as i32, width as i32);
+            (stream, d, columns(&partial, width))
+        });
+        let (mut stream_exact, mut d_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
+        for r in 0..count {
+            let row = r * width..(r + 1) * width;
+            let (y, dx, dw) = norm(
+                &wide(&given[row.clone()]),
+                &wide(&w),
+                &wide(&dy[row.clone()]),
+            );
+            stream_exact.extend(y.iter().zip(&before[row]).map(|(y, b)| y + *b as f64));
+            d_exact.extend(dx);
+            dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
+        }
+        assert_close("the stream", &stream, &stream_exact, 8.0);
+        assert_close("d_given", &d_given, &d_exact, 8.0);
+        assert_close("dw", &dw, &dw_exact, 20.0);
+    }
+}
+
+/// Some columns of rows that are longer, in place.
+fn norms_of_parts_of_rows<T: Element>() {
+    for (count, stride, first, width) in [
+        (3, 30, 18, 6),
+        (67, 96, 0, 64),
+        (5, 1288, 8, 1024),
+        (2, 5200, 24, 5124),
+    ] {
+        let teams = if width <= 1024 { 8 } else { 1 };
+        let (x, dy): (Vec<T>, Vec<T>) = (noise(count * stride, 1), noise(count * stride, 2));
+        let w: Vec<f32> = noise(width, 3);
+        let sizes = [count as i32, width as i32, stride as i32];
+        let blocks = count.min(4);
+        // As in the tools, the vectors begin where the part does.
+        let (y, d, dw) = in_every_order(|| {
+            let (mut y, mut d, mut partial): (_, _, Vec<f32>) = (
+                x[first..].to_vec(),
+                dy[first..].to_vec(),
+                unwritten(blocks * width),
+            );
+            launch!(format!("rms_norm_part_{}", T::NAME), [count.div_ceil(teams), 1, 1], 256, 0;
+                &mut y, &w, EPS, sizes[0], sizes[1], sizes[2]);
+            launch!(format!("rms_norm_part_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
+                &x[first..].to_vec(), &w, EPS, &mut d, &mut partial, sizes[0], sizes[1], sizes[2]);
+            (y, d, columns(&partial, width))
+        });
+        let (mut y_exact, mut d_exact) = (wide(&x[first..]), wide(&dy[first..]));
+        let mut dw_exact = vec![0.0; width];
+        for r in 0..count {
+            let part = r * stride..r * stride + width;
+            let (y, dx, dw) = norm(&y_exact[part.clone()], &wide(&w), &d_exact[part.clone()]);
+            y_exact[part.clone()].copy_from_slice(&y);
+            d_exact[part].copy_from_slice(&dx);
+            dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
+        }
+        assert_close("y", &y, &y_exact, 5.0);
+        assert_close("d", &d, &d_exact, 8.0);
+        assert_close("dw", &dw, &dw_exact, 20.0);
+    }
+}
+
+/// The sums of the columns of parts.
+fn columns(partial: &Vec<f32>, width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0f32; width];
+    let parts = (partial.len() / width) as i32;
+    launch!("sum_columns_f32", [width.div_ceil(32), 1, 1], 256, 0; partial, &mut sums, parts, width as i32, 1i32);
+    sums
+}
+
+/// SiLU and GELU by tanh, as the curve that their gate is multiplied with the sigmoid of.
+fn activations<T: Element>() {
+    let (silu, gelu) = ([1.0f32, 0.0], [1.595_769_1, 0.044_715]);
+    for (count, ffn, curve) in [(1, 1, silu), (3, 1030, silu), (2, 40, gelu), (1, 33, gelu)] {
+        let [c, a] = curve;
         let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1)
             .iter()
             .map(|x| T::from(x * 8.0))
@@ -172,17 +259,24 @@ fn swiglu<T: Element>() {
         let (out, d, inner) = in_every_order(|| {
             let (mut out, mut d, mut inner): (Vec<T>, _, _) =
                 (unwritten(count * ffn), gate_up.clone(), dy.clone());
-            launch!(format!("swiglu_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32);
+            launch!(format!("activation_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32, c, a);
             let shared = Arg::from(&mut inner); // the output may take the place of dy
             crate::device::run(
-                &format!("swiglu_backward_{}", T::NAME),
+                &format!("activation_backward_{}", T::NAME),
                 grid,
                 256,
                 0,
-                vec![Arg::from(&mut d), shared, shared, Arg::from(ffn as i32)],
+                vec![
+                    Arg::from(&mut d),
+                    shared,
+                    shared,
+                    (ffn as i32).into(),
+                    c.into(),
+                    a.into(),
+                ],
             );
             let mut again = gate_up.clone();
-            launch!(format!("swiglu_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32);
+            launch!(format!("activation_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32, c, a);
             assert_eq!(again, d);
             (out, d, inner)
         });
@@ -194,13 +288,18 @@ fn swiglu<T: Element>() {
                     gate_up[r * 2 * ffn + c].to() as f64,
                     gate_up[(r * 2 + 1) * ffn + c].to() as f64,
                 );
-                let (s, d) = (1.0 / (1.0 + (-g).exp()), dy[r * ffn + c].to() as f64);
+                let (c64, a64) = (f64::from(curve[0]), f64::from(curve[1]));
+                let (v, slope) = (
+                    c64 * g * (1.0 + a64 * g * g),
+                    c64 * (1.0 + 3.0 * a64 * g * g),
+                );
+                let (s, d) = (1.0 / (1.0 + (-v).exp()), dy[r * ffn + c].to() as f64);
                 out_exact[r * ffn + c] = g * s * u;
-                d_exact[r * 2 * ffn + c] = d * u * s * (1.0 + g * (1.0 - s));
+                d_exact[r * 2 * ffn + c] = d * u * s * (1.0 + g * slope * (1.0 - s));
                 d_exact[(r * 2 + 1) * ffn + c] = d * g * s;
             }
         }
-        assert_close("swiglu", &out, &out_exact, 4.0);
+        assert_close("activation", &out, &out_exact, 4.0);
         assert_close("its gradient", &d, &d_exact, 8.0);
     }
 }
@@ -371,6 +470,8 @@ crate::device::for_both!(
     embeddings,
     biases_and_sums_of_columns,
     norms,
-    swiglu,
+    norms_of_what_is_added,
+    norms_of_parts_of_rows,
+    activations,
     rotation
 );
