@@ -20,12 +20,12 @@ template <class F> __device__ inline void for_part(int ffn, F visit) {
     for_columns(first, min(first + ACTIVATION_COLUMNS, ffn), ffn, visit);
 }
 
-template <class T> __device__ void activation(const T* gate_up, T* out, int ffn, Curve curve) {
+template <class T> __device__ void activation(const T* gate_up, T* out, int ffn, Curve curve, float scale) {
     const T* gate = gate_up + (long long)blockIdx.x * 2 * ffn;
     T* to = out + (long long)blockIdx.x * ffn;
     for_part(ffn, [=](int c, auto few) {
         auto g = few.load(gate + c), u = few.load(gate + ffn + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(curve.v(g.at[i])) * u.at[i];
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(curve.v(g.at[i])) * (u.at[i] * scale);
         few.store(to + c);
     });
 }
@@ -49,8 +49,9 @@ template <class T> __device__ void activation_backward(T* gate_up, const T* dy, 
 
 }  // namespace device
 
-ACTIVATION(activation_f32, float) { device::activation(gate_up, out, ffn, {c, a}); }
-ACTIVATION(activation_bf16, bf16) { device::activation(gate_up, out, ffn, {c, a}); }
+ACTIVATION(activation_f32, float) { device::activation(gate_up, out, ffn, {c, a}, scale); }
+ACTIVATION(activation_bf16, bf16) { device::activation(gate_up, out, ffn, {c, a}, scale); }
+ACTIVATION(activation_f16, f16) { device::activation(gate_up, out, ffn, {c, a}, scale); }
 
 ACTIVATION_BACKWARD(activation_backward_f32, float) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }
 ACTIVATION_BACKWARD(activation_backward_bf16, bf16) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }

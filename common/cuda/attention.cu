@@ -76,3 +76,4 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
 #define DEFINE(name, T, D) \
     ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], query, kv, dim, window, scale); }
 ATTENTION_VARIANTS(DEFINE, attention);
+ATTENTION_VARIANTS_F16(DEFINE, attention);

@@ -2,9 +2,10 @@
 // `.cu` files define what is declared here, so that a definition cannot differ.
 //
 // Conventions
-// - Names end in the storage type of the activations: `_f32` or `_bf16` (T below). Sums are float32 always.
+// - Names end in the storage type of the activations: `_f32`, `_bf16` or, where scoring needs it, `_f16` (T below). Sums are
+//   float32 always.
 // - All matrices are row-major without gaps unless a stride is named. `int` is 32 bits, `long long` 64.
-// - The residual stream and its gradient are float32 in both modes: products add to it (GEMM with beta = 1), norms read
+// - The residual stream and its gradient are float32 in all of them: products add to it (GEMM with beta = 1), norms read
 //   it and write T. Vectors (norm weights, biases) and all gradients of parameters are float32, logits too.
 // - A pointer marked "or null" may be null; what it stands for is then left out.
 // - Launch: grid (x, y, z), block (threads, 1, 1) with `threads` the first argument of KERNEL, dynamic shared memory 0
@@ -22,6 +23,7 @@
 #define EMBED(name, T) KERNEL(256, name, const T* table, const int* tokens, float scale, float* out, int width)
 EMBED(embed_f32, float);
 EMBED(embed_bf16, bf16);
+EMBED(embed_f16, f16);
 
 // target[rows[u]] += Σ x[order[i]] for i in starts[u] .. starts[u+1], in that order: the gradient of any gather, each
 // target row given once. For an embedding: rows = the distinct tokens, order = the batch's rows sorted by token.
@@ -36,6 +38,7 @@ constexpr int NORM_NARROW = 1024;
     int count, int width)
 RMS_NORM(rms_norm_f32, float);
 RMS_NORM(rms_norm_bf16, bf16);
+RMS_NORM(rms_norm_f16, f16);
 
 // Its gradient: dx[r] = (add ? dx[r] : 0) + ∂L/∂x[i], `dx` [count, width] (not gathered: with `rows`, follow with
 // add_rows). `dx_copy` [count, width] or null receives dx[r] as T. `partial` [blocks, width] or null receives each
@@ -60,6 +63,7 @@ RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16);
 #define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, float eps, int count, int width, int stride)
 RMS_NORM_PART(rms_norm_part_f32, float);
 RMS_NORM_PART(rms_norm_part_bf16, bf16);
+RMS_NORM_PART(rms_norm_part_f16, f16);
 // Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above.
 #define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, float eps, T* d, \
     float* partial, int count, int width, int stride)
@@ -70,6 +74,7 @@ RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16);
 #define ADD_BIAS(name, T) KERNEL(256, name, T* x, const float* bias, int width)
 ADD_BIAS(add_bias_f32, float);
 ADD_BIAS(add_bias_bf16, bf16);
+ADD_BIAS(add_bias_f16, f16);
 
 // out[b, c] = (add ? out[b, c] : 0) + Σ x[r, c] over the rows r of part b of ceil(count / parts): `x` [count, width],
 // `out` [parts, width]. A gradient of a bias: once into parts of some 64 rows, then once more with parts = 1, add = 1.
@@ -78,11 +83,12 @@ ADD_BIAS(add_bias_bf16, bf16);
 SUM_COLUMNS(sum_columns_f32, float);
 SUM_COLUMNS(sum_columns_bf16, bf16);
 
-// out = gate · σ(c·gate·(1 + a·gate²)) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn]. SiLU is c = 1, a = 0;
+// out = scale · gate · σ(c·gate·(1 + a·gate²)) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn]. SiLU is c = 1, a = 0;
 // GELU by tanh is c = √(8/π), a = 0.044715. Grid (count, ceil(ffn / 1024)).
-#define ACTIVATION(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn, float c, float a)
+#define ACTIVATION(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn, float c, float a, float scale)
 ACTIVATION(activation_f32, float);
 ACTIVATION(activation_bf16, bf16);
+ACTIVATION(activation_f16, f16);
 
 // Replaces `gate_up` by its gradient, given that of the output, `dy` [count, ffn]; `inner` [count, ffn] or null
 // receives the output again (the down projection's gradient wants it); it may be `dy` itself.
@@ -106,6 +112,7 @@ ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
     const int* cache_rows, int count, int query, int kv, int dim)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
+QKV_ROPE(qkv_rope_f16, f16);
 
 // Its gradient, in place: `d_qkv` [count, width] becomes that of `in`. `in`, `bias`, `q_norm`, `k_norm` as above (`in`
 // is read only where there are head norms). `partial` [blocks, 2·dim] or null receives each block's part of the
@@ -160,6 +167,10 @@ struct AttentionTile {
 SUM_HEADS(sum_heads_f32, float);
 SUM_HEADS(sum_heads_bf16, bf16);
 
+#define ATTENTION_VARIANTS_F16(kind, stem) \
+    kind(stem##_f16_16, f16, 16); kind(stem##_f16_32, f16, 32); kind(stem##_f16_64, f16, 64); \
+    kind(stem##_f16_96, f16, 96); kind(stem##_f16_128, f16, 128); kind(stem##_f16_256, f16, 256)
+
 #define ATTENTION_VARIANTS(kind, stem) \
     kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
     kind(stem##_f32_96, float, 96); kind(stem##_f32_128, float, 128); kind(stem##_f32_256, float, 256); \
@@ -167,6 +178,7 @@ SUM_HEADS(sum_heads_bf16, bf16);
     kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256)
 
 ATTENTION_VARIANTS(ATTENTION, attention);
+ATTENTION_VARIANTS_F16(ATTENTION, attention);
 ATTENTION_VARIANTS(ATTENTION_BACKWARD_Q, attention_backward_q);
 ATTENTION_VARIANTS(ATTENTION_BACKWARD_KV, attention_backward_kv);
 
@@ -275,6 +287,8 @@ KERNEL(256, rewards, const double* policy, const double* reference, const long l
 // y = bfloat16(x): to the nearest, or (dithered) stochastically by the fixed noise of element number first + i, as
 // `Mat::dithered` does. Grid (min(ceil(n / 1024), 8192)).
 KERNEL(256, round_bf16, const float* x, bf16* y, long long n, long long first, int dithered);
+// y = f16(x), to the nearest. Grid as above.
+KERNEL(256, round_f16, const float* x, f16* y, long long n);
 // y = float32(x). Grid as above.
 KERNEL(256, widen_bf16, const bf16* x, float* y, long long n);
 // x *= factor. Grid as above.

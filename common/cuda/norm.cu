@@ -205,6 +205,7 @@ __device__ void norm_part_backward(const T* x, const float* weight, float eps, T
 
 RMS_NORM(rms_norm_f32, float) { device::norm_stream(x, rows, weight, eps, out, count, width); }
 RMS_NORM(rms_norm_bf16, bf16) { device::norm_stream(x, rows, weight, eps, out, count, width); }
+RMS_NORM(rms_norm_f16, f16) { device::norm_stream(x, rows, weight, eps, out, count, width); }
 
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float) {
     device::norm_stream_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
@@ -225,6 +226,7 @@ RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16) {
 
 RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, eps, count, width, stride); }
 RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, eps, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_f16, f16) { device::norm_part(x, weight, eps, count, width, stride); }
 
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float) {
     device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);

@@ -165,6 +165,10 @@ QKV_ROPE(qkv_rope_bf16, bf16) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
 }
 
+QKV_ROPE(qkv_rope_f16, f16) {
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+}
+
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
     device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, partial, count, query, kv, dim);
 }

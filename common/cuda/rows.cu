@@ -42,6 +42,7 @@ template <class T> __device__ void sum_columns(const T* x, float* out, int count
 
 EMBED(embed_f32, float) { device::embed(table, tokens, scale, out, width); }
 EMBED(embed_bf16, bf16) { device::embed(table, tokens, scale, out, width); }
+EMBED(embed_f16, f16) { device::embed(table, tokens, scale, out, width); }
 
 KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width) {
     float* to = target + (long long)rows[blockIdx.x] * width;
@@ -55,6 +56,7 @@ KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const 
 
 ADD_BIAS(add_bias_f32, float) { device::add_bias(x, bias, width); }
 ADD_BIAS(add_bias_bf16, bf16) { device::add_bias(x, bias, width); }
+ADD_BIAS(add_bias_f16, f16) { device::add_bias(x, bias, width); }
 
 SUM_COLUMNS(sum_columns_f32, float) { device::sum_columns(x, out, count, width, add); }
 SUM_COLUMNS(sum_columns_bf16, bf16) { device::sum_columns(x, out, count, width, add); }

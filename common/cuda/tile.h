@@ -1,7 +1,7 @@
 // Small matrix products of a warp, out of shared memory and registers: what the attention kernels are made of.
 //
 // Results are 16 × 8n and live in registers as tensor cores lay them out: with g = lane / 4 and t = lane % 4, entry
-// [j][0..3] of a lane is (row g, columns 8j + 2t and + 1), then the same of row g + 8. In bf16 the products are tensor
+// [j][0..3] of a lane is (row g, columns 8j + 2t and + 1), then the same of row g + 8. In 16 bits the products are tensor
 // core instructions; in float32 plain multiply-adds on the same layout, so that everything around them is one code.
 #pragma once
 #include "device.h"
@@ -13,10 +13,10 @@ namespace device {
 template <class T, int D> constexpr int pitch = D + 16 / int(sizeof(T));
 
 // c += A·Bᵀ over D: `a` is row 0 of 16 rows, `b` row 0 of 8·N rows, in tiles of width D.
-template <int N, int D> __device__ inline void multiply_rows(float (&c)[N][4], const bf16* a, const bf16* b) {
-    constexpr int P = pitch<bf16, D>;
-    const bf16* a_row = a + lane() % 16 * P + lane() / 16 * 8;
-    const bf16* b_row = b + (lane() / 16 * 8 + lane() % 8) * P + lane() / 8 % 2 * 8;
+template <int N, int D, class T> __device__ inline void multiply_rows(float (&c)[N][4], const T* a, const T* b) {
+    constexpr int P = pitch<T, D>;
+    const T* a_row = a + lane() % 16 * P + lane() / 16 * 8;
+    const T* b_row = b + (lane() / 16 * 8 + lane() % 8) * P + lane() / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
         uint32_t left[4];
@@ -25,8 +25,8 @@ template <int N, int D> __device__ inline void multiply_rows(float (&c)[N][4], c
         for (int j = 0; j < N; j += 2) {
             uint32_t right[4];
             load_matrices(right, b_row + j * 8 * P + k);
-            mma(c[j], left, right[0], right[1]);
-            mma(c[j + 1], left, right[2], right[3]);
+            mma<T>(c[j], left, right[0], right[1]);
+            mma<T>(c[j + 1], left, right[2], right[3]);
         }
     }
 }
@@ -53,8 +53,8 @@ template <int N, int D> __device__ inline void multiply_rows(float (&c)[N][4], c
     }
 }
 
-__device__ inline uint32_t pack(float low, float high) {
-    bf16 pair[2] = {narrow<bf16>(low), narrow<bf16>(high)};
+template <class T> __device__ inline uint32_t pack(float low, float high) {
+    T pair[2] = {narrow<T>(low), narrow<T>(high)};
     uint32_t bits;
     memcpy(&bits, pair, sizeof bits);
     return bits;
@@ -62,20 +62,20 @@ __device__ inline uint32_t pack(float low, float high) {
 
 // c += P·B: `p` is 16 × 8·K in registers, rounded to the storage type; `b` row 0 of 8·K rows of a tile of width D, of
 // which N·8 columns are taken from `b` on. `scratch` is the warp's own in float32 (see SCRATCH), else unused.
-template <int K, int N, int D>
-__device__ inline void multiply_columns(float (&c)[N][4], const float (&p)[K][4], const bf16* b, float*) {
-    constexpr int P = pitch<bf16, D>;
-    const bf16* row = b + lane() % 16 * P + lane() / 16 * 8;
+template <int K, int N, int D, class T>
+__device__ inline void multiply_columns(float (&c)[N][4], const float (&p)[K][4], const T* b, float*) {
+    constexpr int P = pitch<T, D>;
+    const T* row = b + lane() % 16 * P + lane() / 16 * 8;
 #pragma unroll
     for (int k = 0; k < K; k += 2) {
-        uint32_t left[4] = {pack(p[k][0], p[k][1]), pack(p[k][2], p[k][3]), pack(p[k + 1][0], p[k + 1][1]),
-                            pack(p[k + 1][2], p[k + 1][3])};
+        uint32_t left[4] = {pack<T>(p[k][0], p[k][1]), pack<T>(p[k][2], p[k][3]), pack<T>(p[k + 1][0], p[k + 1][1]),
+                            pack<T>(p[k + 1][2], p[k + 1][3])};
 #pragma unroll
         for (int j = 0; j < N; j += 2) {
             uint32_t right[4];
             load_transposed(right, row + k * 8 * P + j * 8);
-            mma(c[j], left, right[0], right[1]);
-            mma(c[j + 1], left, right[2], right[3]);
+            mma<T>(c[j], left, right[0], right[1]);
+            mma<T>(c[j + 1], left, right[2], right[3]);
         }
     }
 }

@@ -93,6 +93,10 @@ KERNEL(256, round_bf16, const float* x, bf16* y, long long n, long long first, i
     });
 }
 
+KERNEL(256, round_f16, const float* x, f16* y, long long n) {
+    device::for_elements(n, [=](long long i) { y[i] = device::narrow<f16>(x[i]); });
+}
+
 KERNEL(256, widen_bf16, const bf16* x, float* y, long long n) {
     device::for_elements(n, [=](long long i) { y[i] = device::widen(x[i]); });
 }

@@ -80,15 +80,20 @@ pub enum Dtype {
     F32,
     /// Bfloat16 operands, float32 sums
     Bf16,
+    /// Half-precision operands, float32 sums: for scoring on a GPU, at the speed of bf16 and eight times as fine
+    #[value(alias = "fp16")]
+    F16,
 }
 
-/// What a stage wants of `--dtype auto`.
+/// What is computed, which decides over number formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Prefers {
-    /// Exact log-probs: a reward is a small difference of two of them.
-    Exactness,
-    /// Speed: sampling, where bfloat16 changes a draw now and then but not the distribution to speak of.
-    Speed,
+pub enum Stage {
+    /// `--dtype auto` is for speed: bfloat16 changes a draw now and then but not the distribution to speak of.
+    Sampling,
+    /// `--dtype auto` is for exact log-probs: a reward is a small difference of two of them.
+    Scoring,
+    /// `--dtype auto` is exact, too.
+    Training,
 }
 
 /// A choice of number format for the keys and values of prompts and responses at work. (The name is vLLM's.)
@@ -107,12 +112,12 @@ impl KvCacheDtype {
     /// # Errors
     /// 8 bits on a GPU.
     pub fn format(self, compute: &Compute, place: &Place) -> Result<Format> {
-        let fast = compute.dtype == Dtype::Auto && place.precision == Precision::Bf16;
+        let fast = compute.dtype == Dtype::Auto && place.precision == cuda::Precision::Bf16;
         Ok(match (self, &place.gpu) {
             (Self::Int8, Some(_)) => bail!("--kv-cache-dtype int8 is for a CPU (--device cpu)"),
             (Self::Int8, None) => Format::Int8,
             (Self::Auto, None) if fast => Format::Int8,
-            (Self::Auto, _) => Format::Float(place.precision),
+            (Self::Auto, _) => Format::Float(place.cpu_precision()),
         })
     }
 }
@@ -140,8 +145,8 @@ impl Compute {
     /// Settles where and in which number format to compute. `auto` takes the first GPU where this build can use one.
     ///
     /// # Errors
-    /// A GPU that was asked for and cannot be used.
-    pub fn place(&self, prefers: Prefers) -> Result<Place> {
+    /// A GPU that was asked for and cannot be used; a format that is not for the stage.
+    pub fn place(&self, stage: Stage) -> Result<Place> {
         let gpu = match self.device.as_str() {
             "cpu" => None,
             "auto" if cuda::count() == 0 => None,
@@ -161,10 +166,15 @@ impl Compute {
         if let (Some(gpu), Some(budget)) = (&gpu, self.memory_budget) {
             gpu.limit_memory(budget);
         }
-        let precision = self.precision(prefers, gpu.is_some());
-        if gpu.is_some() && self.dtype == Dtype::Auto && precision == Precision::F32 {
+        let precision = self.precision(stage, gpu.is_some())?;
+        if gpu.is_some() && self.dtype == Dtype::Auto && precision == cuda::Precision::F32 {
+            let faster = if stage == Stage::Scoring {
+                "f16"
+            } else {
+                "bf16"
+            };
             program::say(format_args!(
-                "float32 is exact, and slow on a GPU: --dtype bf16 multiplies some 15 times as fast"
+                "float32 is exact, and slow on a GPU: --dtype {faster} multiplies some 15 times as fast"
             ));
         }
         Ok(Place {
@@ -174,14 +184,16 @@ impl Compute {
         })
     }
 
-    fn precision(&self, prefers: Prefers, on_gpu: bool) -> Precision {
+    fn precision(&self, stage: Stage, on_gpu: bool) -> Result<cuda::Precision> {
+        use cuda::Precision::{Bf16, F16, F32};
         let fast_bf16 = on_gpu || Isa::current() == Isa::Avx512 { bf16: true };
-        match (self.dtype, prefers) {
-            (Dtype::F32, _) | (Dtype::Auto, Prefers::Exactness) => Precision::F32,
-            (Dtype::Bf16, _) => Precision::Bf16,
-            (Dtype::Auto, Prefers::Speed) if fast_bf16 => Precision::Bf16,
-            (Dtype::Auto, Prefers::Speed) => Precision::F32,
-        }
+        Ok(match (self.dtype, stage) {
+            (Dtype::Auto, Stage::Sampling) if fast_bf16 => Bf16,
+            (Dtype::F32 | Dtype::Auto, _) => F32,
+            (Dtype::Bf16, _) => Bf16,
+            (Dtype::F16, Stage::Scoring) if on_gpu => F16,
+            (Dtype::F16, _) => bail!("--dtype f16 is for scoring on a GPU: use f32 or bf16 here"),
+        })
     }
 }
 
@@ -191,7 +203,7 @@ pub struct Place {
     /// The GPU; none is the CPU.
     pub gpu: Option<cuda::Device>,
     /// The format of the matrix products' operands.
-    pub precision: Precision,
+    pub precision: cuda::Precision,
     /// What the user lets a CPU's computation take, bytes; a GPU knows it by itself.
     pub budget: Option<usize>,
 }
@@ -199,9 +211,14 @@ pub struct Place {
 impl Place {
     /// The name of the number format, as `--dtype` takes it.
     pub fn dtype(&self) -> &'static str {
+        self.precision.name()
+    }
+
+    /// The format as a CPU has it, where half precision is never chosen.
+    pub fn cpu_precision(&self) -> Precision {
         match self.precision {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
+            cuda::Precision::F32 => Precision::F32,
+            cuda::Precision::Bf16 | cuda::Precision::F16 => Precision::Bf16,
         }
     }
 }
@@ -311,14 +328,18 @@ impl Checkpoint {
     /// # Errors
     /// A tensor that cannot be read; a GPU without room.
     pub fn engine(&self, place: &Place) -> Result<Engine> {
-        let (weights, precision) = (&self.weights, place.precision);
+        let weights = &self.weights;
         Ok(match &place.gpu {
-            None => Engine::Cpu(Decoder::new(&weights.config, weights, precision)?),
+            None => Engine::Cpu(Decoder::new(
+                &weights.config,
+                weights,
+                place.cpu_precision(),
+            )?),
             Some(gpu) => Engine::Cuda(cuda::Decoder::new(
                 gpu,
                 &weights.config,
                 weights,
-                precision,
+                place.precision,
             )?),
         })
     }
@@ -447,7 +468,7 @@ impl RewardModel {
     /// # Errors
     /// As [`Checkpoint::open`]; or two models with different vocabularies, or larger than the memory budget.
     pub fn open(policy: &str, reference: &str, compute: &Compute) -> Result<Self> {
-        let place = compute.place(Prefers::Exactness)?;
+        let place = compute.place(Stage::Scoring)?;
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;

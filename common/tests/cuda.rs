@@ -3,9 +3,9 @@
 
 mod shared;
 
-use common::cuda::{self, Device};
+use common::cuda::{self, Device, Precision};
 use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling, Stopped};
-use common::kernels::gemm::Precision;
+use common::kernels::gemm;
 use common::logprob::{self, Group};
 use common::model::Decoder;
 use common::weights::Weights;
@@ -43,7 +43,11 @@ fn log_probs_are_transformers() {
     for family in FAMILIES {
         let (weights, figures) = open(family);
         let (groups, exact) = groups(&figures);
-        for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-2)] {
+        for (precision, tolerance) in [
+            (Precision::F32, 1e-4),
+            (Precision::F16, 4e-3),
+            (Precision::Bf16, 1e-2),
+        ] {
             let decoder = on(&device, &weights, precision);
             let scores = cuda::score(&decoder, &groups).unwrap();
             assert_eq!(scores.len(), exact.len());
@@ -134,7 +138,7 @@ fn samples_are_the_cpus() {
     for family in ["llama3", "llama-bias", "mistral", "qwen3"] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;
-        let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+        let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
         let gpu = on(&device, &weights, Precision::F32);
         let ends = [0, 7];
         let theirs = run(on_cpu(&cpu, how(), &ends), requests(vocab));
@@ -151,7 +155,7 @@ fn samples_are_the_cpus() {
 fn every_way_to_draw_is_the_cpus() {
     let device = device();
     let (weights, _) = open("llama");
-    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
     let gpu = on(&device, &weights, Precision::F32);
     let ways = [
         Sampling {
@@ -272,7 +276,7 @@ fn neighbours_change_nothing() {
 #[test]
 fn memory_decides_how_many_run() {
     let (weights, _) = open("llama");
-    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
     let vocab = weights.config.vocab as u32;
     let theirs = run(on_cpu(&cpu, how(), &[0]), requests(vocab));
     let mut seen = vec![];
@@ -310,7 +314,7 @@ fn memory_decides_how_many_run() {
 fn sequences_that_had_to_give_way_are_the_same() {
     let (mut weights, _) = open("llama");
     weights.config.context = 512;
-    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
     let how = Sampling {
         max_tokens: 440,
         ..how()
@@ -379,7 +383,7 @@ fn scores_are_the_cpus_on_ragged_batches() {
                 .collect(),
         })
         .collect();
-    let cpu = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+    let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
     let gpu = on(&device, &weights, Precision::F32);
     let theirs = logprob::score(&cpu, &groups);
     let ours = cuda::score_all(&gpu, &groups, 100).unwrap();

@@ -416,7 +416,7 @@ fn needs(
 ) -> usize {
     let footprint = Footprint {
         config: &weights.config,
-        precision,
+        precision: precision.into(),
         rank: settings.lora.map_or(0, |s| s.rank),
     };
     resident_bytes(&weights.config, settings, precision)
@@ -476,7 +476,7 @@ fn an_8b_fits_one_gpu() {
     let taken = |settings: &Settings| {
         let footprint = Footprint {
             config: &config,
-            precision: Precision::Bf16,
+            precision: Precision::Bf16.into(),
             rank: settings.lora.map_or(0, |s| s.rank),
         };
         let least = footprint.part(4096, 4096, 0);

@@ -5,7 +5,7 @@ use clap::Parser;
 use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::kernels::decoding::Format;
-use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Prefers, TooLong, sampling_dtype};
+use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Stage, TooLong, sampling_dtype};
 use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use common::run::settings;
@@ -109,7 +109,7 @@ fn run(args: Args) -> Result<()> {
     else {
         return Ok(());
     };
-    let place = args.compute.place(Prefers::Speed)?;
+    let place = args.compute.place(Stage::Sampling)?;
     let model = Checkpoint::open(&args.model)?;
     let engine = model.engine(&place)?;
     let cache = args.kv_cache_dtype.format(&args.compute, &place)?;

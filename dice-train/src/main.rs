@@ -15,7 +15,7 @@ use common::files::{Claim, holds_work, part_path};
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
 use common::model::Params;
-use common::policy::{Checkpoint, Compute, OnNan, Place, Prefers};
+use common::policy::{Checkpoint, Compute, OnNan, Place, Stage};
 use common::program::{self, Progress};
 use common::records::Split;
 use common::run;
@@ -171,7 +171,7 @@ fn run(args: Args) -> Result<()> {
         );
     }
     let _claim = Claim::new(&part)?;
-    let place = args.compute.place(Prefers::Exactness)?;
+    let place = args.compute.place(Stage::Training)?;
     ensure!(
         place.gpu.is_some() || args.optimizer == Optimizer::Adamw,
         "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
@@ -186,7 +186,7 @@ fn run(args: Args) -> Result<()> {
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
-    let exact = place.precision == Precision::F32;
+    let exact = place.cpu_precision() == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
     let memory = Memory::new(&args, &model, &place)?;
     let mut pairs = Pairs::read(&args, &model, given_by, memory.longest, &reading)?;
@@ -259,14 +259,14 @@ impl Memory {
         }
         let config = &model.weights.config;
         let params = Params::new(config).len;
-        let packed = match place.precision {
+        let packed = match place.cpu_precision() {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
         // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
         let trained = if args.lora_rank.is_some() { 4 } else { 12 };
         let fixed = params * (4 + packed + trained);
-        let part = state_bytes(place.precision);
+        let part = state_bytes(place.cpu_precision());
         let (left, most) = match args.compute.memory_budget {
             Some(budget) => {
                 let left = budget::beyond(budget, fixed)?;

@@ -242,21 +242,23 @@ void copy_wait(int left) {
 namespace device {
 namespace {
 
-float element(uint32_t pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
+template <class T> float element(uint32_t pair, int which);
+template <> float element<bf16>(uint32_t pair, int which) { return __bfloat162float({uint16_t(pair >> 16 * which)}); }
+template <> float element<f16>(uint32_t pair, int which) { return __half2float({uint16_t(pair >> 16 * which)}); }
 
 struct Operands {
     uint32_t a[4], b[2];
 };
 
-void multiply(emulate::Slot* slots, int) {
+template <class T> void multiply(emulate::Slot* slots, int) {
     float a[16][16], b[8][16];
     for (int lane = 0; lane < 32; ++lane) {
         Operands in;
         memcpy(&in, slots[lane].in, sizeof in);
         int group = lane / 4, pair = lane % 4 * 2;
         for (int e = 0; e < 2; ++e) {
-            for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + r / 2 * 8 + e] = element(in.a[r], e);
-            for (int r = 0; r < 2; ++r) b[group][pair + r * 8 + e] = element(in.b[r], e);
+            for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + r / 2 * 8 + e] = element<T>(in.a[r], e);
+            for (int r = 0; r < 2; ++r) b[group][pair + r * 8 + e] = element<T>(in.b[r], e);
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
@@ -274,9 +276,9 @@ template <bool transposed> void load(emulate::Slot* slots, int) {
         uint32_t out[4];
         for (int m = 0; m < 4; ++m) {
             auto at = [&](int row, int column) {
-                const bf16* from;
+                const uint16_t* from;
                 memcpy(&from, slots[m * 8 + row].in, sizeof from);
-                return uint32_t(from[column].bits);
+                return uint32_t(from[column]);
             };
             int group = lane / 4, pair = lane % 4 * 2;
             out[m] = transposed ? at(pair, group) | at(pair + 1, group) << 16 : at(group, pair) | at(group, pair + 1) << 16;
@@ -285,21 +287,24 @@ template <bool transposed> void load(emulate::Slot* slots, int) {
     }
 }
 
-}  // namespace
-
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class T> void add_product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Operands in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
     float sum[4];
-    memcpy(sum, emulate::warp_instruction("mma", &in, sizeof in, multiply, 0).out, sizeof sum);
+    memcpy(sum, emulate::warp_instruction("mma", &in, sizeof in, multiply<T>, 0).out, sizeof sum);
     for (int i = 0; i < 4; ++i) c[i] += sum[i];
 }
 
-void load_matrices(uint32_t (&r)[4], const bf16* row) {
+}  // namespace
+
+template <> void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { add_product<bf16>(c, a, b0, b1); }
+template <> void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { add_product<f16>(c, a, b0, b1); }
+
+void load_matrices(uint32_t (&r)[4], const void* row) {
     emulate::check_aligned(row, 16);
     memcpy(r, emulate::warp_instruction("ldmatrix", &row, sizeof row, load<false>, 0).out, sizeof r);
 }
 
-void load_transposed(uint32_t (&r)[4], const bf16* row) {
+void load_transposed(uint32_t (&r)[4], const void* row) {
     emulate::check_aligned(row, 16);
     memcpy(r, emulate::warp_instruction("ldmatrix.trans", &row, sizeof row, load<true>, 0).out, sizeof r);
 }

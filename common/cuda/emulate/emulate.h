@@ -20,6 +20,9 @@
 struct bf16 {
     uint16_t bits;
 };
+struct f16 {
+    uint16_t bits;
+};
 
 struct uint3 {
     unsigned x, y, z;
@@ -181,6 +184,27 @@ inline bf16 __float2bfloat16_rn(float x) {
     if (isnan(x)) return bf16{0x7fff};
     return bf16{uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+inline float __half2float(f16 x) {
+    unsigned sign = unsigned(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    // As if it were a float32 with an exponent 112 too small; that works for subnormal numbers, too.
+    float value = __uint_as_float(magnitude << 13) * 0x1p112f;
+    return sign ? -value : value;
+}
+inline f16 __float2half_rn(float x) {
+    unsigned sign = __float_as_uint(x) >> 16 & 0x8000;
+    float magnitude = fabsf(x);
+    if (isnan(x)) return f16{0x7fff};
+    if (magnitude >= 65520.0f) return f16{uint16_t(sign | 0x7c00)};
+    // Steps of 2⁻²⁴ below the smallest normal number, of 2⁻¹⁰ of the leading bit above: adding what has such a step in its
+    // last place rounds to it.
+    int exponent;
+    frexpf(magnitude, &exponent);
+    float step = ldexpf(1.0f, (exponent < -13 ? -13 : exponent) - 11);
+    float rounded = nearbyintf(magnitude / step) * step;
+    unsigned bits = __float_as_uint(rounded * 0x1p-112f) >> 13;
+    return f16{uint16_t(sign | bits)};
+}
 inline bf16 __ushort_as_bfloat16(unsigned short bits) { return bf16{bits}; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
@@ -190,9 +214,11 @@ template <class V> inline V max(V a, V b) { return a < b ? b : a; }
 
 namespace device {
 
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-void load_matrices(uint32_t (&r)[4], const bf16* row);
-void load_transposed(uint32_t (&r)[4], const bf16* row);
+template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> void mma<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+void load_matrices(uint32_t (&r)[4], const void* row);
+void load_transposed(uint32_t (&r)[4], const void* row);
 inline void check_aligned(const void* at, size_t bytes) { emulate::check_aligned(at, bytes); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy_async(to, from, valid); }
 inline void copy_commit() { emulate::copy_commit(); }

@@ -2,8 +2,7 @@
 
 use super::args;
 use super::decoder::{Decoder, Linear, Pass, Shape, THREADS, head_lanes, norm_rows};
-use super::device::{Address, Buffer, Form, Launch, Operand, Product};
-use crate::kernels::gemm::Precision;
+use super::device::{Address, Buffer, Form, Launch, Operand, Precision, Product};
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
@@ -504,12 +503,8 @@ impl<'a> Backward<'a> {
         };
         let (count, width) = (self.shape.tokens, matrix.rows);
         let parts = count.div_ceil(BIAS_ROWS);
-        let kernel = match format {
-            Precision::F32 => "sum_columns_f32",
-            Precision::Bf16 => "sum_columns_bf16",
-        };
         self.decoder.device.launch(
-            kernel,
+            &format!("sum_columns_{}", format.name()),
             Launch::plane(width.div_ceil(32), parts, THREADS),
             args![dy, &self.partial, count as i32, width as i32, 0],
         )?;

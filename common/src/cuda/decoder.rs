@@ -1,11 +1,12 @@
 //! The decoder on the device: weights, and the forward pass of a packed, prefix-shared batch, layer by layer.
 
 use super::args;
-use super::device::{Address, Buffer, Device, Form, Launch, Operand, Plain, Product, bytes_of};
+use super::device::{
+    Address, Buffer, Device, Form, Launch, Operand, Plain, Precision, Product, bytes_of,
+};
 use super::lora::LowRank;
 use super::optimizer::elements;
 use crate::kernels::attention::{Heads, Layout};
-use crate::kernels::gemm::Precision;
 use crate::model::{LayerNorms, LayerParams, Matrix, Params, Rotations, Source, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::{Result, ensure};
@@ -127,10 +128,7 @@ impl Kernels {
             "heads of {head_dim} are more than the GPU's attention takes (256): use --device cpu"
         );
         let head_size = head_size.expect("checked");
-        let format = match precision {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        };
+        let format = precision.name();
         let name = |stem: &str| format!("{stem}_{format}");
         Ok(Self {
             embed: name("embed"),
@@ -271,7 +269,7 @@ impl Decoder {
             );
             let flat = match format {
                 Precision::F32 => masters,
-                Precision::Bf16 => working,
+                Precision::Bf16 | Precision::F16 => working,
             };
             Ok(flat.part(span.range.start, span.range.len(), bytes_of(format)))
         })
@@ -409,7 +407,7 @@ impl Decoder {
     /// Sizes of the attention kernels.
     pub fn attention_tiles(&self) -> AttentionTiles {
         let rows = match self.precision {
-            Precision::Bf16 => 64,
+            Precision::Bf16 | Precision::F16 => 64,
             Precision::F32 => 32,
         };
         let size = self.size();
@@ -418,7 +416,7 @@ impl Decoder {
             threads: 2 * rows,
             pitch: (self.kernels.head_size + 16 / size) * size,
             extra: match self.precision {
-                Precision::Bf16 => 0,
+                Precision::Bf16 | Precision::F16 => 0,
                 Precision::F32 => rows * (rows + 4) * 4,
             },
         }
@@ -634,7 +632,7 @@ impl Decoder {
         let layer = &self.layers[i];
         self.give(
             &layer.output,
-            &pass.attention,
+            (&pass.attention, 1.0),
             pass.output.as_ref(),
             &pass.x,
             count,
@@ -669,17 +667,34 @@ impl Decoder {
         self.gain(&self.layers[i].norms.after_mlp, given, x, count)
     }
 
+    /// What the MLP's inner activation is stored times: in half precision its largest numbers would not be far from the end of
+    /// the range (3,000 of 65,504 in SmolLM2).
+    fn inner_scale(&self) -> f32 {
+        match self.precision {
+            Precision::F32 | Precision::Bf16 => 1.0,
+            Precision::F16 => 1.0 / 64.0,
+        }
+    }
+
     /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
     pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
         let (ffn, [c, a]) = (self.config.ffn, self.config.activation.curve());
         self.device.launch(
             &self.kernels.activation,
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
-            args![&pass.gate_up, &pass.inner, ffn as i32, c, a],
+            args![
+                &pass.gate_up,
+                &pass.inner,
+                ffn as i32,
+                c,
+                a,
+                self.inner_scale()
+            ],
         )?;
+        let (down, scale) = (&self.layers[i].down, 1.0 / self.inner_scale());
         self.give(
-            &self.layers[i].down,
-            &pass.inner,
+            down,
+            (&pass.inner, scale),
             pass.down.as_ref(),
             x,
             count,
@@ -736,6 +751,10 @@ impl Decoder {
                 let args = args![x, out, n as u64, 0u64, 0];
                 self.device.launch("round_bf16", elements(n), args)
             }
+            (None, Precision::F16) => {
+                let args = args![x, out, n as u64];
+                self.device.launch("round_f16", elements(n), args)
+            }
         }
     }
 
@@ -765,14 +784,14 @@ impl Decoder {
         pass: &Pass,
     ) -> Result<()> {
         let y = y.rows(0, linear.rows, self.precision);
-        self.multiply(linear, x, y, count, 0.0, pass)
+        self.multiply(linear, (x, 1.0), y, count, 0.0, pass)
     }
 
-    /// `given` is x·Wᵀ + b; without such room, the residual stream gains it.
+    /// `given` is scale·x·Wᵀ + b; without such room, the residual stream gains it.
     fn give(
         &self,
         linear: &Linear,
-        x: &Buffer,
+        (x, scale): (&Buffer, f32),
         given: Option<&Buffer>,
         stream: &Buffer,
         count: usize,
@@ -783,7 +802,7 @@ impl Decoder {
             None => (stream, 1.0),
         };
         let rows = y.rows(0, linear.rows, Precision::F32);
-        self.multiply(linear, x, rows, count, keep, pass)?;
+        self.multiply(linear, (x, scale), rows, count, keep, pass)?;
         match &linear.bias {
             Some(bias) => self.bias("add_bias_f32", y, bias, count, linear.rows),
             None => Ok(()),
@@ -812,7 +831,7 @@ impl Decoder {
     fn multiply(
         &self,
         linear: &Linear,
-        x: &Buffer,
+        (x, scale): (&Buffer, f32),
         y: Operand,
         count: usize,
         keep: f32,
@@ -827,7 +846,7 @@ impl Decoder {
             a: x,
             b: linear.weight.rows(0, linear.cols, self.precision),
             c: y,
-            scale: 1.0,
+            scale,
             keep,
         })?;
         for adapter in &linear.adapters {

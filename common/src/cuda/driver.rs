@@ -1,10 +1,9 @@
 //! A real GPU: the CUDA driver and cuBLAS, loaded when one is asked for. Without them there is an error, not a panic.
 
 use super::device::{
-    Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Product, Replay,
+    Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Precision, Product, Replay,
 };
 use super::images;
-use crate::kernels::gemm::Precision;
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{result as cuda, sys};
@@ -525,5 +524,6 @@ fn kind(precision: Precision) -> blas_sys::cudaDataType {
     match precision {
         Precision::F32 => blas_sys::cudaDataType::CUDA_R_32F,
         Precision::Bf16 => blas_sys::cudaDataType::CUDA_R_16BF,
+        Precision::F16 => blas_sys::cudaDataType::CUDA_R_16F,
     }
 }

@@ -4,12 +4,12 @@
 //! it is given back, work that is being captured is not done, and there is only as much memory as it was made with.
 
 use super::device::{
-    Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Product, Replay,
+    Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Precision, Product, Replay,
 };
 use super::images::{self, Host};
-use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
+use crate::kernels::gemm::{self, Left, Mat, Packed, Threads, Write, matmul};
 use anyhow::{Context, Result, bail, ensure};
-use half::bf16;
+use half::{bf16, f16};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -229,10 +229,10 @@ fn multiply(p: Product) {
         Form::ColumnsByColumns => Left::Columns(mat(&a, a_shape)),
         _ => Left::Rows(mat(&a, a_shape)),
     };
-    // Products of bfloat16 numbers are exact in float32.
+    // Products of 16-bit numbers are exact in float32.
     let right = match p.form {
-        Form::RowsByRows => Packed::from_rows(mat(&b, b_shape), Precision::F32),
-        _ => Packed::from_columns(mat(&b, b_shape), Precision::F32),
+        Form::RowsByRows => Packed::from_rows(mat(&b, b_shape), gemm::Precision::F32),
+        _ => Packed::from_columns(mat(&b, b_shape), gemm::Precision::F32),
     };
     let mut c = vec![0.0; p.m * p.n];
     matmul(left, right.panels(), &mut c, p.n, Write::Set, Threads::All);
@@ -264,6 +264,11 @@ fn read(operand: Operand, (rows, cols): (usize, usize)) -> Vec<f32> {
                     let row = std::slice::from_raw_parts(at, cols);
                     values.extend(row.iter().map(|v| v.to_f32()));
                 }
+                Precision::F16 => {
+                    let at = (operand.at as *const f16).add(first);
+                    let row = std::slice::from_raw_parts(at, cols);
+                    values.extend(row.iter().map(|v| v.to_f32()));
+                }
             }
         }
     }
@@ -281,6 +286,9 @@ fn write(operand: Operand, values: &[f32], cols: usize) {
                     Precision::Bf16 => (operand.at as *mut bf16)
                         .add(first + i)
                         .write(bf16::from_f32(value)),
+                    Precision::F16 => (operand.at as *mut f16)
+                        .add(first + i)
+                        .write(f16::from_f32(value)),
                 }
             }
         }

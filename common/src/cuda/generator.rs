@@ -11,14 +11,13 @@ mod admission;
 
 use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
-use super::device::{Arg, Buffer, Graph, Launch};
+use super::device::{Arg, Buffer, Graph, Launch, Precision};
 use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence, Sizes,
     Slots, bits_of, prompt_rows, seen_words, tables,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
-use crate::kernels::gemm::Precision;
 use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -2,8 +2,7 @@
 //! they were read, in the decoder's format, once; everything of the adapters goes through `[T, r]`.
 
 use super::decoder::Decoder;
-use super::device::{Buffer, Device, Form, Operand, Product, bytes_of};
-use crate::kernels::gemm::Precision;
+use super::device::{Buffer, Device, Form, Operand, Precision, Product, bytes_of};
 use crate::model::{Adapter, Lora, Params};
 use anyhow::Result;
 

@@ -26,7 +26,8 @@ mod training;
 pub use backward::Gradients;
 pub use decoder::{Decoder, Pass, Shape};
 pub use device::{
-    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Product, bytes_of,
+    Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Precision, Product,
+    bytes_of,
 };
 pub use generator::Generator;
 pub use optimizer::{Flat, Rates, Trained};

@@ -3,8 +3,7 @@
 
 use super::args;
 use super::decoder::THREADS;
-use super::device::{Buffer, Device, Launch, Plain, bytes_of};
-use crate::kernels::gemm::Precision;
+use super::device::{Buffer, Device, Launch, Plain, Precision, bytes_of};
 use anyhow::{Context, Result};
 use std::ops::Range;
 
@@ -94,7 +93,9 @@ impl Trained {
             moments_in: moments,
             copy: match precision {
                 Precision::F32 => None,
-                Precision::Bf16 => Some(device.allocate(len * bytes_of(precision))?),
+                Precision::Bf16 | Precision::F16 => {
+                    Some(device.allocate(len * bytes_of(precision))?)
+                }
             },
             runs: device.buffer_of(&runs)?,
             run_count: runs.len(),
@@ -109,7 +110,7 @@ impl Trained {
     pub fn bytes(precision: Precision, moments: Precision) -> usize {
         let copy = match precision {
             Precision::F32 => 0,
-            Precision::Bf16 => bytes_of(precision),
+            Precision::Bf16 | Precision::F16 => bytes_of(precision),
         };
         2 * size_of::<f32>() + 2 * bytes_of(moments) + copy
     }
@@ -189,13 +190,9 @@ impl Trained {
 
     /// A step of AdamW on everything, given [`Self::gradient_norm`] before; the gradient is zero after it.
     pub fn step(&self, rates: Rates) -> Result<()> {
-        let kernel = match self.moments_in {
-            Precision::F32 => "adamw_f32",
-            Precision::Bf16 => "adamw_bf16",
-        };
         let step = i32::try_from(rates.step).context("more steps than are counted")?;
         self.device.launch(
-            kernel,
+            &format!("adamw_{}", self.moments_in.name()),
             Launch::row(self.run_count, THREADS),
             args![
                 &self.runs,

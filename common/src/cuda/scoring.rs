@@ -3,8 +3,7 @@
 
 use super::args;
 use super::decoder::{Decoder, THREADS};
-use super::device::{Buffer, Device, Launch};
-use crate::kernels::gemm::Precision;
+use super::device::{Buffer, Device, Launch, Precision};
 use crate::logprob::{Batch, Group, PassLimits, in_parts};
 use anyhow::Result;
 

@@ -6,10 +6,9 @@
 use super::args;
 use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
 use super::decoder::{Decoder, Pass, Shape, THREADS};
-use super::device::{Buffer, Form, Launch, Operand, Product, bytes_of};
+use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::optimizer::elements;
 use super::scoring::{Predicting, TargetLogps, tile};
-use crate::kernels::gemm::Precision;
 use crate::logprob::Batch;
 use crate::weights::{Config, Norms};
 use anyhow::Result;
@@ -132,9 +131,7 @@ impl<'a> Forward<'a> {
         // In float32 the gradient takes the logits' place.
         let d_logits = match decoder.precision {
             Precision::F32 => logits.clone(),
-            Precision::Bf16 => {
-                device.allocate(rows_at_once * words_at_once * bytes_of(Precision::Bf16))?
-            }
+            rounded => device.allocate(rows_at_once * words_at_once * bytes_of(rounded))?,
         };
         let d_normed = floats(count * width)?;
         let head = params.head.as_ref().unwrap_or(&params.embedding);
@@ -192,8 +189,8 @@ impl<'a> Forward<'a> {
         }
         let dy = match decoder.precision {
             Precision::F32 => d_normed.clone(),
-            Precision::Bf16 => {
-                let rounded = device.allocate(count * width * bytes_of(Precision::Bf16))?;
+            Precision::Bf16 | Precision::F16 => {
+                let rounded = device.allocate(count * width * decoder.size())?;
                 let n = count * width;
                 let args = args![&d_normed, &rounded, n as u64, 0u64, 0];
                 device.launch("round_bf16", elements(n), args)?;
@@ -331,7 +328,7 @@ impl Footprint<'_> {
         let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
         let rounded = match self.precision {
             Precision::F32 => 0,
-            Precision::Bf16 => size,
+            Precision::Bf16 | Precision::F16 => size,
         };
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.

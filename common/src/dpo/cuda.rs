@@ -54,7 +54,7 @@ impl CudaTrainer {
         };
         let moments = format_of(settings.moments);
         let trained =
-            Trained::new(device, len, &decayed, precision, moments).with_context(|| {
+            Trained::new(device, len, &decayed, precision.into(), moments).with_context(|| {
                 format!(
                     "training takes {} MB before any activation; --optimizer adamw-bf16 and --lora-rank take less",
                     resident_bytes(config, &settings, precision) >> 20
@@ -63,7 +63,7 @@ impl CudaTrainer {
         let decoder = match &lora {
             Some(lora) => {
                 trained.write(Flat::Masters, 0, &initial_adapters(lora, settings.seed))?;
-                let mut decoder = Decoder::new(device, config, start, precision)?;
+                let mut decoder = Decoder::new(device, config, start, precision.into())?;
                 decoder.adapt(lora, &params, trained.working());
                 decoder
             }
@@ -77,7 +77,7 @@ impl CudaTrainer {
                     })?;
                 }
                 let (masters, working) = (trained.masters(), trained.working());
-                Decoder::over(device, config, precision, masters, working)?
+                Decoder::over(device, config, precision.into(), masters, working)?
             }
         };
         trained.refresh()?;
@@ -274,10 +274,10 @@ fn place_of(kept: Kept) -> Flat {
     }
 }
 
-fn format_of(moments: Moments) -> Precision {
+fn format_of(moments: Moments) -> cuda::Precision {
     match moments {
-        Moments::F32 => Precision::F32,
-        Moments::Bf16 => Precision::Bf16,
+        Moments::F32 => cuda::Precision::F32,
+        Moments::Bf16 => cuda::Precision::Bf16,
     }
 }
 
@@ -285,12 +285,12 @@ fn format_of(moments: Moments) -> Precision {
 /// part of a batch adds is [`Footprint::part`].
 pub fn resident_bytes(config: &Config, settings: &Settings, precision: Precision) -> usize {
     let params = Params::new(config);
-    let each = Trained::bytes(precision, format_of(settings.moments));
+    let each = Trained::bytes(precision.into(), format_of(settings.moments));
     match settings.lora {
         None => params.len * each,
         Some(s) => {
             let adapters = Lora::new(&params, s.rank, s.alpha).len;
-            Decoder::weight_bytes(config, precision) + adapters * each
+            Decoder::weight_bytes(config, precision.into()) + adapters * each
         }
     }
 }

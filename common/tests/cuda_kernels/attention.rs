@@ -84,6 +84,39 @@ impl<T: Element> std::fmt::Debug for Run<T> {
     }
 }
 
+fn forward<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>) -> (Vec<T>, Vec<f32>) {
+    let (tokens, tiles) = (layout.tokens(), tiles::<T>(layout));
+    let (r, made) = (tile_rows::<T>(), made_for(heads.dim));
+    let shared = 3 * r * pitch::<T>(heads.dim) + scratch::<T>();
+    let (mut out, mut lse) = (
+        unwritten(tokens * heads.q_width()),
+        unwritten(tokens * heads.query),
+    );
+    launch!(format!("attention_{}_{made}", T::NAME), [heads.query, tiles.len(), 1], 2 * r, shared;
+        qkv, &mut out, &mut lse, &tiles, heads.query as i32, heads.kv as i32, heads.dim as i32,
+        heads.window.map_or(0, |w| w as i32), heads.scale);
+    (out, lse)
+}
+
+/// Half precision has no gradient.
+#[test]
+fn every_head_size_in_half_precision() {
+    for dim in [6, 16, 24, 32, 64, 80, 96, 128, 256] {
+        let mut layout = Layout::default();
+        layout.push(33, &[20, 70]);
+        let heads = Heads {
+            window: Some(50),
+            ..Heads::new(2, 1, dim)
+        };
+        let qkv: Vec<half::f16> = noise(layout.tokens() * heads.qkv_width(), 1);
+        let (out, lse) = in_every_order(|| forward(&layout, heads, &qkv));
+        let unused = vec![0.0; layout.tokens() * heads.q_width()];
+        let exact = exact(&layout, heads, &wide(&qkv), &unused);
+        assert_close(&format!("out of {dim}"), &out, &exact.out, 8.0);
+        assert_close(&format!("lse of {dim}"), &lse, &exact.lse, 200.0);
+    }
+}
+
 fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>) -> Run<T> {
     let (tokens, tiles) = (layout.tokens(), tiles::<T>(layout));
     let (query, kv, dim) = (heads.query as i32, heads.kv as i32, heads.dim as i32);
@@ -97,8 +130,7 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
         d_qkv: unwritten(tokens * heads.qkv_width()),
     };
     let mut delta: Vec<f32> = unwritten(tokens * heads.query);
-    launch!(name("attention"), [heads.query, tiles.len(), 1], 2 * r, 3 * tile + scratch::<T>();
-        qkv, &mut run.out, &mut run.lse, &tiles, query, kv, dim, window, heads.scale);
+    (run.out, run.lse) = forward(layout, heads, qkv);
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
         qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale);
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();

@@ -2,7 +2,7 @@
 
 use super::kernels;
 use common::cuda::{self, Buffer, Device, Launch};
-use half::bf16;
+use half::{bf16, f16};
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::sync::LazyLock;
@@ -39,6 +39,17 @@ impl Element for bf16 {
     const EPSILON: f64 = 4e-3;
     fn from(x: f32) -> Self {
         bf16::from_f32(x)
+    }
+    fn to(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Element for f16 {
+    const NAME: &str = "f16";
+    const EPSILON: f64 = 5e-4;
+    fn from(x: f32) -> Self {
+        f16::from_f32(x)
     }
     fn to(self) -> f32 {
         self.to_f32()

@@ -259,7 +259,7 @@ fn activations<T: Element>() {
         let (out, d, inner) = in_every_order(|| {
             let (mut out, mut d, mut inner): (Vec<T>, _, _) =
                 (unwritten(count * ffn), gate_up.clone(), dy.clone());
-            launch!(format!("activation_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32, c, a);
+            launch!(format!("activation_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32, c, a, 1.0f32);
             let shared = Arg::from(&mut inner); // the output may take the place of dy
             crate::device::run(
                 &format!("activation_backward_{}", T::NAME),
@@ -302,6 +302,19 @@ fn activations<T: Element>() {
         assert_close("activation", &out, &out_exact, 4.0);
         assert_close("its gradient", &d, &d_exact, 8.0);
     }
+}
+
+/// In half precision the output would not be far from the end of the range.
+#[test]
+fn activations_are_kept_small_in_half_precision() {
+    let gate_up: Vec<half::f16> = [300.0, 2.0, 300.0, 3.0].map(Element::from).to_vec();
+    let out = in_every_order(|| {
+        let mut out: Vec<half::f16> = unwritten(2);
+        launch!("activation_f16", [1, 1, 1], 256, 0; &gate_up, &mut out, 2i32, 1.0f32, 0.0f32, 1.0f32 / 64.0);
+        out
+    });
+    let small = 2.0 / (1.0 + (-2.0f64).exp()) * 3.0 / 64.0;
+    assert_close("activation", &out, &[90_000.0 / 64.0, small], 1.0);
 }
 
 /// Everything between the projection and attention, with and without biases, head norms and rotation.
