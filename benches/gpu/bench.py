@@ -238,7 +238,7 @@ def figures(_):
     """SmolLM2's log-probs against float64; the same draws again, with other neighbours."""
     golden = rows_of(HOME / "tests/golden/smollm2_logps.jsonl")
     exact, lengths = [row["logp64"] for row in golden], [len(row["token_ids"]) for row in golden]
-    for dtype, tolerance in (("f32", 1e-4), ("bf16", 1e-2)):
+    for dtype, tolerance in (("f32", 1e-4), ("f16", 1e-2), ("bf16", 1e-2)):
         compare(f"log-probs {dtype}", logps_of(dtype, SMALL), exact, lengths, tolerance)
     # The GGUF's weights are no bfloat16: of weights that are, only the arithmetic is left to differ. (float32 is exact enough.)
     rounded = small_folder(rounded=True)
@@ -275,12 +275,13 @@ def stages(name, model, dtype, prompts, max_tokens, at_once):
     # Without the sampler's log-probs, so that the policy is run, too.
     rows = [{k: v for k, v in row.items() if k not in ("logp", "model")} for row in rows_of(samples)]
     unscored = write(HOME / f"{name}-unscored.jsonl", rows)
-    scored = run("dice-score", *where, "--policy", model, "--ref", model, unscored)
-    response = sum(len(row["token_ids"]) for row in rows)
-    shared = scored["tokens"] - response  # what the forward passes had beside responses: prompts, once each
-    scored["share"] = share(2 * shape.flops(shared, response), scored["seconds"], dtype)
-    scored["counted_per_row"] = response + shared * K
-    note(f"{name} score {dtype}", scored)
+    for each in (dtype, "f16"):
+        scored = run("dice-score", "--device", "cuda", "--dtype", each, "--policy", model, "--ref", model, unscored)
+        response = sum(len(row["token_ids"]) for row in rows)
+        shared = scored["tokens"] - response  # what the forward passes had beside responses: prompts, once each
+        scored["share"] = share(2 * shape.flops(shared, response), scored["seconds"], dtype)
+        scored["counted_per_row"] = response + shared * K
+        note(f"{name} score {each}", scored)
 
 
 def train(name, model, dtype, pairs, *more, label="train", batch=8):

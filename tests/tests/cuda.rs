@@ -98,11 +98,35 @@ fn samples_and_rewards_are_the_cpus() {
     }
     let cpu = score(&folder, &rows, &["--device", "cpu", "--dtype", "f32"]);
     // Log-probs of a dozen tokens of random weights: bfloat16 shows more than in real models' (the CPU's is 0.7% off).
-    for (dtype, relative) in [("f32", 1e-4), ("bf16", 3e-2)] {
+    for (dtype, relative) in [("f32", 1e-4), ("f16", 4e-3), ("bf16", 3e-2)] {
         let gpu = score(&folder, &rows, &["--device", "cuda", "--dtype", dtype]);
         for field in ["policy_logps", "ref_logps"] {
             assert_near(&gpu, &cpu, field, relative);
         }
+    }
+}
+
+#[test]
+fn half_precision_is_for_scoring_on_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    Tiny::default().write(&model, 1);
+    let model = text(&model);
+    let next = text(&folder.path().join("next"));
+    for (tool, args) in [
+        (
+            "dice-score",
+            &["--device", "cpu", "--policy", &model, "--ref", &model][..],
+        ),
+        ("dice-gen", &["--model", &model]),
+        ("dice-train", &["--model", &model, "--output", &next]),
+    ] {
+        let run = Tool::new(tool, args).args(["--dtype", "f16"]);
+        let line = run.stdin(prompts()).run().error_line();
+        assert!(
+            line.contains("--dtype f16 is for scoring on a GPU"),
+            "{tool}: {line}"
+        );
     }
 }
 
