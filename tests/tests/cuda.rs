@@ -121,8 +121,9 @@ fn half_precision_is_for_scoring_on_a_gpu() {
         ("dice-gen", &["--model", &model]),
         ("dice-train", &["--model", &model, "--output", &next]),
     ] {
-        let run = Tool::new(tool, args).args(["--dtype", "f16"]);
-        let line = run.stdin(prompts()).run().error_line();
+        let tool_run = Tool::new(tool, args).args(["--dtype", "f16"]);
+        let run = tool_run.stdin(prompts()).run();
+        let line = run.error_line();
         assert!(
             line.contains("--dtype f16 is for scoring on a GPU"),
             "{tool}: {line}"

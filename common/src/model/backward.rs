@@ -57,14 +57,16 @@ pub fn backward(
                 &mut again
             }
         };
-        let pass = Pass {
+        let mut pass = Pass {
             model,
             layout,
             rotations: &rotations,
             layer: i,
+            b: buffers,
+            gradients,
         };
-        pass.mlp(state, &mut dx, buffers, gradients);
-        pass.attention(state, &mut dx, buffers, gradients);
+        pass.mlp(state, &mut dx);
+        pass.attention(state, &mut dx);
         workspace.give_back(kept);
     }
     if decoder.config.embed_scale != 1.0 {
@@ -74,134 +76,135 @@ pub fn backward(
     gradients.embedding(tokens, &dx);
 }
 
-struct Pass<'a> {
+/// The backward pass of one layer.
+struct Pass<'a, 'g> {
     model: Model<'a>,
     layout: &'a Layout,
     rotations: &'a Rotations,
     layer: usize,
+    b: &'a mut Buffers,
+    gradients: &'a mut Gradients<'g>,
 }
 
-impl Pass<'_> {
+/// A norm and its place among the parameters, where the layer has it.
+type Norm<'a> = Option<(&'a [f32], &'a Span)>;
+
+fn norm_at<'a>(weight: &'a Option<Vec<f32>>, span: &'a Option<Span>) -> Norm<'a> {
+    weight.as_deref().zip(span.as_ref())
+}
+
+impl<'a> Pass<'a, '_> {
     /// next = middle + norm(down(act(gate_up(norm(middle))))): turns the gradient of `next` into that of `middle`.
     /// The state's `gate_up` becomes its gradient.
-    fn mlp(
-        &self,
-        state: &mut LayerState,
-        dx: &mut [f32],
-        b: &mut Buffers,
-        gradients: &mut Gradients,
-    ) {
-        let decoder = self.model.decoder;
+    fn mlp(&mut self, state: &mut LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
-        let mut d_given = std::mem::take(&mut b.d_given);
-        let norm = (&layer.norms.after_mlp, &p.norms.after_mlp);
-        let dy = self.given(norm, &state.down, dx, &mut d_given, b, gradients);
+        let decoder = self.model.decoder;
+        let mut d_given = std::mem::take(&mut self.b.d_given);
+        let norm = norm_at(&layer.norms.after_mlp, &p.norms.after_mlp);
+        let dy = self.given(norm, &state.down, dx, &mut d_given);
+        let b = &mut *self.b;
         decoder.mlp_inner(&state.gate_up, &mut b.inner);
-        gradients.linear(&p.down, &b.inner, dy, &mut b.right);
+        self.gradients.linear(&p.down, &b.inner, dy, &mut b.right);
         linear(&layer.down, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
         let d_gate_up = &mut state.gate_up;
         let (activation, ffn) = (decoder.config.activation, decoder.config.ffn);
         activation::backward(activation, d_gate_up, ffn, &b.d_inner);
-        let norm = (&layer.norms.before_mlp, &p.norms.before_mlp);
+        let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
         let map = (&layer.gate_up, &p.gate_up);
-        self.read(norm, map, &state.middle, d_gate_up, dx, b, gradients);
+        self.read(norm, map, &state.middle, d_gate_up, dx);
     }
 
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))): turns the gradient of `middle` into that of `x`.
-    fn attention(
-        &self,
-        state: &LayerState,
-        dx: &mut [f32],
-        b: &mut Buffers,
-        gradients: &mut Gradients,
-    ) {
+    fn attention(&mut self, state: &LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
-        let mut d_given = std::mem::take(&mut b.d_given);
-        let norm = (&layer.norms.after_attention, &p.norms.after_attention);
-        let dy = self.given(norm, &state.output, dx, &mut d_given, b, gradients);
-        gradients.linear(&p.output, &state.attention, dy, &mut b.right);
+        let mut d_given = std::mem::take(&mut self.b.d_given);
+        let norm = norm_at(&layer.norms.after_attention, &p.norms.after_attention);
+        let dy = self.given(norm, &state.output, dx, &mut d_given);
+        let b = &mut *self.b;
+        (self.gradients).linear(&p.output, &state.attention, dy, &mut b.right);
         linear(&layer.output, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
-        fit(&mut b.d_wide, state.qkv.len());
-        rows(&mut b.d_wide, 1, |_, part| part.fill(0.0)); // attention adds to it
+        let mut d_qkv = std::mem::take(&mut b.d_qkv);
+        fit(&mut d_qkv, state.qkv.len());
+        rows(&mut d_qkv, 1, |_, part| part.fill(0.0)); // attention adds to it
         attention::backward(
             self.layout,
             layer.heads,
             self.model.decoder.precision,
             (&state.qkv, &state.attention, &state.lse),
             &b.d_inner,
-            &mut b.d_wide,
+            &mut d_qkv,
         );
-        self.rotate_back(&mut b.d_wide);
-        self.qk_norms(state, b, gradients);
-        let d_qkv = std::mem::take(&mut b.d_wide);
-        let norm = (&layer.norms.before_attention, &p.norms.before_attention);
-        let map = (&layer.qkv, &p.qkv);
-        self.read(norm, map, &state.x, &d_qkv, dx, b, gradients);
-        b.d_wide = d_qkv;
+        self.rotate_back(&mut d_qkv);
+        self.qk_norms(&state.qkv_raw, &mut d_qkv);
+        let norm = norm_at(&layer.norms.before_attention, &p.norms.before_attention);
+        self.read(norm, (&layer.qkv, &p.qkv), &state.x, &d_qkv, dx);
+        self.b.d_qkv = d_qkv;
     }
 
-    fn layer(&self) -> (&Layer, &LayerParams) {
+    fn layer(&self) -> (&'a Layer, &'a LayerParams) {
         let Model { decoder, params } = self.model;
         (&decoder.layers[self.layer], &params.layers[self.layer])
     }
 
     /// The gradient of what a sublayer gave, given that of the residual stream, which gained it: the same, or, where there
     /// is a norm after it, through that, in `d_given`.
-    fn given<'a>(
-        &self,
-        (weight, span): (&Option<Vec<f32>>, &Option<Span>),
+    fn given<'d>(
+        &mut self,
+        norm: Norm,
         given: &[f32],
-        dx: &'a [f32],
-        d_given: &'a mut Vec<f32>,
-        b: &mut Buffers,
-        gradients: &mut Gradients,
-    ) -> &'a [f32] {
-        let (Some(weight), Some(span)) = (weight, span) else {
+        dx: &'d [f32],
+        d_given: &'d mut Vec<f32>,
+    ) -> &'d [f32] {
+        let Some(norm) = norm else {
             return dx;
         };
         fit(d_given, dx.len());
-        rows(d_given, 1, |_, part| part.fill(0.0));
-        let d_weight = gradients
-            .vector(span)
-            .unwrap_or_else(|| spare(&mut b.unused, weight.len()));
+        rows(d_given, 1, |_, part| part.fill(0.0)); // the norm adds to it
         let eps = self.model.decoder.config.norm_eps;
-        norm::backward(given, weight, eps, dx, d_given, d_weight);
+        let d_weight = wanted(self.gradients, &mut self.b.unused, norm);
+        norm::backward(given, norm.0, eps, dx, d_given, d_weight);
         d_given
     }
 
     /// y = map(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what `x` gains, given `dy`.
-    #[allow(clippy::too_many_arguments)]
     fn read(
-        &self,
-        (weight, span): (&Option<Vec<f32>>, &Option<Span>),
+        &mut self,
+        norm: Norm,
         (map, matrix): (&Linear, &Matrix),
         x: &[f32],
         dy: &[f32],
         dx: &mut [f32],
-        b: &mut Buffers,
-        gradients: &mut Gradients,
     ) {
         let eps = self.model.decoder.config.norm_eps;
-        let (Some(weight), Some(span)) = (weight, span) else {
-            gradients.linear(matrix, x, dy, &mut b.right);
-            linear(map, dy, &mut b.d_inner, &mut b.right);
-            let d_inner = &b.d_inner;
-            return rows(dx, 1, |first, dx| {
-                dx.iter_mut()
-                    .zip(&d_inner[first..])
-                    .for_each(|(dx, d)| *dx += d);
-            });
+        let Buffers {
+            inner,
+            d_inner,
+            right,
+            unused,
+            ..
+        } = &mut *self.b;
+        let read = match norm {
+            Some((weight, _)) => {
+                fit(inner, x.len());
+                norm::forward(x, weight, eps, inner);
+                inner
+            }
+            None => x,
         };
-        fit(&mut b.inner, x.len());
-        norm::forward(x, weight, eps, &mut b.inner);
-        gradients.linear(matrix, &b.inner, dy, &mut b.right);
-        linear(map, dy, &mut b.d_inner, &mut b.right);
-        let d_weight = gradients
-            .vector(span)
-            .unwrap_or_else(|| spare(&mut b.unused, weight.len()));
-        norm::backward(x, weight, eps, &b.d_inner, dx, d_weight);
+        self.gradients.linear(matrix, read, dy, right);
+        linear(map, dy, d_inner, right);
+        match norm {
+            Some(norm) => {
+                let d_weight = wanted(self.gradients, unused, norm);
+                norm::backward(x, norm.0, eps, d_inner, dx, d_weight);
+            }
+            None => rows(dx, 1, |first, dx| {
+                let d_inner = &d_inner[first..];
+                dx.iter_mut().zip(d_inner).for_each(|(dx, d)| *dx += d);
+            }),
+        }
     }
 
     fn rotate_back(&self, d_qkv: &mut [f32]) {
@@ -223,29 +226,19 @@ impl Pass<'_> {
     }
 
     /// Carries the gradient through the norms of queries and keys, where the family has them.
-    fn qk_norms(&self, state: &LayerState, b: &mut Buffers, gradients: &mut Gradients) {
+    fn qk_norms(&mut self, qkv_raw: &[f32], d_qkv: &mut [f32]) {
         let (layer, p) = self.layer();
         let (Some((q, k)), Some((q_span, k_span))) = (&layer.qk_norms, &p.qk_norms) else {
             return;
         };
         let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
-        let width = heads.qkv_width();
+        let (q_width, width) = (heads.q_width(), heads.qkv_width());
         for (weight, span, columns) in [
-            (q, q_span, 0..heads.q_width()),
-            (
-                k,
-                k_span,
-                heads.q_width()..heads.q_width() + heads.kv_width(),
-            ),
+            (q, q_span, 0..q_width),
+            (k, k_span, q_width..q_width + heads.kv_width()),
         ] {
-            let d_weight = gradients
-                .vector(span)
-                .unwrap_or_else(|| spare(&mut b.unused, weight.len()));
-            for (raw, d_row) in state
-                .qkv_raw
-                .chunks_exact(width)
-                .zip(b.d_wide.chunks_exact_mut(width))
-            {
+            let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
+            for (raw, d_row) in (qkv_raw.chunks_exact(width)).zip(d_qkv.chunks_exact_mut(width)) {
                 let raw = raw[columns.clone()].chunks_exact(weight.len());
                 for (raw, d) in raw.zip(d_row[columns.clone()].chunks_exact_mut(weight.len())) {
                     let dy = d.to_vec();
@@ -257,8 +250,14 @@ impl Pass<'_> {
     }
 }
 
-/// A place for gradients that nobody wants.
-fn spare(unused: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    unused.resize(len, 0.0);
-    unused
+/// Where a norm's gradient is added: to the parameters', or, where they are not trained, to a place that nobody reads.
+fn wanted<'a>(
+    gradients: &'a mut Gradients,
+    unused: &'a mut Vec<f32>,
+    (weight, span): (&[f32], &Span),
+) -> &'a mut [f32] {
+    gradients.vector(span).unwrap_or_else(|| {
+        unused.resize(weight.len(), 0.0);
+        unused
+    })
 }

@@ -23,7 +23,7 @@ pub(super) struct Buffers {
     pub inner: Vec<f32>,
     pub d_inner: Vec<f32>,
     pub d_given: Vec<f32>,
-    pub d_wide: Vec<f32>,
+    pub d_qkv: Vec<f32>,
     pub unused: Vec<f32>,
     /// The right operand of every product.
     pub right: Packed,
@@ -39,7 +39,7 @@ impl Workspace {
                 inner: vec![],
                 d_inner: vec![],
                 d_given: vec![],
-                d_wide: vec![],
+                d_qkv: vec![],
                 unused: vec![],
                 right: Packed::empty(precision),
             },
