@@ -239,7 +239,7 @@ pub enum Engine {
     /// With the CPU's kernels.
     Cpu(Decoder),
     /// With CUDA's.
-    Cuda(cuda::Decoder),
+    Cuda(Box<cuda::Decoder>),
 }
 
 impl Engine {
@@ -335,12 +335,12 @@ impl Checkpoint {
                 weights,
                 place.cpu_precision(),
             )?),
-            Some(gpu) => Engine::Cuda(cuda::Decoder::new(
+            Some(gpu) => Engine::Cuda(Box::new(cuda::Decoder::new(
                 gpu,
                 &weights.config,
                 weights,
                 place.precision,
-            )?),
+            )?)),
         })
     }
 

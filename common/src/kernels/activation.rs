@@ -17,7 +17,7 @@ impl Activation {
     pub fn curve(self) -> [f32; 2] {
         match self {
             Self::Silu => [1.0, 0.0],
-            Self::GeluTanh => [1.595_769_1, 0.044_715],
+            Self::GeluTanh => [1.595_769_2, 0.044_715],
         }
     }
 }

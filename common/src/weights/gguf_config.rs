@@ -123,7 +123,7 @@ fn windows(
         (None, Windows::AllBut(period, _)) => period,
         (None, _) => return Ok(vec![window; layers]),
     };
-    let sliding = |layer: usize| window.filter(|_| layer % period != 0);
+    let sliding = |layer: usize| window.filter(|_| !layer.is_multiple_of(period));
     Ok((1..=layers).map(sliding).collect())
 }
 

@@ -247,7 +247,7 @@ fn columns(partial: &Vec<f32>, width: usize) -> Vec<f32> {
 
 /// SiLU and GELU by tanh, as the curve that their gate is multiplied with the sigmoid of.
 fn activations<T: Element>() {
-    let (silu, gelu) = ([1.0f32, 0.0], [1.595_769_1, 0.044_715]);
+    let (silu, gelu) = ([1.0f32, 0.0], [1.595_769_2, 0.044_715]);
     for (count, ffn, curve) in [(1, 1, silu), (3, 1030, silu), (2, 40, gelu), (1, 33, gelu)] {
         let [c, a] = curve;
         let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1)
