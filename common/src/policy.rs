@@ -237,7 +237,7 @@ impl std::fmt::Display for Place {
 /// A model that is ready to run, on a CPU or a GPU.
 pub enum Engine {
     /// With the CPU's kernels.
-    Cpu(Decoder),
+    Cpu(Box<Decoder>),
     /// With CUDA's.
     Cuda(Box<cuda::Decoder>),
 }
@@ -330,11 +330,11 @@ impl Checkpoint {
     pub fn engine(&self, place: &Place) -> Result<Engine> {
         let weights = &self.weights;
         Ok(match &place.gpu {
-            None => Engine::Cpu(Decoder::new(
+            None => Engine::Cpu(Box::new(Decoder::new(
                 &weights.config,
                 weights,
                 place.cpu_precision(),
-            )?),
+            )?)),
             Some(gpu) => Engine::Cuda(Box::new(cuda::Decoder::new(
                 gpu,
                 &weights.config,
