@@ -429,8 +429,11 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     let little = 100_000;
     // A part is at least that large, or a pair.
     let least = 256;
-    let families = ["llama-bias", "qwen3"].into_iter().cycle();
-    for (family, (settings, precision)) in families.zip(kinds()) {
+    // Biases, norms of heads; norms of rows, and after what is added to the stream.
+    let families = ["llama-bias", "qwen3", "olmo3", "gemma3"];
+    // Each kind of settings with two of them.
+    let kinds = kinds().into_iter().flat_map(|kind| [kind.clone(), kind]);
+    for (family, (settings, precision)) in families.into_iter().cycle().zip(kinds) {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let tokens: usize = pairs.iter().map(Pair::tokens).sum();
