@@ -665,6 +665,10 @@ mod tests {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}});
         assert_eq!(of("gemma3_text", new), (local, full));
+        let bare = json!({"rope_theta": 1e6, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default"},
+            "full_attention": {"rope_type": "linear", "factor": 8.0}}});
+        assert_eq!(of("gemma3_text", bare), (local, full));
         let silent = of("gemma3_text", json!({"rope_theta": null}));
         assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
     }

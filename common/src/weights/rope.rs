@@ -86,6 +86,7 @@ impl Rope {
                 "{key}: rope parameters by layer type are not supported"
             );
         }
+        let theta = top.number("rope_theta")?.unwrap_or(theta);
         Self::of_fields(key, &Fields(inner), top, theta, context)
     }
 
@@ -104,7 +105,7 @@ impl Rope {
             Self::of_fields("rope_parameters", &Fields(fields), top, theta, context)
         };
         let full = match of_type("full_attention") {
-            Some(fields) => read(fields, theta)?,
+            Some(fields) => read(fields, top.number("rope_theta")?.unwrap_or(theta))?,
             None => Self::from_json(top, theta, context)?,
         };
         let local = match (top.number("rope_local_base_freq")?, local) {
@@ -121,6 +122,7 @@ impl Rope {
         Ok((full, local))
     }
 
+    /// `theta` is the base where `inner` has none.
     fn of_fields(
         key: &str,
         inner: &Fields,
@@ -135,10 +137,7 @@ impl Rope {
                 "partial_rotary_factor: {partial} is not supported, only 1 (the whole head is rotated)"
             );
         }
-        let theta = match inner.number("rope_theta")? {
-            Some(theta) => theta,
-            None => top.number("rope_theta")?.unwrap_or(theta),
-        };
+        let theta = inner.number("rope_theta")?.unwrap_or(theta);
         Ok(Self {
             theta: positive("rope_theta", theta)?,
             scaling: scaling(inner, top, context)
