@@ -181,8 +181,9 @@ fn the_documents_commands_work() {
         assert!(!done.stdout.contains("NaN"), "{}", done.stdout);
         ran += 1;
     }
+    let least = if hub.is_some() { 4 } else { 3 };
     assert!(
-        ran >= 4,
+        ran >= least,
         "only {ran} blocks found: has the document changed its form?"
     );
     // In both orders 60 pairs of base and round-2, and those 23 of base and round-1 that differ.
