@@ -275,9 +275,9 @@ def stages(name, model, dtype, prompts, max_tokens, at_once):
     # Without the sampler's log-probs, so that the policy is run, too.
     rows = [{k: v for k, v in row.items() if k not in ("logp", "model")} for row in rows_of(samples)]
     unscored = write(HOME / f"{name}-unscored.jsonl", rows)
+    response = sum(len(row["token_ids"]) for row in rows)
     for each in (dtype, "f16"):
         scored = run("dice-score", "--device", "cuda", "--dtype", each, "--policy", model, "--ref", model, unscored)
-        response = sum(len(row["token_ids"]) for row in rows)
         shared = scored["tokens"] - response  # what the forward passes had beside responses: prompts, once each
         scored["share"] = share(2 * shape.flops(shared, response), scored["seconds"], dtype)
         scored["counted_per_row"] = response + shared * K

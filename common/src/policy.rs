@@ -80,7 +80,7 @@ pub enum Dtype {
     F32,
     /// Bfloat16 operands, float32 sums
     Bf16,
-    /// Half-precision operands, float32 sums: for scoring on a GPU, at the speed of bf16 and eight times as fine
+    /// Half-precision operands, float32 sums: for scoring on a GPU, of bf16's size and eight times as fine
     #[value(alias = "fp16")]
     F16,
 }
@@ -117,7 +117,7 @@ impl KvCacheDtype {
             (Self::Int8, Some(_)) => bail!("--kv-cache-dtype int8 is for a CPU (--device cpu)"),
             (Self::Int8, None) => Format::Int8,
             (Self::Auto, None) if fast => Format::Int8,
-            (Self::Auto, _) => Format::Float(place.cpu_precision()),
+            (Self::Auto, _) => Format::Float(place.full_range_precision()),
         })
     }
 }
@@ -168,13 +168,12 @@ impl Compute {
         }
         let precision = self.precision(stage, gpu.is_some())?;
         if gpu.is_some() && self.dtype == Dtype::Auto && precision == cuda::Precision::F32 {
-            let faster = if stage == Stage::Scoring {
-                "f16"
-            } else {
-                "bf16"
+            let finer = match stage {
+                Stage::Scoring => "; --dtype f16 is of that size, and finer",
+                Stage::Sampling | Stage::Training => "",
             };
             program::say(format_args!(
-                "float32 is exact, and slow on a GPU: --dtype {faster} multiplies some 15 times as fast"
+                "float32 is exact, and slow on a GPU: --dtype bf16 multiplies some 15 times as fast{finer}"
             ));
         }
         Ok(Place {
@@ -214,11 +213,12 @@ impl Place {
         self.precision.name()
     }
 
-    /// The format as a CPU has it, where half precision is never chosen.
-    pub fn cpu_precision(&self) -> Precision {
+    /// The format where there is no half precision: on a CPU, in sampling and in training.
+    pub fn full_range_precision(&self) -> Precision {
         match self.precision {
             cuda::Precision::F32 => Precision::F32,
-            cuda::Precision::Bf16 | cuda::Precision::F16 => Precision::Bf16,
+            cuda::Precision::Bf16 => Precision::Bf16,
+            cuda::Precision::F16 => unreachable!("`Compute::place` refuses it there"),
         }
     }
 }
@@ -333,7 +333,7 @@ impl Checkpoint {
             None => Engine::Cpu(Box::new(Decoder::new(
                 &weights.config,
                 weights,
-                place.cpu_precision(),
+                place.full_range_precision(),
             )?)),
             Some(gpu) => Engine::Cuda(Box::new(cuda::Decoder::new(
                 gpu,

@@ -186,7 +186,7 @@ fn run(args: Args) -> Result<()> {
     let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
-    let exact = place.cpu_precision() == Precision::F32;
+    let exact = place.full_range_precision() == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
     let memory = Memory::new(&args, &model, &place)?;
     let mut pairs = Pairs::read(&args, &model, given_by, memory.longest, &reading)?;
@@ -259,14 +259,14 @@ impl Memory {
         }
         let config = &model.weights.config;
         let params = Params::new(config).len;
-        let packed = match place.cpu_precision() {
+        let packed = match place.full_range_precision() {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
         // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
         let trained = if args.lora_rank.is_some() { 4 } else { 12 };
         let fixed = params * (4 + packed + trained);
-        let part = state_bytes(place.cpu_precision());
+        let part = state_bytes(place.full_range_precision());
         let (left, most) = match args.compute.memory_budget {
             Some(budget) => {
                 let left = budget::beyond(budget, fixed)?;

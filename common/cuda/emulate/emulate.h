@@ -196,8 +196,7 @@ inline f16 __float2half_rn(float x) {
     float magnitude = fabsf(x);
     if (isnan(x)) return f16{0x7fff};
     if (magnitude >= 65520.0f) return f16{uint16_t(sign | 0x7c00)};
-    // Steps of 2⁻²⁴ below the smallest normal number, of 2⁻¹⁰ of the leading bit above: adding what has such a step in its
-    // last place rounds to it.
+    // To whole steps: of 2⁻²⁴ below the smallest normal number, of 2⁻¹⁰ of the leading bit above.
     int exponent;
     frexpf(magnitude, &exponent);
     float step = ldexpf(1.0f, (exponent < -13 ? -13 : exponent) - 11);

@@ -149,7 +149,7 @@ impl<'a> Backward<'a> {
         self.given_bias_gradient(&places.output)?;
         self.attend(i, pass)?;
         self.rotate(i, pass)?;
-        self.norm_rows(i, pass)?;
+        self.norm_queries_and_keys(i, pass)?;
         let d_qkv = self.operand(&self.d_qkv, layer.qkv.rows);
         self.read(
             (&layer.qkv, &places.qkv),
@@ -309,7 +309,7 @@ impl<'a> Backward<'a> {
     }
 
     /// Back through the norms of all queries of a token and of all its keys, where the family has those.
-    fn norm_rows(&self, i: usize, pass: &Pass) -> Result<()> {
+    fn norm_queries_and_keys(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
         let (Some((q, k)), Some((q_span, k_span)), Some(QkNorm::Rows), Some(raw)) = (

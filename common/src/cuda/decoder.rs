@@ -359,7 +359,7 @@ impl Decoder {
         let (c, heads) = (&self.config, self.heads(0));
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
         // Both sublayers are done with it before the next begins.
-        let given = self.given(tokens)?;
+        let given = self.room_for_given(tokens)?;
         Ok(Pass {
             x: rows(c.hidden, size_of::<f32>())?,
             normed: rows(c.hidden, self.size())?,
@@ -379,7 +379,7 @@ impl Decoder {
     }
 
     /// Room for what a sublayer gives, where there is a norm after it.
-    pub(super) fn given(&self, tokens: usize) -> Result<Option<Buffer>> {
+    pub(super) fn room_for_given(&self, tokens: usize) -> Result<Option<Buffer>> {
         let bytes = tokens * self.config.hidden * size_of::<f32>();
         match self.config.norms {
             Norms::Before => Ok(None),
@@ -530,7 +530,7 @@ impl Decoder {
         let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
             (Some((q, k)), Some(QkNorm::Heads)) => (q.address(), k.address()),
             (Some(norms), Some(QkNorm::Rows)) => {
-                self.norm_rows(i, norms, bias.take(), count, pass)?;
+                self.norm_queries_and_keys(i, norms, bias.take(), count, pass)?;
                 (0, 0)
             }
             _ => (0, 0),
@@ -564,7 +564,7 @@ impl Decoder {
     }
 
     /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
-    fn norm_rows(
+    fn norm_queries_and_keys(
         &self,
         i: usize,
         (q, k): &(Buffer, Buffer),

@@ -351,7 +351,7 @@ fn bytes_of_slice<T: Plain>(values: &[T]) -> &[u8] {
 pub enum Precision {
     F32,
     Bf16,
-    /// Half precision: eight times as fine as bfloat16, at the same speed, but of numbers below 65504 alone. Only what scoring
+    /// Half precision: eight times as fine as bfloat16, of the same size, but of numbers below 65504 alone. Only what scoring
     /// runs can be done in it.
     F16,
 }

@@ -229,8 +229,8 @@ impl Decoder {
             qkv: rows(heads.qkv_width(), size)?,
             attention: rows(heads.q_width(), size)?,
             lse: rows(heads.query, float)?,
-            output: self.given(tokens)?,
-            down: self.given(tokens)?,
+            output: self.room_for_given(tokens)?,
+            down: self.room_for_given(tokens)?,
             gate_up: rows(2 * c.ffn, size)?,
             normed: match shared {
                 Some(pass) => pass.normed.clone(),

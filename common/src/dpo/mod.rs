@@ -32,7 +32,7 @@ pub fn trainer(
     place: &Place,
     memory: StateBytes,
 ) -> Result<Box<dyn Train>> {
-    let precision = place.cpu_precision();
+    let precision = place.full_range_precision();
     Ok(match &place.gpu {
         None => Box::new(Trainer::new(start, settings, precision, memory)?),
         Some(gpu) => Box::new(CudaTrainer::new(gpu, start, settings, precision)?),

@@ -338,8 +338,8 @@ impl Decoder {
                 let (q, k) =
                     row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
                 for (part, norm) in [
-                    (&mut *q, layer.qk_norms.as_ref().map(|n| &n.0)),
-                    (&mut *k, layer.qk_norms.as_ref().map(|n| &n.1)),
+                    (q, layer.qk_norms.as_ref().map(|n| &n.0)),
+                    (k, layer.qk_norms.as_ref().map(|n| &n.1)),
                 ] {
                     // A norm is as wide as what it norms: a head, or all of them.
                     if let Some(weight) = norm {

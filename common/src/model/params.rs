@@ -61,25 +61,23 @@ pub struct LayerNorms<T> {
 impl<T> LayerNorms<T> {
     /// Those that there are.
     pub fn each(&self) -> impl Iterator<Item = &T> {
-        let Self {
-            before_attention,
-            after_attention,
-            before_mlp,
-            after_mlp,
-        } = self;
-        let all = [before_attention, after_attention, before_mlp, after_mlp];
+        let all = [
+            &self.before_attention,
+            &self.after_attention,
+            &self.before_mlp,
+            &self.after_mlp,
+        ];
         all.into_iter().flatten()
     }
 
     /// The same, to be changed.
     pub fn each_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        let Self {
-            before_attention,
-            after_attention,
-            before_mlp,
-            after_mlp,
-        } = self;
-        let all = [before_attention, after_attention, before_mlp, after_mlp];
+        let all = [
+            &mut self.before_attention,
+            &mut self.after_attention,
+            &mut self.before_mlp,
+            &mut self.after_mlp,
+        ];
         all.into_iter().flatten()
     }
 

@@ -170,12 +170,12 @@ impl Config {
             self.windows,
         );
         let rotating: Vec<_> = self.ropes.iter().flatten().collect();
-        match rotating.windows(2).all(|two| two[0] == two[1]) {
-            true => rotating
-                .first()
-                .iter()
-                .for_each(|rope| text += &format!(" rope {rope:?}")),
-            false => text += &format!(" ropes {rotating:?}"),
+        match &rotating[..] {
+            [] => {}
+            [rope, others @ ..] if others.iter().all(|other| other == rope) => {
+                text += &format!(" rope {rope:?}");
+            }
+            _ => text += &format!(" ropes {rotating:?}"),
         }
         if self.ropes.contains(&None) {
             let rotates: Vec<_> = self.ropes.iter().map(Option::is_some).collect();

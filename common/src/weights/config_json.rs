@@ -174,10 +174,7 @@ fn read(fields: &Fields) -> Result<Config> {
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
-        embed_scale: match family.scaled {
-            true => (hidden as f64).sqrt() as f32,
-            false => 1.0,
-        },
+        embed_scale: family.embed_scale(hidden),
         qkv_bias: attention_bias || family.qkv_bias,
         o_bias: attention_bias,
         mlp_bias: asked(family.mlp_bias, "mlp_bias")?,

@@ -39,6 +39,16 @@ pub(super) struct Family {
     pub permuted: bool,
 }
 
+impl Family {
+    /// What embeddings are multiplied by.
+    pub fn embed_scale(&self, hidden: usize) -> f32 {
+        match self.scaled {
+            true => (hidden as f64).sqrt() as f32,
+            false => 1.0,
+        }
+    }
+}
+
 /// Which layers have a window.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Windows {

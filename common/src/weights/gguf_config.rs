@@ -79,10 +79,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,
         context,
         tied: !has("output.weight"),
-        embed_scale: match family.scaled {
-            true => (hidden as f64).sqrt() as f32,
-            false => 1.0,
-        },
+        embed_scale: family.embed_scale(hidden),
         qkv_bias: has("blk.0.attn_q.bias"),
         o_bias: has("blk.0.attn_output.bias"),
         mlp_bias: has("blk.0.ffn_up.bias"),
