@@ -6,7 +6,7 @@
 
 use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, PackedLeft, Threads, Write, matmul, multiply};
-use crate::kernels::{rows, softmax, team};
+use crate::kernels::{cap, rows, softmax, team};
 use crate::model::{Decoder, Model};
 use anyhow::Result;
 use std::cell::Cell;
@@ -163,8 +163,11 @@ pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> Targe
         for words in tiles(decoder.config.vocab) {
             let rows = (&left, stats.len());
             tile(decoder, rows, words.clone(), &mut logits, Threads::One);
-            let rows = logits.chunks_exact(words.len());
+            let rows = logits.chunks_exact_mut(words.len());
             for ((s, &target), row) in stats.iter_mut().zip(&targets[at..]).zip(rows) {
+                if let Some(cap) = decoder.config.logit_cap {
+                    cap::bound(row, cap);
+                }
                 s.add(row);
                 if words.contains(&(target as usize)) {
                     s.target = row[target as usize - words.start];
@@ -216,7 +219,7 @@ pub fn target_logps_backward(
     // Rows per tile of logits.
     const ROWS: usize = 512;
     let decoder = model.decoder;
-    let width = decoder.config.hidden;
+    let (width, logit_cap) = (decoder.config.hidden, decoder.config.logit_cap);
     let mut head = Packed::empty(decoder.precision);
     d_normed.fill(0.0);
     let chunks: Vec<_> = (normed.chunks(ROWS * width))
@@ -239,11 +242,13 @@ pub fn target_logps_backward(
             rows(&mut logits, n, |first, part| {
                 for (r, row) in part.chunks_exact_mut(n).enumerate() {
                     let r = i * ROWS + first + r;
-                    softmax::exp_in_place(row, lse[r]);
-                    row.iter_mut().for_each(|p| *p *= -d_logps[r]);
-                    if words.contains(&(targets[r] as usize)) {
-                        row[targets[r] as usize - words.start] += d_logps[r];
+                    if let Some(cap) = logit_cap {
+                        cap::bound(row, cap);
                     }
+                    let target = (targets[r] as usize).checked_sub(words.start);
+                    let target = target.filter(|&at| at < n);
+                    let inverse_cap = cap::inverse(logit_cap);
+                    softmax::log_prob_backward(row, lse[r], d_logps[r], target, inverse_cap);
                 }
             });
             let d_logits = Mat::new(&logits, logits.len() / n, n);
@@ -413,6 +418,8 @@ mod tests {
             norms: Norms::Around,
             embed_scale: 3.0,
             attention_scale: 0.6,
+            attention_cap: Some(0.5),
+            logit_cap: Some(0.7),
             activation: Activation::GeluTanh,
             ..llama.clone()
         };

@@ -303,6 +303,7 @@ impl Decoder {
                     dim: config.head_dim,
                     window: config.windows[i],
                     scale: config.attention_scale,
+                    cap: config.attention_cap,
                 },
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,

@@ -83,6 +83,7 @@ impl Rows {
                 let count = self.visible.len();
                 let rows = decoding::Queries {
                     words: &self.queries[first * k..][..count * k],
+                    cap: heads.cap,
                     visible: &self.visible,
                     max: &mut self.max[first..][..count],
                     sum: &mut self.sum[first..][..count],
@@ -116,10 +117,12 @@ mod tests {
     use crate::kernels::testing::noise;
 
     /// Attention of one query head over keys and values given row by row, in float64.
-    fn plain(query: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f64> {
+    fn plain(query: &[f32], keys: &[&[f32]], values: &[&[f32]], heads: Heads) -> Vec<f64> {
         let dot = |key: &&[f32]| -> f64 {
             let products = query.iter().zip(*key).map(|(q, k)| *q as f64 * *k as f64);
-            products.sum::<f64>() * scale as f64
+            let score = products.sum::<f64>() * heads.scale as f64;
+            let capped = |cap: f32| cap as f64 * (score / cap as f64).tanh();
+            heads.cap.map_or(score, capped)
         };
         let weights: Vec<f64> = keys.iter().map(|key| dot(key).exp()).collect();
         let sum: f64 = weights.iter().sum();
@@ -134,14 +137,16 @@ mod tests {
     #[test]
     fn tokens_see_their_prompt_and_their_own_past() {
         // Blocks that are full, begun and one token long; more rows than the kernel takes; head sizes that are no panel.
-        for (query, kv, dim, window) in [
-            (9, 3, 64, None),
-            (7, 1, 6, None),
-            (2, 2, 96, Some(40)),
-            (8, 2, 15, Some(3)),
+        for (query, kv, dim, window, cap) in [
+            (9, 3, 64, None, None),
+            (7, 1, 6, None, None),
+            (2, 2, 96, Some(40), None),
+            (8, 2, 15, Some(3), None),
+            (4, 2, 64, Some(50), Some(1.5)),
         ] {
             let heads = Heads {
                 window,
+                cap,
                 ..Heads::new(query, kv, dim)
             };
             for (prompt, own) in [(70, [0usize, 33, 31]), (32, [64, 5, 1]), (1, [2, 0, 100])] {
@@ -203,7 +208,7 @@ mod tests {
                     part(heads.q_width() + heads.kv_width()),
                 );
                 let query = &last[m * width + head * heads.dim..][..heads.dim];
-                let expected = plain(query, &keys, &values, heads.scale);
+                let expected = plain(query, &keys, &values, heads);
                 let found = &out[m * heads.q_width() + head * heads.dim..][..heads.dim];
                 for (found, expected) in found.iter().zip(expected) {
                     let error = (*found as f64 - expected).abs();

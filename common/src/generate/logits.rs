@@ -1,7 +1,7 @@
 //! The LM head of a step: logits, and of each few hundred of them the sums that a draw needs, made while they are near.
 
 use crate::kernels::gemm::{Left, Mat, PackedLeft, Threads, Write, multiply};
-use crate::kernels::{fit, softmax, team};
+use crate::kernels::{cap, fit, softmax, team};
 use crate::model::Decoder;
 
 /// Words of a tile, which a core makes and sums up alone.
@@ -78,6 +78,9 @@ impl Logits {
             let n = values.len() / rows;
             let panels = head.panel_range(i * TILE, n);
             multiply(left, panels, values, n, Write::Set, Threads::One);
+            if let Some(cap) = decoder.config.logit_cap {
+                cap::bound(values, cap);
+            }
             for (row, chunks) in
                 (values.chunks_exact(n)).zip(chunks.chunks_exact_mut(n.div_ceil(CHUNK)))
             {

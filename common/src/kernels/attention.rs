@@ -5,7 +5,7 @@
 //! prompt, and the gradients of all of them meet in it. Scores are formed per block of queries, never for the batch.
 
 use super::gemm::{Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, multiply};
-use super::{fit, softmax, team};
+use super::{cap, fit, softmax, team};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -87,6 +87,8 @@ pub struct Heads {
     pub window: Option<usize>,
     /// What scores are multiplied by: 1/√dim, or what a family has in its place.
     pub scale: f32,
+    /// What scores are softly held within, if anything.
+    pub cap: Option<f32>,
 }
 
 impl Heads {
@@ -98,6 +100,7 @@ impl Heads {
             dim,
             window: None,
             scale: 1.0 / (dim as f32).sqrt(),
+            cap: None,
         }
     }
 
@@ -500,6 +503,9 @@ impl<'a> Block<'a> {
             multiply(&q.left, panels, scores, n, Write::Set, Threads::One);
             for (r, row) in scores.chunks_exact_mut(n).enumerate() {
                 let row = show(row, self.visible_in(heads, r, &chunk));
+                if let Some(cap) = heads.cap {
+                    cap::bound(row, cap);
+                }
                 let top = softmax::max(row);
                 if top > max[r] {
                     let factor = softmax::exp::<false>(max[r] - top);
@@ -564,7 +570,11 @@ impl<'a> Block<'a> {
                 let (token, head) = self.token_and_head(side, r);
                 let visible = self.visible_in(heads, r, &chunk);
                 let (p, d) = (show(p, visible.clone()), show(d, visible));
-                softmax::backward(p, d, lse[token * heads.query + head], deltas[r]);
+                if let Some(cap) = heads.cap {
+                    cap::bound(p, cap);
+                }
+                let log_sum = lse[token * heads.query + head];
+                softmax::backward(p, d, log_sum, deltas[r], cap::inverse(heads.cap));
             }
             let (weights, d_scores) = (Mat::new(p, rows, n), Mat::new(d, rows, n));
             let columns = keys.k_columns.sum_range(chunk.range);
@@ -757,7 +767,10 @@ mod tests {
                         &qkv[t * width + head * dim..],
                         &qkv[s * width + heads.k_at(kv)..],
                     );
-                    (0..dim).map(|i| q[i] as f64 * k[i] as f64).sum::<f64>() / (dim as f64).sqrt()
+                    let score = (0..dim).map(|i| q[i] as f64 * k[i] as f64).sum::<f64>();
+                    let score = score / (dim as f64).sqrt();
+                    let capped = |cap: f32| cap as f64 * (score / cap as f64).tanh();
+                    heads.cap.map_or(score, capped)
                 };
                 let weights: Vec<f64> = (first..=t).map(|s| score(s).exp()).collect();
                 let total: f64 = weights.iter().sum();
@@ -781,8 +794,17 @@ mod tests {
 
     #[test]
     fn shared_prompts_give_what_whole_sequences_give() {
-        for window in [None, Some(5), Some(90)] {
-            let heads = Heads { window, ..heads() };
+        for (window, cap) in [
+            (None, None),
+            (Some(5), None),
+            (Some(90), Some(0.8)),
+            (None, Some(3.0)),
+        ] {
+            let heads = Heads {
+                window,
+                cap,
+                ..heads()
+            };
             let (prompt, branches) = (70, [1, 100, 33]);
             let mut layout = Layout::default();
             layout.push(3, &[]);
@@ -810,8 +832,12 @@ mod tests {
 
     #[test]
     fn gradient_agrees_with_finite_differences() {
-        for window in [None, Some(3)] {
-            let heads = Heads { window, ..heads() };
+        for (window, cap) in [(None, None), (Some(3), None), (None, Some(0.4))] {
+            let heads = Heads {
+                window,
+                cap,
+                ..heads()
+            };
             let mut layout = Layout::default();
             layout.push(4, &[3, 2]);
             layout.push(2, &[]);

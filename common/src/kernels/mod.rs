@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod cap;
 pub mod decoding;
 pub mod gemm;
 pub mod isa;

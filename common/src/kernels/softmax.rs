@@ -1,5 +1,6 @@
 //! Exponentials and log-sum-exp over rows.
 
+use super::cap;
 use super::isa::multiversion;
 
 /// Lanes that sums and maxima run in; fixed, so that every instruction set adds in the same order.
@@ -114,11 +115,27 @@ multiversion! {
 }
 
 multiversion! {
-    /// S in `p` becomes P = exp(S − log_sum), dP in `d` becomes dS = P∘(dP − delta).
-    pub fn backward(p: &mut [f32], d: &mut [f32], log_sum: f32, delta: f32) {
+    /// S in `p` becomes P = exp(S − log_sum), dP in `d` becomes dS = P∘(dP − delta), times the slope of the scores' cap.
+    pub fn backward(p: &mut [f32], d: &mut [f32], log_sum: f32, delta: f32, inverse_cap: f32) {
         for (p, d) in p.iter_mut().zip(d) {
+            let slope = cap::slope(*p, inverse_cap);
             *p = exp_low::<FMA>(*p - log_sum);
-            *d = *p * (*d - delta);
+            *d = *p * (*d - delta) * slope;
+        }
+    }
+}
+
+multiversion! {
+    /// Logits become their gradient where that of the target's log-prob is `d`: d·(onehot − exp(l − log_sum)), times the
+    /// slope of their cap. `target` is the target's place, if it is among them.
+    pub fn log_prob_backward(row: &mut [f32], log_sum: f32, d: f32, target: Option<usize>, inverse_cap: f32) {
+        let own = target.map(|at| (at, d * cap::slope(row[at], inverse_cap)));
+        for l in row.iter_mut() {
+            let slope = cap::slope(*l, inverse_cap);
+            *l = exp_low::<FMA>(*l - log_sum) * -d * slope;
+        }
+        if let Some((at, own)) = own {
+            row[at] += own;
         }
     }
 }

@@ -61,6 +61,10 @@ pub struct Config {
     pub qk_norm: Option<QkNorm>,
     /// What scores are multiplied by: 1/√head_dim, or as the config says (Gemma).
     pub attention_scale: f32,
+    /// What scores are softly held within, as c·tanh(score / c) (Gemma 2).
+    pub attention_cap: Option<f32>,
+    /// The same for logits.
+    pub logit_cap: Option<f32>,
     pub activation: Activation,
     /// Per layer: the attention's window in tokens, the query itself included (a query at position i
     /// sees keys j with i − window < j ≤ i), or None for all of the past.
@@ -189,6 +193,11 @@ impl Config {
         }
         if self.attention_scale != plain_scale(self.head_dim) {
             text += &format!(" attention_scale {:?}", self.attention_scale);
+        }
+        for (name, cap) in [("attention_cap", self.attention_cap), ("logit_cap", self.logit_cap)] {
+            if let Some(cap) = cap {
+                text += &format!(" {name} {cap:?}");
+            }
         }
         text + "\n"
     }

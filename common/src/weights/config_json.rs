@@ -1,8 +1,8 @@
 //! `config.json`: read as each family means it, written as transformers 4 and 5 and vLLM all read it.
 
 use super::config::{Config, bounded_layers, plain_scale};
-use super::family::{self, Family, Windows, families};
-use super::rope::Rope;
+use super::family::{self, Family, Rotated, Windows, families};
+use super::rope::{Rope, positive};
 use crate::kernels::activation::Activation;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -84,6 +84,11 @@ impl Config {
             let scalar = f64::from(self.attention_scale).powi(-2).round();
             set("query_pre_attn_scalar", json!(scalar as u64));
         }
+        if family.caps.is_some() {
+            for (key, cap) in CAPS.into_iter().zip([self.attention_cap, self.logit_cap]) {
+                set(key, cap.map_or(Value::Null, shortest));
+            }
+        }
         match family.windows {
             Windows::None => return,
             Windows::All => {}
@@ -95,8 +100,8 @@ impl Config {
                 let rotates = self.ropes.iter().map(|rope| u8::from(rope.is_some()));
                 set("no_rope_layers", rotates.collect());
             }
-            Windows::AllBut(_, base) => {
-                if let (Some(_), Some(rope)) = (base, rope_of(true)) {
+            Windows::AllBut(_, rotated) => {
+                if let (Rotated::By(_), Some(rope)) = (rotated, rope_of(true)) {
                     set("rope_local_base_freq", shortest(rope.theta));
                 }
             }
@@ -124,6 +129,9 @@ fn spelling(activation: Activation) -> (&'static str, &'static str) {
         Activation::GeluTanh => ("hidden_activation", "gelu_pytorch_tanh"),
     }
 }
+
+/// The fields of soft caps: of scores, and of logits.
+pub(super) const CAPS: [&str; 2] = ["attn_logit_softcapping", "final_logit_softcapping"];
 
 fn read(fields: &Fields) -> Result<Config> {
     let model_type = fields
@@ -162,6 +170,7 @@ fn read(fields: &Fields) -> Result<Config> {
     let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
+    let [attention_cap, logit_cap] = caps(fields, family)?;
     Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,
@@ -184,6 +193,8 @@ fn read(fields: &Fields) -> Result<Config> {
             true => attention_scale(fields)?,
             false => plain_scale(head_dim),
         },
+        attention_cap,
+        logit_cap,
         activation: family.activation,
         windows,
         ropes,
@@ -201,6 +212,28 @@ fn attention_scale(fields: &Fields) -> Result<f32> {
     Ok(scalar.powf(-0.5) as f32)
 }
 
+/// The soft caps of scores and of logits. A family that has them has its own where the file is silent; null means none.
+fn caps(fields: &Fields, family: &Family) -> Result<[Option<f32>; 2]> {
+    let mut caps = [None; 2];
+    for (i, key) in CAPS.into_iter().enumerate() {
+        let asked = fields.number(key)?;
+        let Some(own) = family.caps else {
+            ensure!(
+                asked.is_none(),
+                "{key}: {} has no soft caps in transformers",
+                family.model_type
+            );
+            continue;
+        };
+        let cap = match fields.0.contains_key(key) {
+            true => asked,
+            false => own[i],
+        };
+        caps[i] = cap.map(|cap| positive(key, cap)).transpose()?;
+    }
+    Ok(caps)
+}
+
 /// Options under which the same tensors mean something else than this decoder would compute.
 fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result<()> {
     let (key, known) = spelling(family.activation);
@@ -215,12 +248,6 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
         fields.present("quantization_config").is_none(),
         "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
     );
-    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
-        ensure!(
-            fields.present(key).is_none(),
-            "{key}: soft caps are not supported"
-        );
-    }
     ensure!(
         !fields.flag("use_bidirectional_attention")?.unwrap_or(false),
         "use_bidirectional_attention: this is not a causal language model"
@@ -284,7 +311,7 @@ fn positions(
                 ropes.map(|(rope, &on)| rope.filter(|_| on)).collect(),
             ))
         }
-        Windows::AllBut(period, base) => {
+        Windows::AllBut(period, rotated) => {
             let window = sliding_window(fields)?;
             let period = match fields.present("sliding_window_pattern") {
                 None => period,
@@ -292,7 +319,12 @@ fn positions(
             };
             let sliding = |layer: usize| !(layer + 1).is_multiple_of(period);
             let windows = typed_windows(fields, window, layers, sliding)?;
-            let (full, local) = Rope::by_layer_type(fields, family.theta, base, context)?;
+            let local = match rotated {
+                Rotated::Alike => return Ok((windows, everywhere()?)),
+                Rotated::Unscaled => None,
+                Rotated::By(base) => Some(base),
+            };
+            let (full, local) = Rope::by_layer_type(fields, family.theta, local, context)?;
             let rope = |window: &Option<usize>| match window {
                 Some(_) => Some(local),
                 None => Some(full),
@@ -496,7 +528,10 @@ mod tests {
             0.25,
         );
         let scores = json!({"query_pre_attn_scalar": 16});
-        assert_eq!(around(read(&with("gemma3_text", scores)).unwrap()), gemma);
+        let three = around(read(&with("gemma3_text", scores.clone())).unwrap());
+        assert_eq!(three, gemma);
+        let two = around(read(&with("gemma2", scores)).unwrap());
+        assert_eq!(two, (gemma.0, None, gemma.2, gemma.3, gemma.4));
         let biased = json!({"attention_bias": true, "mlp_bias": true});
         let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
         assert_eq!(flags(&of("llama")), (true, true, true, false));
@@ -674,12 +709,12 @@ mod tests {
     fn what_cannot_be_run_is_named_with_its_file() {
         for (changes, wanted) in [
             (
-                json!({"model_type": "gemma2"}),
-                "the architecture \"gemma2\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma3_text",
+                json!({"model_type": "gemma"}),
+                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text",
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
             (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
-            (json!({"attn_logit_softcapping": 50.0}), "soft caps are not"),
+            (json!({"attn_logit_softcapping": 50.0}), "llama has no soft caps"),
             (
                 json!({"quantization_config": {"bits": 4}}),
                 "quantization_config",
@@ -813,6 +848,11 @@ mod tests {
                 "olmo3",
                 json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
                 "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}),
+            ),
+            (
+                "gemma2",
+                json!({"sliding_window": 16, "attn_logit_softcapping": 20.0,
+                "final_logit_softcapping": null}),
             ),
             (
                 "gemma3_text",

@@ -34,6 +34,11 @@ pub(super) struct Family {
     pub activation: Activation,
     /// Embeddings are multiplied by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of.
     pub scaled: bool,
+    /// `attn_logit_softcapping` and `final_logit_softcapping` are heard, and what they are where a file has none.
+    pub caps: Option<[Option<f64>; 2]>,
+    /// The layers of that model of a scaled family whose GGUF does not say that its scores are divided by the root of
+    /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
+    pub gguf_apart: Option<usize>,
     pub windows: Windows,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
@@ -61,9 +66,19 @@ pub(super) enum Windows {
     /// With `use_sliding_window`, those that do not rotate, or those that `layer_types` names; `no_rope_layers` says which
     /// rotate: else all but every fourth.
     Unrotated,
-    /// All but every so-manieth, or those that `layer_types` names; and they are rotated otherwise, by the base that is
-    /// given here, or, None, by the others', unscaled.
-    AllBut(usize, Option<f64>),
+    /// All but every so-manieth, or those that `layer_types` names; and so they are rotated.
+    AllBut(usize, Rotated),
+}
+
+/// How layers with a window are rotated.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Rotated {
+    /// As the others are.
+    Alike,
+    /// By the others' base, unscaled.
+    Unscaled,
+    /// By a base of their own, which is this where the file has none, unscaled.
+    By(f64),
 }
 
 const LLAMA: Family = Family {
@@ -83,6 +98,8 @@ const LLAMA: Family = Family {
     qk_norm: None,
     activation: Activation::Silu,
     scaled: false,
+    caps: None,
+    gguf_apart: None,
     windows: Windows::None,
     permuted: true,
 };
@@ -99,7 +116,26 @@ const OLMO2: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 8] = [
+const GEMMA2: Family = Family {
+    model_type: "gemma2",
+    class: "Gemma2",
+    gguf: "gemma2",
+    kv_heads: Some(4),
+    head_dim: Some(256),
+    tied: true,
+    mlp_bias: false,
+    norms: Norms::Around,
+    norms_from_one: true,
+    activation: Activation::GeluTanh,
+    scaled: true,
+    caps: Some([Some(50.0), Some(30.0)]),
+    gguf_apart: Some(46),
+    windows: Windows::AllBut(2, Rotated::Alike),
+    permuted: false,
+    ..LLAMA
+};
+
+const FAMILIES: [Family; 9] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -147,26 +183,20 @@ const FAMILIES: [Family; 8] = [
         model_type: "olmo3",
         class: "Olmo3",
         theta: 500_000.0,
-        windows: Windows::AllBut(4, None),
+        windows: Windows::AllBut(4, Rotated::Unscaled),
         ..OLMO2
     },
+    GEMMA2,
     Family {
         model_type: "gemma3_text",
         class: "Gemma3",
         gguf: "gemma3",
-        kv_heads: Some(4),
-        head_dim: Some(256),
-        tied: true,
         theta: 1_000_000.0,
-        mlp_bias: false,
-        norms: Norms::Around,
-        norms_from_one: true,
         qk_norm: Some(QkNorm::Heads),
-        activation: Activation::GeluTanh,
-        scaled: true,
-        windows: Windows::AllBut(6, Some(10_000.0)),
-        permuted: false,
-        ..LLAMA
+        caps: Some([None, None]),
+        gguf_apart: Some(62),
+        windows: Windows::AllBut(6, Rotated::By(10_000.0)),
+        ..GEMMA2
     },
 ];
 

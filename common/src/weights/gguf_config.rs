@@ -1,7 +1,8 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
 use super::config::{Config, bounded_layers, plain_scale};
-use super::family::{self, Family, Windows};
+use super::config_json::CAPS;
+use super::family::{self, Family, Rotated, Windows};
 use super::gguf::Gguf;
 use super::rope::{Rope, RopeScaling, positive, yarn_growth};
 use crate::gguf;
@@ -65,6 +66,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let context = fields.size("context_length")?;
     let has = |name: &str| gguf.shape(name).is_some();
     let windows = windows(&fields, family, window, layers)?;
+    let [attention_cap, logit_cap] = caps(&fields, family)?;
     Config {
         model_type: family.model_type.to_owned(),
         vocab: embedding[0],
@@ -85,11 +87,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
         mlp_bias: has("blk.0.ffn_up.bias"),
         norms: family.norms,
         qk_norm: family.qk_norm,
-        // llama.cpp does not store it: it knows the one Gemma 3, of 27B, whose scores are not over the root of its heads' width.
-        attention_scale: match family.scaled && layers == 62 {
+        attention_scale: match family.gguf_apart == Some(layers) {
             true => plain_scale(hidden / heads),
             false => plain_scale(head_dim),
         },
+        attention_cap,
+        logit_cap,
         activation: family.activation,
         ropes: ropes(&fields, family, &windows, head_dim)?,
         windows,
@@ -97,12 +100,23 @@ fn read(gguf: &Gguf) -> Result<Config> {
     .checked()
 }
 
+/// The soft caps of scores and of logits: the family's own where the file is silent.
+fn caps(fields: &Metadata, family: &Family) -> Result<[Option<f32>; 2]> {
+    let mut caps = family.caps.unwrap_or_default();
+    for (cap, key) in caps.iter_mut().zip(CAPS) {
+        *cap = fields.real(key)?.or(*cap);
+    }
+    let cap = |(cap, key): (Option<f64>, _)| cap.map(|cap| positive(key, cap)).transpose();
+    let [attention, logits] = [(caps[0], CAPS[0]), (caps[1], CAPS[1])];
+    Ok([cap(attention)?, cap(logits)?])
+}
+
 /// Per layer, its window: `attention.sliding_window_pattern` says which have one, by a period or a flag for each layer;
 /// else llama.cpp knows the family's.
 fn windows(
     fields: &Metadata,
     family: &Family,
-    window: Option<usize>,
+    mut window: Option<usize>,
     layers: usize,
 ) -> Result<Vec<Option<usize>>> {
     let key = "attention.sliding_window_pattern";
@@ -117,7 +131,10 @@ fn windows(
             return Ok(sliding.collect());
         }
         (Some(_), _) => fields.size(key)?,
-        (None, Windows::AllBut(period, _)) => period,
+        (None, Windows::AllBut(period, _)) => {
+            window.get_or_insert(4096); // which the first Gemma 2 files leave to the reader
+            period
+        }
         (None, _) => return Ok(vec![window; layers]),
     };
     let sliding = |layer: usize| window.filter(|_| !layer.is_multiple_of(period));
@@ -137,11 +154,15 @@ fn ropes(
         theta,
         scaling: scaling(fields, head_dim)?,
     };
-    let local = match family.windows {
-        Windows::AllBut(_, local) => Rope {
-            theta: base("rope.freq_base_swa")?.unwrap_or(local.map_or(theta, |base| base as f32)),
+    let unscaled = |theta| {
+        anyhow::Ok(Rope {
+            theta: base("rope.freq_base_swa")?.unwrap_or(theta),
             scaling: RopeScaling::Default,
-        },
+        })
+    };
+    let local = match family.windows {
+        Windows::AllBut(_, Rotated::Unscaled) => unscaled(theta)?,
+        Windows::AllBut(_, Rotated::By(base)) => unscaled(base as f32)?,
         _ => full,
     };
     let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {

@@ -350,7 +350,7 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
     for (key, value, wanted) in [
         (
             "general.architecture",
-            String("gemma2".into()),
+            String("gemma".into()),
             "known: llama, qwen2, qwen3",
         ),
         (

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 14] = [
+pub const FAMILIES: [&str; 15] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -24,6 +24,7 @@ pub const FAMILIES: [&str; 14] = [
     "smollm3",
     "olmo2",
     "olmo3",
+    "gemma2",
     "gemma3",
 ];
 

@@ -46,7 +46,7 @@ multiversion! {
                 let keys = block.keys.chunks_exact(dim).take(block.tokens);
                 (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
             }
-            let factor = soften::<FMA>(&mut scores, rows.visible[r], &mut rows.max[r], &mut rows.sum[r]);
+            let factor = soften::<FMA>(&mut scores, rows.cap, rows.visible[r], &mut rows.max[r], &mut rows.sum[r]);
             let weighted = &mut rows.weighted[r * stride..][..stride];
             weighted.iter_mut().for_each(|w| *w *= factor);
             for (&score, values) in scores.iter().zip(block.values.chunks_exact(stride)).take(block.tokens) {
@@ -90,7 +90,7 @@ mod x86 {
                 for r in 0..R {
                     fetch_share::<R>(r, ahead, steps / 2 * stride);
                     let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
-                    let ([low, high], factor) = soften(scores[r], rows.visible[r], max, sum);
+                    let ([low, high], factor) = soften(scores[r], rows.cap, rows.visible[r], max, sum);
                     factors[r] = factor;
                     $store(low, high, &mut weights[r]);
                 }

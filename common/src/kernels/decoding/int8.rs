@@ -230,7 +230,7 @@ multiversion! {
                 *score = sums[t] as f32 * (rest[0] * key_scales[t]);
             }
             let seen = rows.visible[r];
-            let factor = soften::<FMA>(&mut scores, seen, &mut rows.max[r], &mut rows.sum[r]);
+            let factor = soften::<FMA>(&mut scores, rows.cap, seen, &mut rows.max[r], &mut rows.sum[r]);
             let mut weights = [0i32; MOST_WIDTH];
             let weights = &mut weights[..block.tokens];
             let unit = weigh(&scores, value_scales, seen, weights);
@@ -336,7 +336,7 @@ mod x86 {
                     _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][j]), scale)
                 };
                 let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
-                let (weights, factor) = soften([score(0), score(1)], seen, max, sum);
+                let (weights, factor) = soften([score(0), score(1)], rows.cap, seen, max, sum);
                 parts[r] = Part::of(weights, value_scales, seen, factor);
             }
             let mut left = 0;
@@ -573,12 +573,14 @@ mod tests {
             (20, 32, true),
         ] {
             for rows in 1..=4 {
-                compare(dim, tokens.min(panel_width()), panel, rows);
+                for cap in [None, Some(2.0)] {
+                    compare(dim, tokens.min(panel_width()), panel, rows, cap);
+                }
             }
         }
     }
 
-    fn compare(dim: usize, tokens: usize, panel: bool, rows: usize) {
+    fn compare(dim: usize, tokens: usize, panel: bool, rows: usize, cap: Option<f32>) {
         let format = Format::Int8;
         let mut keys = vec![0.0; format.key_words(dim)];
         let mut values = vec![0.0; format.value_words(dim)];
@@ -611,6 +613,7 @@ mod tests {
             let mut weighted = vec![1.0; rows * value_stride(dim)];
             let queries = Queries {
                 words: &queries,
+                cap,
                 visible: &visible,
                 max: &mut max,
                 sum: &mut sum,

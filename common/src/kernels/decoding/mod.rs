@@ -6,7 +6,7 @@ mod float;
 mod int8;
 
 use super::gemm::{Precision, panel_width, put_column, put_row, turn_words, words};
-use super::softmax;
+use super::{cap, softmax};
 
 /// How keys and values are kept, and queries that meet them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +126,8 @@ pub struct Block<'a> {
 pub struct Queries<'a> {
     /// `[rows][query_words]`, scaled, for the blocks' format.
     pub words: &'a [f32],
+    /// What scores are softly held within, if anything.
+    pub cap: Option<f32>,
     /// Of each row, the tokens of the block that it sees: bit i is token i.
     pub visible: &'a [u32],
     /// The largest score so far; −∞ where nothing has been seen.
@@ -159,6 +161,7 @@ pub fn see(rows: Queries, block: Block) {
         let some = start..(start + MOST).min(count);
         let part = Queries {
             words: &rows.words[some.start * k..some.end * k],
+            cap: rows.cap,
             visible: &rows.visible[some.clone()],
             max: &mut rows.max[some.clone()],
             sum: &mut rows.sum[some.clone()],
@@ -175,7 +178,16 @@ pub fn see(rows: Queries, block: Block) {
 /// A row's scores become weights, exp(score − max) where the row sees the token; what its earlier weights are to be
 /// multiplied by comes back. Where a score is NaN the sum will be, too.
 #[inline(always)]
-fn soften<const FMA: bool>(scores: &mut [f32], seen: u32, max: &mut f32, sum: &mut f32) -> f32 {
+fn soften<const FMA: bool>(
+    scores: &mut [f32],
+    cap: Option<f32>,
+    seen: u32,
+    max: &mut f32,
+    sum: &mut f32,
+) -> f32 {
+    if let Some(cap) = cap {
+        (scores.iter_mut()).for_each(|score| *score = cap::capped::<FMA>(*score, cap));
+    }
     for (i, score) in scores.iter_mut().enumerate() {
         if seen >> i & 1 == 0 {
             *score = f32::NEG_INFINITY;
@@ -197,6 +209,7 @@ fn soften<const FMA: bool>(scores: &mut [f32], seen: u32, max: &mut f32, sum: &m
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! What the kernels of all formats share.
+    use super::super::cap::x86::capped;
     use super::super::isa::x86::fetch;
     use super::super::softmax::x86::exp;
     use std::arch::x86_64::*;
@@ -209,10 +222,15 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
     pub fn soften(
         scores: [__m512; 2],
+        cap: Option<f32>,
         seen: u32,
         max: &mut f32,
         sum: &mut f32,
     ) -> ([__m512; 2], __m512) {
+        let scores = match cap {
+            Some(cap) => [capped(scores[0], cap), capped(scores[1], cap)],
+            None => scores,
+        };
         let unseen = _mm512_set1_ps(f32::NEG_INFINITY);
         let low = _mm512_mask_blend_ps(seen as u16, unseen, scores[0]);
         let high = _mm512_mask_blend_ps((seen >> 16) as u16, unseen, scores[1]);
