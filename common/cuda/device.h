@@ -88,6 +88,9 @@ constexpr float LN2 = 0.6931471805599453f;
 __device__ inline int lane() { return threadIdx.x % WARP; }
 __device__ inline int warp() { return threadIdx.x / WARP; }
 
+// tanh x, off by some 1e-7.
+__device__ inline float tanh_fast(float x) { return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2 * LOG2E))); }
+
 // Storage and arithmetic.
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __bfloat162float(x); }
@@ -142,6 +145,11 @@ template <class F> __device__ inline void for_columns_of(int thread, int threads
 // The same by the whole block.
 template <class F> __device__ inline void for_columns(int first, int last, int width, F visit) {
     for_columns_of(threadIdx.x, blockDim.x, first, last, width, visit);
+}
+
+// Calls f(i) for this thread's share of n elements.
+template <class F> __device__ inline void for_elements(long long n, F f) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) f(i);
 }
 
 // Sums over a warp: every lane receives the same bits.

@@ -141,17 +141,18 @@ struct AttentionTile {
     int end;        // one past the last row that can see this tile: the segment's end; for a root, its last branch's
 };
 
-// `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scaled scores).
-// `window`: how many positions back a token sees, itself included; 0 for all. scale = 1/√dim.
+// `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scores).
+// `window`: how many positions back a token sees, itself included; 0 for all. `scale` is what scores are multiplied by,
+// 1/√dim or another; `cap` what they are softly held within, as cap·tanh(score / cap), or 0.
 // Grid (query, tiles). Shared: 3·R·P + X.
 #define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, \
-    T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, float scale)
+    T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, float scale, float cap)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
 // Grid (query, tiles). Shared: 4·R·P + X.
 #define ATTENTION_BACKWARD_Q(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 3), name, \
     const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, \
-    int query, int kv, int dim, int window, float scale)
+    int query, int kv, int dim, int window, float scale, float cap)
 
 // The keys' and values' gradients as each query head makes them: `d_heads` [T, query, k | v, dim], float32. Run after
 // ATTENTION_BACKWARD_Q, which makes `delta`. `positions` [T] of every row in its sequence (read with a window only, else
@@ -159,7 +160,7 @@ struct AttentionTile {
 // Grid (query, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
 #define ATTENTION_BACKWARD_KV(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 3, 2), name, \
     const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, float* d_heads, \
-    const AttentionTile* tiles, int query, int kv, int dim, int window, float scale)
+    const AttentionTile* tiles, int query, int kv, int dim, int window, float scale, float cap)
 
 // Their sums over the query heads of each key head, in order: columns k and v of `d_qkv` [count, width] are set.
 // Grid (ceil(count·kv·dim / 256)).
@@ -218,7 +219,7 @@ struct DecodeTile {
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
     const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, \
-    int prefix_splits, int own_splits, int query, int kv, int dim, int window, float scale)
+    int prefix_splits, int own_splits, int query, int kv, int dim, int window, float scale, float cap)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 
 // out [count, query·dim] from the parts, of which there are at most 32. Grid (ceil(count·query / 8)).
@@ -252,6 +253,9 @@ KERNEL(512, sample, const float* logits, const int* logit_rows, int vocab, Sampl
 // ---- log p(target) --------------------------------------------------------------------------------------------------
 // The logits of some rows for words first … first + words − 1 come from a GEMM, chunk after chunk of the vocabulary.
 
+// Logits held softly within ±cap: x becomes cap·tanh(x / cap). Grid (min(ceil(n / 1024), 8192)).
+KERNEL(256, soft_cap, float* x, long long n, float cap);
+
 // The running state of each row: {max, Σ exp(l − max), the target's logit}, [rows, 3]. `begin` starts it afresh.
 // `logits` [rows, words], `targets` [rows]. Grid (rows).
 KERNEL(256, logprob_update, const float* logits, const int* targets, float* state, int words, int first, int begin);
@@ -259,10 +263,11 @@ KERNEL(256, logprob_update, const float* logits, const int* targets, float* stat
 // logps[r] = log p(target), lse[r] = log Σ exp(logits). Grid (ceil(rows / 256)).
 KERNEL(256, logprob_finish, const float* state, float* logps, float* lse, int rows);
 
-// d_logits = d_logps[r]·(onehot(target) − softmax): `d_logits` [rows, words] as T; in float32 it may be `logits` itself.
+// d_logits = d_logps[r]·(onehot(target) − softmax)·slope, the slope of a soft cap being 1 − (logit·inverse_cap)², and 1 with
+// an `inverse_cap` of 0: `d_logits` [rows, words] as T; in float32 it may be `logits` itself.
 // Grid (ceil(words / 1024), rows) — rows at most 65535.
 #define LOGPROB_BACKWARD(name, T) KERNEL(256, name, const float* logits, const int* targets, const float* lse, \
-    const float* d_logps, T* d_logits, int words, int first)
+    const float* d_logps, T* d_logits, int words, int first, float inverse_cap)
 LOGPROB_BACKWARD(logprob_backward_f32, float);
 LOGPROB_BACKWARD(logprob_backward_bf16, bf16);
 

@@ -18,6 +18,10 @@ struct Running {
 
 }  // namespace device
 
+KERNEL(256, soft_cap, float* x, long long n, float cap) {
+    device::for_elements(n, [=](long long i) { x[i] = cap * device::tanh_fast(x[i] / cap); });
+}
+
 KERNEL(256, logprob_update, const float* logits, const int* targets, float* state, int words, int first, int begin) {
     using namespace device;
     const float* row = logits + (long long)blockIdx.x * words;
@@ -50,7 +54,7 @@ namespace device {
 
 template <class T>
 __device__ void logprob_backward(const float* logits, const int* targets, const float* lse, const float* d_logps,
-                                 T* d_logits, int words, int first) {
+                                 T* d_logits, int words, int first, float inverse_cap) {
     int r = blockIdx.y, word = targets[r] - first;
     long long at = (long long)r * words;
     float d = d_logps[r], shift = lse[r];
@@ -58,7 +62,8 @@ __device__ void logprob_backward(const float* logits, const int* targets, const 
         auto l = few.load(logits + at + c);
         for (int i = 0; i < int(sizeof few / 4); ++i) {
             float p = exp2_fast((l.at[i] - shift) * LOG2E);
-            l.at[i] = d * ((c + i == word ? 1.0f : 0.0f) - p);
+            float share = l.at[i] * inverse_cap;
+            l.at[i] = d * ((c + i == word ? 1.0f : 0.0f) - p) * (1.0f - share * share);
         }
         l.store(d_logits + at + c);
     });
@@ -67,10 +72,10 @@ __device__ void logprob_backward(const float* logits, const int* targets, const 
 }  // namespace device
 
 LOGPROB_BACKWARD(logprob_backward_f32, float) {
-    device::logprob_backward(logits, targets, lse, d_logps, d_logits, words, first);
+    device::logprob_backward(logits, targets, lse, d_logps, d_logits, words, first, inverse_cap);
 }
 LOGPROB_BACKWARD(logprob_backward_bf16, bf16) {
-    device::logprob_backward(logits, targets, lse, d_logps, d_logits, words, first);
+    device::logprob_backward(logits, targets, lse, d_logps, d_logits, words, first, inverse_cap);
 }
 
 // A warp adds up a response: lanes in strides, then the lanes in a tree, so that the order is fixed.

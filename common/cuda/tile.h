@@ -141,6 +141,26 @@ __device__ inline void load_rows(T* tile, int dim, const T* some, F row) {
     }
 }
 
+// Makes products of queries and keys ready for the softmax: what they then are times the result is an exponent in base 2.
+// With a soft cap (0: none) they become tanh(score·scale / cap). What is hidden is to be hidden after this.
+template <int N> __device__ inline float exponents(float (&s)[N][4], float scale, float cap) {
+    if (cap <= 0) return scale * LOG2E;
+    float share = scale / cap;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[j][i] = tanh_fast(s[j][i] * share);
+    return cap * LOG2E;
+}
+
+// Takes gradients of capped scores back through the cap: `t` is what `exponents` made of the scores.
+template <int N> __device__ inline void through_cap(float (&d)[N][4], const float (&t)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) d[j][i] *= 1.0f - t[j][i] * t[j][i];
+}
+
 // Attention of 16 rows of queries, key by key, as far as it has come: o / sum is the result, with exponents in base 2.
 template <int N> struct Online {
     float o[N][4];

@@ -3,11 +3,6 @@
 
 namespace device {
 
-// Calls f(i) for this thread's share of n elements.
-template <class F> __device__ void for_elements(long long n, F f) {
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) f(i);
-}
-
 // Moments are read and written in their own format. bfloat16 keeps 8 bits, and a step moves v by a thousandth: rounded to
 // the nearest it would stand still, so it is rounded stochastically, anew in every step.
 template <int N> __device__ inline void store_moments(float* to, const Few<N>& x, uint32_t, int) { x.store(to); }

@@ -430,7 +430,7 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     // A part is at least that large, or a pair.
     let least = 256;
     // Biases, norms of heads; norms of rows, and after what is added to the stream.
-    let families = ["llama-bias", "qwen3", "olmo3", "gemma3"];
+    let families = ["llama-bias", "qwen3", "olmo3", "gemma2"];
     // Each kind of settings with two of them.
     let kinds = kinds().into_iter().flat_map(|kind| [kind.clone(), kind]);
     for (family, (settings, precision)) in families.into_iter().cycle().zip(kinds) {

@@ -223,5 +223,6 @@ inline void copy_async(void* to, const void* from, bool valid) { emulate::copy_a
 inline void copy_commit() { emulate::copy_commit(); }
 template <int left> void copy_wait() { emulate::copy_wait(left); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 }  // namespace device

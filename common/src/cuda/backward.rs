@@ -230,6 +230,7 @@ impl<'a> Backward<'a> {
                 dim,
                 window,
                 heads.scale,
+                heads.cap.unwrap_or(0.0),
             ],
         )?;
         let halves = if self.decoder.head_size() == 256 {
@@ -254,6 +255,7 @@ impl<'a> Backward<'a> {
                 dim,
                 window,
                 heads.scale,
+                heads.cap.unwrap_or(0.0),
             ],
         )?;
         let count = self.shape.tokens;

@@ -618,6 +618,7 @@ impl Decoder {
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
                 heads.scale,
+                heads.cap.unwrap_or(0.0),
             ],
         )
     }
@@ -714,7 +715,8 @@ impl Decoder {
         self.norm(x, rows, &self.norm, count, out)
     }
 
-    /// Logits of rows after the last norm for words `first …` of the vocabulary: `logits` `[count, words]`, float32.
+    /// Logits of rows after the last norm for words `first …` of the vocabulary: `logits` `[count, words]`, float32, without
+    /// gaps.
     pub fn logits(
         &self,
         normed: Operand,
@@ -733,7 +735,13 @@ impl Decoder {
             c: logits,
             scale: 1.0,
             keep: 0.0,
-        })
+        })?;
+        let Some(cap) = self.config.logit_cap else {
+            return Ok(());
+        };
+        debug_assert_eq!(logits.stride, words);
+        let n = count * words;
+        (self.device).launch("soft_cap", elements(n), args![logits.at, n as u64, cap])
     }
 
     /// What a linear map reads of the residual stream: normed, or, where there is no norm, as it is, in the decoder's format.

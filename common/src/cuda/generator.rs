@@ -426,6 +426,7 @@ impl<'a> Generator<'a> {
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
                 heads.scale,
+                heads.cap.unwrap_or(0.0),
             ],
         )?;
         let rows = slots * heads.query;

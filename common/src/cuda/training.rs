@@ -9,6 +9,7 @@ use super::decoder::{Decoder, Pass, Shape, THREADS};
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::optimizer::elements;
 use super::scoring::{Predicting, TargetLogps, tile};
+use crate::kernels::cap;
 use crate::logprob::Batch;
 use crate::weights::{Config, Norms};
 use anyhow::Result;
@@ -154,6 +155,7 @@ impl<'a> Forward<'a> {
                         &d_logits,
                         words as i32,
                         word as i32,
+                        cap::inverse(decoder.config.logit_cap),
                     ],
                 )?;
                 let d_tile = d_logits.rows(0, words, decoder.precision);

@@ -112,7 +112,10 @@ mod tests {
             let at = |x: f64| cap * (x / cap).tanh();
             let exact = (at(x + 1e-5) - at(x - 1e-5)) / 2e-5;
             let found = slope(at(x) as f32, inverse(Some(cap as f32)));
-            assert!((f64::from(found) - exact).abs() < 1e-5, "{x}: {found}, {exact}");
+            assert!(
+                (f64::from(found) - exact).abs() < 1e-5,
+                "{x}: {found}, {exact}"
+            );
         }
         assert_eq!(slope(123.0, inverse(None)), 1.0);
     }

@@ -194,7 +194,10 @@ impl Config {
         if self.attention_scale != plain_scale(self.head_dim) {
             text += &format!(" attention_scale {:?}", self.attention_scale);
         }
-        for (name, cap) in [("attention_cap", self.attention_cap), ("logit_cap", self.logit_cap)] {
+        for (name, cap) in [
+            ("attention_cap", self.attention_cap),
+            ("logit_cap", self.logit_cap),
+        ] {
             if let Some(cap) = cap {
                 text += &format!(" {name} {cap:?}");
             }

@@ -714,7 +714,10 @@ mod tests {
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
             (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
-            (json!({"attn_logit_softcapping": 50.0}), "llama has no soft caps"),
+            (
+                json!({"attn_logit_softcapping": 50.0}),
+                "llama has no soft caps",
+            ),
             (
                 json!({"quantization_config": {"bits": 4}}),
                 "quantization_config",

@@ -94,7 +94,7 @@ fn forward<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>) -> (Vec<T>, 
     );
     launch!(format!("attention_{}_{made}", T::NAME), [heads.query, tiles.len(), 1], 2 * r, shared;
         qkv, &mut out, &mut lse, &tiles, heads.query as i32, heads.kv as i32, heads.dim as i32,
-        heads.window.map_or(0, |w| w as i32), heads.scale);
+        heads.window.map_or(0, |w| w as i32), heads.scale, heads.cap.unwrap_or(0.0));
     (out, lse)
 }
 
@@ -132,7 +132,8 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
     let mut delta: Vec<f32> = unwritten(tokens * heads.query);
     (run.out, run.lse) = forward(layout, heads, qkv);
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
-        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale);
+        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale,
+        heads.cap.unwrap_or(0.0));
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
     let positions = if window > 0 {
         Arg::from(&positions)
@@ -159,6 +160,7 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
             dim.into(),
             window.into(),
             heads.scale.into(),
+            heads.cap.unwrap_or(0.0).into(),
         ],
     );
     launch!(format!("sum_heads_{}", T::NAME), [(tokens * heads.kv_width()).div_ceil(256), 1, 1], 256, 0;
@@ -200,10 +202,15 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
                 let k_at = |t: usize| t * width + heads.q_width() + kv * dim;
                 let v_at = |t: usize| k_at(t) + heads.kv_width();
                 let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-                let scores: Vec<f64> = seen
-                    .iter()
-                    .map(|&t| scale * dot(&qkv[q_at..][..dim], &qkv[k_at(t)..][..dim]))
-                    .collect();
+                let share = |&t: &usize| {
+                    let score = scale * dot(&qkv[q_at..][..dim], &qkv[k_at(t)..][..dim]);
+                    heads
+                        .cap
+                        .map_or(score, |cap| (score / f64::from(cap)).tanh())
+                };
+                let shares: Vec<f64> = seen.iter().map(share).collect();
+                let unit = heads.cap.map_or(1.0, f64::from);
+                let scores: Vec<f64> = shares.iter().map(|share| share * unit).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
                 found.lse[token * heads.query + head] = lse;
@@ -215,8 +222,9 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
                 }
                 let d = &d_out[o_at..][..dim];
                 let delta = dot(d, &found.out[o_at..][..dim]);
-                for (w, &t) in weights.iter().zip(seen) {
-                    let ds = w * (dot(d, &qkv[v_at(t)..][..dim]) - delta) * scale;
+                for ((w, share), &t) in weights.iter().zip(&shares).zip(seen) {
+                    let slope = heads.cap.map_or(1.0, |_| 1.0 - share * share);
+                    let ds = w * (dot(d, &qkv[v_at(t)..][..dim]) - delta) * slope * scale;
                     for c in 0..dim {
                         found.d_qkv[v_at(t) + c] += w * d[c];
                         found.d_qkv[q_at + c] += ds * qkv[k_at(t) + c];
@@ -282,6 +290,19 @@ fn windows<T: Element>() {
     }
 }
 
+fn soft_caps<T: Element>() {
+    for (window, cap) in [(None, 0.6), (Some(50), 2.0)] {
+        for dim in [16, 128, 256] {
+            let heads = Heads {
+                window,
+                cap: Some(cap),
+                ..Heads::new(2, 1, dim)
+            };
+            check::<T>(&batch(), heads);
+        }
+    }
+}
+
 fn edges_of_tiles<T: Element>() {
     for len in [1, 31, 32, 33, 63, 64, 65, 129] {
         let mut layout = Layout::default();
@@ -294,5 +315,6 @@ crate::device::for_both!(
     every_head_size,
     every_group_of_heads,
     windows,
+    soft_caps,
     edges_of_tiles
 );

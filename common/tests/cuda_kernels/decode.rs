@@ -121,6 +121,7 @@ struct Shape {
     kv: usize,
     dim: usize,
     window: Option<usize>,
+    cap: Option<f32>,
     splits: (usize, usize),
 }
 
@@ -130,6 +131,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         kv,
         dim,
         window,
+        cap,
         splits,
     } = shape;
     let (kv_width, width, group) = (kv * dim, (query + 2 * kv) * dim, query / kv);
@@ -152,7 +154,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
             [tiles.len() * splits.0 * kv + (count * splits.1 * kv * group.div_ceil(16)).div_ceil(r / 16), 1, 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
             &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.order, &batch.pages,
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
-            query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, scale);
+            query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, scale, cap.unwrap_or(0.0));
         launch!(format!("decode_merge_{}", T::NAME), [(count * query).div_ceil(8), 1, 1], 256, 0;
             &partial, &lse, &mut out, parts as i32, (count * query) as i32, dim as i32);
         out
@@ -172,7 +174,10 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
             let q = |c: usize| qkv[s * width + head * dim + c].to() as f64;
             let weights: Vec<f64> = (seen.iter())
                 .map(|&row| {
-                    ((0..dim).map(|c| q(c) * at(row, c)).sum::<f64>() / (dim as f64).sqrt()).exp()
+                    let dot = (0..dim).map(|c| q(c) * at(row, c)).sum::<f64>();
+                    let score = dot / (dim as f64).sqrt();
+                    let capped = |cap: f64| cap * (score / cap).tanh();
+                    cap.map_or(score, |cap| capped(f64::from(cap))).exp()
                 })
                 .collect();
             let total: f64 = weights.iter().sum();
@@ -211,6 +216,7 @@ fn every_head_size<T: Element>() {
                 kv: 1,
                 dim,
                 window: None,
+                cap: None,
                 splits: (1, 1),
             },
         );
@@ -226,7 +232,24 @@ fn every_group_of_heads<T: Element>() {
                 kv,
                 dim: 16,
                 window: None,
+                cap: None,
                 splits: (2, 1),
+            },
+        );
+    }
+}
+
+fn soft_caps<T: Element>() {
+    for (dim, window) in [(16, None), (256, Some(66))] {
+        check::<T>(
+            &groups()[..2],
+            Shape {
+                query: 2,
+                kv: 1,
+                dim,
+                window,
+                cap: Some(0.8),
+                splits: (2, 2),
             },
         );
     }
@@ -242,6 +265,7 @@ fn windows_and_splits<T: Element>() {
                     kv: 1,
                     dim: 16,
                     window,
+                    cap: None,
                     splits,
                 },
             );
@@ -249,4 +273,9 @@ fn windows_and_splits<T: Element>() {
     }
 }
 
-crate::device::for_both!(every_head_size, every_group_of_heads, windows_and_splits);
+crate::device::for_both!(
+    every_head_size,
+    every_group_of_heads,
+    windows_and_splits,
+    soft_caps
+);

@@ -11,12 +11,22 @@ fn part(logits: &[f32], vocab: usize, words: std::ops::Range<usize>) -> Vec<f32>
         .collect()
 }
 
+/// Logits under a soft cap, where there is one.
+fn capped(mut logits: Vec<f32>, cap: Option<f32>) -> Vec<f32> {
+    if let Some(cap) = cap {
+        let n = logits.len();
+        launch!("soft_cap", [n.div_ceil(1024), 1, 1], 256, 0; &mut logits, n as i64, cap);
+    }
+    logits
+}
+
 fn log_probs_of_chunks<T: Element>() {
-    for (vocab, chunk, spread) in [
-        (1, 1, 1.0),
-        (3000, 1030, 20.0),
-        (700, 700, 1.0),
-        (1000, 300, 80.0),
+    for (vocab, chunk, spread, cap) in [
+        (1, 1, 1.0, None),
+        (3000, 1030, 20.0, None),
+        (700, 700, 1.0, None),
+        (1000, 300, 80.0, None),
+        (900, 400, 60.0, Some(30.0f32)),
     ] {
         let rows = 4;
         let logits: Vec<f32> = noise::<f32>(rows * vocab, 1)
@@ -38,6 +48,7 @@ fn log_probs_of_chunks<T: Element>() {
             let mut state: Vec<f32> = unwritten(rows * 3);
             for words in &chunks {
                 let logits = part(&logits, vocab, words.clone());
+                let logits = capped(logits, cap);
                 launch!("logprob_update", [rows, 1, 1], 256, 0;
                     &logits, &targets, &mut state, words.len() as i32, words.start as i32, (words.start == 0) as i32);
             }
@@ -46,9 +57,12 @@ fn log_probs_of_chunks<T: Element>() {
             let mut d: Vec<T> = unwritten(rows * vocab);
             for words in &chunks {
                 let logits = part(&logits, vocab, words.clone());
+                let logits = capped(logits, cap);
                 let mut d_part: Vec<T> = unwritten(logits.len());
+                let inverse_cap = cap.map_or(0.0, |cap| 1.0 / cap);
                 launch!(format!("logprob_backward_{}", T::NAME), [words.len().div_ceil(1024), rows, 1], 256, 0;
-                    &logits, &targets, &lse, &d_logps, &mut d_part, words.len() as i32, words.start as i32);
+                    &logits, &targets, &lse, &d_logps, &mut d_part, words.len() as i32, words.start as i32,
+                    inverse_cap);
                 for r in 0..rows {
                     d[r * vocab..][words.clone()]
                         .copy_from_slice(&d_part[r * words.len()..][..words.len()]);
@@ -58,12 +72,18 @@ fn log_probs_of_chunks<T: Element>() {
         });
         let (mut logps_exact, mut lse_exact, mut d_exact) = (vec![], vec![], vec![]);
         for (r, row) in wide(&logits).chunks_exact(vocab).enumerate() {
+            let cap = cap.map(f64::from);
+            let share = |l: f64| cap.map_or(0.0, |cap| (l / cap).tanh());
+            let slopes: Vec<f64> = row.iter().map(|&l| 1.0 - share(l).powi(2)).collect();
+            let held = |&l: &f64| cap.map_or(l, |cap| cap * share(l));
+            let row: Vec<f64> = row.iter().map(held).collect();
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = row.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
             logps_exact.push((row[targets[r] as usize] - max) - log_sum);
             lse_exact.push(max + log_sum);
             d_exact.extend(row.iter().enumerate().map(|(w, l)| {
-                d_logps[r] as f64
+                slopes[w]
+                    * d_logps[r] as f64
                     * ((w == targets[r] as usize) as u8 as f64 - (l - max - log_sum).exp())
             }));
         }
