@@ -15,7 +15,7 @@ namespace device {
 
 template <class T, int D>
 __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, int query, int kv, int dim, int window,
-                          float scale, float cap) {
+                          Scores scores) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
     SHARED_MEMORY(T, q);
     T *k = q + R * P, *v = k + R * P;
@@ -45,12 +45,12 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
         float s[N][4];
         clear(s);
         multiply_rows<N, D>(s, q + warp() * 16 * P, k);
-        float unit = exponents(s, scale, cap);
+        cap_scores(s, scores);
         visible.mask(s, from, warp() * 16);
         copy_wait<0>();
         __syncthreads();  // the values are here, and nobody reads the keys any more
         if (from + R < end) load_keys(from + R);
-        state.weigh(s, unit);
+        state.weigh(s, scores.unit);
         multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
     }
     state.finish();
@@ -75,6 +75,6 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
 }  // namespace device
 
 #define DEFINE(name, T, D) \
-    ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], query, kv, dim, window, scale, cap); }
+    ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], query, kv, dim, window, scores); }
 ATTENTION_VARIANTS(DEFINE, attention);
 ATTENTION_VARIANTS_F16(DEFINE, attention);

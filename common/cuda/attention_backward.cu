@@ -15,7 +15,7 @@ namespace device {
 
 template <class T, int D>
 __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv,
-                           AttentionTile tile, int query, int kv, int dim, int window, float scale, float cap) {
+                           AttentionTile tile, int query, int kv, int dim, int window, Scores scores) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
     SHARED_MEMORY(T, q);
     T *d_o = q + R * P, *k = d_o + R * P, *v = k + R * P;
@@ -62,17 +62,17 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         clear(d);
         multiply_rows<N, D>(s, q + first * P, k);
         multiply_rows<N, D>(d, d_o + first * P, v);
-        float unit = exponents(s, scale, cap);
+        cap_scores(s, scores);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) d[j][i] -= row_delta[i / 2];
-        if (cap > 0) through_cap(d, s);
+        if (scores.share > 0) through_cap(d, s);
         visible.mask(s, from, first);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(fmaf(s[j][i], unit, -row_lse[i / 2])) * d[j][i];
+            for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(fmaf(s[j][i], scores.unit, -row_lse[i / 2])) * d[j][i];
         multiply_columns<N, D / 8, D>(d_q, s, k, scratch);
     }
     for (int half = 0; half < 2; ++half) {
@@ -83,7 +83,7 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         for (int j = 0; j < D / 8; ++j) {
             int c = j * 8 + lane() % 4 * 2;
             if (c < dim) {
-                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scale), narrow<T>(d_q[j][2 * half + 1] * scale)};
+                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scores.scale), narrow<T>(d_q[j][2 * half + 1] * scores.scale)};
             }
         }
     }
@@ -93,8 +93,8 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
 // of the batch from its own on to `tile.end`, across the branches of a root.
 template <class T, int D>
 __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions,
-                            float* d_heads, AttentionTile tile, int query, int kv, int dim, int window, float scale,
-                            float cap) {
+                            float* d_heads, AttentionTile tile, int query, int kv, int dim, int window,
+                            Scores scores) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
     constexpr int W = D == 256 ? 128 : D;  // two times 16 × 128 float32 sums a warp is what registers hold
     SHARED_MEMORY(T, k);
@@ -135,7 +135,7 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         float p[N][4], d[N][4];
         clear(p);
         multiply_rows<N, D>(p, k + first * P, q);
-        float unit = exponents(p, scale, cap);
+        cap_scores(p, scores);
         bool whole = window <= 0 && from >= tile.first + R;
 #pragma unroll
         for (int j = 0; j < N; ++j)
@@ -143,7 +143,7 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
             for (int i = 0; i < 4; ++i) {
                 int c = j * 8 + lane() % 4 * 2 + i % 2, r = first + lane() / 4 + i / 2 * 8;
                 bool seen = whole || (from + c >= tile.first + r && (window <= 0 || q_at[c] - (tile_at + r) < window));
-                p[j][i] = seen ? exp2_fast(p[j][i] * unit - q_lse[c]) : 0.0f;
+                p[j][i] = seen ? exp2_fast(p[j][i] * scores.unit - q_lse[c]) : 0.0f;
             }
         multiply_columns<N, W / 8, D>(d_v, p, d_o + skipped, scratch);
         clear(d);
@@ -152,10 +152,10 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         for (int j = 0; j < N; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[j][i] *= d[j][i] - q_delta[j * 8 + lane() % 4 * 2 + i % 2];
-        if (cap > 0) {  // the scores once more: registers do not hold them
+        if (scores.share > 0) {  // the scores once more: registers do not hold them
             clear(d);
             multiply_rows<N, D>(d, k + first * P, q);
-            exponents(d, scale, cap);
+            cap_scores(d, scores);
             through_cap(p, d);
         }
         multiply_columns<N, W / 8, D>(d_k, p, q + skipped, scratch);
@@ -169,7 +169,7 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         for (int j = 0; j < W / 8; ++j) {
             int c = skipped + j * 8 + lane() % 4 * 2;
             if (c < dim) {
-                *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scale, d_k[j][2 * half + 1] * scale};
+                *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scores.scale, d_k[j][2 * half + 1] * scores.scale};
                 *reinterpret_cast<Pair<float>*>(to + dim + c) = {d_v[j][2 * half], d_v[j][2 * half + 1]};
             }
         }
@@ -194,13 +194,12 @@ template <class T> __device__ void sum_heads(const float* d_heads, T* d_qkv, int
 
 #define DEFINE_Q(name, T, D)                                                                                               \
     ATTENTION_BACKWARD_Q(name, T, D) {                                                                                     \
-        device::backward_q<T, D>(qkv, out, lse, d_out, delta, d_qkv, tiles[blockIdx.y], query, kv, dim, window, scale,     \
-                                  cap);                                                                                    \
+        device::backward_q<T, D>(qkv, out, lse, d_out, delta, d_qkv, tiles[blockIdx.y], query, kv, dim, window, scores);   \
     }
 #define DEFINE_KV(name, T, D)                                                                                              \
     ATTENTION_BACKWARD_KV(name, T, D) {                                                                                    \
         device::backward_kv<T, D>(qkv, lse, d_out, delta, positions, d_heads, tiles[blockIdx.y], query, kv, dim, window,   \
-                                  scale, cap);                                                                             \
+                                  scores);                                                                                 \
     }
 ATTENTION_VARIANTS(DEFINE_Q, attention_backward_q);
 ATTENTION_VARIANTS(DEFINE_KV, attention_backward_kv);

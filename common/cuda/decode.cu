@@ -18,7 +18,7 @@ template <class T> struct Decode {
     const Sequence* sequences;
     const int *positions, *order, *pages;
     int max_pages, count, prefix_splits, own_splits, query, kv, dim, window;
-    float scale, cap;
+    Scores scores;
 
     __device__ int group() const { return query / kv; }
     __device__ const T* q(int sequence, int head) const { return qkv + ((long long)sequence * (query + 2 * kv) + head) * dim; }
@@ -104,7 +104,7 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
         float s[N][4];
         clear(s);
         multiply_rows<N, D>(s, q + warp() * 16 * P, k);
-        float unit = exponents(s, d.scale, d.cap);
+        cap_scores(s, d.scores);
 #pragma unroll
         for (int j = 0; j < N; ++j)
 #pragma unroll
@@ -112,7 +112,7 @@ template <class T, int D> __device__ void prompt_part(const Decode<T>& d, Decode
                 int key = from + j * 8 + lane() % 4 * 2 + i % 2;
                 if (key >= keys.last || key < start[i / 2]) s[j][i] = -INFINITY;
             }
-        state.weigh(s, unit);
+        state.weigh(s, d.scores.unit);
         multiply_columns<N, D / 8, D>(state.o, s, v, scratch);
     }
     copy_wait<0>();
@@ -153,7 +153,7 @@ template <class T, int D> __device__ void own_part(const Decode<T>& d, int seque
         float s[2][4];
         clear(s);
         multiply_rows<2, D>(s, q, k);
-        float unit = exponents(s, d.scale, d.cap);
+        cap_scores(s, d.scores);
         __syncwarp();  // and may be overwritten
         load(k, next, keys.last - from - STEP, 0, of_step);
 #pragma unroll
@@ -163,7 +163,7 @@ template <class T, int D> __device__ void own_part(const Decode<T>& d, int seque
                 int key = from + j * 8 + lane() % 4 * 2 + i % 2;
                 if (key >= keys.last || key < start) s[j][i] = -INFINITY;
             }
-        state.weigh(s, unit);
+        state.weigh(s, d.scores.unit);
         copy_wait<1>();
         __syncwarp();  // the values are here
         multiply_columns<2, D / 8, D>(state.o, s, v, scratch);
@@ -216,7 +216,7 @@ template <class T> __device__ void decode_merge(const float* partial, const floa
 #define DEFINE(name, T, D)                                                                                                      \
     DECODE_ATTENTION(name, T, D) {                                                                                              \
         device::Decode<T> all{qkv, cache, partial, partial_lse, sequences, positions, order, pages, max_pages, count,          \
-                              prefix_splits, own_splits, query, kv, dim, window, scale, cap};                                  \
+                              prefix_splits, own_splits, query, kv, dim, window, scores};                                      \
         device::decode_attention<T, D>(all, tiles, tile_count);                                                                 \
     }
 ATTENTION_VARIANTS(DEFINE, decode_attention);

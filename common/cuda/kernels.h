@@ -141,18 +141,24 @@ struct AttentionTile {
     int end;        // one past the last row that can see this tile: the segment's end; for a root, its last branch's
 };
 
+// How products of queries and keys become scores.
+struct Scores {
+    float scale; // what they are multiplied by, 1/√dim or another
+    float share; // scale / cap where scores are softly held within ±cap, as cap·tanh(score / cap); else 0
+    float unit;  // what makes products exponents in base 2, or, under a cap, their hyperbolic tangents tanh(product·share)
+};
+
 // `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scores).
-// `window`: how many positions back a token sees, itself included; 0 for all. `scale` is what scores are multiplied by,
-// 1/√dim or another; `cap` what they are softly held within, as cap·tanh(score / cap), or 0.
+// `window`: how many positions back a token sees, itself included; 0 for all.
 // Grid (query, tiles). Shared: 3·R·P + X.
 #define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, \
-    T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, float scale, float cap)
+    T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
 // Grid (query, tiles). Shared: 4·R·P + X.
 #define ATTENTION_BACKWARD_Q(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 3), name, \
     const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, \
-    int query, int kv, int dim, int window, float scale, float cap)
+    int query, int kv, int dim, int window, Scores scores)
 
 // The keys' and values' gradients as each query head makes them: `d_heads` [T, query, k | v, dim], float32. Run after
 // ATTENTION_BACKWARD_Q, which makes `delta`. `positions` [T] of every row in its sequence (read with a window only, else
@@ -160,7 +166,7 @@ struct AttentionTile {
 // Grid (query, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
 #define ATTENTION_BACKWARD_KV(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 3, 2), name, \
     const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, float* d_heads, \
-    const AttentionTile* tiles, int query, int kv, int dim, int window, float scale, float cap)
+    const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
 
 // Their sums over the query heads of each key head, in order: columns k and v of `d_qkv` [count, width] are set.
 // Grid (ceil(count·kv·dim / 256)).
@@ -219,7 +225,7 @@ struct DecodeTile {
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
     const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, \
-    int prefix_splits, int own_splits, int query, int kv, int dim, int window, float scale, float cap)
+    int prefix_splits, int own_splits, int query, int kv, int dim, int window, Scores scores)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 
 // out [count, query·dim] from the parts, of which there are at most 32. Grid (ceil(count·query / 8)).

@@ -141,19 +141,16 @@ __device__ inline void load_rows(T* tile, int dim, const T* some, F row) {
     }
 }
 
-// Makes products of queries and keys ready for the softmax: what they then are times the result is an exponent in base 2.
-// With a soft cap (0: none) they become tanh(score·scale / cap). What is hidden is to be hidden after this.
-template <int N> __device__ inline float exponents(float (&s)[N][4], float scale, float cap) {
-    if (cap <= 0) return scale * LOG2E;
-    float share = scale / cap;
+// Where scores have a soft cap, their products become hyperbolic tangents. (What is hidden is to be hidden after this.)
+template <int N> __device__ inline void cap_scores(float (&s)[N][4], Scores scores) {
+    if (scores.share <= 0) return;
 #pragma unroll
     for (int j = 0; j < N; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[j][i] = tanh_fast(s[j][i] * share);
-    return cap * LOG2E;
+        for (int i = 0; i < 4; ++i) s[j][i] = tanh_fast(s[j][i] * scores.share);
 }
 
-// Takes gradients of capped scores back through the cap: `t` is what `exponents` made of the scores.
+// Takes gradients of capped scores back through the cap, given those hyperbolic tangents.
 template <int N> __device__ inline void through_cap(float (&d)[N][4], const float (&t)[N][4]) {
 #pragma unroll
     for (int j = 0; j < N; ++j)

@@ -1,8 +1,8 @@
 //! The backward pass through the layers on the device: as `model/backward.rs`, kernel by kernel.
 
 use super::args;
-use super::decoder::{Decoder, Linear, Pass, Shape, THREADS, head_lanes, norm_rows};
-use super::device::{Address, Buffer, Form, Launch, Operand, Precision, Product};
+use super::decoder::{Decoder, Linear, Pass, Scores, Shape, THREADS, head_lanes, norm_rows};
+use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
@@ -229,8 +229,7 @@ impl<'a> Backward<'a> {
                 kv,
                 dim,
                 window,
-                heads.scale,
-                heads.cap.unwrap_or(0.0),
+                Arg::plain(Scores::of(heads)),
             ],
         )?;
         let halves = if self.decoder.head_size() == 256 {
@@ -254,8 +253,7 @@ impl<'a> Backward<'a> {
                 kv,
                 dim,
                 window,
-                heads.scale,
-                heads.cap.unwrap_or(0.0),
+                Arg::plain(Scores::of(heads)),
             ],
         )?;
         let count = self.shape.tokens;

@@ -2,7 +2,7 @@
 
 use super::args;
 use super::device::{
-    Address, Buffer, Device, Form, Launch, Operand, Plain, Precision, Product, bytes_of,
+    Address, Arg, Buffer, Device, Form, Launch, Operand, Plain, Precision, Product, bytes_of,
 };
 use super::lora::LowRank;
 use super::optimizer::elements;
@@ -183,6 +183,28 @@ struct AttentionTile {
 }
 // SAFETY: six 32-bit numbers without padding.
 unsafe impl Plain for AttentionTile {}
+
+/// How products of queries and keys become scores, as kernels declare it.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Scores {
+    scale: f32,
+    share: f32,
+    unit: f32,
+}
+// SAFETY: three numbers of four bytes, no padding.
+unsafe impl Plain for Scores {}
+
+impl Scores {
+    /// Those of a layer.
+    pub fn of(heads: Heads) -> Self {
+        Self {
+            scale: heads.scale,
+            share: heads.cap.map_or(0.0, |cap| heads.scale / cap),
+            unit: heads.cap.unwrap_or(heads.scale) * std::f32::consts::LOG2_E,
+        }
+    }
+}
 
 /// A batch's shape on the device.
 pub struct Shape {
@@ -617,8 +639,7 @@ impl Decoder {
                 heads.kv as i32,
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
-                heads.scale,
-                heads.cap.unwrap_or(0.0),
+                Arg::plain(Scores::of(heads)),
             ],
         )
     }

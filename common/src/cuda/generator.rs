@@ -10,7 +10,7 @@
 mod admission;
 
 use super::args;
-use super::decoder::{CacheRows, Decoder, Rotation, THREADS};
+use super::decoder::{CacheRows, Decoder, Rotation, Scores, THREADS};
 use super::device::{Arg, Buffer, Graph, Launch, Precision};
 use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence, Sizes,
@@ -425,8 +425,7 @@ impl<'a> Generator<'a> {
                 heads.kv as i32,
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
-                heads.scale,
-                heads.cap.unwrap_or(0.0),
+                Arg::plain(Scores::of(heads)),
             ],
         )?;
         let rows = slots * heads.query;

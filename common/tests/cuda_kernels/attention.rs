@@ -16,6 +16,31 @@ pub struct Tile {
     end: i32,
 }
 
+/// How products become scores.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Scores {
+    scale: f32,
+    share: f32,
+    unit: f32,
+}
+
+impl Scores {
+    pub fn of(scale: f32, cap: Option<f32>) -> Self {
+        Self {
+            scale,
+            share: cap.map_or(0.0, |cap| scale / cap),
+            unit: cap.unwrap_or(scale) * std::f32::consts::LOG2_E,
+        }
+    }
+}
+
+impl From<Scores> for Arg {
+    fn from(scores: Scores) -> Self {
+        Self::value(scores)
+    }
+}
+
 /// Rows of a tile.
 pub fn tile_rows<T: Element>() -> usize {
     if size_of::<T>() == 2 { 64 } else { 32 }
@@ -94,7 +119,7 @@ fn forward<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>) -> (Vec<T>, 
     );
     launch!(format!("attention_{}_{made}", T::NAME), [heads.query, tiles.len(), 1], 2 * r, shared;
         qkv, &mut out, &mut lse, &tiles, heads.query as i32, heads.kv as i32, heads.dim as i32,
-        heads.window.map_or(0, |w| w as i32), heads.scale, heads.cap.unwrap_or(0.0));
+        heads.window.map_or(0, |w| w as i32), Scores::of(heads.scale, heads.cap));
     (out, lse)
 }
 
@@ -132,8 +157,8 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
     let mut delta: Vec<f32> = unwritten(tokens * heads.query);
     (run.out, run.lse) = forward(layout, heads, qkv);
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), 1], 2 * r, 4 * tile + scratch::<T>();
-        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window, heads.scale,
-        heads.cap.unwrap_or(0.0));
+        qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window,
+        Scores::of(heads.scale, heads.cap));
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
     let positions = if window > 0 {
         Arg::from(&positions)
@@ -159,8 +184,7 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
             kv.into(),
             dim.into(),
             window.into(),
-            heads.scale.into(),
-            heads.cap.unwrap_or(0.0).into(),
+            Scores::of(heads.scale, heads.cap).into(),
         ],
     );
     launch!(format!("sum_heads_{}", T::NAME), [(tokens * heads.kv_width()).div_ceil(256), 1, 1], 256, 0;

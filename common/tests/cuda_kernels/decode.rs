@@ -1,6 +1,6 @@
 //! Attention of one new token a sequence, over pages that its prompt and it have.
 
-use crate::attention::{made_for, pitch, scratch, tile_rows};
+use crate::attention::{Scores, made_for, pitch, scratch, tile_rows};
 use crate::device::{Element, assert_close, in_every_order, launch, noise, unwritten};
 
 #[derive(Clone, Copy)]
@@ -154,7 +154,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
             [tiles.len() * splits.0 * kv + (count * splits.1 * kv * group.div_ceil(16)).div_ceil(r / 16), 1, 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
             &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.order, &batch.pages,
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
-            query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, scale, cap.unwrap_or(0.0));
+            query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, Scores::of(scale, cap));
         launch!(format!("decode_merge_{}", T::NAME), [(count * query).div_ceil(8), 1, 1], 256, 0;
             &partial, &lse, &mut out, parts as i32, (count * query) as i32, dim as i32);
         out
