@@ -135,7 +135,14 @@ fn assert_same(ours: &[(String, Vec<Sample>)], theirs: &[(String, Vec<Sample>)],
 #[test]
 fn samples_are_the_cpus() {
     let device = device();
-    for family in ["llama3", "llama-bias", "mistral", "qwen3"] {
+    for family in [
+        "llama3",
+        "llama-bias",
+        "mistral",
+        "qwen3",
+        "olmo3",
+        "gemma2",
+    ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;
         let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();

@@ -4,6 +4,7 @@
 mod shared;
 
 use common::dpo::{Pair, Trainer};
+use common::generate::{Generate, Generator, Limits, Request, Sampling};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
 use common::model::Decoder;
@@ -37,6 +38,53 @@ fn log_probs_are_transformers() {
                 exact += logp.as_f64().unwrap();
                 assert!((ours - exact).abs() < 1e-4, "{family}: {ours}, not {exact}");
             }
+        }
+    }
+}
+
+/// What is sampled has the log-probs that scoring finds, token after token out of caches.
+#[test]
+fn samples_know_their_log_probs() {
+    for family in FAMILIES {
+        let (weights, figures) = open(family);
+        let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
+        let prompt = ids(&figures["sequences"][0]["ids"])[..5].to_vec();
+        let how = Sampling {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            max_tokens: 40,
+            seed: 7,
+        };
+        let limits = Limits {
+            sequences: 3,
+            bytes: usize::MAX,
+        };
+        let mut generator = Generator::new(&decoder, how, &[], limits);
+        generator.push(Request {
+            key: family.into(),
+            prompt: prompt.clone(),
+            k: 4,
+        });
+        let mut found = vec![];
+        while !generator.is_idle() {
+            generator.step(&|_| false).unwrap();
+            found.extend(generator.finished());
+        }
+        let [(_, samples)] = &found[..] else {
+            panic!("{family}: {} prompts are done", found.len());
+        };
+        let responses = samples.iter().map(|s| s.token_ids.clone()).collect();
+        let scores = score(&decoder, &[Group { prompt, responses }]);
+        for (sample, score) in samples.iter().zip(scores) {
+            assert_eq!(sample.token_ids.len(), 40);
+            let found = sample.logp;
+            assert!(
+                (found - score).abs() < 1e-3,
+                "{family}: {found}, not {score}"
+            );
         }
     }
 }
