@@ -443,6 +443,38 @@ fn a_gguf_says_which_layers_have_a_window_and_how_others_rotate() {
     assert!(error(&path).contains("has 1 entries for 2 layers"));
 }
 
+/// Soft caps are in the file, or are the family's; that the scores of the one of 46 layers are over √(hidden / heads) is
+/// nowhere.
+#[test]
+fn a_gemma_2_gguf_is_read_as_llama_cpp_knows_it() {
+    use gguf_file::Value::{F32, U32};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for (layers, scalar, caps) in [(2, 16, Some([20.0, 10.0])), (46, 8, None)] {
+        let mut json = config_json("gemma2");
+        json["num_hidden_layers"] = json!(layers);
+        json["head_dim"] = json!(16);
+        json["query_pre_attn_scalar"] = json!(scalar);
+        json["tie_word_embeddings"] = json!(true);
+        let mut config = Config::from_json(&json, Path::new("config.json")).unwrap();
+        assert_eq!(config.windows[..2], [Some(4096), None]);
+        let mut metadata = gguf_metadata(&config, "gemma2");
+        if let Some([scores, logits]) = caps {
+            (config.attention_cap, config.logit_cap) = (Some(scores), Some(logits));
+            for (key, value) in [
+                ("attn_logit_softcapping", F32(scores)),
+                ("final_logit_softcapping", F32(logits)),
+                ("attention.sliding_window", U32(4096)),
+            ] {
+                metadata.push((format!("gemma2.{key}"), value));
+            }
+        }
+        let tensors = as_gguf(&config, "gemma2", &random_tensors(&config, 5));
+        write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+        assert_eq!(open(&path).unwrap().config, config);
+    }
+}
+
 #[test]
 fn llama3_scaling_is_recognised_in_a_ggufs_divisors() {
     let folder = tempfile::tempdir().unwrap();
