@@ -177,6 +177,11 @@ fn run(args: Args) -> Result<()> {
         "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
     );
     let model = Checkpoint::open(&args.model)?;
+    ensure!(
+        args.lora_rank.is_none() || args.merge || !model.weights.is_text_part(),
+        "--lora-rank: {} is the text part of a model that reads images, in which other programs would not find the adapters; add --merge",
+        args.model
+    );
     let reference = args
         .reference
         .as_deref()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -23,6 +24,7 @@ from transformers import (
     Olmo3Config,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -50,6 +52,15 @@ TINY = dict(
 
 def rope(theta, rope_type="default", **rest):
     return {"rope_type": rope_type, "rope_theta": theta, **rest}
+
+
+def with_images(**text):
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14
+    )
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=1, image_token_index=95
+    )
 
 
 # name -> (config class, fields that differ from TINY, how it is saved)
@@ -170,6 +181,22 @@ FAMILIES = {
         ),
         {},
     ),
+    # What reads images is left out of the figures; the text part has the names that it has alone.
+    "gemma3-images": (
+        with_images,
+        dict(
+            tie_word_embeddings=True,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": rope(10000.0),
+                "full_attention": rope(1000000.0, "linear", factor=8.0),
+            },
+        ),
+        {},
+    ),
 }
 
 
@@ -239,7 +266,7 @@ def random_ids(generator, n, vocab):
 def sequences(model, generator):
     rows = []
     for total, prompt_len in LENGTHS:
-        ids = random_ids(generator, total, model.config.vocab_size)
+        ids = random_ids(generator, total, model.config.get_text_config().vocab_size)
         with torch.no_grad(), exact():
             logps = response_logps(model, ids[:prompt_len], ids[prompt_len:])
         rows.append({"ids": ids, "prompt_len": prompt_len, "logps": logps.tolist(), "sum": logps.sum().item()})
@@ -260,7 +287,7 @@ def gradient_summary(generator, p):
 
 def dpo(model, generator):
     """Sigmoid DPO of one pair, and d loss / d parameter for every parameter."""
-    vocab = model.config.vocab_size
+    vocab = model.config.get_text_config().vocab_size
     prompt, chosen, rejected = (random_ids(generator, n, vocab) for n in (11, 14, 9))
     model.zero_grad()
     with exact():
@@ -273,7 +300,11 @@ def dpo(model, generator):
     rewards_rejected = BETA * (rejected_logps - ref_rejected)
     loss = -F.logsigmoid(rewards_chosen - rewards_rejected)
     loss.backward()
-    grads = {name: gradient_summary(generator, p) for name, p in model.named_parameters()}
+    grads = {
+        name.replace("model.language_model.", "model."): gradient_summary(generator, p)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     return {
         "beta": BETA,
         "loss_type": "sigmoid",

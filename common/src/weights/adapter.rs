@@ -3,6 +3,7 @@
 use super::config_json::{Fields, shortest};
 use super::safetensors::Shards;
 use super::save::{write_json, write_safetensors};
+use super::text_part;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -108,7 +109,8 @@ impl Adapter {
                 );
                 continue;
             };
-            let weight = format!("{}.weight", module.strip_prefix(PREFIX).unwrap_or(module));
+            let adapted = module.strip_prefix(PREFIX).unwrap_or(module);
+            let weight = format!("{}.weight", text_part::plain(adapted));
             let shape = shapes
                 .get(weight.as_str())
                 .filter(|shape| shape.len() == 2)

@@ -47,10 +47,7 @@ impl Config {
         let family = family::of(&self.model_type).expect("a config is of a family");
         let window = self.windows.iter().flatten().next();
         let mut set = |key: &str, value: Value| fields.insert(key.to_owned(), value);
-        set(
-            "architectures",
-            json!([format!("{}ForCausalLM", family.class)]),
-        );
+        set("architectures", json!([family.architecture()]));
         set("model_type", json!(self.model_type));
         set("vocab_size", json!(self.vocab));
         set("hidden_size", json!(self.hidden));

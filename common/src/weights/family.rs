@@ -7,7 +7,7 @@ use crate::kernels::activation::Activation;
 pub(super) struct Family {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// The name of its classes in transformers.
+    /// What the names of its classes in transformers begin with.
     pub class: &'static str,
     /// `general.architecture` of a GGUF.
     pub gguf: &'static str,
@@ -45,6 +45,11 @@ pub(super) struct Family {
 }
 
 impl Family {
+    /// The class in transformers, as `architectures` names it.
+    pub fn architecture(&self) -> String {
+        format!("{}ForCausalLM", self.class)
+    }
+
     /// What embeddings are multiplied by.
     pub fn embed_scale(&self, hidden: usize) -> f32 {
         match self.scaled {

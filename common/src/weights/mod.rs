@@ -10,6 +10,7 @@ mod hub;
 mod rope;
 mod safetensors;
 mod save;
+mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
 pub use config::{Config, Norms, QkNorm};
@@ -41,7 +42,7 @@ pub fn dataset_file(name: &str, file: &str) -> Result<PathBuf> {
 pub struct Weights {
     pub config: Config,
     path: PathBuf,
-    /// `config.json` as it was (of the base, for an adapter), or the token ids of a GGUF.
+    /// `config.json` as it was (of the base, for an adapter; of the text part), or the token ids of a GGUF.
     original: Value,
     source: Source,
     fingerprint: OnceLock<String>,
@@ -107,7 +108,7 @@ impl Weights {
 
     fn open_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let original = read_json(&path)?;
+        let original = text_part::config_of(read_json(&path)?);
         let config = Config::from_json(&original, &path)?;
         let source = Source::Safetensors(Shards::open_folder(folder)?);
         Self::checked(config, folder, original, source)
@@ -229,6 +230,15 @@ impl Weights {
     fn is_permuted(&self, name: &str) -> bool {
         family::of(&self.config.model_type).is_some_and(|f| f.permuted)
             && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))
+    }
+
+    /// Whether it is the text part of a model that reads images, too.
+    pub fn is_text_part(&self) -> bool {
+        match &self.source {
+            Source::Safetensors(shards) => shards.is_text_part(),
+            Source::Gguf(_) => false,
+            Source::Adapted { base, .. } => base.is_text_part(),
+        }
     }
 
     /// The folder or `.gguf` file where the tokenizer is: that of the weights, or the base's for an adapter without one.

@@ -1,5 +1,6 @@
 //! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
 
+use super::text_part::Names;
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
@@ -22,6 +23,7 @@ pub(super) struct Shards {
     files: Vec<File>,
     /// Tensor name to the file that the index names; empty for a single file.
     index: HashMap<String, usize>,
+    names: Names,
 }
 
 /// One mapped safetensors file with its checked header.
@@ -33,8 +35,15 @@ struct File {
 }
 
 impl Shards {
-    /// Opens `model.safetensors`, else the shards of `model.safetensors.index.json`.
+    /// Opens `model.safetensors`, else the shards of `model.safetensors.index.json`. Tensors of a text part are found by the
+    /// names that they have in a model of text alone.
     pub(super) fn open_folder(folder: &Path) -> Result<Self> {
+        let mut shards = Self::open_files(folder)?;
+        shards.names = Names::of(|name| shards.shape(name).is_some());
+        Ok(shards)
+    }
+
+    fn open_files(folder: &Path) -> Result<Self> {
         let single = folder.join(SINGLE);
         if single.is_file() {
             return Self::open_file(&single);
@@ -69,6 +78,7 @@ impl Shards {
         Ok(Self {
             files: vec![File::open(path)?],
             index: HashMap::new(),
+            names: Names::Plain,
         })
     }
 
@@ -86,7 +96,16 @@ impl Shards {
             };
             index.insert(tensor, file);
         }
-        Ok(Self { files, index })
+        Ok(Self {
+            files,
+            index,
+            names: Names::Plain,
+        })
+    }
+
+    /// Whether the tensors are named as those of a text part.
+    pub(super) fn is_text_part(&self) -> bool {
+        self.names != Names::Plain
     }
 
     fn file_of(&self, name: &str) -> Option<&File> {
@@ -116,6 +135,7 @@ impl Shards {
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+        let name = &*self.names.stored(name);
         let file = self.file_of(name).with_context(|| {
             format!(
                 "{}: the index names no file for the tensor {name:?}",

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 15] = [
+pub const FAMILIES: [&str; 16] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -26,6 +26,7 @@ pub const FAMILIES: [&str; 15] = [
     "olmo3",
     "gemma2",
     "gemma3",
+    "gemma3-images",
 ];
 
 /// A file of golden figures.

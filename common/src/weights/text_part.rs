@@ -1,0 +1,182 @@
+//! Models that read images, too: their text part, where that is a model of a known family, is taken as one of its own.
+
+use super::family;
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+
+/// What the published files leave to transformers' defaults, by the text part's `model_type`.
+const LEFT_OUT: [(&str, &str, u32); 3] = [
+    ("gemma3_text", "vocab_size", 262_208),
+    ("gemma3_text", "num_attention_heads", 8),
+    ("gemma3_text", "max_position_embeddings", 131_072),
+];
+
+/// What holds for the text part where it is said of the whole model.
+const SHARED: [&str; 7] = [
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+];
+
+/// The `config.json` of a folder's text part, as a model of text alone would have it; `config` itself where it is of one.
+pub(super) fn config_of(config: Value) -> Value {
+    let known = |fields: &Map<String, Value>| family::of(fields.get("model_type")?.as_str()?);
+    let Some(whole) = config.as_object().filter(|whole| known(whole).is_none()) else {
+        return config;
+    };
+    let Some(text) = whole.get("text_config").and_then(Value::as_object) else {
+        return config;
+    };
+    let Some(family) = known(text) else {
+        return config;
+    };
+    let mut text = text.clone();
+    for key in SHARED {
+        if let Some(value) = whole.get(key).filter(|value| !value.is_null()) {
+            text.insert(key.into(), value.clone());
+        }
+    }
+    for (of, key, value) in LEFT_OUT {
+        if of == family.model_type && text.get(key).is_none_or(Value::is_null) {
+            text.insert(key.into(), json!(value));
+        }
+    }
+    text.insert("architectures".into(), json!([family.architecture()]));
+    Value::Object(text)
+}
+
+/// How a folder names the tensors of its text part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Names {
+    /// As a model of text alone does.
+    Plain,
+    /// `language_model.` before all of that, as most checkpoints have it.
+    Before,
+    /// `model.language_model.` for `model.`, as transformers 4.52 and later have it in memory.
+    Within,
+}
+
+impl Names {
+    /// The names that a folder has, by whether a tensor is in it.
+    pub fn of(has: impl Fn(&str) -> bool) -> Self {
+        let embedding = "model.embed_tokens.weight";
+        let others = [Self::Before, Self::Within].into_iter();
+        let mut found = others.filter(|names| has(&names.stored(embedding)));
+        found.next().unwrap_or(Self::Plain)
+    }
+
+    /// The folder's name for a tensor.
+    pub fn stored(self, name: &str) -> Cow<'_, str> {
+        match (self, name.strip_prefix("model.")) {
+            (Self::Before, _) => format!("language_model.{name}").into(),
+            (Self::Within, Some(rest)) => format!("model.language_model.{rest}").into(),
+            (Self::Plain, _) | (Self::Within, None) => name.into(),
+        }
+    }
+}
+
+/// A name as a model of text alone has it, whichever way it is written.
+pub(super) fn plain(name: &str) -> Cow<'_, str> {
+    match name.split_once("language_model.") {
+        Some(("", rest)) => rest.into(),
+        Some(("model.", rest)) => format!("model.{rest}").into(),
+        _ => name.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::*;
+    use super::super::{Config, Weights, read_json, save, save::write_json};
+    use super::*;
+    use safetensors::SafeTensors;
+    use std::fs;
+    use std::path::Path;
+
+    /// A folder with what is in `text` as a model with images has it.
+    fn wrapped(text: &Path, names: Names) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let text_config = read_json(&text.join("config.json")).unwrap();
+        let whole = json!({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": text_config, "vision_config": {}, "eos_token_id": [1, 106], "tie_word_embeddings": false});
+        write_json(&folder.path().join("config.json"), &whole).unwrap();
+        let bytes = fs::read(text.join("model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let renamed = tensors
+            .iter()
+            .map(|(name, view)| (names.stored(name).into_owned(), view));
+        let file = safetensors::serialize(renamed, None).unwrap();
+        fs::write(folder.path().join("model.safetensors"), file).unwrap();
+        folder
+    }
+
+    #[test]
+    fn a_text_part_is_the_model_that_it_would_be_alone() {
+        let (folder, _, tensors) = checkpoint("gemma3_text");
+        let alone = open(folder.path()).unwrap();
+        assert!(!alone.is_text_part());
+        for names in [Names::Before, Names::Within] {
+            let whole = wrapped(folder.path(), names);
+            let part = open(whole.path()).unwrap();
+            assert!(part.is_text_part());
+            assert_eq!(part.config, alone.config);
+            assert_holds(&part, &tensors);
+            assert_eq!(part.fingerprint().unwrap(), alone.fingerprint().unwrap());
+            let saved = tempfile::tempdir().unwrap();
+            save(saved.path(), &part.config, Some(&part), borrowed(&tensors)).unwrap();
+            let again: Weights = open(saved.path()).unwrap();
+            assert!(!again.is_text_part());
+            assert_eq!(again.fingerprint().unwrap(), alone.fingerprint().unwrap());
+            assert_eq!(
+                again.original["architectures"],
+                json!(["Gemma3ForCausalLM"])
+            );
+            assert_eq!(again.original["eos_token_id"], json!([1, 106]));
+        }
+    }
+
+    /// The fields of google/gemma-3-4b-it's file that matter here.
+    #[test]
+    fn what_the_published_files_leave_out_is_transformers_default() {
+        let published = json!({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
+            "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "text_config": {"hidden_size": 2560,
+            "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}});
+        let text = config_of(published);
+        let config = Config::from_json(&text, Path::new("config.json")).unwrap();
+        assert_eq!((config.vocab, config.context), (262_208, 131_072));
+        assert_eq!(
+            (config.heads, config.kv_heads, config.head_dim),
+            (8, 4, 256)
+        );
+        assert!(config.tied);
+        assert_eq!(text["eos_token_id"], json!([1, 106]));
+        let windows: Vec<_> = config.windows[..6].iter().map(|w| w.is_some()).collect();
+        assert_eq!(windows, [true, true, true, true, true, false]);
+    }
+
+    #[test]
+    fn what_is_no_text_part_of_ours_is_left_and_what_holds_for_all_is_kept() {
+        let unknown =
+            json!({"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}});
+        assert_eq!(config_of(unknown.clone()), unknown);
+        let quantised = json!({"model_type": "gemma3", "quantization_config": {"bits": 4},
+            "text_config": config_json("gemma3_text")});
+        let error = Config::from_json(&config_of(quantised), Path::new("config.json"));
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("quantization_config"), "{error}");
+    }
+
+    #[test]
+    fn names_go_there_and_back() {
+        for names in [Names::Plain, Names::Before, Names::Within] {
+            for name in ["model.layers.3.mlp.up_proj", "lm_head.weight"] {
+                assert_eq!(plain(&names.stored(name)), name, "{names:?}");
+            }
+        }
+    }
+}
