@@ -45,6 +45,7 @@ BYTE_LEVEL = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False), None, False, False),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]), None, False, False),
     "llama-bpe": (split(LLAMA3), None, True, True),
+    "dbrx": (split(LLAMA3), None, False, False),
     "qwen2": (split(QWEN2), normalizers.NFC(), False, False),
     "tekken": (split(TEKKEN), None, True, True),
 }

@@ -157,11 +157,12 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
             )
         }
         "llama-bpe" | "llama3" | "llama-v3" => (Json::Null, split(LLAMA3), true, true),
+        "dbrx" | "smaug-bpe" => (Json::Null, split(LLAMA3), false, false),
         "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
         "tekken" => (Json::Null, split(TEKKEN), true, true),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, qwen2, tekken): use the model's HF folder"
+             refact, llama-bpe, dbrx, smaug-bpe, qwen2, tekken): use the model's HF folder"
         ),
     })
 }
