@@ -159,6 +159,7 @@ fn decoding_attention<const FORMAT: usize>(bencher: Bencher, sequences: usize) {
             let (keys, values) = block.split_at(format.key_words(DIM));
             let rows = decoding::Queries {
                 words: &queries,
+                cap: None,
                 visible: &[u32::MAX; 3],
                 max: &mut [f32::NEG_INFINITY; 3],
                 sum: &mut [0.0; 3],

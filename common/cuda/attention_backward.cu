@@ -6,7 +6,7 @@
 // atomics, and the same bits every time. The keys of a root meet the queries of all branches in their own block. A third
 // adds up what the query heads of a key head found: without them side by side, a short batch would leave a GPU idle.
 //
-// Under a soft cap c of the scores dS gains its slope, 1 − (S / c)².
+// Under a soft cap c of the scores dS gains its slope, 1 − (S / c)², for which the second makes the scores once more.
 #include "kernels.h"
 #include "positions.h"
 #include "tile.h"
@@ -83,7 +83,8 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         for (int j = 0; j < D / 8; ++j) {
             int c = j * 8 + lane() % 4 * 2;
             if (c < dim) {
-                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scores.scale), narrow<T>(d_q[j][2 * half + 1] * scores.scale)};
+                *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scores.scale),
+                                                       narrow<T>(d_q[j][2 * half + 1] * scores.scale)};
             }
         }
     }
@@ -93,8 +94,7 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
 // of the batch from its own on to `tile.end`, across the branches of a root.
 template <class T, int D>
 __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions,
-                            float* d_heads, AttentionTile tile, int query, int kv, int dim, int window,
-                            Scores scores) {
+                            float* d_heads, AttentionTile tile, int query, int kv, int dim, int window, Scores scores) {
     constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
     constexpr int W = D == 256 ? 128 : D;  // two times 16 × 128 float32 sums a warp is what registers hold
     SHARED_MEMORY(T, k);
@@ -169,7 +169,8 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
         for (int j = 0; j < W / 8; ++j) {
             int c = skipped + j * 8 + lane() % 4 * 2;
             if (c < dim) {
-                *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scores.scale, d_k[j][2 * half + 1] * scores.scale};
+                *reinterpret_cast<Pair<float>*>(to + c) = {d_k[j][2 * half] * scores.scale,
+                                                           d_k[j][2 * half + 1] * scores.scale};
                 *reinterpret_cast<Pair<float>*>(to + dim + c) = {d_v[j][2 * half], d_v[j][2 * half + 1]};
             }
         }

@@ -211,24 +211,23 @@ fn attention_scale(fields: &Fields) -> Result<f32> {
 
 /// The soft caps of scores and of logits. A family that has them has its own where the file is silent; null means none.
 fn caps(fields: &Fields, family: &Family) -> Result<[Option<f32>; 2]> {
-    let mut caps = [None; 2];
-    for (i, key) in CAPS.into_iter().enumerate() {
-        let asked = fields.number(key)?;
-        let Some(own) = family.caps else {
-            ensure!(
-                asked.is_none(),
-                "{key}: {} has no soft caps in transformers",
-                family.model_type
-            );
-            continue;
+    let cap = |i: usize| {
+        let (key, asked) = (CAPS[i], fields.number(CAPS[i])?);
+        let cap = match (family.caps, fields.0.contains_key(key)) {
+            (Some(_), true) => asked,
+            (Some(own), false) => own[i],
+            (None, _) => {
+                ensure!(
+                    asked.is_none(),
+                    "{key}: {} has no soft caps in transformers",
+                    family.model_type
+                );
+                None
+            }
         };
-        let cap = match fields.0.contains_key(key) {
-            true => asked,
-            false => own[i],
-        };
-        caps[i] = cap.map(|cap| positive(key, cap)).transpose()?;
-    }
-    Ok(caps)
+        cap.map(|cap| positive(key, cap)).transpose()
+    };
+    Ok([cap(0)?, cap(1)?])
 }
 
 /// Options under which the same tensors mean something else than this decoder would compute.

@@ -102,13 +102,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
 
 /// The soft caps of scores and of logits: the family's own where the file is silent.
 fn caps(fields: &Metadata, family: &Family) -> Result<[Option<f32>; 2]> {
-    let mut caps = family.caps.unwrap_or_default();
-    for (cap, key) in caps.iter_mut().zip(CAPS) {
-        *cap = fields.real(key)?.or(*cap);
-    }
-    let cap = |(cap, key): (Option<f64>, _)| cap.map(|cap| positive(key, cap)).transpose();
-    let [attention, logits] = [(caps[0], CAPS[0]), (caps[1], CAPS[1])];
-    Ok([cap(attention)?, cap(logits)?])
+    let own = family.caps.unwrap_or_default();
+    let cap = |i: usize| {
+        let cap = fields.real(CAPS[i])?.or(own[i]);
+        cap.map(|cap| positive(CAPS[i], cap)).transpose()
+    };
+    Ok([cap(0)?, cap(1)?])
 }
 
 /// Per layer, its window: `attention.sliding_window_pattern` says which have one, by a period or a flag for each layer;
