@@ -3,7 +3,7 @@
 use super::config_json::{Fields, shortest};
 use super::safetensors::Shards;
 use super::save::{write_json, write_safetensors};
-use super::text_part;
+use super::{Weights, text_part};
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -80,12 +80,9 @@ pub(super) fn base_of(config: &Value, path: &Path) -> Result<String> {
 }
 
 impl Adapter {
-    /// Opens the adapter in `folder` against the weights that its base has, `parameters`.
-    pub(super) fn open(
-        folder: &Path,
-        config: &Value,
-        parameters: &[(String, Vec<usize>)],
-    ) -> Result<Self> {
+    /// Opens the adapter in `folder` against the weights that its base has. What it adapts of a model that reads images
+    /// beside its text part does not count.
+    pub(super) fn open(folder: &Path, config: &Value, base: &Weights) -> Result<Self> {
         let path = folder.join(CONFIG);
         let (rank, scaling) = read_config(config).with_context(|| path.display().to_string())?;
         let file = folder.join(WEIGHTS);
@@ -95,9 +92,10 @@ impl Adapter {
             file.display()
         );
         let shards = Shards::open_file(&file)?;
-        let shapes: HashMap<_, _> = parameters.iter().map(|(n, s)| (n.as_str(), s)).collect();
+        let shapes: HashMap<_, _> = base.config.parameters().into_iter().collect();
         let mut factors = HashMap::new();
-        for a in shards.names() {
+        let of_text = |a: &String| !base.is_text_part() || text_part::is_in(a);
+        for a in shards.names().into_iter().filter(of_text) {
             let Some(module) = a.strip_suffix(".lora_A.weight") else {
                 let paired = a
                     .strip_suffix(".lora_B.weight")
@@ -112,7 +110,7 @@ impl Adapter {
             let adapted = module.strip_prefix(PREFIX).unwrap_or(module);
             let weight = format!("{}.weight", text_part::plain(adapted));
             let shape = shapes
-                .get(weight.as_str())
+                .get(&weight)
                 .filter(|shape| shape.len() == 2)
                 .with_context(|| {
                     format!(
@@ -295,22 +293,25 @@ mod tests {
 
     const NAME: &str = "model.layers.1.self_attn.q_proj";
 
-    /// A base, and an adapter of rank 2 for one 32×32 projection.
+    /// An adapter of rank 2 for a 32×32 projection.
+    fn module(name: &str) -> LoraModule<'static> {
+        let a: Vec<f32> = (0..64).map(|i| i as f32 / 8.0).collect();
+        let b: Vec<f32> = (0..64).map(|i| 4.0 - i as f32 / 8.0).collect();
+        LoraModule {
+            name: name.to_owned(),
+            input: 32,
+            output: 32,
+            a: a.into(),
+            b: b.into(),
+        }
+    }
+
+    /// A base, and an adapter for one of its projections.
     fn adapted() -> (tempfile::TempDir, Tensors, tempfile::TempDir) {
         let (base, _, tensors) = checkpoint("llama");
         let adapter = tempfile::tempdir().unwrap();
-        let module = LoraModule {
-            name: NAME.to_owned(),
-            input: 32,
-            output: 32,
-            a: (0..64).map(|i| i as f32 / 8.0).collect::<Vec<_>>().into(),
-            b: (0..64)
-                .map(|i| 4.0 - i as f32 / 8.0)
-                .collect::<Vec<_>>()
-                .into(),
-        };
         let path = base.path().to_str().unwrap();
-        save_adapter(adapter.path(), path, 2, 3.0, &[module]).unwrap();
+        save_adapter(adapter.path(), path, 2, 3.0, &[module(NAME)]).unwrap();
         (base, tensors, adapter)
     }
 
@@ -338,6 +339,18 @@ mod tests {
                 assert!((found - expected).abs() < 1e-4, "{at}: {found} {expected}");
             }
         }
+    }
+
+    /// As PEFT names what it adapts when the base was loaded with its images.
+    #[test]
+    fn an_adapter_of_a_model_with_images_serves_its_text_part() {
+        let (alone, tensors, adapter) = adapted();
+        let whole = text_part::testing::wrapped(alone.path(), text_part::Names::Before);
+        let text = NAME.replacen("model.", "model.language_model.", 1);
+        let modules = [module(&text), module("model.vision_tower.q_proj")];
+        let base = whole.path().to_str().unwrap();
+        save_adapter(adapter.path(), base, 2, 3.0, &modules).unwrap();
+        assert_merged(adapter.path(), &tensors, 1.5);
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl Weights {
             base.display()
         );
         let base = Self::open_plain(&base).with_context(at)?;
-        let adapter = Adapter::open(folder, &settings, &base.config.parameters())?;
+        let adapter = Adapter::open(folder, &settings, &base)?;
         let has_tokenizer = folder.join("tokenizer.json").is_file();
         Ok(Self {
             config: base.config.clone(),

@@ -88,17 +88,21 @@ pub(super) fn plain(name: &str) -> Cow<'_, str> {
     }
 }
 
+/// Whether a name of a model with images is one of its text part.
+pub(super) fn is_in(name: &str) -> bool {
+    name.contains("language_model.")
+}
+
 #[cfg(test)]
-mod tests {
-    use super::super::fixtures::*;
-    use super::super::{Config, Weights, read_json, save, save::write_json};
+pub(super) mod testing {
+    use super::super::{read_json, save::write_json};
     use super::*;
     use safetensors::SafeTensors;
     use std::fs;
     use std::path::Path;
 
     /// A folder with what is in `text` as a model with images has it.
-    fn wrapped(text: &Path, names: Names) -> tempfile::TempDir {
+    pub fn wrapped(text: &Path, names: Names) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         let text_config = read_json(&text.join("config.json")).unwrap();
         let whole = json!({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"],
@@ -113,6 +117,15 @@ mod tests {
         fs::write(folder.path().join("model.safetensors"), file).unwrap();
         folder
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::*;
+    use super::super::{Config, Weights, save};
+    use super::testing::wrapped;
+    use super::*;
+    use std::path::Path;
 
     #[test]
     fn a_text_part_is_the_model_that_it_would_be_alone() {
