@@ -165,9 +165,7 @@ pub fn target_logps(decoder: &Decoder, normed: &[f32], targets: &[u32]) -> Targe
             tile(decoder, rows, words.clone(), &mut logits, Threads::One);
             let rows = logits.chunks_exact_mut(words.len());
             for ((s, &target), row) in stats.iter_mut().zip(&targets[at..]).zip(rows) {
-                if let Some(cap) = decoder.config.logit_cap {
-                    cap::bound(row, cap);
-                }
+                cap::bound(row, decoder.config.logit_cap);
                 s.add(row);
                 if words.contains(&(target as usize)) {
                     s.target = row[target as usize - words.start];
@@ -242,9 +240,7 @@ pub fn target_logps_backward(
             rows(&mut logits, n, |first, part| {
                 for (r, row) in part.chunks_exact_mut(n).enumerate() {
                     let r = i * ROWS + first + r;
-                    if let Some(cap) = logit_cap {
-                        cap::bound(row, cap);
-                    }
+                    cap::bound(row, logit_cap);
                     let target = (targets[r] as usize).checked_sub(words.start);
                     let target = target.filter(|&at| at < n);
                     let inverse_cap = cap::inverse(logit_cap);

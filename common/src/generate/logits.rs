@@ -78,9 +78,7 @@ impl Logits {
             let n = values.len() / rows;
             let panels = head.panel_range(i * TILE, n);
             multiply(left, panels, values, n, Write::Set, Threads::One);
-            if let Some(cap) = decoder.config.logit_cap {
-                cap::bound(values, cap);
-            }
+            cap::bound(values, decoder.config.logit_cap);
             for (row, chunks) in
                 (values.chunks_exact(n)).zip(chunks.chunks_exact_mut(n.div_ceil(CHUNK)))
             {

@@ -503,9 +503,7 @@ impl<'a> Block<'a> {
             multiply(&q.left, panels, scores, n, Write::Set, Threads::One);
             for (r, row) in scores.chunks_exact_mut(n).enumerate() {
                 let row = show(row, self.visible_in(heads, r, &chunk));
-                if let Some(cap) = heads.cap {
-                    cap::bound(row, cap);
-                }
+                cap::bound(row, heads.cap);
                 let top = softmax::max(row);
                 if top > max[r] {
                     let factor = softmax::exp::<false>(max[r] - top);
@@ -570,9 +568,7 @@ impl<'a> Block<'a> {
                 let (token, head) = self.token_and_head(side, r);
                 let visible = self.visible_in(heads, r, &chunk);
                 let (p, d) = (show(p, visible.clone()), show(d, visible));
-                if let Some(cap) = heads.cap {
-                    cap::bound(p, cap);
-                }
+                cap::bound(p, heads.cap);
                 let log_sum = lse[token * heads.query + head];
                 softmax::backward(p, d, log_sum, deltas[r], cap::inverse(heads.cap));
             }

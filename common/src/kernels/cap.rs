@@ -9,9 +9,17 @@ pub fn capped<const FMA: bool>(x: f32, cap: f32) -> f32 {
     cap - 2.0 * cap / (1.0 + exp::<FMA>(2.0 / cap * x))
 }
 
+/// Caps every element of a row, where there is a cap; NaN stays NaN.
+#[inline]
+pub fn bound(row: &mut [f32], cap: Option<f32>) {
+    if let Some(cap) = cap {
+        bound_by(row, cap);
+    }
+}
+
 multiversion! {
-    /// Caps every element of a row; NaN stays NaN.
-    pub fn bound(row: &mut [f32], cap: f32) {
+    /// With this cap.
+    pub fn bound_by(row: &mut [f32], cap: f32) {
         row.iter_mut().for_each(|x| *x = capped::<FMA>(*x, cap));
     }
 }
@@ -72,10 +80,10 @@ mod tests {
     fn caps_are_the_hyperbolic_tangents() {
         for cap in [30.0, 50.0, 0.7] {
             let mut row = ROW;
-            bound(&mut row, cap);
+            bound(&mut row, Some(cap));
             assert_capped(&row, cap);
             let mut row = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
-            bound(&mut row, cap);
+            bound(&mut row, Some(cap));
             assert!(row[0].is_nan() && row[1..] == [cap, -cap], "{row:?}");
         }
     }

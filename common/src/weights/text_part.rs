@@ -24,17 +24,15 @@ const SHARED: [&str; 7] = [
 
 /// The `config.json` of a folder's text part, as a model of text alone would have it; `config` itself where it is of one.
 pub(super) fn config_of(config: Value) -> Value {
+    text_of(&config).unwrap_or(config)
+}
+
+/// None where there is no text part that is of a known family.
+fn text_of(config: &Value) -> Option<Value> {
     let known = |fields: &Map<String, Value>| family::of(fields.get("model_type")?.as_str()?);
-    let Some(whole) = config.as_object().filter(|whole| known(whole).is_none()) else {
-        return config;
-    };
-    let Some(text) = whole.get("text_config").and_then(Value::as_object) else {
-        return config;
-    };
-    let Some(family) = known(text) else {
-        return config;
-    };
-    let mut text = text.clone();
+    let whole = config.as_object().filter(|whole| known(whole).is_none())?;
+    let mut text = whole.get("text_config")?.as_object()?.clone();
+    let family = known(&text)?;
     for key in SHARED {
         if let Some(value) = whole.get(key).filter(|value| !value.is_null()) {
             text.insert(key.into(), value.clone());
@@ -46,7 +44,7 @@ pub(super) fn config_of(config: Value) -> Value {
         }
     }
     text.insert("architectures".into(), json!([family.architecture()]));
-    Value::Object(text)
+    Some(Value::Object(text))
 }
 
 /// How a folder names the tensors of its text part.
