@@ -402,7 +402,7 @@ mod tests {
         let normed = Config {
             qk_norm: Some(QkNorm::Heads),
             windows: vec![Some(3), None],
-            ropes: vec![llama.ropes[0], None],
+            ropes: vec![llama.ropes[0].clone(), None],
             ..llama.clone()
         };
         let after = Config {

@@ -142,6 +142,7 @@ fn samples_are_the_cpus() {
         "qwen3",
         "olmo3",
         "gemma2",
+        "phi3-long",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 
-/// The shape of a random Llama whose tokenizer is that of `tests/golden/tiny_chat`.
+/// The shape of a random Llama or Phi-3 whose tokenizer is that of `tests/golden/tiny_chat`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiny {
     /// Width; a multiple of 32.
@@ -19,6 +19,8 @@ pub struct Tiny {
     pub vocab: usize,
     /// Longest prompt with its response, tokens.
     pub context: usize,
+    /// A Phi-3, whose projections are fused, with half of each head rotated.
+    pub phi3: bool,
 }
 
 impl Default for Tiny {
@@ -28,6 +30,7 @@ impl Default for Tiny {
             layers: 2,
             vocab: 264,
             context: 512,
+            phi3: false,
         }
     }
 }
@@ -62,8 +65,12 @@ impl Tiny {
     }
 
     fn config(&self) -> Value {
+        let (class, name, rotated) = match self.phi3 {
+            true => ("Phi3ForCausalLM", "phi3", 0.5),
+            false => ("LlamaForCausalLM", "llama", 1.0),
+        };
         json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab,
+            "architectures": [class], "model_type": name, "partial_rotary_factor": rotated, "vocab_size": self.vocab,
             "hidden_size": self.hidden, "intermediate_size": 2 * self.hidden, "num_hidden_layers": self.layers,
             "num_attention_heads": self.hidden / 8, "num_key_value_heads": self.hidden / 16, "head_dim": 8,
             "hidden_act": "silu", "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
@@ -77,6 +84,7 @@ impl Tiny {
             hidden,
             layers,
             vocab,
+            phi3,
             ..
         } = *self;
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
@@ -88,13 +96,21 @@ impl Tiny {
                 ));
             };
             add("input_layernorm", &[hidden]);
-            add("self_attn.q_proj", &[hidden, hidden]);
-            add("self_attn.k_proj", &[hidden / 2, hidden]);
-            add("self_attn.v_proj", &[hidden / 2, hidden]);
+            if phi3 {
+                add("self_attn.qkv_proj", &[2 * hidden, hidden]);
+            } else {
+                add("self_attn.q_proj", &[hidden, hidden]);
+                add("self_attn.k_proj", &[hidden / 2, hidden]);
+                add("self_attn.v_proj", &[hidden / 2, hidden]);
+            }
             add("self_attn.o_proj", &[hidden, hidden]);
             add("post_attention_layernorm", &[hidden]);
-            add("mlp.gate_proj", &[2 * hidden, hidden]);
-            add("mlp.up_proj", &[2 * hidden, hidden]);
+            if phi3 {
+                add("mlp.gate_up_proj", &[4 * hidden, hidden]);
+            } else {
+                add("mlp.gate_proj", &[2 * hidden, hidden]);
+                add("mlp.up_proj", &[2 * hidden, hidden]);
+            }
             add("mlp.down_proj", &[hidden, 2 * hidden]);
         }
         shapes.push(("model.norm.weight".to_owned(), vec![hidden]));

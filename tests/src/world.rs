@@ -25,6 +25,7 @@ const MODEL: Tiny = Tiny {
     layers: 3,
     vocab: 264,
     context: 512,
+    phi3: false,
 };
 
 /// The models `pi` and `ref`, and the inputs of every tool.

@@ -16,11 +16,16 @@ const PAIRS: usize = 60;
 
 impl World {
     fn new() -> Self {
+        Self::of(false)
+    }
+
+    fn of(phi3: bool) -> Self {
         let world = Self {
             folder: tempfile::tempdir().unwrap(),
         };
         Tiny {
             hidden: 64,
+            phi3,
             ..Tiny::default()
         }
         .write(&world.path("pi"), 1);
@@ -141,6 +146,33 @@ fn an_adapter_is_a_model_and_equals_its_merged_form() {
         "{}",
         apart(&adapter, &merged)
     );
+}
+
+/// What files have as one matrix is three projections, or two, to the trainer.
+#[test]
+fn so_is_an_adapter_of_fused_projections() {
+    let world = World::of(true);
+    let lora = ["--lora-rank", "4"];
+    let merge = ["--lora-rank", "4", "--merge"];
+    for (output, flags) in [("adapter", &lora[..]), ("merged", &merge), ("full", &[])] {
+        world.train("pi", output, flags).run().ok();
+    }
+    let names = |folder: &str, file: &str| {
+        let files = world.files(folder);
+        let tensors = safetensors::SafeTensors::deserialize(&files[file]).unwrap();
+        let mut names: Vec<_> = tensors.names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        names
+    };
+    // Four matrices of two layers, two factors each.
+    assert_eq!(names("adapter", "adapter_model.safetensors").len(), 16);
+    for folder in ["merged", "full"] {
+        let saved = names(folder, "model.safetensors");
+        assert_eq!(saved, names("pi", "model.safetensors"));
+    }
+    let adapter = world.logps("adapter");
+    assert!(apart(&adapter, &world.logps("pi")) > 0.1);
+    assert!(apart(&adapter, &world.logps("merged")) < 1e-4);
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
             "tokenizer.ggml.model {other:?} is not supported (gpt2 and llama are): use the model's HF folder"
         ),
     };
+    // Its special tokens take the white space after them, which no entry says: llama.cpp goes by the model's name.
+    let phi3 = model == "llama" && entries.text("general.architecture")? == Some("phi3");
     let mut specials = BTreeMap::new();
     for (name, key) in [
         ("bos_token", "bos"),
@@ -65,7 +67,7 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": vocabulary.added(&specials),
+        "added_tokens": vocabulary.added(&specials, phi3),
         "normalizer": plan.normalizer,
         "pre_tokenizer": plan.pre_tokenizer,
         "post_processor": bos.map(|bos| begin_with(bos, &vocabulary)),
@@ -337,7 +339,7 @@ impl Vocabulary {
     }
 
     /// Control tokens are special; user-defined ones are found in any text, as the models' own files have it.
-    fn added(&self, specials: &BTreeMap<String, String>) -> Vec<Json> {
+    fn added(&self, specials: &BTreeMap<String, String>, strip: bool) -> Vec<Json> {
         let named: HashSet<&String> = specials.values().collect();
         (0..self.tokens.len())
             .filter(|id| {
@@ -351,7 +353,7 @@ impl Vocabulary {
                     "content": self.tokens[id],
                     "single_word": false,
                     "lstrip": false,
-                    "rstrip": false,
+                    "rstrip": strip && !["<unk>", "<s>", "<|endoftext|>"].contains(&&*self.tokens[id]),
                     "normalized": false,
                     "special": self.types[id] != USER_DEFINED,
                 })
@@ -509,6 +511,47 @@ mod tests {
                 [0, 4]
             );
         }
+    }
+
+    /// The ids that llama.cpp gives, and transformers: no line's end after a role, nor after the end of a turn.
+    #[test]
+    fn special_tokens_of_phi_3_take_the_white_space_after_them() {
+        let tokens = [
+            "<unk>", "<s>", "</s>", "▁", "a", "▁a", "<0x0A>", "<|end|>", "<|user|>",
+        ];
+        let mut entries = HashMap::from([
+            (
+                "tokenizer.ggml.model".to_owned(),
+                Value::Text("llama".into()),
+            ),
+            ("tokenizer.ggml.tokens".to_owned(), strings(&tokens)),
+            (
+                "tokenizer.ggml.token_type".to_owned(),
+                Value::Wholes(vec![2, 3, 3, 1, 1, 1, 6, 3, 3]),
+            ),
+            (
+                "tokenizer.ggml.scores".to_owned(),
+                Value::Reals(vec![0.0, 0.0, 0.0, -2.0, -3.0, -1.0, 0.0, 0.0, 0.0]),
+            ),
+            (
+                "tokenizer.ggml.add_bos_token".to_owned(),
+                Value::Flag(false),
+            ),
+            ("tokenizer.ggml.eos_token_id".to_owned(), Value::Whole(7)),
+            (
+                "tokenizer.chat_template".to_owned(),
+                Value::Text("<|user|>\n{{ messages[0].content }}<|end|>\n".into()),
+            ),
+        ]);
+        let mut ids = |architecture: &str| {
+            let name = Value::Text(architecture.into());
+            entries.insert("general.architecture".to_owned(), name);
+            let chat = Chat::from_gguf(&entries).unwrap();
+            let prompt = crate::records::Prompt::Text("a".into());
+            chat.prompt_ids(&prompt, None).unwrap()
+        };
+        assert_eq!(ids("phi3"), [8, 5, 7]);
+        assert_eq!(ids("llama"), [8, 3, 6, 4, 7]);
     }
 
     fn small() -> HashMap<String, Value> {

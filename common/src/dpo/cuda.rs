@@ -262,7 +262,12 @@ impl Train for CudaTrainer {
         let Some(lora) = &self.lora else {
             bail!("no adapters were trained")
         };
-        lora.save(&self.read(Flat::Masters, 0..lora.len)?, dir, base)
+        lora.save(
+            &self.read(Flat::Masters, 0..lora.len)?,
+            &self.decoder.config,
+            dir,
+            base,
+        )
     }
 }
 

@@ -479,7 +479,7 @@ impl Train for Trainer {
         let Some(a) = &self.adapters else {
             anyhow::bail!("no adapters were trained")
         };
-        a.lora.save(&a.values, dir, base)
+        a.lora.save(&a.values, &self.decoder.config, dir, base)
     }
 }
 

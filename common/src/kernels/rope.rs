@@ -1,4 +1,5 @@
-//! Rotary positions in Hugging Face's layout: dimension i is paired with i + head_dim/2.
+//! Rotary positions in Hugging Face's layout: dimension i is paired with i + head_dim/2. Of heads that turn in part, the pairs
+//! that stay as they are come last in both halves.
 
 use super::isa::multiversion;
 
@@ -11,16 +12,22 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// `inv_freq` has head_dim/2 entries. Angles are formed in float32, as transformers does; what is rotated grows by
-    /// `growth`, which the tables have as a factor.
-    pub fn new(inv_freq: &[f32], growth: f32, positions: usize) -> Self {
-        let angles = (0..positions).flat_map(|p| inv_freq.iter().map(move |f| p as f32 * f));
-        let (cos, sin) = angles.map(|a| (a.cos() * growth, a.sin() * growth)).unzip();
-        Self {
-            half: inv_freq.len(),
-            cos,
-            sin,
-        }
+    /// `inv_freq` has an entry for each of the `half` = head_dim/2 pairs, or for those that turn. Angles are formed in float32,
+    /// as transformers does; what is rotated grows by `growth`, which the tables have as a factor.
+    pub fn new(inv_freq: &[f32], half: usize, growth: f32, positions: usize) -> Self {
+        let turned = |p: usize, f: &f32| {
+            let angle = p as f32 * f;
+            (angle.cos() * growth, angle.sin() * growth)
+        };
+        let still = std::iter::repeat_n((1.0, 0.0), half - inv_freq.len());
+        let position = |p| {
+            inv_freq
+                .iter()
+                .map(move |f| turned(p, f))
+                .chain(still.clone())
+        };
+        let (cos, sin) = (0..positions).flat_map(position).unzip();
+        Self { half, cos, sin }
     }
 
     /// cos and sin, `[positions, half]` each.
@@ -72,7 +79,7 @@ mod tests {
 
     #[test]
     fn turning_back_restores_and_position_zero_does_nothing() {
-        let rotary = Rotary::new(&[1.0, 0.1], 1.0, 8);
+        let rotary = Rotary::new(&[1.0, 0.1], 2, 1.0, 8);
         let head = [1.0, 2.0, 3.0, 4.0];
         let mut turned = head;
         rotary.rotate(&mut turned, 0);
@@ -82,7 +89,7 @@ mod tests {
         assert!(
             (turned[0] - (c - 3.0 * s)).abs() < 1e-6 && (turned[2] - (3.0 * c + s)).abs() < 1e-6
         );
-        let grown = Rotary::new(&[1.0, 0.1], 2.5, 8);
+        let grown = Rotary::new(&[1.0, 0.1], 2, 2.5, 8);
         let mut larger = head;
         grown.rotate(&mut larger, 5);
         assert!(

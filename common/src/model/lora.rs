@@ -5,7 +5,7 @@
 
 use super::params::{Matrix, Params};
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
-use crate::weights::{LoraModule, save_adapter};
+use crate::weights::{Config, LoraModule, save_adapter};
 use anyhow::Result;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -145,7 +145,7 @@ impl Lora {
     }
 
     /// Writes adapters into the folder `dir` as PEFT reads them; `base` is what they belong to.
-    pub fn save(&self, values: &[f32], dir: &Path, base: &str) -> Result<()> {
+    pub fn save(&self, values: &[f32], config: &Config, dir: &Path, base: &str) -> Result<()> {
         let modules: Vec<_> = (self.adapters.iter())
             .map(|x| LoraModule {
                 name: x.module.clone(),
@@ -155,7 +155,7 @@ impl Lora {
                 b: Cow::Borrowed(&values[x.b.clone()]),
             })
             .collect();
-        save_adapter(dir, base, self.rank, self.alpha, &modules)
+        save_adapter(dir, base, config, self.rank, self.alpha, modules)
     }
 
     /// Adds the gradients of the adapters of one fused matrix, for its input `x` `[T, in]` (its columns packed, too) and

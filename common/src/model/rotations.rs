@@ -18,7 +18,7 @@ impl Rotations {
         let mut number = |rope: &Rope| {
             let known = kinds.iter().position(|kind| kind == rope);
             known.unwrap_or_else(|| {
-                kinds.push(*rope);
+                kinds.push(rope.clone());
                 kinds.len() - 1
             })
         };
@@ -27,8 +27,11 @@ impl Rotations {
             .iter()
             .map(|rope| rope.as_ref().map(&mut number));
         let layers = layers.collect();
-        let table =
-            |rope: Rope| Rotary::new(&rope.inv_freq(config.head_dim), rope.growth(), positions);
+        let half = config.head_dim / 2;
+        let table = |rope: Rope| {
+            let inv_freq = rope.inv_freq(config.rotary_dim);
+            Rotary::new(&inv_freq, half, rope.growth(), positions)
+        };
         Self {
             layers,
             tables: kinds.into_iter().map(table).collect(),

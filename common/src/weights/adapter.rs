@@ -1,12 +1,13 @@
 //! LoRA adapters in PEFT's layout: merged into their base while it is read, and written.
 
 use super::config_json::{Fields, shortest};
+use super::layout::{Place, in_order};
 use super::safetensors::Shards;
 use super::save::{write_json, write_safetensors};
-use super::{Weights, text_part};
+use super::{Config, Weights, text_part};
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -20,7 +21,7 @@ const PREFIX: &str = "base_model.model.";
 
 /// Options that do not change what the stored tensors mean, or that are read here. Any other option
 /// must be off (null, false, 0, empty): PEFT grows by options that change the forward pass.
-const UNDERSTOOD: [&str; 26] = [
+const UNDERSTOOD: [&str; 28] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -28,6 +29,8 @@ const UNDERSTOOD: [&str; 26] = [
     "r",
     "lora_alpha",
     "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
     "bias",
     "init_lora_weights",
     "target_modules",
@@ -52,14 +55,14 @@ const UNDERSTOOD: [&str; 26] = [
 /// An opened adapter: for each adapted weight, its two factors and their scale.
 pub(super) struct Adapter {
     shards: Shards,
-    /// By the Hugging Face name of the weight that they change.
+    /// By the name of the weight that they change, as a folder has it.
     factors: HashMap<String, Factors>,
 }
 
 /// W + scale · B·A, with A `[rank, in]` and B `[out, rank]`.
 struct Factors {
-    a: String,
-    b: String,
+    a: Place,
+    b: Place,
     rank: usize,
     scale: f32,
 }
@@ -84,7 +87,7 @@ impl Adapter {
     /// beside its text part does not count.
     pub(super) fn open(folder: &Path, config: &Value, base: &Weights) -> Result<Self> {
         let path = folder.join(CONFIG);
-        let (rank, scaling) = read_config(config).with_context(|| path.display().to_string())?;
+        let settings = Settings::read(config).with_context(|| path.display().to_string())?;
         let file = folder.join(WEIGHTS);
         ensure!(
             file.is_file(),
@@ -92,7 +95,7 @@ impl Adapter {
             file.display()
         );
         let shards = Shards::open_file(&file)?;
-        let shapes: HashMap<_, _> = base.config.parameters().into_iter().collect();
+        let shapes: HashMap<_, _> = base.config.stored_parameters().into_iter().collect();
         let mut factors = HashMap::new();
         let of_text = |a: &String| !base.is_text_part() || text_part::is_in(a);
         for a in shards.names().into_iter().filter(of_text) {
@@ -118,29 +121,37 @@ impl Adapter {
                         file.display()
                     )
                 })?;
-            let b = format!("{module}.lora_B.weight");
-            shards.check(&a, &[rank, shape[1]])?;
-            shards.check(&b, &[shape[0], rank])?;
-            factors.insert(
-                weight,
-                Factors {
-                    a,
-                    b,
-                    rank,
-                    scale: scaling,
-                },
-            );
+            let (rank, scale) = settings.of(adapted);
+            let a = Place::whole(&a, &[rank, shape[1]]);
+            let b = Place::whole(&format!("{module}.lora_B.weight"), &[shape[0], rank]);
+            shards.check(&a)?;
+            shards.check(&b)?;
+            factors.insert(weight, Factors { a, b, rank, scale });
         }
         Ok(Self { shards, factors })
     }
 
     /// Adds the adapter's part to a weight of the base, `[out, in]`.
-    pub(super) fn merge(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
-        let (Some(factors), &[out, input]) = (self.factors.get(name), shape) else {
+    pub(super) fn merge(
+        &self,
+        config: &Config,
+        name: &str,
+        shape: &[usize],
+        values: &mut [f32],
+    ) -> Result<()> {
+        let place = config.place(name, shape);
+        let (Some(factors), &[_, input]) = (self.factors.get(&place.name), shape) else {
             return Ok(());
         };
-        let a = self.shards.read(&factors.a, &[factors.rank, input])?;
-        let b = self.shards.read(&factors.b, &[out, factors.rank])?;
+        let a = self.shards.read(&factors.a)?;
+        let mut b = self.shards.read(&Place {
+            name: factors.b.name.clone(),
+            shape: factors.b.shape.clone(),
+            rows: place.rows,
+        })?;
+        if let Some(order) = config.order(name) {
+            b = in_order(&b, &order, factors.rank);
+        }
         values
             .par_chunks_mut(input)
             .zip(b.par_chunks(factors.rank))
@@ -162,51 +173,123 @@ impl Adapter {
     }
 }
 
-/// Rank and scale: α/r, or α/√r with `use_rslora`.
-fn read_config(config: &Value) -> Result<(usize, f32)> {
-    let fields = Fields(config.as_object().context("must be a JSON object")?);
-    for (key, wanted) in [
-        ("peft_type", "LORA"),
-        ("task_type", "CAUSAL_LM"),
-        ("bias", "none"),
-    ] {
-        if let Some(found) = fields.text(key)? {
+/// Rank and α of every module.
+#[derive(Debug, PartialEq)]
+struct Settings {
+    rank: usize,
+    alpha: f64,
+    /// Scales are α/√r instead of α/r.
+    rslora: bool,
+    /// Modules (ends of their names) that have another rank or α.
+    ranks: Vec<(String, usize)>,
+    alphas: Vec<(String, f64)>,
+}
+
+impl Settings {
+    /// Rank and scale of a module, by its name in the base.
+    fn of(&self, module: &str) -> (usize, f32) {
+        let rank = of_pattern(&self.ranks, module).unwrap_or(self.rank);
+        let alpha = of_pattern(&self.alphas, module).unwrap_or(self.alpha);
+        let divisor = match self.rslora {
+            true => (rank as f64).sqrt(),
+            false => rank as f64,
+        };
+        (rank, (alpha / divisor) as f32)
+    }
+
+    fn read(config: &Value) -> Result<Self> {
+        let fields = Fields(config.as_object().context("must be a JSON object")?);
+        for (key, wanted) in [
+            ("peft_type", "LORA"),
+            ("task_type", "CAUSAL_LM"),
+            ("bias", "none"),
+        ] {
+            if let Some(found) = fields.text(key)? {
+                ensure!(
+                    found == wanted,
+                    "{key}: {found:?} is not supported, only {wanted:?}"
+                );
+            }
+        }
+        if let Some(Value::String(init)) = fields.present("init_lora_weights") {
+            // The others (pissa, olora, corda, …) change the base's weights before training.
             ensure!(
-                found == wanted,
-                "{key}: {found:?} is not supported, only {wanted:?}"
+                ["gaussian", "orthogonal", "eva"].contains(&init.as_str()),
+                "init_lora_weights: {init:?} adapts a changed base; convert the adapter to plain LoRA with peft first"
             );
         }
-    }
-    if let Some(Value::String(init)) = fields.present("init_lora_weights") {
-        // The others (pissa, olora, corda, …) change the base's weights before training.
-        ensure!(
-            ["gaussian", "orthogonal", "eva"].contains(&init.as_str()),
-            "init_lora_weights: {init:?} adapts a changed base; convert the adapter to plain LoRA with peft first"
-        );
-    }
-    for (key, value) in fields.0 {
-        let off = match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::Number(number) => number.as_f64() == Some(0.0),
-            Value::String(text) => text.is_empty(),
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            Value::Bool(true) => false,
+        for (key, value) in fields.0 {
+            let off = match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Number(number) => number.as_f64() == Some(0.0),
+                Value::String(text) => text.is_empty(),
+                Value::Array(list) => list.is_empty(),
+                Value::Object(map) => map.is_empty(),
+                Value::Bool(true) => false,
+            };
+            ensure!(
+                off || UNDERSTOOD.contains(&key.as_str()),
+                "{key}: this PEFT option is not supported; merge the adapter with peft's merge_and_unload first"
+            );
+        }
+        let numbers = |key: &str| pattern(&fields, key);
+        let whole = |(module, rank): (String, f64)| {
+            ensure!(
+                rank >= 1.0 && rank.fract() == 0.0 && rank < 1e6,
+                "rank_pattern: {module}: must be a whole number above 0, not {rank}"
+            );
+            Ok((module, rank as usize))
         };
-        ensure!(
-            off || UNDERSTOOD.contains(&key.as_str()),
-            "{key}: this PEFT option is not supported; merge the adapter with peft's merge_and_unload first"
-        );
+        Ok(Self {
+            rank: fields.size("r")?,
+            alpha: fields
+                .number("lora_alpha")?
+                .context("\"lora_alpha\" is missing")?,
+            rslora: fields.flag("use_rslora")?.unwrap_or(false),
+            ranks: numbers("rank_pattern")?
+                .into_iter()
+                .map(whole)
+                .collect::<Result<_>>()?,
+            alphas: numbers("alpha_pattern")?,
+        })
     }
-    let rank = fields.size("r")?;
-    let alpha = fields
-        .number("lora_alpha")?
-        .context("\"lora_alpha\" is missing")?;
-    let divisor = match fields.flag("use_rslora")?.unwrap_or(false) {
-        true => (rank as f64).sqrt(),
-        false => rank as f64,
+}
+
+/// `rank_pattern` or `alpha_pattern`: modules with numbers of their own.
+fn pattern(fields: &Fields, key: &str) -> Result<Vec<(String, f64)>> {
+    let Some(value) = fields.present(key) else {
+        return Ok(vec![]);
     };
-    Ok((rank, (alpha / divisor) as f32))
+    let map = value
+        .as_object()
+        .with_context(|| format!("{key}: must be an object, not {value}"))?;
+    let entry = |(module, value): (&String, &Value)| {
+        // PEFT takes them as regular expressions.
+        ensure!(
+            module
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "_.".contains(c)),
+            "{key}: {module:?} is a pattern, which is not supported, only names are"
+        );
+        let number = value
+            .as_f64()
+            .with_context(|| format!("{key}: {module}: must be a number, not {value}"))?;
+        Ok((module.clone(), number))
+    };
+    map.iter().map(entry).collect()
+}
+
+/// The first whose name is that of the module, or its end.
+fn of_pattern<T: Copy>(pattern: &[(String, T)], module: &str) -> Option<T> {
+    let names = |name: &str| {
+        module
+            .strip_suffix(name)
+            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    pattern
+        .iter()
+        .find(|(name, _)| names(name))
+        .map(|&(_, value)| value)
 }
 
 /// A trained LoRA pair.
@@ -224,35 +307,51 @@ pub struct LoraModule<'a> {
 
 /// Writes an adapter in PEFT's layout into the folder `dir`, which exists: `adapter_config.json` and
 /// `adapter_model.safetensors`, float32. The adapted weight is W + (alpha/rank)·B·A; `base` is
-/// what another program will open to find W (a folder or a hub id).
+/// what another program will open to find W (a folder or a hub id), of this `config`. Modules that are one in the base become
+/// one whose rank is the sum of theirs.
 ///
 /// # Errors
 /// No modules, a pair whose sizes do not fit, the disk's own.
 pub fn save_adapter(
     dir: &Path,
     base: &str,
+    config: &Config,
     rank: usize,
     alpha: f32,
-    modules: &[LoraModule],
+    modules: Vec<LoraModule>,
 ) -> Result<()> {
     if modules.is_empty() {
         bail!("an adapter without modules cannot be saved")
     }
-    // PEFT matches these against the ends of the modules' names.
-    let targets: BTreeSet<_> = modules
-        .iter()
-        .map(|m| m.name.rsplit('.').next().unwrap_or(&m.name))
-        .collect();
-    let alpha = match alpha.fract() == 0.0 {
-        true => json!(alpha as i64),
-        false => shortest(alpha),
-    };
+    let mut stored: Vec<LoraModule> = vec![];
+    for module in modules {
+        let (name, b) = as_stored(config, rank, &module);
+        match stored.last_mut().filter(|last| last.name == name) {
+            Some(last) => last.append(b, &module),
+            None => stored.push(LoraModule { name, b, ..module }),
+        }
+    }
+    let mut patterns = [Map::new(), Map::new()];
+    let mut targets = BTreeSet::new();
+    for module in &stored {
+        // PEFT matches these against the ends of the modules' names.
+        let target = module.name.rsplit('.').next().unwrap_or(&module.name);
+        targets.insert(target);
+        let times = module.a.len() / (rank * module.input);
+        if times > 1 {
+            patterns[0].insert(target.to_owned(), json!(times * rank));
+            patterns[1].insert(target.to_owned(), whole_or_real(times as f32 * alpha));
+        }
+    }
+    let [rank_pattern, alpha_pattern] = patterns;
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": whole_or_real(alpha),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "lora_dropout": 0.0,
         "target_modules": targets,
         "bias": "none",
@@ -262,8 +361,9 @@ pub fn save_adapter(
         "inference_mode": true,
     });
     write_json(&dir.join(CONFIG), &config)?;
-    let tensors = modules.iter().flat_map(|module| {
+    let tensors = stored.iter().flat_map(|module| {
         let name = |which: &str| format!("{PREFIX}{}.lora_{which}.weight", module.name);
+        let rank = module.a.len() / module.input;
         [
             (
                 name("A"),
@@ -284,10 +384,48 @@ pub fn save_adapter(
     write_safetensors(&dir.join(WEIGHTS), &layout, &mut tensors.map(Ok))
 }
 
+fn whole_or_real(alpha: f32) -> Value {
+    match alpha.fract() == 0.0 {
+        true => json!(alpha as i64),
+        false => shortest(alpha),
+    }
+}
+
+/// The name of a module in a folder, and its B with rows as they are there.
+fn as_stored<'a>(
+    config: &Config,
+    rank: usize,
+    module: &LoraModule<'a>,
+) -> (String, Cow<'a, [f32]>) {
+    let weight = format!("{}.weight", module.name);
+    let place = config.place(&weight, &[module.output, module.input]);
+    let b = config.stored_rows(&weight, &[module.output, rank], module.b.clone());
+    (place.name.trim_end_matches(".weight").to_owned(), b)
+}
+
+impl LoraModule<'_> {
+    /// Becomes the adapter of its rows and another's below them: A has all of both, B a block for each.
+    fn append(&mut self, below: Cow<[f32]>, other: &LoraModule) {
+        let (above, added) = (self.a.len() / self.input, other.a.len() / other.input);
+        let mut b = Vec::with_capacity((self.output + other.output) * (above + added));
+        for row in self.b.chunks(above) {
+            b.extend_from_slice(row);
+            b.resize(b.len() + added, 0.0);
+        }
+        for row in below.chunks(added) {
+            b.resize(b.len() + above, 0.0);
+            b.extend_from_slice(row);
+        }
+        self.a.to_mut().extend_from_slice(&other.a);
+        self.b = b.into();
+        self.output += other.output;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::fixtures::*;
-    use super::super::read_json;
+    use super::super::{read_json, save};
     use super::*;
     use std::fs;
 
@@ -311,8 +449,94 @@ mod tests {
         let (base, _, tensors) = checkpoint("llama");
         let adapter = tempfile::tempdir().unwrap();
         let path = base.path().to_str().unwrap();
-        save_adapter(adapter.path(), path, 2, 3.0, &[module(NAME)]).unwrap();
+        save_adapter(
+            adapter.path(),
+            path,
+            &config("llama"),
+            2,
+            3.0,
+            vec![module(NAME)],
+        )
+        .unwrap();
         (base, tensors, adapter)
+    }
+
+    /// As PEFT adapts a matrix that is three projections to us: one A, and B's rows in the order of the file.
+    #[test]
+    fn adapters_of_fused_projections_open_and_are_written_as_such() {
+        let mut json = config_json("phi3");
+        json["partial_rotary_factor"] = json!(0.5);
+        let config = Config::from_json(&json, Path::new("config.json")).unwrap();
+        let tensors = random_tensors(&config, 7);
+        let (base, adapter) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        save(base.path(), &config, None, borrowed(&tensors)).unwrap();
+        let of = |name: &str, output: usize, seed: usize| {
+            let value = |i: usize| ((i * 7 + seed) % 11) as f32 / 4.0 - 1.0;
+            LoraModule {
+                name: format!("model.layers.0.{name}"),
+                input: 32,
+                output,
+                a: (0..64).map(value).collect(),
+                b: (0..2 * output).map(|i| value(i + 3)).collect(),
+            }
+        };
+        let modules = || {
+            vec![
+                of("self_attn.q_proj", 32, 1),
+                of("self_attn.k_proj", 16, 2),
+                of("self_attn.v_proj", 16, 5),
+                of("mlp.gate_proj", 64, 4),
+                of("mlp.up_proj", 64, 8),
+            ]
+        };
+        let path = base.path().to_str().unwrap();
+        save_adapter(adapter.path(), path, &config, 2, 3.0, modules()).unwrap();
+        let written = read_json(&adapter.path().join(CONFIG)).unwrap();
+        assert_eq!(
+            written["target_modules"],
+            json!(["gate_up_proj", "qkv_proj"])
+        );
+        assert_eq!(
+            written["rank_pattern"],
+            json!({"qkv_proj": 6, "gate_up_proj": 4})
+        );
+        assert_eq!(
+            written["alpha_pattern"],
+            json!({"qkv_proj": 9, "gate_up_proj": 6})
+        );
+        let shards = Shards::open_file(&adapter.path().join(WEIGHTS)).unwrap();
+        let qkv = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight";
+        assert_eq!(shards.shape(qkv).unwrap(), [64, 6]);
+        let merged = open(adapter.path()).unwrap();
+        for (name, shape, base) in &tensors {
+            let found = merged.tensor(name, shape).unwrap();
+            let module = modules()
+                .into_iter()
+                .find(|m| format!("{}.weight", m.name) == *name);
+            for (at, (found, base)) in found.iter().zip(base).enumerate() {
+                let delta = module.as_ref().map_or(0.0, |m| {
+                    let (row, column) = (at / m.input, at % m.input);
+                    (0..2)
+                        .map(|k| m.b[2 * row + k] * m.a[32 * k + column])
+                        .sum()
+                });
+                assert!((found - (base + 1.5 * delta)).abs() < 1e-4, "{name}[{at}]");
+            }
+        }
+    }
+
+    #[test]
+    fn modules_may_have_ranks_and_alphas_of_their_own() {
+        let (_base, tensors, adapter) = adapted();
+        edit(adapter.path(), "r", json!(8));
+        edit(adapter.path(), "lora_alpha", json!(1));
+        edit(
+            adapter.path(),
+            "rank_pattern",
+            json!({"k_proj": 5, "self_attn.q_proj": 2}),
+        );
+        edit(adapter.path(), "alpha_pattern", json!({"q_proj": 3}));
+        assert_merged(adapter.path(), &tensors, 1.5);
     }
 
     fn edit(adapter: &Path, key: &str, value: Value) {
@@ -349,7 +573,15 @@ mod tests {
         let text = NAME.replacen("model.", "model.language_model.", 1);
         let modules = [module(&text), module("model.vision_tower.q_proj")];
         let base = whole.path().to_str().unwrap();
-        save_adapter(adapter.path(), base, 2, 3.0, &modules).unwrap();
+        save_adapter(
+            adapter.path(),
+            base,
+            &config("llama"),
+            2,
+            3.0,
+            modules.into(),
+        )
+        .unwrap();
         assert_merged(adapter.path(), &tensors, 1.5);
     }
 
@@ -380,7 +612,12 @@ mod tests {
             "task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
             "use_qalora": false, "use_rslora": false, "velora_config": null,
         });
-        assert_eq!(read_config(&config).unwrap(), (2, 1.5));
+        assert_eq!(
+            Settings::read(&config)
+                .unwrap()
+                .of("model.layers.0.mlp.up_proj"),
+            (2, 1.5)
+        );
         assert_eq!(base_of(&config, Path::new("c")).unwrap(), "x");
         let pinned = json!({"base_model_name_or_path": "org/name", "revision": "v1"});
         assert_eq!(base_of(&pinned, Path::new("c")).unwrap(), "org/name@v1");
@@ -408,7 +645,7 @@ mod tests {
             shards.shape(&a.replace("lora_A", "lora_B")).unwrap(),
             [32, 2]
         );
-        assert!(save_adapter(adapter.path(), "x", 2, 3.0, &[]).is_err());
+        assert!(save_adapter(adapter.path(), "x", &config("llama"), 2, 3.0, vec![]).is_err());
     }
 
     #[test]
@@ -420,8 +657,9 @@ mod tests {
             ("use_dora", json!(true)),
             ("fan_in_fan_out", json!(true)),
             ("modules_to_save", json!(["lm_head"])),
-            ("rank_pattern", json!({"q_proj": 4})),
-            ("alpha_pattern", json!({"q_proj": 4})),
+            ("rank_pattern", json!({"q_proj": 0})),
+            ("rank_pattern", json!({"layers\\.[0-3]\\..*": 4})),
+            ("alpha_pattern", json!({"q_proj": "4"})),
             ("init_lora_weights", json!("pissa")),
             ("some_option_of_tomorrow", json!(true)),
             ("lora_alpha", json!(null)),

@@ -41,11 +41,13 @@ pub struct Config {
     pub kv_heads: usize,
     /// Width of a head, even; `heads * head_dim` need not be `hidden`.
     pub head_dim: usize,
+    /// How much of a head is rotated: mostly all (Phi-4-mini: three quarters).
+    pub rotary_dim: usize,
     /// Inner width of the MLP.
     pub ffn: usize,
     /// Epsilon of every RMS norm.
     pub norm_eps: f32,
-    /// Longest sequence, tokens (`max_position_embeddings`).
+    /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
     pub context: usize,
     /// The LM head is the embedding.
     pub tied: bool,
@@ -92,10 +94,11 @@ impl Config {
         all
     }
 
-    fn layer_parameters(&self, layer: usize, all: &mut Vec<(String, Vec<usize>)>) {
+    /// The projections of a layer: names, rows, columns, and whether they have a bias.
+    pub(super) fn projections(&self) -> [(&'static str, usize, usize, bool); 7] {
         let (hidden, ffn) = (self.hidden, self.ffn);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let projections = [
+        [
             ("self_attn.q_proj", q, hidden, self.qkv_bias),
             ("self_attn.k_proj", kv, hidden, self.qkv_bias),
             ("self_attn.v_proj", kv, hidden, self.qkv_bias),
@@ -103,11 +106,15 @@ impl Config {
             ("mlp.gate_proj", ffn, hidden, self.mlp_bias),
             ("mlp.up_proj", ffn, hidden, self.mlp_bias),
             ("mlp.down_proj", hidden, ffn, self.mlp_bias),
-        ];
+        ]
+    }
+
+    fn layer_parameters(&self, layer: usize, all: &mut Vec<(String, Vec<usize>)>) {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut push = |name: &str, shape: Vec<usize>| {
             all.push((format!("model.layers.{layer}.{name}"), shape));
         };
-        for (module, out, input, bias) in projections {
+        for (module, out, input, bias) in self.projections() {
             if let ("mlp.gate_proj", Some(norm)) = (module, self.qk_norm) {
                 let (q, kv) = match norm {
                     QkNorm::Heads => (self.head_dim, self.head_dim),
@@ -122,7 +129,7 @@ impl Config {
             }
         }
         for norm in self.layer_norms().into_iter().flatten() {
-            push(&format!("{norm}.weight"), vec![hidden]);
+            push(&format!("{norm}.weight"), vec![self.hidden]);
         }
     }
 
@@ -185,6 +192,9 @@ impl Config {
             let rotates: Vec<_> = self.ropes.iter().map(Option::is_some).collect();
             text += &format!(" rotates {rotates:?}");
         }
+        if self.rotary_dim != self.head_dim {
+            text += &format!(" rotary_dim {}", self.rotary_dim);
+        }
         if self.norms != Norms::Before {
             text += &format!(" norms {:?}", self.norms);
         }
@@ -233,6 +243,15 @@ impl Config {
             "the head dimension {} is odd: rotary positions need pairs",
             self.head_dim
         );
+        ensure!(
+            self.rotary_dim.is_multiple_of(2) && (2..=self.head_dim).contains(&self.rotary_dim),
+            "{} of {} dimensions of a head are to be rotated: that is not an even part of it",
+            self.rotary_dim,
+            self.head_dim
+        );
+        for rope in self.ropes.iter().flatten() {
+            rope.check(self.rotary_dim / 2)?;
+        }
         ensure!(
             self.norm_eps.is_finite() && self.norm_eps > 0.0,
             "the norm's epsilon {} is not a positive number",

@@ -2,7 +2,7 @@
 
 use super::config::{Config, bounded_layers, plain_scale};
 use super::family::{self, Family, Rotated, Windows, families};
-use super::rope::{Rope, positive};
+use super::rope::{Rope, RopeScaling, positive, rotated_part};
 use crate::kernels::activation::Activation;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -56,6 +56,10 @@ impl Config {
         set("num_attention_heads", json!(self.heads));
         set("num_key_value_heads", json!(self.kv_heads));
         set("head_dim", json!(self.head_dim));
+        if family.partial {
+            let part = self.rotary_dim as f64 / self.head_dim as f64;
+            set("partial_rotary_factor", json!(part));
+        }
         let (key, activation) = spelling(family.activation);
         set(key, json!(activation));
         set("max_position_embeddings", json!(self.context));
@@ -70,6 +74,15 @@ impl Config {
         if let Some(rope) = rope_of(false).or(rope_of(true)) {
             set("rope_theta", shortest(rope.theta));
             set("rope_scaling", rope.scaling_json());
+            if let RopeScaling::LongRope {
+                original_context,
+                context,
+                ..
+            } = rope.scaling
+            {
+                set("original_max_position_embeddings", json!(original_context));
+                set("max_position_embeddings", json!(context));
+            }
         }
         if family.attention_bias {
             set("attention_bias", json!(self.qkv_bias));
@@ -88,7 +101,7 @@ impl Config {
         }
         match family.windows {
             Windows::None => return,
-            Windows::All => {}
+            Windows::All(_) => {}
             Windows::Last => {
                 set("use_sliding_window", json!(window.is_some()));
             }
@@ -104,7 +117,7 @@ impl Config {
             }
         }
         set("sliding_window", json!(window));
-        if family.windows != Windows::All {
+        if !matches!(family.windows, Windows::All(_)) {
             let kind = |window: &Option<usize>| match window {
                 Some(_) => "sliding_attention",
                 None => "full_attention",
@@ -168,6 +181,7 @@ fn read(fields: &Fields) -> Result<Config> {
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
+    let ends = ropes.iter().flatten().filter_map(Rope::end);
     Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,
@@ -176,9 +190,10 @@ fn read(fields: &Fields) -> Result<Config> {
         heads,
         kv_heads,
         head_dim,
+        rotary_dim: rotary_dim(fields, family, head_dim)?,
         ffn: fields.size("intermediate_size")?,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
-        context,
+        context: ends.fold(context, usize::min),
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
         qkv_bias: attention_bias || family.qkv_bias,
@@ -197,6 +212,17 @@ fn read(fields: &Fields) -> Result<Config> {
         ropes,
     }
     .checked()
+}
+
+/// How much of a head is rotated.
+fn rotary_dim(fields: &Fields, family: &Family, head_dim: usize) -> Result<usize> {
+    let part = rotated_part(fields)?;
+    ensure!(
+        part == 1.0 || family.partial,
+        "partial_rotary_factor: {part} is not supported for {}, only 1 (the whole head is rotated)",
+        family.model_type
+    );
+    Ok((head_dim as f64 * part) as usize)
 }
 
 /// Gemma's scores are divided by the root of `query_pre_attn_scalar`, 256 where it says nothing.
@@ -281,7 +307,13 @@ fn positions(
     let asked = || fields.flag("use_sliding_window");
     match family.windows {
         Windows::None => Ok((vec![None; layers], everywhere()?)),
-        Windows::All => Ok((vec![sliding_window(fields)?; layers], everywhere()?)),
+        Windows::All(unsaid) => {
+            let window = match fields.0.contains_key("sliding_window") {
+                true => sliding_window(fields)?,
+                false => unsaid,
+            };
+            Ok((vec![window; layers], everywhere()?))
+        }
         Windows::Last => {
             let window = match asked()?.unwrap_or(false) {
                 true => sliding_window(fields)?,
@@ -322,8 +354,8 @@ fn positions(
             };
             let (full, local) = Rope::by_layer_type(fields, family.theta, local, context)?;
             let rope = |window: &Option<usize>| match window {
-                Some(_) => Some(local),
-                None => Some(full),
+                Some(_) => Some(local.clone()),
+                None => Some(full.clone()),
             };
             let ropes = windows.iter().map(rope).collect();
             Ok((windows, ropes))
@@ -660,17 +692,21 @@ mod tests {
 
     #[test]
     fn layers_with_a_window_may_rotate_otherwise() {
+        let plain = |theta| Rope {
+            theta,
+            scaling: RopeScaling::Default,
+        };
         // Of two layers the second sees everything.
         let of = |family: &str, mut changes: Value| {
             changes["layer_types"] = json!(["sliding_attention", "full_attention"]);
             let ropes = read(&with(family, changes)).unwrap().ropes;
-            (ropes[0].unwrap(), ropes[1].unwrap())
+            (ropes[0].clone().unwrap(), ropes[1].clone().unwrap())
         };
         let yarn =
             json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16});
         let scaling = json!({"rope_theta": 5e5, "rope_scaling": yarn.clone()});
         let (local, full) = of("olmo3", scaling);
-        assert_eq!((local.theta, local.scaling), (5e5, RopeScaling::Default));
+        assert_eq!(local, plain(5e5));
         assert_eq!(full.theta, 5e5);
         assert!(matches!(
             full.scaling,
@@ -683,20 +719,22 @@ mod tests {
 
         let linear = json!({"rope_type": "linear", "factor": 8.0});
         let old = json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": linear});
-        let (local, full) = of("gemma3_text", old.clone());
-        assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::Default));
-        assert_eq!(
-            (full.theta, full.scaling),
-            (1e6, RopeScaling::Linear { factor: 8.0 })
+        let both = (
+            plain(1e4),
+            Rope {
+                theta: 1e6,
+                scaling: RopeScaling::Linear { factor: 8.0 },
+            },
         );
+        assert_eq!(of("gemma3_text", old.clone()), both);
         let new = json!({"rope_theta": null, "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}});
-        assert_eq!(of("gemma3_text", new), (local, full));
+        assert_eq!(of("gemma3_text", new), both);
         let bare = json!({"rope_theta": 1e6, "rope_parameters": {
             "sliding_attention": {"rope_type": "default"},
             "full_attention": {"rope_type": "linear", "factor": 8.0}}});
-        assert_eq!(of("gemma3_text", bare), (local, full));
+        assert_eq!(of("gemma3_text", bare), both);
         let silent = of("gemma3_text", json!({"rope_theta": null}));
         assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
     }
@@ -706,9 +744,26 @@ mod tests {
         for (changes, wanted) in [
             (
                 json!({"model_type": "gemma"}),
-                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text",
+                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text, phi3",
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
+            (
+                json!({"partial_rotary_factor": 0.5}),
+                "partial_rotary_factor: 0.5 is not supported for llama",
+            ),
+            (
+                json!({"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.25}}}),
+                "partial_rotary_factor: 0.25",
+            ),
+            (
+                json!({"model_type": "phi3", "partial_rotary_factor": 0.4}),
+                "3 of 8 dimensions of a head",
+            ),
+            (
+                json!({"model_type": "phi3", "rope_scaling": long_rope(3),
+                    "original_max_position_embeddings": 16}),
+                "short_factor: has 3 entries for 4 pairs",
+            ),
             (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
             (
                 json!({"attn_logit_softcapping": 50.0}),
@@ -829,6 +884,41 @@ mod tests {
         assert_eq!(shape("o_proj.weight"), [32, 64]);
     }
 
+    fn long_rope(pairs: usize) -> Value {
+        let factors = |step: f64| {
+            (0..pairs)
+                .map(|pair| 1.0 + step * pair as f64)
+                .collect::<Value>()
+        };
+        json!({"type": "longrope", "short_factor": factors(0.25), "long_factor": factors(2.0)})
+    }
+
+    /// As Phi-4-mini's file has them.
+    #[test]
+    fn a_context_ends_where_the_short_divisors_do() {
+        let changes = json!({"partial_rotary_factor": 0.75, "rope_scaling": long_rope(3),
+            "original_max_position_embeddings": 16});
+        let config = read(&with("phi3", changes.clone())).unwrap();
+        assert_eq!((config.context, config.rotary_dim), (16, 6));
+        let rope = config.ropes[0].as_ref().unwrap();
+        let plain = Rope {
+            scaling: RopeScaling::Default,
+            ..rope.clone()
+        };
+        let frequencies = rope.inv_freq(6).into_iter().zip(plain.inv_freq(6));
+        for ((found, plain), divisor) in frequencies.zip([1.0, 1.25, 1.5]) {
+            assert!((found * divisor / plain - 1.0).abs() < 1e-6);
+        }
+        let grown = (1.0 + 4f64.ln() / 16f64.ln()).sqrt() as f32;
+        assert_eq!(rope.growth(), grown);
+        let mut older = changes;
+        older["rope_scaling"]["type"] = json!("su");
+        assert_eq!(read(&with("phi3", older)).unwrap(), config);
+        let written = config.to_json(None);
+        assert_eq!(written["max_position_embeddings"], 64);
+        assert_eq!(written["rope_scaling"].as_object().unwrap().len(), 3);
+    }
+
     #[test]
     fn a_written_config_reads_back_the_same() {
         let windows =
@@ -847,6 +937,12 @@ mod tests {
                 "olmo3",
                 json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
                 "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}),
+            ),
+            ("phi3", json!({"sliding_window": null})),
+            (
+                "phi3",
+                json!({"sliding_window": 16, "rope_scaling": long_rope(2), "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32}),
             ),
             (
                 "gemma2",

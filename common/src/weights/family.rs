@@ -42,6 +42,10 @@ pub(super) struct Family {
     pub windows: Windows,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
+    /// `partial_rotary_factor` is heard.
+    pub partial: bool,
+    /// Projections that are one matrix in files: its name, and what its rows are in turn.
+    pub fused: &'static [(&'static str, &'static [&'static str])],
 }
 
 impl Family {
@@ -64,8 +68,8 @@ impl Family {
 pub(super) enum Windows {
     /// None.
     None,
-    /// All, if there is a `sliding_window`.
-    All,
+    /// All, if there is a `sliding_window`, which is this where the file has none.
+    All(Option<usize>),
     /// With `use_sliding_window`, those from `max_window_layers` on, or those that `layer_types` names.
     Last,
     /// With `use_sliding_window`, those that do not rotate, or those that `layer_types` names; `no_rope_layers` says which
@@ -107,6 +111,8 @@ const LLAMA: Family = Family {
     gguf_apart: None,
     windows: Windows::None,
     permuted: true,
+    partial: false,
+    fused: &[],
 };
 
 const OLMO2: Family = Family {
@@ -140,7 +146,7 @@ const GEMMA2: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 9] = [
+const FAMILIES: [Family; 10] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -148,7 +154,7 @@ const FAMILIES: [Family; 9] = [
         kv_heads: Some(8),
         attention_bias: false,
         mlp_bias: false,
-        windows: Windows::All,
+        windows: Windows::All(Some(4096)),
         ..LLAMA
     },
     Family {
@@ -202,6 +208,25 @@ const FAMILIES: [Family; 9] = [
         gguf_apart: Some(62),
         windows: Windows::AllBut(6, Rotated::By(10_000.0)),
         ..GEMMA2
+    },
+    Family {
+        model_type: "phi3",
+        class: "Phi3",
+        gguf: "phi3",
+        norm_eps: 1e-5,
+        attention_bias: false,
+        mlp_bias: false,
+        windows: Windows::All(None),
+        permuted: false,
+        partial: true,
+        fused: &[
+            (
+                "self_attn.qkv_proj",
+                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ),
+            ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
+        ],
+        ..LLAMA
     },
 ];
 

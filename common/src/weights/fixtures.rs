@@ -106,7 +106,7 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
         ),
         (
             key("rope.freq_base"),
-            F32(config.ropes.last().unwrap().unwrap().theta),
+            F32(config.ropes.last().unwrap().as_ref().unwrap().theta),
         ),
         ("tokenizer.ggml.eos_token_id".into(), U32(2)),
         (
@@ -141,23 +141,22 @@ pub(super) fn write_gguf(
     gguf_file::write(&mut file, &metadata, &tensors).unwrap();
 }
 
-/// Tensors under their GGUF names, query and key rows permuted for the architecture `llama`.
+/// Tensors under their GGUF names, those together that the family's files have as one, query and key rows permuted for the architecture `llama`.
 pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors {
-    tensors
-        .iter()
+    (config.stored(borrowed(tensors)).map(Result::unwrap))
         .map(|(name, shape, values)| {
-            let heads = match name {
+            let heads = match &name {
                 name if name.contains("q_proj") => config.heads,
                 name if name.contains("k_proj") => config.kv_heads,
                 _ => 0,
             };
             let permuted = ["llama", "smollm3"].contains(&arch);
             let values = match permuted && heads > 0 {
-                true => permute(values, heads, shape[1..].iter().product()),
-                false => values.clone(),
+                true => permute(&values, heads, shape[1..].iter().product()),
+                false => values.into_owned(),
             };
-            let name = super::gguf::gguf_name(config, name).unwrap();
-            (name, shape.clone(), values)
+            let name = super::gguf::gguf_name(config, &name).unwrap();
+            (name, shape, values)
         })
         .collect()
 }

@@ -1,6 +1,7 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
 use super::Config;
+use super::layout::Place;
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -45,30 +46,30 @@ impl Gguf {
         self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
-        self.find(name, shape).map(|_| ())
+    pub(super) fn check(&self, place: &Place) -> Result<()> {
+        self.find(place).map(|_| ())
     }
 
-    fn find(&self, name: &str, shape: &[usize]) -> Result<&Entry> {
+    fn find(&self, Place { name, shape, .. }: &Place) -> Result<&Entry> {
         let path = self.mapped.path.display();
         let entry = self
             .tensors
             .get(name)
             .with_context(|| format!("{path}: the tensor {name:?} is missing"))?;
         ensure!(
-            entry.shape == shape,
+            entry.shape == *shape,
             "{path}: the tensor {name:?} has shape {:?}, but the metadata asks for {shape:?}",
             entry.shape
         );
         Ok(entry)
     }
 
-    /// Reads a tensor by its GGUF name, dequantised to float32.
-    pub(super) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let entry = self.find(name, shape)?;
-        let bytes = &self.mapped.bytes[entry.bytes.clone()];
+    /// Reads rows of a tensor by its GGUF name, dequantised to float32. (Blocks lie within rows.)
+    pub(super) fn read(&self, place: &Place) -> Result<Vec<f32>> {
+        let entry = self.find(place)?;
+        let bytes = place.rows_of(&self.mapped.bytes[entry.bytes.clone()]);
         let (block, size) = (entry.dtype.block_size(), entry.dtype.type_size());
-        let mut values = vec![0.0; shape.iter().product()];
+        let mut values = vec![0.0; place.len()];
         values
             .par_chunks_mut(CHUNK)
             .zip(bytes.par_chunks(CHUNK / block * size))
@@ -80,7 +81,13 @@ impl Gguf {
                 }
                 Ok(())
             })
-            .with_context(|| format!("{}: the tensor {name:?}", self.mapped.path.display()))?;
+            .with_context(|| {
+                format!(
+                    "{}: the tensor {:?}",
+                    self.mapped.path.display(),
+                    place.name
+                )
+            })?;
         Ok(values)
     }
 }
@@ -112,29 +119,14 @@ pub(super) fn gguf_name(config: &Config, name: &str) -> Option<String> {
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
         "self_attn.v_proj" => "attn_v",
+        "self_attn.qkv_proj" => "attn_qkv",
         "self_attn.o_proj" => "attn_output",
         "self_attn.q_norm" => "attn_q_norm",
         "self_attn.k_norm" => "attn_k_norm",
         "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
+        "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))
-}
-
-/// Undoes llama.cpp's permutation of query and key rows for its interleaved rotation (arch `llama`):
-/// row `2i + j` of a head becomes row `j·head_dim/2 + i`. `row` is the row's length (1 for a bias).
-pub(super) fn unpermute(values: &[f32], head_dim: usize, row: usize) -> Vec<f32> {
-    let mut restored = vec![0.0; values.len()];
-    restored
-        .par_chunks_mut(head_dim * row)
-        .zip(values.par_chunks(head_dim * row))
-        .for_each(|(to, from)| {
-            for (r, to) in to.chunks_mut(row).enumerate() {
-                let (j, i) = (r / (head_dim / 2), r % (head_dim / 2));
-                to.copy_from_slice(&from[(2 * i + j) * row..][..row]);
-            }
-        });
-    restored
 }

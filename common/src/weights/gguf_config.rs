@@ -4,7 +4,8 @@ use super::config::{Config, bounded_layers, plain_scale};
 use super::config_json::CAPS;
 use super::family::{self, Family, Rotated, Windows};
 use super::gguf::Gguf;
-use super::rope::{Rope, RopeScaling, positive, yarn_growth};
+use super::layout::Place;
+use super::rope::{Rope, RopeScaling, longrope_growth, positive, yarn_growth};
 use crate::gguf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -66,6 +67,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let context = fields.size("context_length")?;
     let has = |name: &str| gguf.shape(name).is_some();
     let windows = windows(&fields, family, window, layers)?;
+    let rotary_dim = rotary_dim(&fields, family, head_dim)?;
+    let ropes = ropes(&fields, family, &windows, rotary_dim, context)?;
+    let ends = ropes.iter().flatten().filter_map(Rope::end);
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     Config {
         model_type: family.model_type.to_owned(),
@@ -75,11 +79,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
         heads,
         kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
+        rotary_dim,
         ffn: fields.size("feed_forward_length")?,
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,
-        context,
+        context: ends.fold(context, usize::min),
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
         qkv_bias: has("blk.0.attn_q.bias"),
@@ -94,7 +99,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         attention_cap,
         logit_cap,
         activation: family.activation,
-        ropes: ropes(&fields, family, &windows, head_dim)?,
+        ropes,
         windows,
     }
     .checked()
@@ -145,13 +150,14 @@ fn ropes(
     fields: &Metadata,
     family: &Family,
     windows: &[Option<usize>],
-    head_dim: usize,
+    rotary_dim: usize,
+    context: usize,
 ) -> Result<Vec<Option<Rope>>> {
     let base = |key: &str| Ok::<_, anyhow::Error>(fields.real(key)?.map(|base| base as f32));
     let theta = base("rope.freq_base")?.unwrap_or(10_000.0);
     let full = Rope {
         theta,
-        scaling: scaling(fields, head_dim)?,
+        scaling: scaling(fields, rotary_dim, context)?,
     };
     let unscaled = |theta| {
         anyhow::Ok(Rope {
@@ -162,12 +168,12 @@ fn ropes(
     let local = match family.windows {
         Windows::AllBut(_, Rotated::Unscaled) => unscaled(theta)?,
         Windows::AllBut(_, Rotated::By(base)) => unscaled(base as f32)?,
-        _ => full,
+        _ => full.clone(),
     };
     let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {
         (Windows::Unrotated, _) if (layer + 1).is_multiple_of(4) => None,
-        (_, Some(_)) => Some(local),
-        (_, None) => Some(full),
+        (_, Some(_)) => Some(local.clone()),
+        (_, None) => Some(full.clone()),
     };
     Ok(windows.iter().enumerate().map(rope).collect())
 }
@@ -183,25 +189,55 @@ fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
             hidden / heads
         }
     };
-    for (key, what) in [
-        ("attention.value_length", "values"),
-        ("rope.dimension_count", "rotation"),
-    ] {
-        let other = fields.whole(key)?.unwrap_or(head_dim);
-        ensure!(
-            other == head_dim,
-            "{key}: {what} over {other} of {head_dim} dimensions of a head are not supported"
-        );
-    }
+    let key = "attention.value_length";
+    let values = fields.whole(key)?.unwrap_or(head_dim);
+    ensure!(
+        values == head_dim,
+        "{key}: values over {values} of {head_dim} dimensions of a head are not supported"
+    );
     Ok(head_dim)
 }
 
-/// Linear scaling is in the metadata; Llama 3's comes as a tensor of divisors, `rope_freqs.weight`.
-fn scaling(fields: &Metadata, head_dim: usize) -> Result<RopeScaling> {
-    if fields.gguf.shape("rope_freqs.weight").is_some() {
-        let divisors = fields.gguf.read("rope_freqs.weight", &[head_dim / 2])?;
+/// How much of a head is rotated.
+fn rotary_dim(fields: &Metadata, family: &Family, head_dim: usize) -> Result<usize> {
+    let key = "rope.dimension_count";
+    let rotated = fields.whole(key)?.unwrap_or(head_dim);
+    ensure!(
+        rotated == head_dim || family.partial,
+        "{key}: rotation over {rotated} of {head_dim} dimensions of a head are not supported"
+    );
+    Ok(rotated)
+}
+
+/// Tensors that a scaling comes as.
+pub(super) const SCALINGS: [&str; 3] = [
+    "rope_freqs.weight",
+    "rope_factors_short.weight",
+    "rope_factors_long.weight",
+];
+
+/// Linear scaling is in the metadata; Llama 3's comes as a tensor of divisors, LongRoPE's as two.
+fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling> {
+    let [divisors, short, long] = SCALINGS;
+    let pairs = |name: &str| fields.gguf.read(&Place::whole(name, &[dims / 2]));
+    if fields.gguf.shape(divisors).is_some() {
         let theta = fields.real("rope.freq_base")?.unwrap_or(10_000.0) as f32;
-        return llama3_from_divisors(&divisors, theta, head_dim);
+        return llama3_from_divisors(&pairs(divisors)?, theta, dims);
+    }
+    if fields.gguf.shape(short).is_some() {
+        let original_context = fields.size("rope.scaling.original_context_length")?;
+        let factor = context as f64 / original_context as f64;
+        let key = "rope.scaling.attn_factor";
+        return Ok(RopeScaling::LongRope {
+            short: pairs(short)?,
+            long: pairs(long)?,
+            original_context,
+            context,
+            attention_factor: match fields.real(key)? {
+                Some(factor) => positive(key, factor)?,
+                None => longrope_growth(factor, original_context),
+            },
+        });
     }
     let kind = match fields.text("rope.scaling.type")? {
         Some(kind) => kind,
@@ -244,14 +280,14 @@ fn scaling(fields: &Metadata, head_dim: usize) -> Result<RopeScaling> {
             })
         }
         _ => bail!(
-            "rope.scaling.type: {kind:?} is not supported; known: none, linear, yarn, and Llama 3's rope_freqs.weight"
+            "rope.scaling.type: {kind:?} is not supported; known: none, linear, yarn, and Llama 3's rope_freqs.weight, LongRoPE's rope_factors_short.weight"
         ),
     }
 }
 
 /// Recognises Llama 3.1's scaling in its divisors: the converter drops the parameters, of which all
 /// published models share low_freq_factor 1, high_freq_factor 4 and an original context of 8192.
-fn llama3_from_divisors(divisors: &[f32], theta: f32, head_dim: usize) -> Result<RopeScaling> {
+fn llama3_from_divisors(divisors: &[f32], theta: f32, dims: usize) -> Result<RopeScaling> {
     let scaling = RopeScaling::Llama3 {
         factor: divisors.iter().copied().fold(1.0, f32::max),
         low_freq_factor: 1.0,
@@ -262,11 +298,14 @@ fn llama3_from_divisors(divisors: &[f32], theta: f32, head_dim: usize) -> Result
         theta,
         scaling: RopeScaling::Default,
     };
-    let scaled = Rope { theta, scaling };
+    let scaled = Rope {
+        theta,
+        scaling: scaling.clone(),
+    };
     let recognised = plain
-        .inv_freq(head_dim)
+        .inv_freq(dims)
         .iter()
-        .zip(scaled.inv_freq(head_dim))
+        .zip(scaled.inv_freq(dims))
         .zip(divisors)
         .all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-4);
     ensure!(

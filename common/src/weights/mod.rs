@@ -7,6 +7,7 @@ mod family;
 mod gguf;
 mod gguf_config;
 mod hub;
+mod layout;
 mod rope;
 mod safetensors;
 mod save;
@@ -24,6 +25,7 @@ use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
 use hub::{Hub, HubId};
+use layout::Place;
 use rayon::prelude::*;
 use safetensors::Shards;
 use serde_json::Value;
@@ -125,13 +127,13 @@ impl Weights {
     /// A GGUF's config is partly read off its tensors, so one that has no place would be computed wrongly.
     fn refuse_unknown_tensors(config: &Config, gguf: &Gguf) -> Result<()> {
         let known: std::collections::HashSet<_> = config
-            .parameters()
+            .stored_parameters()
             .iter()
             .filter_map(|(name, _)| gguf::gguf_name(config, name))
             .collect();
         let unknown = gguf
             .names()
-            .filter(|name| *name != "rope_freqs.weight" && !known.contains(*name))
+            .filter(|name| !gguf_config::SCALINGS.contains(name) && !known.contains(*name))
             .min();
         if let Some(name) = unknown {
             bail!(
@@ -144,10 +146,12 @@ impl Weights {
     }
 
     fn checked(config: Config, path: &Path, original: Value, source: Source) -> Result<Self> {
-        for (name, shape) in config.parameters() {
+        for (name, shape) in config.stored_parameters() {
             match &source {
-                Source::Safetensors(shards) => shards.check(&name, &shape)?,
-                Source::Gguf(gguf) => gguf.check(&stored_name(&config, &name)?, &shape)?,
+                Source::Safetensors(shards) => shards.check(&Place::whole(&name, &shape))?,
+                Source::Gguf(gguf) => {
+                    gguf.check(&Place::whole(&stored_name(&config, &name)?, &shape))?
+                }
                 Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
             }
         }
@@ -165,30 +169,30 @@ impl Weights {
     /// # Errors
     /// No such tensor, or another shape than `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        match &self.source {
+        let place = self.config.place(name, shape);
+        let values = match &self.source {
             Source::Safetensors(shards) => {
-                let mut values = shards.read(name, shape)?;
+                let mut values = shards.read(&place)?;
                 let short = self.config.stored_short_of(name);
                 if short != 0.0 {
                     values.iter_mut().for_each(|v| *v += short);
                 }
-                Ok(values)
+                values
             }
             Source::Adapted { base, adapter } => {
                 let mut values = base.tensor(name, shape)?;
-                adapter.merge(name, shape, &mut values)?;
-                Ok(values)
+                adapter.merge(&self.config, name, shape, &mut values)?;
+                return Ok(values);
             }
-            Source::Gguf(gguf) => {
-                let values = gguf.read(&stored_name(&self.config, name)?, shape)?;
-                Ok(match self.is_permuted(name) {
-                    true => {
-                        gguf::unpermute(&values, self.config.head_dim, shape[1..].iter().product())
-                    }
-                    false => values,
-                })
-            }
-        }
+            Source::Gguf(gguf) => gguf.read(&Place {
+                name: stored_name(&self.config, &place.name)?,
+                ..place
+            })?,
+        };
+        Ok(match self.order(name) {
+            Some(order) => layout::in_order(&values, &order, shape[1..].iter().product()),
+            None => values,
+        })
     }
 
     /// Hands over a tensor as [`Self::tensor`] reads it, part after part where that saves memory.
@@ -202,7 +206,7 @@ impl Weights {
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         match self.as_stored(name) {
-            Some(shards) => shards.read_parts(name, shape, take),
+            Some(shards) => shards.read_parts(&self.config.place(name, shape), take),
             None => take(&self.tensor(name, shape)?),
         }
     }
@@ -213,23 +217,30 @@ impl Weights {
     /// As [`Self::tensor`].
     pub fn bfloat16_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
         match self.as_stored(name) {
-            Some(shards) => shards.bytes_in(Dtype::BF16, name, shape),
+            Some(shards) => shards.bytes_in(Dtype::BF16, &self.config.place(name, shape)),
             None => Ok(None),
         }
     }
 
     /// The shards, if a tensor is in them as it is.
     fn as_stored(&self, name: &str) -> Option<&Shards> {
+        let same = self.config.stored_short_of(name) == 0.0 && self.order(name).is_none();
         match &self.source {
-            Source::Safetensors(shards) if self.config.stored_short_of(name) == 0.0 => Some(shards),
+            Source::Safetensors(shards) if same => Some(shards),
             _ => None,
         }
     }
 
-    /// Some architectures of llama.cpp rotate neighbouring rows.
-    fn is_permuted(&self, name: &str) -> bool {
-        family::of(&self.config.model_type).is_some_and(|f| f.permuted)
-            && (name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj."))
+    /// For each row of a tensor's heads, where the file has it in the head; None where it is in its place. Some architectures
+    /// of llama.cpp turn neighbouring rows.
+    fn order(&self, name: &str) -> Option<Vec<usize>> {
+        let permuted = || family::of(&self.config.model_type).is_some_and(|f| f.permuted);
+        match &self.source {
+            Source::Gguf(_) if layout::is_turned(name) && permuted() => {
+                Some(layout::of_neighbours(self.config.head_dim))
+            }
+            _ => self.config.order(name),
+        }
     }
 
     /// Whether it is the text part of a model that reads images, too.
@@ -260,7 +271,8 @@ impl Weights {
         for (name, shape) in self.config.parameters() {
             hash.update(format!("{name} {shape:?}\n").as_bytes());
             if let Some(shards) = self.as_stored(&name)
-                && let Some(bytes) = shards.bytes_in(Dtype::F32, &name, &shape)?
+                && let Some(bytes) =
+                    shards.bytes_in(Dtype::F32, &self.config.place(&name, &shape))?
             {
                 hash.update_rayon(bytes);
                 continue;

@@ -5,8 +5,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::f32::consts::PI;
 
-/// Rotary position embedding over the whole head, halves rotated against each other (transformers' `rotate_half`).
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Rotary position embedding, halves rotated against each other (transformers' `rotate_half`).
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the wavelengths.
     pub theta: f32,
@@ -14,7 +14,7 @@ pub struct Rope {
 }
 
 /// How the frequencies are stretched to a longer context.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     Default,
     /// Every frequency divided by `factor`.
@@ -38,26 +38,64 @@ pub enum RopeScaling {
         beta_slow: f32,
         attention_factor: f32,
     },
+    /// LongRoPE (arXiv 2402.13753): a divisor for each pair. There are others for sequences beyond the original context, which
+    /// transformers turns to for a whole batch; here sequences end where these do.
+    LongRope {
+        short: Vec<f32>,
+        /// The divisors beyond; kept for the file that a checkpoint gets.
+        long: Vec<f32>,
+        /// Context of the pretraining, and what `long` stretches it to, tokens.
+        original_context: usize,
+        context: usize,
+        attention_factor: f32,
+    },
 }
 
 impl Rope {
-    /// Radians per position of each pair of a head: `head_dim / 2` values, computed in float32 with the
+    /// Radians per position of each pair among the `dims` of a head that are rotated: `dims / 2` values, computed in float32 with the
     /// operations of transformers' `modeling_rope_utils.py` (torch evaluates scalar/tensor as a
     /// reciprocal and a product), so that angles agree to the last bits even far into the context.
-    pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
-        let ramp = self.scaling.ramp(self.theta, head_dim);
-        (0..head_dim / 2)
+    pub fn inv_freq(&self, dims: usize) -> Vec<f32> {
+        let ramp = self.scaling.ramp(self.theta, dims);
+        (0..dims / 2)
             .map(|pair| {
-                let frequency = 1.0 / self.theta.powf((2 * pair) as f32 / head_dim as f32);
-                self.scaling.apply(frequency, ramp(pair))
+                let wavelength = self.theta.powf((2 * pair) as f32 / dims as f32);
+                self.scaling.frequency(pair, wavelength, ramp(pair))
             })
             .collect()
+    }
+
+    /// Fails where a scaling is not one of so many pairs.
+    pub(super) fn check(&self, pairs: usize) -> Result<()> {
+        if let RopeScaling::LongRope { short, long, .. } = &self.scaling {
+            for (name, factors) in [("short", short), ("long", long)] {
+                ensure!(
+                    factors.len() == pairs,
+                    "{name}_factor: has {} entries for {pairs} pairs of dimensions",
+                    factors.len()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Where sequences end that this can turn, if before the model's context.
+    pub(super) fn end(&self) -> Option<usize> {
+        match self.scaling {
+            RopeScaling::LongRope {
+                original_context, ..
+            } => Some(original_context),
+            _ => None,
+        }
     }
 
     /// What a rotation multiplies queries and keys by, beside turning them.
     pub fn growth(&self) -> f32 {
         match self.scaling {
             RopeScaling::Yarn {
+                attention_factor, ..
+            }
+            | RopeScaling::LongRope {
                 attention_factor, ..
             } => attention_factor,
             _ => 1.0,
@@ -130,13 +168,6 @@ impl Rope {
         theta: f64,
         context: usize,
     ) -> Result<Self> {
-        for source in [inner, top] {
-            let partial = source.number("partial_rotary_factor")?.unwrap_or(1.0);
-            ensure!(
-                partial == 1.0,
-                "partial_rotary_factor: {partial} is not supported, only 1 (the whole head is rotated)"
-            );
-        }
         let theta = inner.number("rope_theta")?.unwrap_or(theta);
         Ok(Self {
             theta: positive("rope_theta", theta)?,
@@ -147,10 +178,16 @@ impl Rope {
 
     /// The value of `rope_scaling` in a `config.json`; null when there is none.
     pub(super) fn scaling_json(&self) -> Value {
-        match self.scaling {
+        match &self.scaling {
+            // Three fields and no more, as transformers 4 wants them.
+            RopeScaling::LongRope { short, long, .. } => {
+                let list =
+                    |factors: &[f32]| factors.iter().map(|&f| shortest(f)).collect::<Value>();
+                json!({"type": "longrope", "short_factor": list(short), "long_factor": list(long)})
+            }
             RopeScaling::Default => Value::Null,
             RopeScaling::Linear { factor } => {
-                json!({"rope_type": "linear", "factor": shortest(factor)})
+                json!({"rope_type": "linear", "factor": shortest(*factor)})
             }
             RopeScaling::Llama3 {
                 factor,
@@ -159,10 +196,10 @@ impl Rope {
                 original_context,
             } => json!({
                 "rope_type": "llama3",
-                "factor": shortest(factor),
-                "low_freq_factor": shortest(low_freq_factor),
-                "high_freq_factor": shortest(high_freq_factor),
-                "original_max_position_embeddings": original_context as u64,
+                "factor": shortest(*factor),
+                "low_freq_factor": shortest(*low_freq_factor),
+                "high_freq_factor": shortest(*high_freq_factor),
+                "original_max_position_embeddings": *original_context as u64,
             }),
             RopeScaling::Yarn {
                 factor,
@@ -172,11 +209,11 @@ impl Rope {
                 attention_factor,
             } => json!({
                 "rope_type": "yarn",
-                "factor": shortest(factor),
-                "original_max_position_embeddings": original_context as u64,
-                "beta_fast": shortest(beta_fast),
-                "beta_slow": shortest(beta_slow),
-                "attention_factor": shortest(attention_factor),
+                "factor": shortest(*factor),
+                "original_max_position_embeddings": *original_context as u64,
+                "beta_fast": shortest(*beta_fast),
+                "beta_slow": shortest(*beta_slow),
+                "attention_factor": shortest(*attention_factor),
             }),
         }
     }
@@ -197,14 +234,15 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
         None => Ok(None),
     };
     let needed = |key: &str| given(key)?.with_context(|| format!("{key:?} is missing"));
-    let original_context = || {
+    let original = |unsaid: Option<usize>| {
         let key = "original_max_position_embeddings";
-        Ok::<_, anyhow::Error>(match (top.present(key), inner.present(key)) {
-            (Some(_), _) => top.size(key)?,
-            (None, Some(_)) => inner.size(key)?,
-            (None, None) => context,
-        } as f32)
+        match (top.present(key), inner.present(key), unsaid) {
+            (Some(_), ..) => top.size(key),
+            (None, None, Some(unsaid)) => Ok(unsaid),
+            _ => inner.size(key),
+        }
     };
+    let original_context = || Ok::<_, anyhow::Error>(original(Some(context))? as f32);
     let kind = match inner.text("rope_type")? {
         Some(kind) => kind,
         None => inner.text("type")?.unwrap_or("default"),
@@ -244,8 +282,64 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
                 attention_factor: given("attention_factor")?.unwrap_or(yarn_growth(factor)),
             }
         }
-        _ => bail!("rope type {kind:?} is not supported; known: default, linear, llama3, yarn"),
+        // The first Phi-3 models have it by its first name.
+        "longrope" | "su" => {
+            let original_context = original(None)?;
+            let stretched = context as f64 / original_context as f64;
+            let factor = inner.number("factor")?.unwrap_or(stretched);
+            RopeScaling::LongRope {
+                short: factors(inner, "short_factor")?,
+                long: factors(inner, "long_factor")?,
+                original_context,
+                context,
+                attention_factor: given("attention_factor")?
+                    .unwrap_or(longrope_growth(factor, original_context)),
+            }
+        }
+        _ => bail!(
+            "rope type {kind:?} is not supported; known: default, linear, llama3, yarn, longrope"
+        ),
     })
+}
+
+/// A list of divisors.
+fn factors(inner: &Fields, key: &str) -> Result<Vec<f32>> {
+    let list = inner
+        .present(key)
+        .with_context(|| format!("{key:?} is missing"))?;
+    let list = list
+        .as_array()
+        .with_context(|| format!("{key}: must be a list"))?;
+    let number = |value: &Value| match value.as_f64() {
+        Some(number) => positive(key, number),
+        None => bail!("{key}: entries must be numbers, not {value}"),
+    };
+    list.iter().map(number).collect()
+}
+
+/// What transformers multiplies queries and keys by, for a context that is `factor` times the original one.
+pub(super) fn longrope_growth(factor: f64, original_context: usize) -> f32 {
+    match factor <= 1.0 {
+        true => 1.0,
+        false => (1.0 + factor.ln() / (original_context as f64).ln()).sqrt() as f32,
+    }
+}
+
+/// The part of a head that is rotated: `partial_rotary_factor`, beside the base or in the config itself.
+pub(super) fn rotated_part(top: &Fields) -> Result<f64> {
+    const KEY: &str = "partial_rotary_factor";
+    let mut objects = vec![top.0];
+    for key in ["rope_scaling", "rope_parameters"] {
+        if let Some(inner) = top.present(key).and_then(Value::as_object) {
+            objects.push(inner);
+            objects.extend(inner.values().filter_map(Value::as_object)); // by layer type
+        }
+    }
+    let mut part = 1.0;
+    for object in objects {
+        part = Fields(object).number(KEY)?.unwrap_or(part);
+    }
+    Ok(part)
 }
 
 /// What the paper multiplies queries and keys by.
@@ -259,7 +353,7 @@ pub(super) fn yarn_growth(factor: f32) -> f32 {
 impl RopeScaling {
     /// YaRN's part of each pair's frequency that is divided: 0 for the first pairs, 1 for the last. (The other scalings go
     /// by the frequency itself.)
-    fn ramp(&self, theta: f32, head_dim: usize) -> impl Fn(usize) -> f32 + use<> {
+    fn ramp(&self, theta: f32, dims: usize) -> impl Fn(usize) -> f32 + use<> {
         let (low, high) = match *self {
             Self::Yarn {
                 original_context,
@@ -267,7 +361,7 @@ impl RopeScaling {
                 beta_slow,
                 ..
             } => {
-                let dim = head_dim as f64;
+                let dim = dims as f64;
                 let pair_that_turns = |times: f32| {
                     let turns = f64::from(original_context)
                         / (f64::from(times) * 2.0 * std::f64::consts::PI);
@@ -282,9 +376,11 @@ impl RopeScaling {
         move |pair| ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0)
     }
 
-    fn apply(&self, frequency: f32, ramp: f32) -> f32 {
+    fn frequency(&self, pair: usize, wavelength: f32, ramp: f32) -> f32 {
+        let frequency = 1.0 / wavelength;
         match *self {
             Self::Default => frequency,
+            Self::LongRope { ref short, .. } => 1.0 / (short[pair] * wavelength),
             Self::Linear { factor } => frequency / factor,
             Self::Llama3 {
                 factor,
@@ -416,10 +512,8 @@ mod tests {
         parameters["rope_theta"] = json!(5e5);
         assert_eq!(old, rope(json!({"rope_parameters": parameters})).unwrap());
         let default = rope(json!({"rope_scaling": null})).unwrap();
-        assert_eq!(
-            (default.theta, default.scaling),
-            (10_000.0, RopeScaling::Default)
-        );
+        assert_eq!(default.theta, 10_000.0);
+        assert_eq!(default.scaling, RopeScaling::Default);
         for rope_written in [old, default] {
             let json = json!({"rope_theta": rope_written.theta, "rope_scaling": rope_written.scaling_json()});
             assert_eq!(rope(json).unwrap(), rope_written);
@@ -446,8 +540,8 @@ mod tests {
     fn what_is_not_supported_is_named() {
         for (fields, wanted) in [
             (
-                json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
-                "\"longrope\" is not supported; known: default, linear, llama3, yarn",
+                json!({"rope_scaling": {"rope_type": "proportional"}}),
+                "\"proportional\" is not supported; known: default, linear, llama3, yarn, longrope",
             ),
             (
                 json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
@@ -475,12 +569,17 @@ mod tests {
             ),
             (json!({"rope_theta": -1}), "rope_theta"),
             (
-                json!({"partial_rotary_factor": 0.5}),
-                "partial_rotary_factor",
+                json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
+                "original_max_position_embeddings\" is missing",
             ),
             (
-                json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
-                "partial_rotary_factor",
+                json!({"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 64}),
+                "\"short_factor\" is missing",
+            ),
+            (
+                json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 0]},
+                    "original_max_position_embeddings": 64}),
+                "short_factor: must be a positive number, not 0",
             ),
             (
                 json!({"rope_parameters": {"full_attention": {}}}),

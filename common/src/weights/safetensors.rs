@@ -1,5 +1,6 @@
 //! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
 
+use super::layout::Place;
 use super::text_part::Names;
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -130,12 +131,13 @@ impl Shards {
     }
 
     /// Fails unless the tensor is there with this shape and a float dtype that can be widened.
-    pub(super) fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
-        self.find(name, shape).map(|_| ())
+    pub(super) fn check(&self, place: &Place) -> Result<()> {
+        self.find(place).map(|_| ())
     }
 
-    fn find(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
-        let name = &*self.names.stored(name);
+    /// The bytes of the rows of a tensor.
+    fn find(&self, place: &Place) -> Result<(Dtype, &[u8])> {
+        let name = &*self.names.stored(&place.name);
         let file = self.file_of(name).with_context(|| {
             format!(
                 "{}: the index names no file for the tensor {name:?}",
@@ -148,9 +150,10 @@ impl Shards {
             .info(name)
             .with_context(|| format!("{path}: the tensor {name:?} is missing"))?;
         ensure!(
-            info.shape == shape,
-            "{path}: the tensor {name:?} has shape {:?}, but the config asks for {shape:?}",
-            info.shape
+            info.shape == place.shape,
+            "{path}: the tensor {name:?} has shape {:?}, but the config asks for {:?}",
+            info.shape,
+            place.shape
         );
         ensure!(
             matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
@@ -158,16 +161,14 @@ impl Shards {
             info.dtype
         );
         let (from, to) = info.data_offsets;
-        Ok((
-            info.dtype,
-            &file.mapped.bytes[file.data + from..file.data + to],
-        ))
+        let bytes = &file.mapped.bytes[file.data + from..file.data + to];
+        Ok((info.dtype, place.rows_of(bytes)))
     }
 
     /// Reads a tensor, widened to float32.
-    pub(super) fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let (dtype, bytes) = self.find(name, shape)?;
-        let mut values = vec![0.0; shape.iter().product()];
+    pub(super) fn read(&self, place: &Place) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.find(place)?;
+        let mut values = vec![0.0; place.len()];
         widen(dtype, bytes, &mut values);
         Ok(values)
     }
@@ -175,13 +176,12 @@ impl Shards {
     /// Hands over a tensor widened to float32, part after part: a big one is never there as a whole.
     pub(super) fn read_parts(
         &self,
-        name: &str,
-        shape: &[usize],
+        place: &Place,
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         const PART: usize = 64 * CHUNK;
-        let (dtype, bytes) = self.find(name, shape)?;
-        let size = bytes.len() / shape.iter().product::<usize>().max(1);
+        let (dtype, bytes) = self.find(place)?;
+        let size = bytes.len() / place.len().max(1);
         let mut values = vec![];
         for bytes in bytes.chunks((PART * size).max(1)) {
             values.resize(bytes.len() / size, 0.0);
@@ -192,13 +192,8 @@ impl Shards {
     }
 
     /// The little-endian bytes of a tensor that is stored in this format; None if it is in another.
-    pub(super) fn bytes_in(
-        &self,
-        format: Dtype,
-        name: &str,
-        shape: &[usize],
-    ) -> Result<Option<&[u8]>> {
-        let (dtype, bytes) = self.find(name, shape)?;
+    pub(super) fn bytes_in(&self, format: Dtype, place: &Place) -> Result<Option<&[u8]>> {
+        let (dtype, bytes) = self.find(place)?;
         Ok((dtype == format).then_some(bytes))
     }
 }

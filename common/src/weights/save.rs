@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 const SHARD: usize = 5_000_000_000;
 
 /// A tensor's Hugging Face name and its shape.
-type Named = (String, Vec<usize>);
-/// A tensor to write, or why it is not there.
+pub(super) type Named = (String, Vec<usize>);
+/// A tensor, or why it is not there.
 pub type Given<'a> = Result<(String, Vec<usize>, Cow<'a, [f32]>)>;
 
 /// Writes `config.json`, `generation_config.json` (where `original` has one) and the weights into the folder `dir`, which exists.
@@ -39,7 +39,7 @@ pub(super) fn save_sharded<'a>(
     tensors: impl Iterator<Item = Given<'a>>,
     limit: usize,
 ) -> Result<()> {
-    let mut tensors = tensors.map(|given| {
+    let mut tensors = config.stored(tensors).map(|given| {
         let (name, shape, mut values) = given?;
         let short = config.stored_short_of(&name);
         if short != 0.0 {
@@ -52,7 +52,7 @@ pub(super) fn save_sharded<'a>(
     if let Some(original) = original {
         save_generation_config(dir, original)?;
     }
-    let shards = shards(config.parameters(), limit);
+    let shards = shards(config.stored_parameters(), limit);
     let mut map = Map::new();
     for (number, shard) in shards.iter().enumerate() {
         let file = match shards.len() {

@@ -475,6 +475,49 @@ fn a_gemma_2_gguf_is_read_as_llama_cpp_knows_it() {
     }
 }
 
+/// As llama.cpp's converter writes Phi-4-mini: part of a head rotated, LongRoPE's divisors as two tensors.
+#[test]
+fn a_phi_3_gguf_has_its_divisors_as_tensors() {
+    use gguf_file::Value::{F32, U32};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let mut json = config_json("phi3");
+    json["partial_rotary_factor"] = json!(0.5);
+    json["original_max_position_embeddings"] = json!(16);
+    json["rope_scaling"] =
+        json!({"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.0, 8.0]});
+    let config = Config::from_json(&json, Path::new("config.json")).unwrap();
+    let values = random_tensors(&config, 5);
+    let mut tensors = as_gguf(&config, "phi3", &values);
+    for (name, divisors) in [("short", [1.0, 1.5]), ("long", [1.0, 8.0])] {
+        let name = format!("rope_factors_{name}.weight");
+        tensors.push((name, vec![2], divisors.to_vec()));
+    }
+    let mut metadata = gguf_metadata(&config, "phi3");
+    metadata.retain(|(key, _)| key != "phi3.context_length");
+    for (key, value) in [
+        ("context_length", U32(64)),
+        ("rope.dimension_count", U32(4)),
+        ("rope.scaling.original_context_length", U32(16)),
+    ] {
+        metadata.push((format!("phi3.{key}"), value));
+    }
+    for factor in [None, Some(config.ropes[0].as_ref().unwrap().growth())] {
+        let key = || "phi3.rope.scaling.attn_factor".to_owned();
+        metadata.extend(factor.map(|factor| (key(), F32(factor))));
+        write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+        let weights = open(&path).unwrap();
+        assert_eq!(weights.config, config);
+        assert_holds(&weights, &values);
+        let saved = tempfile::tempdir().unwrap();
+        let given = borrowed(&values);
+        save(saved.path(), &config, Some(&weights), given).unwrap();
+        let again = open(saved.path()).unwrap();
+        assert_eq!(again.config, config);
+        assert_eq!(again.fingerprint().unwrap(), weights.fingerprint().unwrap());
+    }
+}
+
 #[test]
 fn llama3_scaling_is_recognised_in_a_ggufs_divisors() {
     let folder = tempfile::tempdir().unwrap();
@@ -486,12 +529,12 @@ fn llama3_scaling_is_recognised_in_a_ggufs_divisors() {
     let config = Config::from_json(&json, Path::new("config.json")).unwrap();
     let plain = Rope {
         scaling: RopeScaling::Default,
-        ..config.ropes[0].unwrap()
+        ..config.ropes[0].clone().unwrap()
     };
     let divisors = plain
         .inv_freq(64)
         .iter()
-        .zip(config.ropes[0].unwrap().inv_freq(64))
+        .zip(config.ropes[0].as_ref().unwrap().inv_freq(64))
         .map(|(plain, scaled)| plain / scaled)
         .collect();
     let mut tensors = as_gguf(&config, "llama", &random_tensors(&config, 5));
@@ -634,7 +677,7 @@ fn the_default_models_tensors_match_pythons() {
         return;
     }
     let weights = open(&path).unwrap();
-    assert_eq!(weights.config.ropes[0].unwrap().theta, 100_000.0);
+    assert_eq!(weights.config.ropes[0].as_ref().unwrap().theta, 100_000.0);
     assert!(weights.config.tied && weights.config.context == 8192);
     for figures in FIGURES {
         let name = figures.name;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 16] = [
+pub const FAMILIES: [&str; 18] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -27,6 +27,8 @@ pub const FAMILIES: [&str; 16] = [
     "gemma2",
     "gemma3",
     "gemma3-images",
+    "phi3",
+    "phi3-long",
 ];
 
 /// A file of golden figures.

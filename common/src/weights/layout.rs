@@ -1,0 +1,319 @@
+//! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), and the rows of heads
+//! that are rotated in another order or in part.
+
+use super::config::Config;
+use super::family;
+use super::save::{Given, Named};
+use anyhow::ensure;
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// Where a file has a tensor of the decoder's: as rows of one of its own, mostly all of them.
+pub(super) struct Place {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub rows: Range<usize>,
+}
+
+impl Place {
+    /// A tensor that is one in the file, too.
+    pub fn whole(name: &str, shape: &[usize]) -> Self {
+        Self {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            rows: 0..shape[0],
+        }
+    }
+
+    /// The numbers in its rows.
+    pub fn len(&self) -> usize {
+        self.rows.len() * self.shape[1..].iter().product::<usize>()
+    }
+
+    /// Those of the bytes of the file's tensor that are its rows.
+    pub fn rows_of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        let at = |row: usize| bytes.len() / self.shape[0] * row;
+        match self.is_whole() {
+            true => bytes,
+            false => &bytes[at(self.rows.start)..at(self.rows.end)],
+        }
+    }
+
+    /// Whether the file has it as a tensor.
+    fn is_whole(&self) -> bool {
+        self.rows.len() == self.shape[0]
+    }
+
+    /// Whether it ends where the file's tensor does.
+    pub fn is_last(&self) -> bool {
+        self.rows.end == self.shape[0]
+    }
+}
+
+impl Config {
+    /// Where a Hugging Face folder has a tensor.
+    pub(super) fn place(&self, name: &str, shape: &[usize]) -> Place {
+        let family = family::of(&self.model_type);
+        let fused = family.map_or(&[][..], |family| family.fused);
+        let found = fused.iter().find_map(|(whole, parts)| {
+            let holds = |part: &&&str| name.contains(&format!(".{part}."));
+            Some((whole, parts, parts.iter().find(holds)?))
+        });
+        let Some((whole, parts, part)) = found else {
+            return Place::whole(name, shape);
+        };
+        let rows = |module: &str| {
+            let mut all = self.projections().into_iter();
+            let (_, rows, ..) = all.find(|p| p.0 == module).expect("parts are projections");
+            rows
+        };
+        let before = parts.iter().take_while(|other| *other != part);
+        let first = before.map(|module| rows(module)).sum();
+        let all = parts.iter().map(|module| rows(module)).sum();
+        Place {
+            name: name.replace(part, whole),
+            shape: [&[all], &shape[1..]].concat(),
+            rows: first..first + shape[0],
+        }
+    }
+
+    /// [`Self::parameters`] as a Hugging Face folder has them.
+    pub(super) fn stored_parameters(&self) -> Vec<Named> {
+        let places = self.parameters().into_iter();
+        let places = places.map(|(name, shape)| self.place(&name, &shape));
+        let last = places.filter(Place::is_last);
+        last.map(|place| (place.name, place.shape)).collect()
+    }
+
+    /// The tensors of [`Self::parameters`] (or others of their shapes, such as gradients), in that order, as a Hugging Face
+    /// folder has them.
+    pub fn stored<'a>(
+        &self,
+        mut tensors: impl Iterator<Item = Given<'a>>,
+    ) -> impl Iterator<Item = Given<'a>> {
+        let next = move || {
+            let mut rows: Vec<f32> = vec![];
+            loop {
+                let given = tensors.next()?;
+                let placed = given.and_then(|(name, shape, values)| {
+                    let place = self.place(&name, &shape);
+                    let begun = place.rows.start * shape[1..].iter().product::<usize>();
+                    ensure!(rows.len() == begun, "{name:?} is not where it belongs");
+                    Ok((place, self.stored_rows(&name, &shape, values)))
+                });
+                match placed {
+                    Err(error) => return Some(Err(error)),
+                    Ok((place, values)) if place.is_whole() => {
+                        return Some(Ok((place.name, place.shape, values)));
+                    }
+                    Ok((place, values)) => {
+                        rows.extend_from_slice(&values);
+                        if place.is_last() {
+                            return Some(Ok((place.name, place.shape, rows.into())));
+                        }
+                    }
+                }
+            }
+        };
+        std::iter::from_fn(next)
+    }
+
+    /// A tensor's rows in the order of a Hugging Face folder.
+    pub(super) fn stored_rows<'a>(
+        &self,
+        name: &str,
+        shape: &[usize],
+        values: Cow<'a, [f32]>,
+    ) -> Cow<'a, [f32]> {
+        match self.order(name) {
+            None => values,
+            Some(order) => {
+                let mut inverse = vec![0; order.len()];
+                for (ours, &theirs) in order.iter().enumerate() {
+                    inverse[theirs] = ours;
+                }
+                in_order(&values, &inverse, shape[1..].iter().product()).into()
+            }
+        }
+    }
+
+    /// For each row of a head of this tensor, where a Hugging Face folder has it in the head; None where it is in its place.
+    ///
+    /// The decoder turns row i with row i + head_dim/2, all of them. Of heads that turn in part (`partial_rotary_factor`), files
+    /// have the two halves of those that turn first, and the others, which the decoder turns by nothing, after them. (Scores
+    /// do not depend on an order that queries and keys share.)
+    pub(super) fn order(&self, name: &str) -> Option<Vec<usize>> {
+        let (head, turning) = (self.head_dim, self.rotary_dim);
+        let still = (head - turning) / 2;
+        let place = |row: usize| match (row / (head / 2), row % (head / 2)) {
+            (half, i) if i < turning / 2 => half * turning / 2 + i,
+            (half, i) => turning + half * still + i - turning / 2,
+        };
+        (turning < head && is_turned(name)).then(|| (0..head).map(place).collect())
+    }
+}
+
+/// Whether a tensor makes what is rotated.
+pub(super) fn is_turned(name: &str) -> bool {
+    name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj.")
+}
+
+/// For each row of a head, where a file has it that turns neighbours: rows 2i and 2i + 1 (llama.cpp's `llama`).
+pub(super) fn of_neighbours(head_dim: usize) -> Vec<usize> {
+    let half = head_dim / 2;
+    (0..head_dim)
+        .map(|row| 2 * (row % half) + row / half)
+        .collect()
+}
+
+/// Each head's rows taken from where `order` says; `row` is a row's length (1 for a bias).
+pub(super) fn in_order(values: &[f32], order: &[usize], row: usize) -> Vec<f32> {
+    let mut taken = vec![0.0; values.len()];
+    let head = order.len() * row;
+    (taken.par_chunks_mut(head).zip(values.par_chunks(head))).for_each(|(to, from)| {
+        for (to, &place) in to.chunks_mut(row).zip(order) {
+            to.copy_from_slice(&from[place * row..][..row]);
+        }
+    });
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::*;
+    use super::super::{read_json, save};
+    use super::*;
+    use serde_json::json;
+    use std::fs;
+
+    /// Half of a head of 8 is rotated.
+    fn partial() -> Config {
+        let mut json = config_json("phi3");
+        json["partial_rotary_factor"] = json!(0.5);
+        Config::from_json(&json, std::path::Path::new("config.json")).unwrap()
+    }
+
+    #[test]
+    fn projections_are_rows_of_what_files_have() {
+        let config = config("phi3");
+        let rows = |module: &str, rows: usize| {
+            let name = format!("model.layers.1.{module}.weight");
+            let place = config.place(&name, &[rows, 32]);
+            (place.name, place.shape, place.rows)
+        };
+        let qkv = |rows| {
+            (
+                "model.layers.1.self_attn.qkv_proj.weight".to_owned(),
+                vec![64, 32],
+                rows,
+            )
+        };
+        assert_eq!(rows("self_attn.q_proj", 32), qkv(0..32));
+        assert_eq!(rows("self_attn.k_proj", 16), qkv(32..48));
+        assert_eq!(rows("self_attn.v_proj", 16), qkv(48..64));
+        let gate_up = (
+            "model.layers.1.mlp.gate_up_proj.weight".to_owned(),
+            vec![128, 32],
+            64..128,
+        );
+        assert_eq!(rows("mlp.up_proj", 64), gate_up);
+        let down = config.place("model.layers.1.mlp.down_proj.weight", &[32, 64]);
+        assert!(down.is_whole() && down.is_last());
+        let stored = config.stored_parameters();
+        let layer = |n: usize| format!("model.layers.{n}.");
+        let names: Vec<_> = stored
+            .iter()
+            .filter_map(|(name, _)| name.strip_prefix(&layer(0)))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "self_attn.qkv_proj.weight",
+                "self_attn.o_proj.weight",
+                "mlp.gate_up_proj.weight",
+                "mlp.down_proj.weight",
+                "input_layernorm.weight",
+                "post_attention_layernorm.weight",
+            ]
+        );
+    }
+
+    /// transformers turns the first four rows of a head, 0 with 2 and 1 with 3; the decoder turns row i with i + 4.
+    #[test]
+    fn heads_that_turn_in_part_have_those_that_turn_first() {
+        let order = partial()
+            .order("model.layers.0.self_attn.k_proj.weight")
+            .unwrap();
+        assert_eq!(order, [0, 1, 4, 5, 2, 3, 6, 7]);
+        assert!(
+            partial()
+                .order("model.layers.0.self_attn.v_proj.weight")
+                .is_none()
+        );
+        assert_eq!(of_neighbours(8), [0, 2, 4, 6, 1, 3, 5, 7]);
+        assert_eq!(
+            in_order(&[0.0, 1.0, 2.0, 3.0], &[1, 0], 2),
+            [2.0, 3.0, 0.0, 1.0]
+        );
+    }
+
+    #[test]
+    fn what_is_saved_is_as_the_family_has_it_and_opens_as_it_was() {
+        for config in [config("phi3"), partial()] {
+            let tensors = random_tensors(&config, 7);
+            let folder = tempfile::tempdir().unwrap();
+            save(folder.path(), &config, None, borrowed(&tensors)).unwrap();
+            let weights = open(folder.path()).unwrap();
+            assert_eq!(weights.config, config);
+            assert_holds(&weights, &tensors);
+            let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(file.len(), config.stored_parameters().len());
+            let qkv = file
+                .tensor("model.layers.0.self_attn.qkv_proj.weight")
+                .unwrap();
+            assert_eq!(qkv.shape(), [64, 32]);
+            let first = |values: &[u8]| f32::from_le_bytes(values[..4].try_into().unwrap());
+            let named = |name: &str| &tensors.iter().find(|t| t.0.ends_with(name)).unwrap().2;
+            let row = |row: usize| first(&qkv.data()[4 * 32 * row..]);
+            // Row 2 of a head that turns in half is our row 4: it is turned with row 0.
+            let ours = if config == partial() { 4 } else { 2 };
+            assert_eq!(row(2), named("0.self_attn.q_proj.weight")[32 * ours]);
+            assert_eq!(row(48), named("0.self_attn.v_proj.weight")[0]);
+            // Read in parts and as bytes, too, where it is as it was.
+            for (name, shape, values) in &tensors {
+                let mut parts = vec![];
+                let mut take = |part: &[f32]| {
+                    parts.extend_from_slice(part);
+                    Ok(())
+                };
+                weights.tensor_parts(name, shape, &mut take).unwrap();
+                assert_eq!(&parts, values, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_of_the_config_is_named() {
+        let (folder, config, mut tensors) = checkpoint("phi3");
+        tensors.swap(1, 2); // queries and keys
+        let given = borrowed(&tensors);
+        let elsewhere = tempfile::tempdir().unwrap();
+        let saved = save(elsewhere.path(), &config, None, given);
+        let line = format!("{:#}", saved.unwrap_err());
+        assert!(
+            line.contains("k_proj.weight\" is not where it belongs"),
+            "{line}"
+        );
+        let path = folder.path().join("config.json");
+        let mut json = read_json(&path).unwrap();
+        json["num_key_value_heads"] = json!(1);
+        fs::write(&path, json.to_string()).unwrap();
+        let line = error(folder.path());
+        assert!(
+            line.contains("qkv_proj.weight\" has shape [64, 32], but the config asks for [48, 32]"),
+            "{line}"
+        );
+    }
+}
