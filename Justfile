@@ -84,6 +84,14 @@ test: model
     cargo test --release --workspace --features common/cuda-emulated
     for isa in avx512 avx2 portable; do DICE_ISA=$isa cargo test --release --workspace --features common/cuda-emulated --lib; done
 
+# The arithmetic, weights and whole models on emulated 64-bit ARM (gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
+test-arm:
+    rustup target add aarch64-unknown-linux-gnu
+    CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
+        CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+        CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+        cargo test --release --target aarch64-unknown-linux-gnu -p common --lib --test families
+
 # Formatting and lints, as CI checks them
 lint:
     cargo fmt --all --check

@@ -59,14 +59,34 @@ pub fn beyond(budget: usize, models: usize) -> Result<usize> {
 /// The process's own memory, files that are only mapped left out.
 fn held() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    kib(&status, "RssAnon:").unwrap_or(0)
+    let told = kib(&status, "RssAnon:").or_else(|| Some(without_proc()?.1));
+    told.unwrap_or(0)
 }
 
 /// What can still be had, below a root.
 fn available(root: &Path) -> Option<usize> {
     let machine = fs::read_to_string(root.join("proc/meminfo"));
     let machine = machine.ok().and_then(|text| kib(&text, "MemAvailable:"));
-    groups(root).into_iter().chain(machine).min()
+    let told = groups(root).into_iter().chain(machine).min();
+    told.or_else(|| Some(without_proc()?.0))
+}
+
+/// What a system without /proc says, bytes: what can be had, and what this process holds, mapped files included.
+#[cfg(target_os = "linux")]
+fn without_proc() -> Option<(usize, usize)> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn without_proc() -> Option<(usize, usize)> {
+    use sysinfo::{ProcessesToUpdate, System, get_current_pid};
+    let pid = get_current_pid().ok()?;
+    let mut system = System::new();
+    system.refresh_memory();
+    system.refresh_processes(ProcessesToUpdate::Some(&[pid]), false);
+    let bytes = |bytes| usize::try_from(bytes).ok();
+    let held = system.process(pid)?.memory();
+    Some((bytes(system.available_memory())?, bytes(held)?))
 }
 
 /// What the process's control groups leave, those around its own included.

@@ -8,9 +8,6 @@ struct Allocator;
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-/// Smaller blocks are left alone: they are reused too fast to matter, and would only round memory up.
-const BIG: usize = 4 << 20;
-
 // SAFETY: all blocks come from and go back to `System`, unchanged; advice about their pages changes no content.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -42,6 +39,9 @@ unsafe impl GlobalAlloc for Allocator {
 
 /// Marks the whole pages inside a big block. Whether the kernel follows is its business.
 fn advise(block: *mut u8, size: usize) {
+    /// Smaller blocks are left alone: they are reused too fast to matter, and would only round memory up.
+    #[cfg(target_os = "linux")]
+    const BIG: usize = 4 << 20;
     #[cfg(target_os = "linux")]
     if !block.is_null() && size >= BIG {
         const PAGE: usize = 4096;

@@ -60,7 +60,6 @@ pub(super) mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::isa::Isa;
 
     /// Small, large and beyond the exponential's range; the cap's own size last.
     const ROW: [f32; 16] = [
@@ -91,6 +90,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn vectors_cap_alike() {
+        use crate::kernels::isa::Isa;
         use std::arch::x86_64::*;
         if !matches!(Isa::current(), Isa::Avx512 { .. }) {
             return eprintln!("no AVX-512: the vectors' cap is not tested here");

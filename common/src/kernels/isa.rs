@@ -9,6 +9,8 @@ pub enum Isa {
     Avx512 { bf16: bool },
     /// AVX2 with FMA.
     Avx2,
+    /// ARM's vectors of 128 bits (all of 64-bit ARM has them).
+    Neon,
     /// Whatever the compiler makes of plain Rust.
     Portable,
 }
@@ -47,7 +49,10 @@ impl Isa {
 
     #[cfg(not(target_arch = "x86_64"))]
     fn detect() -> Self {
-        Self::Portable
+        match cfg!(target_arch = "aarch64") {
+            true => Self::Neon,
+            false => Self::Portable,
+        }
     }
 }
 
@@ -75,7 +80,7 @@ macro_rules! multiversion {
                     $crate::kernels::isa::Isa::Avx512 { .. } => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::kernels::isa::Isa::Portable => {}
+                    $crate::kernels::isa::Isa::Neon | $crate::kernels::isa::Isa::Portable => {}
                 }
             }
             #[allow(unreachable_code)]

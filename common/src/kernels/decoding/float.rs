@@ -1,7 +1,9 @@
 //! Blocks whose words are those of products' operands: float32, or pairs of bfloat16.
 
 use super::super::gemm::{Precision, words};
-use super::super::isa::{Isa, multiversion};
+#[cfg(target_arch = "x86_64")]
+use super::super::isa::Isa;
+use super::super::isa::multiversion;
 use super::super::softmax;
 use super::{Block, Queries, soften, value_stride};
 

@@ -5,7 +5,9 @@
 //! whose products are summed apart. All sums are exact, so that every machine gets the same scores from a query and a key.
 
 use super::super::gemm::panel_width;
-use super::super::isa::{Isa, multiversion};
+#[cfg(target_arch = "x86_64")]
+use super::super::isa::Isa;
+use super::super::isa::multiversion;
 use super::super::softmax::MAGIC;
 use super::{Block, Queries, soften, value_stride};
 

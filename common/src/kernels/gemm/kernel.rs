@@ -31,6 +31,8 @@ fn place(rows: usize, k: usize, (i, p): (usize, usize)) -> usize {
 /// # Safety
 /// A, B and C must be valid for the sizes that the tile names, A for `block` × k words, B for k steps.
 pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
+    #[cfg(target_arch = "aarch64")]
+    use arm::neon;
     #[cfg(target_arch = "x86_64")]
     use x86::{avx2, avx512, avx512_bf16};
     macro_rules! by_rows {
@@ -42,6 +44,8 @@ pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
             }
         };
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    debug_assert!(!pairs, "only AVX-512 multiplies pairs");
     match Isa::current() {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 { .. } if pairs => by_rows!(avx512_bf16, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
@@ -49,6 +53,8 @@ pub(super) unsafe fn run_kernel(tile: Tile, block: usize, pairs: bool) {
         Isa::Avx512 { .. } => by_rows!(avx512, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => by_rows!(avx2, 1 2 3 4 5 6),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => by_rows!(neon, 1 2 3 4 5 6),
         _ => by_rows!(portable, 1 2 3 4),
     }
 }
@@ -88,79 +94,90 @@ unsafe fn write_row(sums: &[f32; 16], row: usize, t: Tile) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    //! The kernels on x86-64 vectors: `R` rows by two registers, one broadcast of A per row and step.
-    use super::{Tile, place, write_row};
-    use crate::kernels::isa::x86::{fetch, multiply_pairs};
-    use std::arch::x86_64::*;
-
-    /// The loop over k, which all of these share: what differs are the vectors and how they are multiplied.
-    macro_rules! kernel {
-        ($(#[$doc:meta])* $name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $broadcast:ident,
-         $multiply:ident, $write:ident) => {
-            $(#[$doc])*
-            ///
-            /// # Safety
-            /// As [`super::run_kernel`], with `R` the block's rows; needs the instructions.
-            #[target_feature(enable = $features)]
-            pub unsafe fn $name<const R: usize>(t: Tile) {
-                let mut sums = [[$zero(); 2]; R];
-                let mut ahead = t.ahead;
-                if t.add {
-                    // What the sums are added to is read last: gradients come from memory, too.
-                    for i in 0..R {
-                        let c = t.c.wrapping_add(i * t.c_stride);
-                        fetch::<_MM_HINT_T1>(c);
-                        fetch::<_MM_HINT_T1>(c.wrapping_add(16));
-                    }
+/// The loop over k, which the kernels on vectors share: `R` rows by the vectors of a panel, one broadcast of A per row and
+/// step. What differs are the vectors and how they are multiplied.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! kernel {
+    ($(#[$doc:meta])* $name:ident, $features:literal, $vectors:literal x $lanes:literal, $zero:expr, $load:ident, $broadcast:ident,
+     $multiply:ident, $write:ident) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As [`super::run_kernel`], with `R` the block's rows; needs the instructions.
+        #[target_feature(enable = $features)]
+        pub unsafe fn $name<const R: usize>(t: Tile) {
+            let mut sums = [[$zero; $vectors]; R];
+            let mut ahead = t.ahead;
+            if t.add {
+                // What the sums are added to is read last: gradients come from memory, too.
+                for i in 0..R {
+                    let c = t.c.wrapping_add(i * t.c_stride);
+                    ask(c);
+                    ask(c.wrapping_add(16));
                 }
-                for start in (0..t.k).step_by(t.ahead_every) {
-                    fetch::<_MM_HINT_T1>(ahead);
-                    ahead = ahead.wrapping_add(16);
-                    for p in start..(start + t.ahead_every).min(t.k) {
-                        // SAFETY: A has k × R words, each panel of B k steps of two vectors.
-                        unsafe {
-                            let b = t.b.add(p * 2 * $lanes);
-                            let columns = [$load(b), $load(b.add($lanes))];
-                            for i in 0..R {
-                                let x = $broadcast(*t.a.add(place(R, t.k, (i, p))));
-                                for j in 0..2 {
-                                    sums[i][j] = $multiply(x, columns[j], sums[i][j]);
-                                }
+            }
+            for start in (0..t.k).step_by(t.ahead_every) {
+                ask(ahead);
+                ahead = ahead.wrapping_add(16);
+                for p in start..(start + t.ahead_every).min(t.k) {
+                    // SAFETY: A has k × R words, each panel of B k steps of its vectors.
+                    unsafe {
+                        let b = t.b.add(p * $vectors * $lanes);
+                        let mut columns = [$zero; $vectors];
+                        for j in 0..$vectors {
+                            columns[j] = $load(b.add(j * $lanes));
+                        }
+                        for i in 0..R {
+                            let x = $broadcast(*t.a.add(place(R, t.k, (i, p))));
+                            for j in 0..$vectors {
+                                sums[i][j] = $multiply(x, columns[j], sums[i][j]);
                             }
                         }
                     }
                 }
-                for (i, [low, high]) in sums.into_iter().enumerate() {
-                    // SAFETY: the caller's promise on C.
-                    unsafe { $write(low, high, i, t) }
-                }
             }
-        };
+            for (i, sums) in sums.into_iter().enumerate() {
+                // SAFETY: the caller's promise on C.
+                unsafe { $write(sums, i, t) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! The kernels on x86-64 vectors.
+    use super::{Tile, place, write_row};
+    use crate::kernels::isa::x86::{fetch, multiply_pairs};
+    use std::arch::x86_64::*;
+
+    /// Asks for a line, into the second cache.
+    #[inline(always)]
+    fn ask(word: *const f32) {
+        fetch::<_MM_HINT_T1>(word);
     }
 
     kernel!(
         /// Float32.
-        avx512, "avx512f", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, write_masked
+        avx512, "avx512f", 2 x 16, _mm512_setzero_ps(), _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, write_masked
     );
 
     kernel!(
         /// Words that hold pairs of bfloat16.
-        avx512_bf16, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, multiply_pairs,
+        avx512_bf16, "avx512f,avx512bf16", 2 x 16, _mm512_setzero_ps(), _mm512_loadu_ps, _mm512_set1_ps, multiply_pairs,
         write_masked
     );
 
     kernel!(
         /// Float32 in half the width.
-        avx2, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_copied
+        avx2, "avx2,fma", 2 x 8, _mm256_setzero_ps(), _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_copied
     );
 
     /// Row by row: a function that is given all sums would have them in memory, if it is not inlined, and then they are
     /// written there in every step.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn write_masked(mut low: __m512, mut high: __m512, row: usize, t: Tile) {
+    unsafe fn write_masked([mut low, mut high]: [__m512; 2], row: usize, t: Tile) {
         let mask = |columns: usize| ((1u32 << columns.min(16)) - 1) as u16;
         let (m0, m1) = (mask(t.columns), mask(t.columns.saturating_sub(16)));
         let c = t.c.wrapping_add(row * t.c_stride);
@@ -178,12 +195,47 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn write_copied(low: __m256, high: __m256, row: usize, t: Tile) {
+    unsafe fn write_copied([low, high]: [__m256; 2], row: usize, t: Tile) {
         let mut copied = [0.0f32; 16];
         // SAFETY: 16 floats; the caller's promise on C.
         unsafe {
             _mm256_storeu_ps(copied.as_mut_ptr(), low);
             _mm256_storeu_ps(copied.as_mut_ptr().add(8), high);
+            write_row(&copied, row, t);
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    //! The kernel on 64-bit ARM's vectors: 24 sums, four columns and a broadcast are 29 of its 32 registers.
+    use super::{Tile, place, write_row};
+    use std::arch::aarch64::*;
+
+    /// Left to the processor, whose own prefetching follows panels; nobody has measured more.
+    #[inline(always)]
+    fn ask(_: *const f32) {}
+
+    kernel!(
+        /// Float32.
+        neon, "neon", 4 x 4, vdupq_n_f32(0.0), vld1q_f32, vdupq_n_f32, multiply, write_copied
+    );
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn multiply(x: float32x4_t, y: float32x4_t, sum: float32x4_t) -> float32x4_t {
+        vfmaq_f32(sum, x, y)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn write_copied(sums: [float32x4_t; 4], row: usize, t: Tile) {
+        let mut copied = [0.0f32; 16];
+        // SAFETY: 16 floats; the caller's promise on C.
+        unsafe {
+            for (j, sum) in sums.into_iter().enumerate() {
+                vst1q_f32(copied.as_mut_ptr().add(4 * j), sum);
+            }
             write_row(&copied, row, t);
         }
     }

@@ -112,7 +112,7 @@ impl Left<'_> {
 pub fn panel_width() -> usize {
     match Isa::current() {
         Isa::Avx512 { .. } => 32,
-        Isa::Avx2 | Isa::Portable => 16,
+        Isa::Avx2 | Isa::Neon | Isa::Portable => 16,
     }
 }
 
@@ -120,7 +120,7 @@ pub fn panel_width() -> usize {
 fn block_rows() -> usize {
     match Isa::current() {
         Isa::Avx512 { .. } => 14,
-        Isa::Avx2 => 6,
+        Isa::Avx2 | Isa::Neon => 6,
         Isa::Portable => 4,
     }
 }

@@ -158,7 +158,10 @@ macro_rules! on_pairs {
                 x86::$name($($arg),*)
             }
             #[cfg(not(target_arch = "x86_64"))]
-            unreachable!("no such machine multiplies pairs")
+            {
+                let _ = ($($arg),*);
+                unreachable!("no such machine multiplies pairs")
+            }
         }
     )*};
 }
