@@ -1,5 +1,5 @@
-"""halves.py PREFERENCES PROMPTS DIR: writes DIR/a.jsonl and DIR/b.jsonl, the preference pairs of two halves of their prompts,
-and DIR/prompts.jsonl, the prompts that are in neither. Halves and order come from a hash of the prompt."""
+"""halves.py PREFERENCES PROMPTS DIR SHARE: writes DIR/a.jsonl, the preference pairs of so large a share of their prompts,
+DIR/b.jsonl, the others, and DIR/prompts.jsonl, the prompts that are in neither. Shares and order come from a hash of the prompt."""
 
 import hashlib
 import json
@@ -24,9 +24,10 @@ def write(path, rows):
     os.replace(path + ".part", path)
 
 
-preferences, prompts, folder = sys.argv[1:]
+preferences, prompts, folder = sys.argv[1:4]
+first = 256 * float(sys.argv[4])
 pairs = rows(preferences)
-write(f"{folder}/a.jsonl", [row for row in pairs if key(row)[0] < 128])
-write(f"{folder}/b.jsonl", [row for row in pairs if key(row)[0] >= 128])
+write(f"{folder}/a.jsonl", [row for row in pairs if key(row)[0] < first])
+write(f"{folder}/b.jsonl", [row for row in pairs if key(row)[0] >= first])
 paired = {key(row) for row in pairs}
 write(f"{folder}/prompts.jsonl", sorted((row for row in rows(prompts) if key(row) not in paired), key=key))

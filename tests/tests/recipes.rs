@@ -389,3 +389,51 @@ fn the_experiment_has_all_its_arms_and_goes_on_after_kills() {
         .map(|runs| fs::read(world.join(runs).join("experiment/results.jsonl")).unwrap());
     assert!(calm == fire, "kills changed the results");
 }
+
+/// A program says what is preferred: it judges, and has an arm of its own.
+#[test]
+fn an_experiment_may_know_what_is_preferred() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    // Short responses are good ones.
+    let script = "import json, sys\nfor line in sys.stdin:\n    row = json.loads(line)\n    \
+        print(json.dumps({**row, 'reward': -len(row['response'])}))\n";
+    fs::write(world.join("marks.py"), script).unwrap();
+    let marks = format!("marks=python3 {}", world.join("marks.py").display());
+    let flags = ["judged=12", "arms=offline", &marks];
+    let results = succeeds(just(world, "runs", &flags, "experiment"));
+    let at = |file: &str| world.join("runs/experiment").join(file);
+    let rates = read_rows(&at("results.jsonl"));
+    let names: Vec<_> = rates
+        .iter()
+        .map(|row| row["model"].as_str().unwrap())
+        .collect();
+    let expected = [
+        "dice-1",
+        "dice-2",
+        "offline-1",
+        "offline-2",
+        "marks-1",
+        "marks-2",
+    ];
+    assert_eq!(names, expected);
+    assert!(!at("judge").exists(), "no model judges");
+    assert!(results.contains("pairs of a round prefer"), "{results}");
+    for t in [1, 2] {
+        for pair in read_rows(&at(&format!("marks/round-{t}/pairs.jsonl"))) {
+            let length = |which: &str| pair[which].as_str().unwrap().chars().count();
+            if pair["source"] == "generated" {
+                assert!(length("chosen") < length("rejected"));
+            }
+        }
+        // Verdicts on the pairs that DICE made are those of the program.
+        for row in read_rows(&at(&format!("dice/round-{t}/chosen-judged.jsonl"))) {
+            let length = |which: &str| row[which].as_str().unwrap().chars().count();
+            let wins = row["preference"].as_f64().unwrap() > 1.5;
+            assert_eq!(wins, length("output_2") < length("output_1"), "{row:?}");
+        }
+    }
+}
