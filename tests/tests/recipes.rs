@@ -421,7 +421,7 @@ fn an_experiment_may_know_what_is_preferred() {
     ];
     assert_eq!(names, expected);
     assert!(!at("judge").exists(), "no model judges");
-    assert!(results.contains("pairs of a round prefer"), "{results}");
+    assert!(results.contains("| dice-1-chosen |"), "{results}");
     for t in [1, 2] {
         for pair in read_rows(&at(&format!("marks/round-{t}/pairs.jsonl"))) {
             let length = |which: &str| pair[which].as_str().unwrap().chars().count();
@@ -430,7 +430,7 @@ fn an_experiment_may_know_what_is_preferred() {
             }
         }
         // Verdicts on the pairs that DICE made are those of the program.
-        for row in read_rows(&at(&format!("dice/round-{t}/chosen-judged.jsonl"))) {
+        for row in read_rows(&at(&format!("dice/round-{t}/dice-{t}-chosen-judged.jsonl"))) {
             let length = |which: &str| row[which].as_str().unwrap().chars().count();
             let wins = row["preference"].as_f64().unwrap() > 1.5;
             assert_eq!(wins, length("output_2") < length("output_1"), "{row:?}");

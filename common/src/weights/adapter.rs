@@ -145,9 +145,8 @@ impl Adapter {
         };
         let a = self.shards.read(&factors.a)?;
         let mut b = self.shards.read(&Place {
-            name: factors.b.name.clone(),
-            shape: factors.b.shape.clone(),
             rows: place.rows,
+            ..factors.b.clone()
         })?;
         if let Some(order) = config.order(name) {
             b = in_order(&b, &order, factors.rank);

@@ -913,10 +913,14 @@ mod tests {
         assert_eq!(rope.growth(), grown);
         let mut older = changes;
         older["rope_scaling"]["type"] = json!("su");
-        assert_eq!(read(&with("phi3", older)).unwrap(), config);
+        assert_eq!(read(&with("phi3", older.clone())).unwrap(), config);
         let written = config.to_json(None);
         assert_eq!(written["max_position_embeddings"], 64);
         assert_eq!(written["rope_scaling"].as_object().unwrap().len(), 3);
+        older["rope_scaling"]["attention_factor"] = json!(1.25);
+        let grown = read(&with("phi3", older)).unwrap();
+        assert_eq!(grown.ropes[0].as_ref().unwrap().growth(), 1.25);
+        assert_eq!(read(&grown.to_json(None)).unwrap(), grown);
     }
 
     #[test]

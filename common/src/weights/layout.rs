@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 /// Where a file has a tensor of the decoder's: as rows of one of its own, mostly all of them.
+#[derive(Clone)]
 pub(super) struct Place {
     pub name: String,
     pub shape: Vec<usize>,

@@ -179,11 +179,22 @@ impl Rope {
     /// The value of `rope_scaling` in a `config.json`; null when there is none.
     pub(super) fn scaling_json(&self) -> Value {
         match &self.scaling {
-            // Three fields and no more, as transformers 4 wants them.
-            RopeScaling::LongRope { short, long, .. } => {
+            RopeScaling::LongRope {
+                short,
+                long,
+                original_context,
+                context,
+                attention_factor,
+            } => {
                 let list =
                     |factors: &[f32]| factors.iter().map(|&f| shortest(f)).collect::<Value>();
-                json!({"type": "longrope", "short_factor": list(short), "long_factor": list(long)})
+                let mut json = json!({"type": "longrope", "short_factor": list(short), "long_factor": list(long)});
+                // Three fields and no more are what transformers 4 wants; the growth follows from the contexts.
+                let stretched = *context as f64 / *original_context as f64;
+                if *attention_factor != longrope_growth(stretched, *original_context) {
+                    json["attention_factor"] = shortest(*attention_factor);
+                }
+                json
             }
             RopeScaling::Default => Value::Null,
             RopeScaling::Linear { factor } => {
