@@ -295,6 +295,44 @@ mod tests {
         }
     }
 
+    /// Those of a part are where its rows are, without a copy, unless their order is another.
+    #[test]
+    fn rows_that_are_stored_in_bfloat16_are_handed_over_as_bytes() {
+        for config in [config("phi3"), partial()] {
+            let tensors = random_tensors(&config, 7);
+            let folder = tempfile::tempdir().unwrap();
+            save(folder.path(), &config, None, borrowed(&tensors)).unwrap();
+            let path = folder.path().join("model.safetensors");
+            let bytes = fs::read(&path).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            // The values are such that the upper halves of their words are they in bfloat16.
+            let halved = |values: &[u8]| values.chunks(4).flat_map(|v| [v[2], v[3]]).collect();
+            let tensor = |(name, view): (String, safetensors::tensor::TensorView)| {
+                (name, view.shape().to_vec(), halved(view.data()))
+            };
+            let narrow: Vec<(_, _, Vec<u8>)> = file.tensors().into_iter().map(tensor).collect();
+            let views = narrow.iter().map(|(name, shape, bytes)| {
+                let dtype = safetensors::Dtype::BF16;
+                (
+                    name,
+                    safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap(),
+                )
+            });
+            let written = safetensors::serialize(views, None).unwrap();
+            fs::write(&path, written).unwrap();
+            let weights = open(folder.path()).unwrap();
+            assert_holds(&weights, &tensors);
+            for (name, shape, values) in &tensors {
+                let wide: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let expected: Vec<u8> = halved(&wide);
+                match weights.bfloat16_bytes(name, shape).unwrap() {
+                    Some(found) => assert!(found == expected, "{name}"),
+                    None => assert!(config == partial() && is_turned(name), "{name}"),
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_is_not_of_the_config_is_named() {
         let (folder, config, mut tensors) = checkpoint("phi3");
