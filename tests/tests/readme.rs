@@ -95,7 +95,10 @@ fn recipes_and_variables_are_those_of_the_justfile() {
         .map(|file| fs::read_to_string(workspace().join(file)).unwrap())
         .concat();
     let mut seen = 0;
-    for line in blocks(&documents()).iter().flat_map(|block| block.lines()) {
+    let blocks: Vec<_> = (blocks(&documents()).iter())
+        .map(|block| block.replace("\\\n", "")) // a command may go on in the next line
+        .collect();
+    for line in blocks.iter().flat_map(|block| block.lines()) {
         let line = line.split(" #").next().unwrap().trim();
         let Some(command) = line.rsplit("&& ").next().unwrap().strip_prefix("just ") else {
             continue;
