@@ -262,7 +262,7 @@ fn pattern(fields: &Fields, key: &str) -> Result<Vec<(String, f64)>> {
     let map = value
         .as_object()
         .with_context(|| format!("{key}: must be an object, not {value}"))?;
-    let entry = |(module, value): (&String, &Value)| {
+    let entry = |module: &String| {
         // PEFT takes them as regular expressions.
         ensure!(
             module
@@ -270,12 +270,11 @@ fn pattern(fields: &Fields, key: &str) -> Result<Vec<(String, f64)>> {
                 .all(|c| c.is_ascii_alphanumeric() || "_.".contains(c)),
             "{key}: {module:?} is a pattern, which is not supported, only names are"
         );
-        let number = value
-            .as_f64()
-            .with_context(|| format!("{key}: {module}: must be a number, not {value}"))?;
+        let number = Fields(map).number(module).context(key.to_owned())?;
+        let number = number.with_context(|| format!("{key}: {module}: is null"))?;
         Ok((module.clone(), number))
     };
-    map.iter().map(entry).collect()
+    map.keys().map(entry).collect()
 }
 
 /// The first whose name is that of the module, or its end.

@@ -215,7 +215,8 @@ impl Config {
         text + "\n"
     }
 
-    /// The bounds that the arithmetic relies on; also the guard of sizes against overflow and absurd allocations.
+    /// The bounds that the arithmetic relies on; also the guard of sizes against overflow and absurd allocations. The context
+    /// becomes what all rotations reach.
     pub(super) fn checked(self) -> Result<Self> {
         let sizes = [
             ("vocabulary", self.vocab, 1 << 24),
@@ -257,7 +258,11 @@ impl Config {
             "the norm's epsilon {} is not a positive number",
             self.norm_eps
         );
-        Ok(self)
+        let ends = self.ropes.iter().flatten().filter_map(Rope::end);
+        Ok(Self {
+            context: ends.fold(self.context, usize::min),
+            ..self
+        })
     }
 }
 

@@ -181,7 +181,6 @@ fn read(fields: &Fields) -> Result<Config> {
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
-    let ends = ropes.iter().flatten().filter_map(Rope::end);
     Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,
@@ -193,7 +192,7 @@ fn read(fields: &Fields) -> Result<Config> {
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         ffn: fields.size("intermediate_size")?,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
-        context: ends.fold(context, usize::min),
+        context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
         qkv_bias: attention_bias || family.qkv_bias,
@@ -308,15 +307,12 @@ fn positions(
     match family.windows {
         Windows::None => Ok((vec![None; layers], everywhere()?)),
         Windows::All(unsaid) => {
-            let window = match fields.0.contains_key("sliding_window") {
-                true => sliding_window(fields)?,
-                false => unsaid,
-            };
+            let window = sliding_window(fields, unsaid)?;
             Ok((vec![window; layers], everywhere()?))
         }
         Windows::Last => {
             let window = match asked()?.unwrap_or(false) {
-                true => sliding_window(fields)?,
+                true => sliding_window(fields, Some(4096))?,
                 false => None,
             };
             let first = match fields.present("max_window_layers") {
@@ -328,7 +324,9 @@ fn positions(
         }
         Windows::Unrotated => {
             let window = match asked()?.unwrap_or(false) {
-                true if fields.present("sliding_window").is_some() => sliding_window(fields)?,
+                true if fields.present("sliding_window").is_some() => {
+                    sliding_window(fields, Some(4096))?
+                }
                 _ => None,
             };
             let rotates = rotating_layers(fields, layers)?;
@@ -340,7 +338,7 @@ fn positions(
             ))
         }
         Windows::AllBut(period, rotated) => {
-            let window = sliding_window(fields)?;
+            let window = sliding_window(fields, Some(4096))?;
             let period = match fields.present("sliding_window_pattern") {
                 None => period,
                 Some(_) => fields.size("sliding_window_pattern")?,
@@ -363,10 +361,10 @@ fn positions(
     }
 }
 
-/// The window, if the config does not say that there is none.
-fn sliding_window(fields: &Fields) -> Result<Option<usize>> {
+/// The window: `unsaid` where the config has no such field, none where it is null.
+fn sliding_window(fields: &Fields, unsaid: Option<usize>) -> Result<Option<usize>> {
     Ok(match fields.0.get("sliding_window") {
-        None => Some(4096),
+        None => unsaid,
         Some(Value::Null) => None,
         Some(_) => Some(fields.size("sliding_window")?),
     })

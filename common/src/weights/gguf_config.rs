@@ -68,8 +68,6 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let has = |name: &str| gguf.shape(name).is_some();
     let windows = windows(&fields, family, window, layers)?;
     let rotary_dim = rotary_dim(&fields, family, head_dim)?;
-    let ropes = ropes(&fields, family, &windows, rotary_dim, context)?;
-    let ends = ropes.iter().flatten().filter_map(Rope::end);
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     Config {
         model_type: family.model_type.to_owned(),
@@ -84,7 +82,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,
-        context: ends.fold(context, usize::min),
+        context,
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
         qkv_bias: has("blk.0.attn_q.bias"),
@@ -99,7 +97,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         attention_cap,
         logit_cap,
         activation: family.activation,
-        ropes,
+        ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
     }
     .checked()

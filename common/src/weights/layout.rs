@@ -222,10 +222,9 @@ mod tests {
         let down = config.place("model.layers.1.mlp.down_proj.weight", &[32, 64]);
         assert!(down.is_whole() && down.is_last());
         let stored = config.stored_parameters();
-        let layer = |n: usize| format!("model.layers.{n}.");
         let names: Vec<_> = stored
             .iter()
-            .filter_map(|(name, _)| name.strip_prefix(&layer(0)))
+            .filter_map(|(name, _)| name.strip_prefix("model.layers.0."))
             .collect();
         assert_eq!(
             names,
@@ -282,7 +281,7 @@ mod tests {
             let ours = if config == partial() { 4 } else { 2 };
             assert_eq!(row(2), named("0.self_attn.q_proj.weight")[32 * ours]);
             assert_eq!(row(48), named("0.self_attn.v_proj.weight")[0]);
-            // Read in parts and as bytes, too, where it is as it was.
+            // Read in parts, too.
             for (name, shape, values) in &tensors {
                 let mut parts = vec![];
                 let mut take = |part: &[f32]| {
