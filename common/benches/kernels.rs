@@ -6,7 +6,7 @@
 use common::kernels::attention::{self, Heads, Layout};
 use common::kernels::decoding::{self, Format, value_stride};
 use common::kernels::gemm::{
-    Aligned, Left, Mat, Packed, Precision, Threads, Write, matmul, panel_width,
+    Aligned, Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, panel_width,
 };
 use common::kernels::softmax;
 use divan::Bencher;
@@ -191,29 +191,45 @@ fn sum_exp(bencher: Bencher) {
 /// Packing a layer's weights anew, as training does after each step: an item is one weight.
 #[divan::bench(args = [false, true])]
 fn packing_rows_dithered(bencher: Bencher, dithered: bool) {
-    packing(bencher, dithered, Packed::set_rows);
+    packing(bencher, Precision::Bf16, dithered, Packed::set_rows);
+}
+
+/// Packing in float32: a layer's weights; and activations, in blocks of as many rows as the kernel takes.
+#[divan::bench(args = [false, true])]
+fn packing_rows_float32(bencher: Bencher, left: bool) {
+    if !left {
+        return packing(bencher, Precision::F32, false, Packed::set_rows);
+    }
+    let mut packed = PackedLeft::default();
+    let set = |_: &mut Packed, x: Mat| packed.set(Left::Rows(x), Precision::F32, Threads::All);
+    packing(bencher, Precision::F32, false, set);
 }
 
 /// Activations packed by their columns, for the gradients of weights; and packed weights turned.
-#[divan::bench]
-fn packing_columns(bencher: Bencher) {
-    packing(bencher, false, Packed::set_columns);
+#[divan::bench(args = [Precision::F32, Precision::Bf16])]
+fn packing_columns(bencher: Bencher, precision: Precision) {
+    packing(bencher, precision, false, Packed::set_columns);
 }
 
-#[divan::bench]
-fn packing_turned(bencher: Bencher) {
-    let w = Packed::from_rows(Mat::new(&vec![0.1; 1536 * 576], 1536, 576), Precision::Bf16);
-    packing(bencher, false, |packed, _| {
+#[divan::bench(args = [Precision::F32, Precision::Bf16])]
+fn packing_turned(bencher: Bencher, precision: Precision) {
+    let w = Packed::from_rows(Mat::new(&vec![0.1; 1536 * 576], 1536, 576), precision);
+    packing(bencher, precision, false, |packed, _| {
         packed.set_transposed(&w, 0..1536)
     });
 }
 
-fn packing(bencher: Bencher, dithered: bool, set: impl Fn(&mut Packed, Mat)) {
+fn packing(
+    bencher: Bencher,
+    precision: Precision,
+    dithered: bool,
+    mut set: impl FnMut(&mut Packed, Mat),
+) {
     let (n, k) = (1536, 576);
     let w = vec![0.1; n * k];
     let w = Mat::new(&w, n, k);
     let w = if dithered { w.dithered(5) } else { w };
-    let mut packed = Packed::empty(Precision::Bf16);
+    let mut packed = Packed::empty(precision);
     bencher
         .counter(ItemsCount::new(n * k))
         .bench_local(|| set(&mut packed, w));

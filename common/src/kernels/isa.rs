@@ -111,6 +111,79 @@ pub(super) mod x86 {
         ((1u32 << lanes.min(16)) - 1) as u16
     }
 
+    /// What kernels say of vectors of either width: what anyone may who has the instructions, and what reads and writes.
+    macro_rules! vectors {
+        ($(#[$doc:meta])* $width:ident, $features:literal, $vector:ty, $lanes:literal,
+         {$(fn $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty = $body:expr;)*}
+         {$(fn $access:ident($($by:ident: $by_ty:ty),*) -> $gives:ty = $what:expr;)*}) => {
+            $(#[$doc])*
+            pub mod $width {
+                use std::arch::x86_64::*;
+
+                pub type Vector = $vector;
+                pub const LANES: usize = $lanes;
+
+                $(
+                    #[inline]
+                    #[target_feature(enable = $features)]
+                    pub fn $name($($arg: $ty),*) -> $ret { $body }
+                )*
+                $(
+                    /// # Safety
+                    /// So many words must be there.
+                    #[inline]
+                    #[target_feature(enable = $features)]
+                    pub unsafe fn $access($($by: $by_ty),*) -> $gives {
+                        // SAFETY: the caller's promise.
+                        unsafe { $what }
+                    }
+                )*
+            }
+        };
+    }
+
+    vectors!(
+        /// 512 bits.
+        wide, "avx512f", __m512, 16,
+        {
+            fn zero() -> Vector = _mm512_setzero_ps();
+            fn splat(x: f32) -> Vector = _mm512_set1_ps(x);
+            fn add(a: Vector, b: Vector) -> Vector = _mm512_add_ps(a, b);
+            fn multiply_add(a: Vector, b: Vector, sum: Vector) -> Vector = _mm512_fmadd_ps(a, b, sum);
+            fn total(x: Vector) -> f32 = _mm512_reduce_add_ps(x);
+        }
+        {
+            fn load(at: *const f32) -> Vector = _mm512_loadu_ps(at);
+            fn load_first(lanes: usize, at: *const f32) -> Vector = _mm512_maskz_loadu_ps(super::mask(lanes), at);
+            fn store(at: *mut f32, x: Vector) -> () = _mm512_storeu_ps(at, x);
+        }
+    );
+
+    vectors!(
+        /// 256 bits.
+        narrow, "avx2,fma", __m256, 8,
+        {
+            fn zero() -> Vector = _mm256_setzero_ps();
+            fn splat(x: f32) -> Vector = _mm256_set1_ps(x);
+            fn add(a: Vector, b: Vector) -> Vector = _mm256_add_ps(a, b);
+            fn multiply_add(a: Vector, b: Vector, sum: Vector) -> Vector = _mm256_fmadd_ps(a, b, sum);
+            fn total(x: Vector) -> f32 = {
+                let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            };
+            fn first_lanes(lanes: usize) -> __m256i = {
+                let numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+                _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.min(LANES) as i32), numbers)
+            };
+        }
+        {
+            fn load(at: *const f32) -> Vector = _mm256_loadu_ps(at);
+            fn load_first(lanes: usize, at: *const f32) -> Vector = _mm256_maskload_ps(at, first_lanes(lanes));
+            fn store(at: *mut f32, x: Vector) -> () = _mm256_storeu_ps(at, x);
+        }
+    );
+
     /// sum + the products of pairs.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]

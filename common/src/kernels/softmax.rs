@@ -91,7 +91,7 @@ multiversion! {
         for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
             *lane += exp_low::<FMA>((x - max) * scale);
         }
-        fold(lanes)
+        sum(lanes)
     }
 }
 
@@ -110,7 +110,7 @@ multiversion! {
             *x = exp_low::<FMA>(*x - max);
             *lane += *x;
         }
-        fold(lanes)
+        sum(lanes)
     }
 }
 
@@ -153,21 +153,27 @@ multiversion! {
         for ((lane, &x), &y) in lanes.iter_mut().zip(a.remainder()).zip(b.remainder()) {
             *lane += x * y;
         }
-        fold(lanes)
+        sum(lanes)
     }
 }
 
-/// Adds the lanes pairwise.
+/// All lanes as one, joined pairwise; `N` is a power of two.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(super) fn fold<const N: usize>(mut lanes: [f32; N], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            lanes[i] = join(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
     lanes[0]
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+fn sum(lanes: [f32; LANES]) -> f32 {
+    fold(lanes, |a, b| a + b)
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,34 +1,34 @@
 //! Blocks whose words are those of products' operands: float32, or pairs of bfloat16.
 
 use super::super::gemm::{Precision, words};
-#[cfg(target_arch = "x86_64")]
-use super::super::isa::Isa;
-use super::super::isa::multiversion;
+use super::super::isa::{Isa, multiversion};
 use super::super::softmax;
 use super::{Block, Queries, soften, value_stride};
 
-/// For at most [`MOST`](super::MOST) rows; [`super::see`] has held the sizes.
+/// For at most [`most`](super::most) rows; [`super::see`] has held the sizes.
 pub fn see(rows: Queries, block: Block, precision: Precision) {
     #[cfg(target_arch = "x86_64")]
-    if let Isa::Avx512 { bf16 } = Isa::current() {
-        let pairs = bf16 && precision == Precision::Bf16;
-        // SAFETY: the instructions are there, and the caller has held what is read and written.
-        unsafe {
-            match (rows.max.len(), pairs) {
-                (1, true) => x86::pairs::<1>(rows, block),
-                (2, true) => x86::pairs::<2>(rows, block),
-                (3, true) => x86::pairs::<3>(rows, block),
-                (_, true) => x86::pairs::<4>(rows, block),
-                (1, false) => x86::words::<1>(rows, block),
-                (2, false) => x86::words::<2>(rows, block),
-                (3, false) => x86::words::<3>(rows, block),
-                (_, false) => x86::words::<4>(rows, block),
+    macro_rules! by_rows {
+        ($kernel:ident, $($rows:literal)*) => {
+            match rows.max.len() {
+                // SAFETY: the instructions are there, and the caller has held what is read and written.
+                $($rows => unsafe { x86::$kernel::<$rows>(rows, block) },)*
+                _ => unreachable!("more rows than a kernel takes"),
             }
-        }
-        return;
+        };
     }
-    debug_assert_eq!(words(block.dim, precision), block.dim);
-    plain(rows, block);
+    match Isa::current() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 { bf16: true } if precision == Precision::Bf16 => by_rows!(pairs, 1 2 3 4),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 { .. } => by_rows!(wide_words, 1 2 3 4),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => by_rows!(narrow_words, 1 2 3),
+        _ => {
+            debug_assert_eq!(words(block.dim, precision), block.dim);
+            plain(rows, block);
+        }
+    }
 }
 
 multiversion! {
@@ -48,7 +48,7 @@ multiversion! {
                 let keys = block.keys.chunks_exact(dim).take(block.tokens);
                 (scores.iter_mut().zip(keys)).for_each(|(score, key)| *score = softmax::dot(query, key));
             }
-            let factor = soften::<FMA>(&mut scores, rows.cap, rows.visible[r], &mut rows.max[r], &mut rows.sum[r]);
+            let factor = soften::<FMA, WIDTH>(&mut scores, rows.cap, rows.visible[r], &mut rows.max[r], &mut rows.sum[r]);
             let weighted = &mut rows.weighted[r * stride..][..stride];
             weighted.iter_mut().for_each(|w| *w *= factor);
             for (&score, values) in scores.iter().zip(block.values.chunks_exact(stride)).take(block.tokens) {
@@ -62,20 +62,23 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::super::x86::{WIDTH, fetch_share, soften};
+    use super::super::x86::{fetch_share, soften_narrow, soften_wide};
     use super::{Block, Queries, value_stride};
-    use crate::kernels::isa::x86::{fetch, mask, multiply_pairs};
+    use crate::kernels::isa::x86::{fetch, multiply_pairs, narrow, wide};
     use std::arch::x86_64::*;
 
-    /// A block for up to four rows, whose scores and results stay in registers.
+    /// A block for some rows, whose scores and results stay in registers. A panel is as wide as two vectors.
     macro_rules! kernel {
-        ($(#[$doc:meta])* $name:ident, $features:literal, $per_word:literal, $multiply:ident, $store:ident) => {
+        ($(#[$doc:meta])* $name:ident, $features:literal, $width:ident, $registers:literal, $per_word:literal, $multiply:path,
+         $soften:ident, $store:ident) => {
             $(#[$doc])*
             ///
             /// # Safety
-            /// Needs the instructions; the sizes are those that [`super::see`] asserts, with `R` rows.
+            /// Needs the instructions; the sizes are those that [`super::super::see`] asserts, with `R` rows.
             #[target_feature(enable = $features)]
             pub unsafe fn $name<const R: usize>(rows: Queries, block: Block) {
+                use $width::{LANES, Vector, add, load, load_first, multiply_add, splat, store, total, zero};
+                const WIDTH: usize = 2 * LANES;
                 let k = block.dim.div_ceil($per_word);
                 // SAFETY: the caller's promise.
                 let scores = unsafe {
@@ -84,7 +87,7 @@ mod x86 {
                         false => by_token::<R>(rows.words, block.keys, k, block),
                     }
                 };
-                let mut factors = [_mm512_setzero_ps(); R];
+                let mut factors = [zero(); R];
                 let mut weights = [[0.0f32; WIDTH]; R];
                 let stride = value_stride(block.dim);
                 let steps = block.tokens.div_ceil($per_word);
@@ -92,20 +95,32 @@ mod x86 {
                 for r in 0..R {
                     fetch_share::<R>(r, ahead, steps / 2 * stride);
                     let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
-                    let ([low, high], factor) = soften(scores[r], rows.cap, rows.visible[r], max, sum);
+                    let (seen, factor) = $soften(scores[r], rows.cap, rows.visible[r], max, sum);
                     factors[r] = factor;
-                    $store(low, high, &mut weights[r]);
+                    $store(seen, &mut weights[r]);
                 }
                 let (values, weighted) = (block.values.as_ptr(), rows.weighted.as_mut_ptr());
-                for left in (0..stride).step_by(WIDTH * 2) {
-                    // SAFETY: the caller's promise; a stride is whole panels of 32.
+                let mut left = 0;
+                while left < stride {
+                    // SAFETY: the caller's promise; a stride is whole panels.
                     unsafe {
                         let at = (values.add(left), ahead.wrapping_add(left), weighted.add(left));
-                        if left + WIDTH < stride {
+                        // As many sums as there are registers for.
+                        if R * 4 < $registers && left + WIDTH < stride {
                             weigh::<R, 4>(&weights, &factors, at, stride, steps);
+                            left += 2 * WIDTH;
                         } else {
                             weigh::<R, 2>(&weights, &factors, at, stride, steps);
+                            left += WIDTH;
                         }
+                    }
+                }
+
+                /// Asks for the line of a vector's words; the second half of a line is there with the first.
+                #[inline(always)]
+                fn ask(ahead: *const f32, word: usize) {
+                    if word % 16 == 0 {
+                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(word));
                     }
                 }
 
@@ -117,18 +132,18 @@ mod x86 {
                     keys: &[f32],
                     k: usize,
                     ahead: *const f32,
-                ) -> [[__m512; 2]; R] {
+                ) -> [[Vector; 2]; R] {
                     // Even and odd words have sums of their own: few rows are too few chains for the multipliers.
-                    let (mut even, mut odd) = ([[_mm512_setzero_ps(); 2]; R], [[_mm512_setzero_ps(); 2]; R]);
-                    let add = |p: usize, sums: &mut [[__m512; 2]; R]| {
-                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * WIDTH));
-                        fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * WIDTH + 16));
+                    let (mut even, mut odd) = ([[zero(); 2]; R], [[zero(); 2]; R]);
+                    let step = |p: usize, sums: &mut [[Vector; 2]; R]| {
+                        ask(ahead.wrapping_add(p * WIDTH), 0);
+                        ask(ahead.wrapping_add(p * WIDTH), LANES);
                         // SAFETY: the caller's promise.
                         unsafe {
                             let line = keys.as_ptr().add(p * WIDTH);
-                            let line = [_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16))];
+                            let line = [load(line), load(line.add(LANES))];
                             for (r, sums) in sums.iter_mut().enumerate() {
-                                let q = _mm512_set1_ps(*queries.as_ptr().add(r * k + p));
+                                let q = splat(*queries.as_ptr().add(r * k + p));
                                 for j in 0..2 {
                                     sums[j] = $multiply(q, line[j], sums[j]);
                                 }
@@ -136,16 +151,16 @@ mod x86 {
                         }
                     };
                     for p in (0..k / 2 * 2).step_by(2) {
-                        add(p, &mut even);
-                        add(p + 1, &mut odd);
+                        step(p, &mut even);
+                        step(p + 1, &mut odd);
                     }
                     if k % 2 == 1 {
-                        add(k - 1, &mut even);
+                        step(k - 1, &mut even);
                     }
                     let mut scores = even;
                     for r in 0..R {
                         for j in 0..2 {
-                            scores[r][j] = _mm512_add_ps(even[r][j], odd[r][j]);
+                            scores[r][j] = add(even[r][j], odd[r][j]);
                         }
                     }
                     scores
@@ -159,31 +174,30 @@ mod x86 {
                     keys: &[f32],
                     k: usize,
                     block: Block,
-                ) -> [[__m512; 2]; R] {
+                ) -> [[Vector; 2]; R] {
                     let mut scores = [[0.0f32; WIDTH]; R];
                     for token in 0..block.tokens {
-                        let mut sums = [_mm512_setzero_ps(); R];
-                        for p in (0..k).step_by(16) {
-                            fetch::<_MM_HINT_T0>(block.ahead.wrapping_add(token * k + p));
-                            let lanes = mask(k - p);
-                            // SAFETY: the caller's promise; masked lanes are not read.
+                        let mut sums = [zero(); R];
+                        for p in (0..k).step_by(LANES) {
+                            ask(block.ahead.wrapping_add(token * k), p);
+                            // SAFETY: the caller's promise; lanes past the end are not read.
                             unsafe {
-                                let key = _mm512_maskz_loadu_ps(lanes, keys.as_ptr().add(token * k + p));
+                                let key = load_first(k - p, keys.as_ptr().add(token * k + p));
                                 for r in 0..R {
-                                    let query = _mm512_maskz_loadu_ps(lanes, queries.as_ptr().add(r * k + p));
+                                    let query = load_first(k - p, queries.as_ptr().add(r * k + p));
                                     sums[r] = $multiply(query, key, sums[r]);
                                 }
                             }
                         }
                         for r in 0..R {
-                            scores[r][token] = _mm512_reduce_add_ps(sums[r]);
+                            scores[r][token] = total(sums[r]);
                         }
                     }
-                    let mut rows = [[_mm512_setzero_ps(); 2]; R];
+                    let mut rows = [[zero(); 2]; R];
                     for r in 0..R {
                         for j in 0..2 {
-                            // SAFETY: 32 words a row.
-                            rows[r][j] = unsafe { _mm512_loadu_ps(scores[r].as_ptr().add(16 * j)) };
+                            // SAFETY: a row is two vectors.
+                            rows[r][j] = unsafe { load(scores[r].as_ptr().add(LANES * j)) };
                         }
                     }
                     rows
@@ -194,23 +208,23 @@ mod x86 {
                 #[target_feature(enable = $features)]
                 unsafe fn weigh<const R: usize, const V: usize>(
                     weights: &[[f32; WIDTH]; R],
-                    factors: &[__m512; R],
+                    factors: &[Vector; R],
                     (values, ahead, weighted): (*const f32, *const f32, *mut f32),
                     stride: usize,
                     steps: usize,
                 ) {
-                    let mut sums = [[_mm512_setzero_ps(); V]; R];
+                    let mut sums = [[zero(); V]; R];
                     for p in 0..steps {
-                        let mut line = [_mm512_setzero_ps(); V];
+                        let mut line = [zero(); V];
                         for j in 0..V {
                             if p >= steps / 2 {
-                                fetch::<_MM_HINT_T0>(ahead.wrapping_add(p * stride + 16 * j));
+                                ask(ahead.wrapping_add(p * stride), LANES * j);
                             }
-                            // SAFETY: as above.
-                            line[j] = unsafe { _mm512_loadu_ps(values.add(p * stride + 16 * j)) };
+                            // SAFETY: the caller's promise.
+                            line[j] = unsafe { load(values.add(p * stride + LANES * j)) };
                         }
                         for r in 0..R {
-                            let w = _mm512_set1_ps(weights[r][p]);
+                            let w = splat(weights[r][p]);
                             for j in 0..V {
                                 sums[r][j] = $multiply(w, line[j], sums[r][j]);
                             }
@@ -220,9 +234,8 @@ mod x86 {
                         for j in 0..V {
                             // SAFETY: as above.
                             unsafe {
-                                let target = weighted.add(r * stride + 16 * j);
-                                let sum = _mm512_fmadd_ps(_mm512_loadu_ps(target), factors[r], sums[r][j]);
-                                _mm512_storeu_ps(target, sum);
+                                let target = weighted.add(r * stride + LANES * j);
+                                store(target, multiply_add(load(target), factors[r], sums[r][j]));
                             }
                         }
                     }
@@ -233,32 +246,30 @@ mod x86 {
 
     kernel!(
         /// Words that hold pairs of bfloat16.
-        pairs, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma", 2, multiply_pairs, store_pairs
+        pairs, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma", wide, 32, 2, multiply_pairs, soften_wide, store_pairs
     );
     kernel!(
         /// Words that hold one element.
-        words, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", 1, multiply_words, store_words
+        wide_words, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", wide, 32, 1, wide::multiply_add, soften_wide, store_wide
+    );
+    kernel!(
+        /// The same with half as many registers of half the width.
+        narrow_words, "avx2,fma", narrow, 16, 1, narrow::multiply_add, soften_narrow, store_narrow
     );
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn multiply_words(x: __m512, y: __m512, sum: __m512) -> __m512 {
-        _mm512_fmadd_ps(x, y, sum)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store_words(low: __m512, high: __m512, out: &mut [f32; WIDTH]) {
+    fn store_wide([low, high]: [__m512; 2], out: &mut [f32; 32]) {
         // SAFETY: 32 words.
         unsafe {
-            _mm512_storeu_ps(out.as_mut_ptr(), low);
-            _mm512_storeu_ps(out.as_mut_ptr().add(16), high);
+            wide::store(out.as_mut_ptr(), low);
+            wide::store(out.as_mut_ptr().add(16), high);
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
-    fn store_pairs(low: __m512, high: __m512, out: &mut [f32; WIDTH]) {
+    fn store_pairs([low, high]: [__m512; 2], out: &mut [f32; 32]) {
         // SAFETY: 16 words of pairs.
         unsafe {
             let pairs = _mm512_cvtne2ps_pbh(high, low);
@@ -266,6 +277,16 @@ mod x86 {
                 out.as_mut_ptr(),
                 std::mem::transmute::<__m512bh, __m512>(pairs),
             );
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn store_narrow([low, high]: [__m256; 2], out: &mut [f32; 16]) {
+        // SAFETY: 16 words.
+        unsafe {
+            narrow::store(out.as_mut_ptr(), low);
+            narrow::store(out.as_mut_ptr().add(8), high);
         }
     }
 }

@@ -206,6 +206,17 @@ fn weigh(weights: &[f32], scales: &[f32], seen: u32, out: &mut [i32]) -> f32 {
     largest / MOST_WEIGHT
 }
 
+/// Tokens, or columns of values, whose sums are made at once.
+const SUMS: usize = 16;
+
+/// A byte of each word, as an integer, times `factor` is added to its sum.
+#[inline(always)]
+fn add_bytes(sums: &mut [i32; SUMS], words: &[f32], factor: i32, byte: impl Fn(u32) -> i32) {
+    for (sum, word) in sums.iter_mut().zip(words) {
+        *sum = sum.wrapping_add(factor.wrapping_mul(byte(word.to_bits())));
+    }
+}
+
 multiversion! {
     /// In plain Rust, row by row.
     pub fn plain(rows: Queries, block: Block) {
@@ -214,36 +225,52 @@ multiversion! {
         let words = block.dim.div_ceil(PER_WORD);
         let (key_scales, keys) = block.keys.split_at(width);
         let (value_scales, values) = block.values.split_at(width);
-        // From word to word of a key, and from token to token.
-        let (along, across) = if block.panel { (width, 1) } else { (1, words) };
+        let mut elements = [0i16; MOST_DIM];
+        let elements = &mut elements[..words * PER_WORD];
         for (r, query) in rows.words.chunks_exact(query_words(block.dim)).enumerate() {
             let (halves, rest) = query.split_at(2 * words);
             let (upper, lower) = bytes(halves).split_at(words * PER_WORD);
-            let mut sums = [0i32; MOST_WIDTH];
-            for (i, (&upper, &lower)) in upper.iter().zip(lower).enumerate() {
-                let q = ((upper as i8 as i32) << 8) + lower as i8 as i32;
-                for (t, sum) in sums[..block.tokens].iter_mut().enumerate() {
-                    let word = keys[i / PER_WORD * along + t * across].to_ne_bytes();
-                    *sum += q * (word[i % PER_WORD] as i32 - KEY_ZERO);
+            for ((q, &upper), &lower) in elements.iter_mut().zip(upper).zip(lower) {
+                *q = ((upper as i8 as i16) << 8) + lower as i8 as i16;
+            }
+            let zero = ((rest[1].to_bits() as i32) << 8).wrapping_add(rest[2].to_bits() as i32);
+            let mut sums = [zero; MOST_WIDTH];
+            if block.panel {
+                for (left, sums) in (0..width).step_by(SUMS).zip(sums.as_chunks_mut::<SUMS>().0) {
+                    let mut some = [zero; SUMS];
+                    for (q, line) in elements.as_chunks::<PER_WORD>().0.iter().zip(keys.chunks_exact(width)) {
+                        for (b, &q) in q.iter().enumerate() {
+                            add_bytes(&mut some, &line[left..left + SUMS], q as i32, |word| (word >> (8 * b) & 0xff) as i32);
+                        }
+                    }
+                    *sums = some;
+                }
+            } else {
+                for (sum, key) in sums[..block.tokens].iter_mut().zip(keys.chunks_exact(words)) {
+                    let products = elements.iter().zip(bytes(key)).map(|(&q, &key)| q as i32 * key as i32);
+                    *sum = products.fold(zero, i32::wrapping_add);
                 }
             }
             let mut scores = [0.0f32; MOST_WIDTH];
-            for (t, score) in scores[..block.tokens].iter_mut().enumerate() {
-                *score = sums[t] as f32 * (rest[0] * key_scales[t]);
+            for ((score, &sum), &scale) in scores[..block.tokens].iter_mut().zip(&sums).zip(key_scales) {
+                *score = sum as f32 * (rest[0] * scale);
             }
             let seen = rows.visible[r];
-            let factor = soften::<FMA>(&mut scores, rows.cap, seen, &mut rows.max[r], &mut rows.sum[r]);
+            let factor = soften::<FMA, MOST_WIDTH>(&mut scores, rows.cap, seen, &mut rows.max[r], &mut rows.sum[r]);
             let mut weights = [0i32; MOST_WIDTH];
-            let weights = &mut weights[..block.tokens];
-            let unit = weigh(&scores, value_scales, seen, weights);
-            for (d, weighted) in rows.weighted[r * stride..][..block.dim].iter_mut().enumerate() {
-                let mut sum = 0;
-                for (t, weight) in weights.iter().enumerate() {
-                    let word = values[t / PER_WORD * stride + d].to_ne_bytes();
-                    sum += weight * (word[t % PER_WORD] as i8 as i32);
+            let unit = weigh(&scores, value_scales, seen, &mut weights[..block.tokens]);
+            let lines = block.tokens.div_ceil(PER_WORD);
+            for (left, weighted) in (0..stride).step_by(SUMS).zip(rows.weighted[r * stride..].as_chunks_mut::<SUMS>().0) {
+                let mut some = [0i32; SUMS];
+                for (weights, line) in weights.as_chunks::<PER_WORD>().0[..lines].iter().zip(values.chunks_exact(stride)) {
+                    for (b, &weight) in weights.iter().enumerate() {
+                        add_bytes(&mut some, &line[left..left + SUMS], weight, |word| (word << (24 - 8 * b)) as i32 >> 24);
+                    }
                 }
-                let before = *weighted * factor;
-                *weighted = if FMA { unit.mul_add(sum as f32, before) } else { unit * sum as f32 + before };
+                for (weighted, sum) in weighted.iter_mut().zip(some) {
+                    let before = *weighted * factor;
+                    *weighted = if FMA { unit.mul_add(sum as f32, before) } else { unit * sum as f32 + before };
+                }
             }
         }
     }
@@ -252,10 +279,13 @@ multiversion! {
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)] // rows and columns are of several arrays at once
 mod x86 {
-    use super::super::x86::{WIDTH, fetch_share, soften};
+    use super::super::x86::{fetch_share, soften_wide};
     use super::{Block, MOST_WEIGHT, PER_WORD, Queries, query_words, value_stride};
     use crate::kernels::isa::x86::{fetch, mask};
     use std::arch::x86_64::*;
+
+    /// Tokens of a block.
+    const WIDTH: usize = 32;
 
     /// Sums of products of upper halves and of lower ones.
     type Halves = [__m512i; 2];
@@ -338,7 +368,7 @@ mod x86 {
                     _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][j]), scale)
                 };
                 let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
-                let (weights, factor) = soften([score(0), score(1)], rows.cap, seen, max, sum);
+                let (weights, factor) = soften_wide([score(0), score(1)], rows.cap, seen, max, sum);
                 parts[r] = Part::of(weights, value_scales, seen, factor);
             }
             let mut left = 0;

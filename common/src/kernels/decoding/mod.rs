@@ -6,6 +6,7 @@ mod float;
 mod int8;
 
 use super::gemm::{Precision, panel_width, put_column, put_row, turn_words, words};
+use super::isa::Isa;
 use super::{cap, softmax};
 
 /// How keys and values are kept, and queries that meet them.
@@ -138,8 +139,13 @@ pub struct Queries<'a> {
     pub weighted: &'a mut [f32],
 }
 
-/// Queries that a kernel takes at once.
-const MOST: usize = 4;
+/// Queries that a kernel takes at once: as many as its registers hold the sums of.
+fn most() -> usize {
+    match Isa::current() {
+        Isa::Avx2 => 3,
+        _ => 4,
+    }
+}
 
 /// Lets rows see a block: what they have is brought to the largest score yet, and the block's part is added (Milakov and
 /// Gimelshein, *Online normalizer calculation for softmax*, algorithm 3). A row's result does not depend on the rows
@@ -158,7 +164,7 @@ pub fn see(rows: Queries, block: Block) {
     assert!(rows.visible.len() == count && rows.sum.len() == count);
     let mut start = 0;
     while start < count {
-        let some = start..(start + MOST).min(count);
+        let some = start..(start + most()).min(count);
         let part = Queries {
             words: &rows.words[some.start * k..some.end * k],
             cap: rows.cap,
@@ -178,8 +184,8 @@ pub fn see(rows: Queries, block: Block) {
 /// A row's scores become weights, exp(score − max) where the row sees the token; what its earlier weights are to be
 /// multiplied by comes back. Where a score is NaN the sum will be, too.
 #[inline(always)]
-fn soften<const FMA: bool>(
-    scores: &mut [f32],
+fn soften<const FMA: bool, const N: usize>(
+    scores: &mut [f32; N],
     cap: Option<f32>,
     seen: u32,
     max: &mut f32,
@@ -193,16 +199,13 @@ fn soften<const FMA: bool>(
             *score = f32::NEG_INFINITY;
         }
     }
-    let top = (scores.iter()).fold(*max, |top, &s| if s > top { s } else { top });
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let top = larger(*max, softmax::fold(*scores, larger));
     let base = if top == f32::NEG_INFINITY { 0.0 } else { top };
     let factor = softmax::exp::<FMA>(*max - base);
     *max = top;
-    let mut added = 0.0;
-    for score in scores {
-        *score = softmax::exp::<FMA>(*score - base);
-        added += *score;
-    }
-    *sum = *sum * factor + added;
+    (scores.iter_mut()).for_each(|score| *score = softmax::exp::<FMA>(*score - base));
+    *sum = *sum * factor + softmax::fold(*scores, |a, b| a + b);
     factor
 }
 
@@ -210,17 +213,38 @@ fn soften<const FMA: bool>(
 mod x86 {
     //! What the kernels of all formats share.
     use super::super::cap::x86::capped;
-    use super::super::isa::x86::fetch;
+    use super::super::isa::x86::{fetch, narrow};
     use super::super::softmax::x86::exp;
     use std::arch::x86_64::*;
 
-    /// Tokens of a block.
-    pub const WIDTH: usize = 32;
+    /// As [`super::soften`], for the scores of a block.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub fn soften_narrow(
+        scores: [__m256; 2],
+        cap: Option<f32>,
+        seen: u32,
+        max: &mut f32,
+        sum: &mut f32,
+    ) -> ([__m256; 2], __m256) {
+        let mut words = [0.0f32; 16];
+        // SAFETY: a block's scores are two vectors.
+        unsafe {
+            narrow::store(words.as_mut_ptr(), scores[0]);
+            narrow::store(words.as_mut_ptr().add(8), scores[1]);
+            let factor = super::soften::<true, 16>(&mut words, cap, seen, max, sum);
+            let weights = [
+                narrow::load(words.as_ptr()),
+                narrow::load(words.as_ptr().add(8)),
+            ];
+            (weights, narrow::splat(factor))
+        }
+    }
 
     /// As [`super::soften`], for the scores of a block.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    pub fn soften(
+    pub fn soften_wide(
         scores: [__m512; 2],
         cap: Option<f32>,
         seen: u32,

@@ -170,7 +170,7 @@ mod x86 {
 
     kernel!(
         /// Float32 in half the width.
-        avx2, "avx2,fma", 2 x 8, _mm256_setzero_ps(), _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_copied
+        avx2, "avx2,fma", 2 x 8, _mm256_setzero_ps(), _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, write_halves
     );
 
     /// Row by row: a function that is given all sums would have them in memory, if it is not inlined, and then they are
@@ -195,13 +195,23 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn write_copied([low, high]: [__m256; 2], row: usize, t: Tile) {
-        let mut copied = [0.0f32; 16];
-        // SAFETY: 16 floats; the caller's promise on C.
+    unsafe fn write_halves([mut low, mut high]: [__m256; 2], row: usize, t: Tile) {
+        let c = t.c.wrapping_add(row * t.c_stride);
+        let next = c.wrapping_add(8);
+        // SAFETY: 16 floats, of the array or of C by the caller's promise.
         unsafe {
-            _mm256_storeu_ps(copied.as_mut_ptr(), low);
-            _mm256_storeu_ps(copied.as_mut_ptr().add(8), high);
-            write_row(&copied, row, t);
+            if t.columns < 16 {
+                let mut copied = [0.0f32; 16];
+                _mm256_storeu_ps(copied.as_mut_ptr(), low);
+                _mm256_storeu_ps(copied.as_mut_ptr().add(8), high);
+                return write_row(&copied, row, t);
+            }
+            if t.add {
+                low = _mm256_add_ps(_mm256_loadu_ps(c), low);
+                high = _mm256_add_ps(_mm256_loadu_ps(next), high);
+            }
+            _mm256_storeu_ps(c, low);
+            _mm256_storeu_ps(next, high);
         }
     }
 }

@@ -90,14 +90,17 @@ pub(super) fn pack(
     }
 }
 
-/// Rows of float32, turned: in squares of 16 where there are vectors so wide.
+/// Rows of float32, turned: in squares of 16 or 8 where there are vectors so wide.
 fn rows(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if let Isa::Avx512 { .. } = Isa::current() {
+    match Isa::current() {
+        #[cfg(target_arch = "x86_64")]
         // SAFETY: the instructions are there.
-        return unsafe { x86::rows(a, first, valid, width, out) };
+        Isa::Avx512 { .. } => unsafe { x86::rows(a, first, valid, width, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::rows(a, first, valid, width, out) },
+        _ => strips(a, first, valid, width, out),
     }
-    strips(a, first, valid, width, out);
 }
 
 /// Rows of words, one after another, as a panel: `[rows, k]` as `[k][panel_width]`.
@@ -106,19 +109,17 @@ pub fn turn_words(from: &[f32], k: usize, out: &mut [f32]) {
     rows(Mat::new(from, count, k), 0, count, panel_width(), out);
 }
 
-multiversion! {
-    /// The same with narrower vectors: of each row a cache line at a time, which goes to as many lines of the target.
-    pub fn strips(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-        for (strip, target) in out.chunks_mut(16 * width).enumerate() {
-            for i in 0..valid {
-                let row = &a.row(first + i)[16 * strip..];
-                for (line, &x) in target.chunks_exact_mut(width).zip(row) {
-                    line[i] = x;
-                }
+/// The same in plain Rust: of each row a cache line at a time, which goes to as many lines of the target.
+fn strips(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+    for (strip, target) in out.chunks_mut(16 * width).enumerate() {
+        for i in 0..valid {
+            let row = &a.row(first + i)[16 * strip..];
+            for (line, &x) in target.chunks_exact_mut(width).zip(row) {
+                line[i] = x;
             }
-            for line in target.chunks_exact_mut(width) {
-                line[valid..].fill(0.0);
-            }
+        }
+        for line in target.chunks_exact_mut(width) {
+            line[valid..].fill(0.0);
         }
     }
 }
@@ -460,6 +461,108 @@ mod x86 {
             out[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd2);
             out[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even, even2);
             out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd2);
+        }
+        out
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    //! Rows turned into columns with 256-bit vectors.
+    use super::Mat;
+    use crate::kernels::isa::x86::{fetch, narrow::load_first};
+    use std::arch::x86_64::*;
+
+    /// `[rows, k]` as `[k][width]`, in squares of 8.
+    #[target_feature(enable = "avx2")]
+    pub fn rows(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
+        assert!(first + valid <= a.rows);
+        let out = &mut out[..a.cols * width];
+        for start in (0..a.cols).step_by(8) {
+            for left in (0..width).step_by(8) {
+                let mut square = [_mm256_setzero_ps(); 8];
+                for (i, words) in square
+                    .iter_mut()
+                    .enumerate()
+                    .take(valid.saturating_sub(left))
+                {
+                    // SAFETY: one of the rows that were asserted.
+                    *words = unsafe { load(a, first + left + i, start, valid * a.stride) };
+                }
+                for (line, words) in (start..a.cols).zip(turn(square)) {
+                    let target = &mut out[line * width + left..];
+                    // What a line shorter than a vector leaves in the next one, that one overwrites.
+                    let room = if width < 8 {
+                        target.len()
+                    } else {
+                        width - left
+                    };
+                    store(words, target, width - left, room >= 8);
+                }
+            }
+        }
+    }
+
+    /// Eight elements of a row from k on, zero past its end; those `ahead` words after them, which are packed next, are
+    /// fetched.
+    ///
+    /// # Safety
+    /// The row must be one of the matrix's.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load(a: Mat, row: usize, k: usize, ahead: usize) -> __m256 {
+        let x = a.data.as_ptr().wrapping_add(row * a.stride + k);
+        if k.is_multiple_of(16) {
+            fetch::<_MM_HINT_T1>(x.wrapping_add(ahead));
+        }
+        // SAFETY: inside the row, which is inside the data; masked lanes, past its end, are not read.
+        unsafe {
+            match a.cols - k {
+                8.. => _mm256_loadu_ps(x),
+                rest => load_first(rest, x),
+            }
+        }
+    }
+
+    /// The first so many lanes, or all eight where that does no harm.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn store(words: __m256, target: &mut [f32], lanes: usize, all: bool) {
+        if all {
+            // SAFETY: the slice holds as many.
+            return unsafe { _mm256_storeu_ps(target[..8].as_mut_ptr(), words) };
+        }
+        let mut copied = [0.0; 8];
+        // SAFETY: eight words.
+        unsafe { _mm256_storeu_ps(copied.as_mut_ptr(), words) };
+        target[..lanes].copy_from_slice(&copied[..lanes]);
+    }
+
+    /// Rows become columns.
+    #[target_feature(enable = "avx2")]
+    fn turn(r: [__m256; 8]) -> [__m256; 8] {
+        let pair = |v: __m256| _mm256_castps_pd(v);
+        let word = |v: __m256d| _mm256_castpd_ps(v);
+        let mut quads = r;
+        for g in [0, 4] {
+            let (a, b) = (
+                _mm256_unpacklo_ps(r[g], r[g + 1]),
+                _mm256_unpackhi_ps(r[g], r[g + 1]),
+            );
+            let (c, d) = (
+                _mm256_unpacklo_ps(r[g + 2], r[g + 3]),
+                _mm256_unpackhi_ps(r[g + 2], r[g + 3]),
+            );
+            quads[g] = word(_mm256_unpacklo_pd(pair(a), pair(c)));
+            quads[g + 1] = word(_mm256_unpackhi_pd(pair(a), pair(c)));
+            quads[g + 2] = word(_mm256_unpacklo_pd(pair(b), pair(d)));
+            quads[g + 3] = word(_mm256_unpackhi_pd(pair(b), pair(d)));
+        }
+        // Now half h of quads[g + j] holds column 4h + j of the rows g … g + 3.
+        let mut out = r;
+        for j in 0..4 {
+            out[j] = _mm256_permute2f128_ps::<0x20>(quads[j], quads[4 + j]);
+            out[4 + j] = _mm256_permute2f128_ps::<0x31>(quads[j], quads[4 + j]);
         }
         out
     }
