@@ -470,75 +470,92 @@ mod x86 {
 mod avx2 {
     //! Rows turned into columns with 256-bit vectors.
     use super::Mat;
-    use crate::kernels::isa::x86::{fetch, narrow::load_first};
+    use crate::kernels::isa::x86::fetch;
+    use crate::kernels::isa::x86::narrow::{load, load_first, store, zero};
     use std::arch::x86_64::*;
 
-    /// `[rows, k]` as `[k][width]`, in squares of 8.
-    #[target_feature(enable = "avx2")]
+    /// `[rows, k]` as `[k][width]`, in squares of 8. What a width below 8 leaves of a square in the next line, that line
+    /// overwrites.
+    #[target_feature(enable = "avx2,fma")]
     pub fn rows(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
-        assert!(first + valid <= a.rows);
+        assert!(first + valid <= a.rows && (width < 8 || width.is_multiple_of(8)));
         let out = &mut out[..a.cols * width];
         for start in (0..a.cols).step_by(8) {
             for left in (0..width).step_by(8) {
-                let mut square = [_mm256_setzero_ps(); 8];
-                for (i, words) in square
-                    .iter_mut()
-                    .enumerate()
-                    .take(valid.saturating_sub(left))
-                {
-                    // SAFETY: one of the rows that were asserted.
-                    *words = unsafe { load(a, first + left + i, start, valid * a.stride) };
-                }
-                for (line, words) in (start..a.cols).zip(turn(square)) {
-                    let target = &mut out[line * width + left..];
-                    // What a line shorter than a vector leaves in the next one, that one overwrites.
-                    let room = if width < 8 {
-                        target.len()
-                    } else {
-                        width - left
+                let there = valid.saturating_sub(left).min(8);
+                let at = (first + left) * a.stride + start;
+                let from = Square {
+                    // (There may be none, past the end.)
+                    at: a.data.as_ptr().wrapping_add(at),
+                    stride: a.stride,
+                    ahead: valid * a.stride,
+                    k: a.cols - start,
+                };
+                let to = &mut out[start * width + left..];
+                macro_rules! by_rows {
+                    ($($rows:literal)*) => {
+                        match there {
+                            // SAFETY: rows that were asserted.
+                            $($rows => unsafe { from.turn::<$rows>(to, width) },)*
+                            _ => unreachable!("a square has eight"),
+                        }
                     };
-                    store(words, target, width - left, room >= 8);
                 }
+                by_rows!(0 1 2 3 4 5 6 7 8);
             }
         }
     }
 
-    /// Eight elements of a row from k on, zero past its end; those `ahead` words after them, which are packed next, are
-    /// fetched.
-    ///
-    /// # Safety
-    /// The row must be one of the matrix's.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    unsafe fn load(a: Mat, row: usize, k: usize, ahead: usize) -> __m256 {
-        let x = a.data.as_ptr().wrapping_add(row * a.stride + k);
-        if k.is_multiple_of(16) {
-            fetch::<_MM_HINT_T1>(x.wrapping_add(ahead));
-        }
-        // SAFETY: inside the row, which is inside the data; masked lanes, past its end, are not read.
-        unsafe {
-            match a.cols - k {
-                8.. => _mm256_loadu_ps(x),
-                rest => load_first(rest, x),
-            }
-        }
+    /// Some rows of a matrix, from a column on.
+    struct Square {
+        at: *const f32,
+        stride: usize,
+        /// From a word to that which is packed next.
+        ahead: usize,
+        /// Columns that are left.
+        k: usize,
     }
 
-    /// The first so many lanes, or all eight where that does no harm.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn store(words: __m256, target: &mut [f32], lanes: usize, all: bool) {
-        if all {
-            // SAFETY: the slice holds as many.
-            return unsafe { _mm256_storeu_ps(target[..8].as_mut_ptr(), words) };
+    impl Square {
+        /// Writes the first eight columns, or what is left of them, as lines `width` words apart.
+        ///
+        /// # Safety
+        /// There must be `R` rows.
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn turn<const R: usize>(&self, to: &mut [f32], width: usize) {
+            let mut square = [zero(); 8];
+            for (i, words) in square.iter_mut().enumerate().take(R) {
+                let row = self.at.wrapping_add(i * self.stride);
+                fetch::<_MM_HINT_T1>(row.wrapping_add(self.ahead));
+                // SAFETY: inside the row, which is there.
+                *words = unsafe {
+                    match self.k {
+                        8.. => load(row),
+                        rest => load_first(rest, row),
+                    }
+                };
+            }
+            let columns = turn(square);
+            if self.k >= 8 && to.len() >= 7 * width + 8 {
+                for (i, words) in columns.into_iter().enumerate() {
+                    // SAFETY: eight words, of a slice that is as long.
+                    unsafe { store(to.as_mut_ptr().add(i * width), words) };
+                }
+                return;
+            }
+            for (line, words) in to.chunks_mut(width).zip(columns).take(self.k) {
+                let mut copied = [0.0; 8];
+                // SAFETY: eight words.
+                unsafe { store(copied.as_mut_ptr(), words) };
+                let lanes = line.len().min(8);
+                line[..lanes].copy_from_slice(&copied[..lanes]);
+            }
         }
-        let mut copied = [0.0; 8];
-        // SAFETY: eight words.
-        unsafe { _mm256_storeu_ps(copied.as_mut_ptr(), words) };
-        target[..lanes].copy_from_slice(&copied[..lanes]);
     }
 
     /// Rows become columns.
+    #[inline]
     #[target_feature(enable = "avx2")]
     fn turn(r: [__m256; 8]) -> [__m256; 8] {
         let pair = |v: __m256| _mm256_castps_pd(v);
