@@ -8,7 +8,7 @@
 
 Prints one Markdown table: medians of the runs, useful GFLOP/s (workload.py) as a share of our matrix product's rate in the same run,
 and the ratio to each peer. The sides take turns, run by run, so that a busy machine slows both. Peers do a quarter of the rows
-(llama.cpp: 48 new tokens each for 64 sequences, in the run of bf16 alone), with the model loaded. Of ours, sampling and scoring are whole runs less the start (the same command on one row); training is timed between the
+(llama.cpp: 48 new tokens each for 64 sequences, in 16 and 8 bits), with the model loaded. Of ours, sampling and scoring are whole runs less the start (the same command on one row); training is timed between the
 first and the last step on both sides; the whole round is the whole pipe, loading four times and saving included.
 """
 
@@ -23,6 +23,10 @@ import ours
 import workload
 from torch_peer import DTYPES, Torch
 from workload import BATCH, K, NEW_TOKENS, PAIRS, QUARTER, Cost
+
+
+# What llama.cpp runs beside ours: the same numbers or fewer bits.
+LLAMA = {"f32": ("f16", "q8_0"), "bf16": ("bf16", "q8_0")}
 
 
 class Bench:
@@ -56,11 +60,11 @@ class Bench:
         yield "ours", lambda: ours.run(*sampled), tokens
         yield "start", lambda: ours.run("dice-gen", *self.args("--model", self.model, "--k", 1, "--max-tokens", 1, one)), 0
         yield "transformers", lambda: self.peer.generate(some)[0], len(some) * K * NEW_TOKENS
-        if self.gguf and self.dtype == "bf16":
+        if self.gguf:
             from llama_peer import TOKENS, Llama, convert
 
             half = self.ids[::2]
-            for form in ("bf16", "q8_0"):
+            for form in LLAMA[self.dtype]:
                 llama = Llama(convert(self.gguf, form, self.work), len(half) * K)
                 yield f"llama.cpp {form}", lambda llama=llama: llama.generate(half), len(half) * K * TOKENS
         self.flops = self.cost.forward(sum(map(len, self.ids)), tokens)

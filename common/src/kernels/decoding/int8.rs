@@ -169,7 +169,7 @@ pub fn put_value(value: &[f32], at: usize, line: &mut [f32]) -> f32 {
     back
 }
 
-/// For at most [`MOST`](super::MOST) rows; [`super::see`] has held the sizes.
+/// For at most [`most`](super::most) rows; [`super::see`] has held the sizes.
 pub fn see(rows: Queries, block: Block) {
     assert!(block.dim <= MOST_DIM);
     #[cfg(target_arch = "x86_64")]
