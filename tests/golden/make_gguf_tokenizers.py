@@ -33,6 +33,11 @@ TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTIONS + "?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTIONS + "?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 def split(pattern):
     return pre_tokenizers.Sequence([
@@ -48,6 +53,7 @@ BYTE_LEVEL = {
     "dbrx": (split(LLAMA3), None, False, False),
     "qwen2": (split(QWEN2), normalizers.NFC(), False, False),
     "tekken": (split(TEKKEN), None, True, True),
+    "gpt-4o": (split(O200K), None, False, False),
 }
 
 
