@@ -358,13 +358,19 @@ impl Generate for Generator<'_> {
             rotations: &self.rotations,
             groups: &self.groups,
         };
-        // Shares of the sequences step side by side, without a word between them; but a share reads all weights.
-        let shares = (self.running.len() / LEAST_SHARE).clamp(1, rayon::current_num_threads());
-        let share = self.running.len().div_ceil(shares);
-        self.storage.resize_with(shares, Storage::default);
+        // A share of the sequences for each thread: they step side by side, without a word between them; but each reads all
+        // weights. Where that is too few for a share, all threads make every product together.
+        let threads = rayon::current_num_threads();
+        let shares = match self.running.len() >= LEAST_SHARE * threads {
+            true => threads,
+            false => 1,
+        };
+        let most = shares.max(self.storage.len()); // what a step of many shares has used, a later one will
+        self.storage.resize_with(most, Storage::default);
         if shares == 1 {
             team::with(|| step.run(&mut self.running, &mut self.storage[0]));
         } else {
+            let share = self.running.len().div_ceil(shares);
             (self.running.par_chunks_mut(share))
                 .zip(&mut self.storage)
                 .for_each(|(running, storage)| step.run(running, storage));
