@@ -138,6 +138,20 @@ pub(super) mod x86 {
                         unsafe { $what }
                     }
                 )*
+
+                /// Two vectors, one after the other.
+                ///
+                /// # Safety
+                /// So many words must be there.
+                #[inline]
+                #[target_feature(enable = $features)]
+                pub unsafe fn store_two(at: *mut f32, [low, high]: [Vector; 2]) {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        store(at, low);
+                        store(at.add(LANES), high);
+                    }
+                }
             }
         };
     }

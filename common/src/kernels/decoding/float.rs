@@ -70,7 +70,7 @@ mod x86 {
     /// A block for some rows, whose scores and results stay in registers. A panel is as wide as two vectors.
     macro_rules! kernel {
         ($(#[$doc:meta])* $name:ident, $features:literal, $width:ident, $registers:literal, $per_word:literal, $multiply:path,
-         $soften:ident, $store:ident) => {
+         $soften:ident, $store:path) => {
             $(#[$doc])*
             ///
             /// # Safety
@@ -97,7 +97,8 @@ mod x86 {
                     let (max, sum) = (&mut rows.max[r], &mut rows.sum[r]);
                     let (seen, factor) = $soften(scores[r], rows.cap, rows.visible[r], max, sum);
                     factors[r] = factor;
-                    $store(seen, &mut weights[r]);
+                    // SAFETY: a row is two vectors.
+                    unsafe { $store(weights[r].as_mut_ptr(), seen) };
                 }
                 let (values, weighted) = (block.values.as_ptr(), rows.weighted.as_mut_ptr());
                 let mut left = 0;
@@ -250,43 +251,24 @@ mod x86 {
     );
     kernel!(
         /// Words that hold one element.
-        wide_words, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", wide, 32, 1, wide::multiply_add, soften_wide, store_wide
+        wide_words, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", wide, 32, 1, wide::multiply_add, soften_wide, wide::store_two
     );
     kernel!(
         /// The same with half as many registers of half the width.
-        narrow_words, "avx2,fma", narrow, 16, 1, narrow::multiply_add, soften_narrow, store_narrow
+        narrow_words, "avx2,fma", narrow, 16, 1, narrow::multiply_add, soften_narrow, narrow::store_two
     );
 
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn store_wide([low, high]: [__m512; 2], out: &mut [f32; 32]) {
-        // SAFETY: 32 words.
-        unsafe {
-            wide::store(out.as_mut_ptr(), low);
-            wide::store(out.as_mut_ptr().add(16), high);
-        }
-    }
-
+    /// Two vectors as one of pairs.
+    ///
+    /// # Safety
+    /// 16 words must be there.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
-    fn store_pairs([low, high]: [__m512; 2], out: &mut [f32; 32]) {
-        // SAFETY: 16 words of pairs.
+    unsafe fn store_pairs(at: *mut f32, [low, high]: [__m512; 2]) {
+        // SAFETY: the caller's promise; the same bits.
         unsafe {
             let pairs = _mm512_cvtne2ps_pbh(high, low);
-            _mm512_storeu_ps(
-                out.as_mut_ptr(),
-                std::mem::transmute::<__m512bh, __m512>(pairs),
-            );
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    fn store_narrow([low, high]: [__m256; 2], out: &mut [f32; 16]) {
-        // SAFETY: 16 words.
-        unsafe {
-            narrow::store(out.as_mut_ptr(), low);
-            narrow::store(out.as_mut_ptr().add(8), high);
+            wide::store(at, std::mem::transmute::<__m512bh, __m512>(pairs));
         }
     }
 }

@@ -230,8 +230,7 @@ mod x86 {
         let mut words = [0.0f32; 16];
         // SAFETY: a block's scores are two vectors.
         unsafe {
-            narrow::store(words.as_mut_ptr(), scores[0]);
-            narrow::store(words.as_mut_ptr().add(8), scores[1]);
+            narrow::store_two(words.as_mut_ptr(), scores);
             let factor = super::soften::<true, 16>(&mut words, cap, seen, max, sum);
             let weights = [
                 narrow::load(words.as_ptr()),
