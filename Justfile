@@ -7,9 +7,14 @@ import 'experiments/sweep.just'
 
 # The model that everything starts from: a folder, a .gguf file or a hub id
 base := default_model
+# The DPO-tuned model that the first round starts from, whose own reference is `base`; empty: a seed policy is made of `base`
+policy := ""
+# What the reward of later rounds is against: the `previous` policy, or still `base`
+reference := "previous"
 # Where policies and rounds are kept
 runs := "runs"
 prompts := "examples/prompts.jsonl"
+# Preference pairs, for the seed policy and for replay; empty, where `policy` is given: none
 preferences := "examples/preferences.jsonl"
 # How many prompts a round takes (the first ones of the file)
 count := "32"
@@ -32,6 +37,10 @@ seed_epochs := "2"
 batch_size := "8"
 # Training steps of a round; empty: once over its pairs
 max_steps := ""
+# More flags of a round's tools, such as score_flags="--dtype f16" train_flags="--dtype bf16 --lora-rank 16 --merge" on a GPU
+gen_flags := ""
+score_flags := ""
+train_flags := ""
 # How many other prompts a round is compared on, before and after
 check := "8"
 # Who judges after against before: flags of `dice-eval judge`, such as "--endpoint URL --judge NAME"; empty: nobody
@@ -39,10 +48,14 @@ judge := ""
 seed := "0"
 
 # What recipes have in common
-sampling := "--max-tokens " + max_tokens + " --temperature " + temperature
-pairing := "--min-samples " + min_samples + " --seed " + seed + " --replay " + preferences + " --replay-split train"
-training := "--beta " + beta + " --learning-rate " + learning_rate + " --batch-size " + batch_size + " --save-steps 5 --seed " + seed
+sampling := "--max-tokens " + max_tokens + " --temperature " + temperature + " " + gen_flags
+pairing := "--min-samples " + min_samples + " --seed " + seed + replay
+replay := if preferences == "" { "" } else { " --replay " + preferences + " --replay-split train" }
+training := "--beta " + beta + " --learning-rate " + learning_rate + " --batch-size " + batch_size + " --save-steps 5 --seed " + seed + " " + train_flags
 steps := if max_steps == "" { "" } else { "--max-steps " + max_steps }
+
+# Where the rounds begin
+first_policy := if policy == "" { runs / "policy-0" } else { policy }
 
 default_model := "models/SmolLM2-135M-Instruct.gguf"
 model_sha256 := "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -145,11 +158,11 @@ base-model:
 
 # Refuses to go on in a folder that was begun with other settings
 [private]
-begun folder settings:
+begun folder settings file="settings.txt":
     #!/usr/bin/env bash
     set -euo pipefail
     mkdir -p {{ folder }}
-    as={{ folder }}/settings.txt
+    as={{ folder }}/{{ file }}
     [ -f $as ] || { echo {{ quote(settings) }} > $as.part; mv $as.part $as; }
     if [ "$(cat $as)" != {{ quote(settings) }} ]; then
         echo "{{ folder }} was begun with other settings (see $as): give them again, or remove {{ folder }}" >&2
@@ -160,11 +173,11 @@ begun folder settings:
 seed: build base-model
     #!/usr/bin/env bash
     set -euo pipefail
-    mkdir -p {{ runs }}
-    if [ ! -d {{ runs }}/policy-0 ]; then
+    just begun {{ runs }} {{ quote("base=" + base + " policy=" + policy) }} start.txt
+    if [ ! -d {{ runs }}/policy-0 ] && [ -z "{{ policy }}" ]; then
         echo "== seed policy: DPO on {{ preferences }}" >&2
         {{ bin }}/dice-train --model {{ base }} --split train --learning-rate {{ seed_learning_rate }} \
-            --batch-size {{ batch_size }} --epochs {{ seed_epochs }} --save-steps 5 --seed {{ seed }} \
+            --batch-size {{ batch_size }} --epochs {{ seed_epochs }} --save-steps 5 --seed {{ seed }} {{ train_flags }} \
             --output {{ runs }}/policy-0 --resume {{ preferences }} > {{ runs }}/seed-steps.jsonl
     fi
 
@@ -175,11 +188,16 @@ round: seed
     t=1
     while [ -f {{ runs }}/round-$t/summary.md ]; do t=$((t + 1)); done
     dir={{ runs }}/round-$t
-    policy={{ runs }}/policy-$((t - 1))
-    next={{ runs }}/policy-$t
-    # The policy's implicit reward is against the policy before it; the seed's, against the base model.
+    policy() { if [ $1 = 0 ]; then echo "{{ first_policy }}"; else echo "{{ runs }}/policy-$1"; fi; }
+    policy=$(policy $((t - 1)))
+    next=$(policy $t)
+    # The policy's implicit reward is against the policy before it; the first one's, against the base model.
     reference={{ base }}
-    [ $t -gt 1 ] && reference={{ runs }}/policy-$((t - 2))
+    case "{{ reference }}" in
+        previous) [ $t = 1 ] || reference=$(policy $((t - 2))) ;;
+        base) ;;
+        *) echo "reference={{ reference }}: known are previous and base" >&2; exit 1 ;;
+    esac
     seed=$(({{ seed }} + t))
     mkdir -p "$dir"
     # Chat templates that write a date write that of the round's beginning, on whatever day it goes on.
@@ -198,10 +216,10 @@ round: seed
     dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/samples.jsonl --resume $dir/prompts.jsonl
 
     say "implicit rewards: $policy against $reference"
-    dice-score --policy $policy --ref $reference --beta {{ beta }} --output $dir/scored.jsonl --resume $dir/samples.jsonl
+    dice-score --policy $policy --ref $reference --beta {{ beta }} {{ score_flags }} --output $dir/scored.jsonl --resume $dir/samples.jsonl
 
-    say "pairs: alpha {{ alpha }}, {{ gamma }} replayed"
-    dice-pairs --alpha {{ alpha }} --gamma {{ gamma }} {{ pairing }} \\
+    say "pairs: alpha {{ alpha }}, {{ if preferences == "" { "none" } else { gamma } }} replayed"
+    dice-pairs --alpha {{ alpha }} {{ if preferences == "" { "" } else { "--gamma " + gamma } }} {{ pairing }} \\
         --stats $dir/pairs.stats.json --output $dir/pairs.jsonl --resume $dir/scored.jsonl
 
     say "DPO from $policy, which is its own reference"
@@ -214,7 +232,7 @@ round: seed
     dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/before-samples.jsonl --resume $dir/check-prompts.jsonl
     dice-gen --model $next --k {{ k }} {{ sampling }} --seed $seed --output $dir/after-samples.jsonl --resume $dir/check-prompts.jsonl
     for which in before after; do
-        dice-score --policy $policy --ref $reference --beta {{ beta }} --output $dir/\$which.jsonl --resume $dir/\$which-samples.jsonl
+        dice-score --policy $policy --ref $reference --beta {{ beta }} {{ score_flags }} --output $dir/\$which.jsonl --resume $dir/\$which-samples.jsonl
     done
     {{ if judge == "" { "" } else { "dice-eval judge --a $dir/before.jsonl --b $dir/after.jsonl " + judge + " --output $dir/judged.jsonl --resume" } }}
     {{ if judge == "" { "" } else { "dice-eval win-rate $dir/judged.jsonl > $dir/win-rate.jsonl" } }}
@@ -231,15 +249,17 @@ round: seed
             echo
             dice-eval win-rate --format markdown $dir/judged.jsonl
         fi
-        echo
-        echo "## Preference pairs that no training saw; reward: each policy against {{ base }}"
-        echo
-        for split in validation test; do
-            for of in $policy $next; do
-                dice-eval pairs --policy \$of --ref {{ base }} --beta {{ beta }} --split \$split \\
-                    --name "\$of, \$split" --format markdown {{ preferences }}
-            done
-        done | awk 'NR <= 2 || !/^\\| pairs of|^\\|---/'
+        if [ -n "{{ preferences }}" ]; then
+            echo
+            echo "## Preference pairs that no training saw; reward: each policy against {{ base }}"
+            echo
+            for split in validation test; do
+                for of in $policy $next; do
+                    dice-eval pairs --policy \$of --ref {{ base }} --beta {{ beta }} --split \$split \\
+                        --name "\$of, \$split" --format markdown {{ preferences }}
+                done
+            done | awk 'NR <= 2 || !/^\\| pairs of|^\\|---/'
+        fi
         echo
         echo "## Training"
         echo

@@ -252,6 +252,42 @@ fn two_rounds_and_the_same_under_fire() {
     first_round(world, "small");
 }
 
+/// Whoever has a DPO-tuned model and its reference starts there; with no preference pairs at all there is nothing to replay.
+#[test]
+fn rounds_from_a_policy_that_is_there() {
+    if !just_is_there() {
+        return;
+    }
+    let folder = world();
+    let world = folder.path();
+    let given = |policy: &str, reference: &str| {
+        let policy = format!("policy={}", text(&world.join(policy)));
+        let reference = format!("reference={reference}");
+        let variables = [&policy, &reference, "preferences="];
+        just(world, "runs", &variables, "round")
+    };
+    let refused = |mut command: Command, why: &str| {
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(why), "{stderr}");
+    };
+    for t in [1, 2] {
+        let summary = succeeds(given("judge", "base"));
+        assert!(summary.starts_with(&format!("# Round {t}: ")), "{summary}");
+        assert!(!summary.contains("Preference pairs"), "{summary}");
+        let pairs = read_rows(&world.join(format!("runs/round-{t}/pairs.jsonl")));
+        assert!(!pairs.is_empty());
+        assert!(pairs.iter().all(|pair| pair["source"] == "generated"));
+    }
+    assert!(!world.join("runs/policy-0").exists(), "no seed policy");
+    let scored = |t: u8| read_rows(&world.join(format!("runs/round-{t}/scored.jsonl")))[0].clone();
+    assert_eq!(scored(1)["ref"], scored(2)["ref"], "the base model");
+    assert_ne!(scored(1)["policy"], scored(2)["policy"]);
+
+    refused(given("base", "base"), "was begun with other settings");
+    refused(given("judge", "first"), "known are previous and base");
+}
+
 /// The first round's results are the calm one's.
 #[track_caller]
 fn first_round(world: &Path, runs: &str) {
@@ -403,7 +439,7 @@ fn an_experiment_may_know_what_is_preferred() {
         print(json.dumps({**row, 'reward': -len(row['response'])}))\n";
     fs::write(world.join("marks.py"), script).unwrap();
     let marks = format!("marks=python3 {}", world.join("marks.py").display());
-    let flags = ["judged=12", "arms=offline", &marks];
+    let flags = ["judged=12", "arms=offline base-reference", &marks];
     let results = succeeds(just(world, "runs", &flags, "experiment"));
     let at = |file: &str| world.join("runs/experiment").join(file);
     let rates = read_rows(&at("results.jsonl"));
@@ -416,12 +452,28 @@ fn an_experiment_may_know_what_is_preferred() {
         "dice-2",
         "offline-1",
         "offline-2",
+        "base-reference-2",
         "marks-1",
         "marks-2",
     ];
     assert_eq!(names, expected);
     assert!(!at("judge").exists(), "no model judges");
-    assert!(results.contains("| dice-1-chosen |"), "{results}");
+    for row in [
+        "dice-1-chosen",
+        "base-reference-2-chosen",
+        "dice-2",
+        "base-reference-2",
+    ] {
+        assert!(results.contains(&format!("| {row} |")), "{row}: {results}");
+    }
+    // Both arms' second rounds have one policy's samples, under rewards against another reference.
+    let scored = |arm: &str| read_rows(&at(&format!("{arm}/round-2/scored.jsonl")))[0].clone();
+    let [dice, base] = ["dice", "base-reference"].map(scored);
+    assert_eq!(
+        (&dice["response"], &dice["policy"]),
+        (&base["response"], &base["policy"])
+    );
+    assert_ne!(dice["ref"], base["ref"]);
     for t in [1, 2] {
         for pair in read_rows(&at(&format!("marks/round-{t}/pairs.jsonl"))) {
             let length = |which: &str| pair[which].as_str().unwrap().chars().count();
