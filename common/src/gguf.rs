@@ -20,7 +20,7 @@ pub enum Value {
     Reals(Vec<f64>),
 }
 
-/// Whether arrays (vocabularies, merges) are read or stepped over; those of flags are always read.
+/// Whether arrays (vocabularies, merges) are read or stepped over; those of numbers for each layer are always read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrays {
     Read,
@@ -195,7 +195,8 @@ impl<'a> Cursor<'a> {
     /// An array. One of arrays is always stepped over: nothing has a use for it.
     fn values(&mut self) -> Result<Option<Value>> {
         let (kind, count) = (self.u32()?, self.length()?);
-        if (self.arrays == Arrays::Skip && kind != FLAG) || kind == 9 {
+        let of_layers = kind != 8 && count <= MOST_LAYERS;
+        if (self.arrays == Arrays::Skip && !of_layers) || kind == 9 {
             return self.skip(kind, count, 0).map(|()| None);
         }
         self.fits(count, smallest(kind)?, "array elements")?;
@@ -251,6 +252,9 @@ impl<'a> Cursor<'a> {
 
 /// The number of the type of truth values.
 const FLAG: u32 = 7;
+
+/// The most layers of a model: an array with a number for each is no longer.
+pub const MOST_LAYERS: usize = 4096;
 
 /// The fewest bytes that a value of a type takes.
 fn smallest(kind: u32) -> Result<usize> {

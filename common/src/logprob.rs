@@ -416,6 +416,7 @@ mod tests {
             attention_scale: 0.6,
             attention_cap: Some(0.5),
             logit_cap: Some(0.7),
+            logit_scale: 0.6,
             activation: Activation::GeluTanh,
             ..llama.clone()
         };

@@ -143,6 +143,7 @@ fn samples_are_the_cpus() {
         "olmo3",
         "gemma2",
         "phi3-long",
+        "granite",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;

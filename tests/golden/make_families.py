@@ -18,6 +18,8 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -48,6 +50,11 @@ TINY = dict(
     pad_token_id=None,
     rms_norm_eps=1e-3,  # large, so that a wrong epsilon shows
     tie_word_embeddings=False,
+)
+
+
+MULTIPLIERS = dict(
+    embedding_multiplier=6.0, attention_multiplier=0.3, residual_multiplier=0.35, logits_scaling=1.5
 )
 
 
@@ -215,6 +222,24 @@ FAMILIES = {
                 short_factor=[1.0, 1.05, 1.2, 1.5, 2.0, 2.5],
                 long_factor=[1.5, 2.0, 4.0, 8.0, 16.0, 32.0],
             ),
+        ),
+        {},
+    ),
+    # Multipliers that are no powers of two.
+    "granite": (GraniteConfig, dict(MULTIPLIERS, tie_word_embeddings=True, rope_parameters=rope(10000.0)), {}),
+    # The hybrid's name for a model without state spaces and experts.
+    "granite4": (
+        GraniteMoeHybridConfig,
+        dict(
+            MULTIPLIERS,
+            layer_types=["attention", "attention"],
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=40,
+            position_embedding_type="rope",
+            mamba_n_heads=2,
+            mamba_d_head=32,
+            rope_parameters=rope(10000.0),
         ),
         {},
     ),

@@ -754,7 +754,7 @@ impl Decoder {
             a: normed,
             b: self.head().rows(first, hidden, self.precision),
             c: logits,
-            scale: 1.0,
+            scale: self.config.logit_scale,
             keep: 0.0,
         })?;
         let Some(cap) = self.config.logit_cap else {

@@ -167,7 +167,7 @@ impl<'a> Forward<'a> {
                     a: d_tile,
                     b: decoder.head().rows(word, width, decoder.precision),
                     c: d_normed.rows(first, width, Precision::F32),
-                    scale: 1.0,
+                    scale: decoder.config.logit_scale,
                     keep: if word == 0 { 0.0 } else { 1.0 },
                 })?;
                 if let Some(at) = d_head {
@@ -183,7 +183,7 @@ impl<'a> Forward<'a> {
                             precision: Precision::F32,
                             stride: width,
                         },
-                        scale: 1.0,
+                        scale: decoder.config.logit_scale,
                         keep: 1.0,
                     })?;
                 }

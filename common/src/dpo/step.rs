@@ -257,7 +257,7 @@ impl Forward {
         let mut d_gathered = vec![0.0; self.normed.len()];
         decoder.final_norm_backward(
             &self.gathered,
-            &d_normed,
+            &mut d_normed,
             &mut d_gathered,
             gradients.vector(&model.params.norm),
         );

@@ -248,17 +248,21 @@ impl Decoder {
         }
     }
 
-    /// The last norm, row by row.
+    /// The last norm, row by row, scaled as logits are to be.
     pub fn final_norm(&self, x: &[f32], out: &mut Vec<f32>) {
         fit(out, x.len());
         norm::forward(x, &self.norm, self.config.norm_eps, out);
+        let scale = self.config.logit_scale;
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
-    /// The gradient of the last norm: adds to `dx`, and to the norm's own where it is wanted.
+    /// The gradient of the last norm: adds to `dx`, and to the norm's own where it is wanted. `dy` is scaled.
     pub fn final_norm_backward(
         &self,
         x: &[f32],
-        dy: &[f32],
+        dy: &mut [f32],
         dx: &mut [f32],
         d_weight: Option<&mut [f32]>,
     ) {
@@ -267,6 +271,10 @@ impl Decoder {
             unused.resize(self.norm.len(), 0.0);
             &mut unused
         });
+        let scale = self.config.logit_scale;
+        if scale != 1.0 {
+            dy.iter_mut().for_each(|dy| *dy *= scale);
+        }
         norm::backward(x, &self.norm, self.config.norm_eps, dy, dx, d_weight);
     }
 

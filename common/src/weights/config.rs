@@ -2,6 +2,7 @@
 
 use super::family;
 use super::rope::Rope;
+use crate::gguf;
 use crate::kernels::activation::Activation;
 use anyhow::{Result, ensure};
 
@@ -23,6 +24,19 @@ pub enum QkNorm {
     Heads,
     /// All query heads of a token as one row, and all key heads (OLMo 2).
     Rows,
+}
+
+/// What Granite multiplies numbers by on their way, as its files say.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Multipliers {
+    /// Embeddings.
+    pub embedding: f32,
+    /// Scores, in the place of 1/√head_dim.
+    pub attention: f32,
+    /// What attention and the MLP add to the residual stream.
+    pub residual: f32,
+    /// What logits are divided by.
+    pub logits: f32,
 }
 
 /// A decoder's shape. Differences between families are data here, not branches in the forward pass.
@@ -51,7 +65,8 @@ pub struct Config {
     pub context: usize,
     /// The LM head is the embedding.
     pub tied: bool,
-    /// What the embedding's rows are multiplied by where they begin the residual stream: 1, or √hidden (Gemma).
+    /// What the embedding's rows are multiplied by where they begin the residual stream: 1, √hidden (Gemma), or as the config
+    /// says (Granite).
     pub embed_scale: f32,
     /// Biases on the query, key and value projections.
     pub qkv_bias: bool,
@@ -61,12 +76,14 @@ pub struct Config {
     pub mlp_bias: bool,
     pub norms: Norms,
     pub qk_norm: Option<QkNorm>,
-    /// What scores are multiplied by: 1/√head_dim, or as the config says (Gemma).
+    /// What scores are multiplied by: 1/√head_dim, or as the config says (Gemma, Granite).
     pub attention_scale: f32,
     /// What scores are softly held within, as c·tanh(score / c) (Gemma 2).
     pub attention_cap: Option<f32>,
     /// The same for logits.
     pub logit_cap: Option<f32>,
+    /// What logits are multiplied by: 1, or as the config says (Granite).
+    pub logit_scale: f32,
     pub activation: Activation,
     /// Per layer: the attention's window in tokens, the query itself included (a query at position i
     /// sees keys j with i − window < j ≤ i), or None for all of the past.
@@ -158,6 +175,18 @@ impl Config {
         }
     }
 
+    /// The model with these multipliers. A residual stream that is divided by the factor of all that it gains gains that
+    /// as it is, and norms see no difference but in their epsilon: so the decoder needs none.
+    pub(super) fn multiplied(self, by: Multipliers) -> Self {
+        Self {
+            norm_eps: self.norm_eps / (by.residual * by.residual),
+            embed_scale: by.embedding / by.residual,
+            attention_scale: by.attention,
+            logit_scale: 1.0 / by.logits,
+            ..self
+        }
+    }
+
     /// What a tensor of a Hugging Face folder is short of: Gemma's norms multiply by 1 + weight, and are held as what they
     /// multiply by.
     pub(super) fn stored_short_of(&self, name: &str) -> f32 {
@@ -211,6 +240,9 @@ impl Config {
             if let Some(cap) = cap {
                 text += &format!(" {name} {cap:?}");
             }
+        }
+        if self.logit_scale != 1.0 {
+            text += &format!(" logit_scale {:?}", self.logit_scale);
         }
         text + "\n"
     }
@@ -274,8 +306,9 @@ pub(super) fn plain_scale(head_dim: usize) -> f32 {
 /// The number of layers is held to a bound before anything is allocated for each.
 pub(super) fn bounded_layers(layers: usize) -> Result<usize> {
     ensure!(
-        (1..=4096).contains(&layers),
-        "the number of layers is {layers}, outside 1 to 4096"
+        (1..=gguf::MOST_LAYERS).contains(&layers),
+        "the number of layers is {layers}, outside 1 to {}",
+        gguf::MOST_LAYERS
     );
     Ok(layers)
 }

@@ -1,7 +1,7 @@
 //! `config.json`: read as each family means it, written as transformers 4 and 5 and vLLM all read it.
 
-use super::config::{Config, bounded_layers, plain_scale};
-use super::family::{self, Family, Rotated, Windows, families};
+use super::config::{Config, Multipliers, bounded_layers, plain_scale};
+use super::family::{self, Family, Rotated, Scales, Windows, families};
 use super::rope::{Rope, RopeScaling, positive, rotated_part};
 use crate::kernels::activation::Activation;
 use anyhow::{Context, Result, bail, ensure};
@@ -52,6 +52,13 @@ impl Config {
         set("vocab_size", json!(self.vocab));
         set("hidden_size", json!(self.hidden));
         set("intermediate_size", json!(self.ffn));
+        if family.hybrid {
+            set("shared_intermediate_size", json!(self.ffn));
+            set("num_local_experts", json!(0));
+            set("num_experts_per_tok", json!(0));
+            set("position_embedding_type", json!("rope"));
+            set("layer_types", json!(vec!["attention"; self.layers]));
+        }
         set("num_hidden_layers", json!(self.layers));
         set("num_attention_heads", json!(self.heads));
         set("num_key_value_heads", json!(self.kv_heads));
@@ -90,9 +97,19 @@ impl Config {
         if family.mlp_bias {
             set("mlp_bias", json!(self.mlp_bias));
         }
-        if family.scaled {
-            let scalar = f64::from(self.attention_scale).powi(-2).round();
-            set("query_pre_attn_scalar", json!(scalar as u64));
+        match family.scales {
+            Scales::Plain => {}
+            Scales::Roots => {
+                let scalar = f64::from(self.attention_scale).powi(-2).round();
+                set("query_pre_attn_scalar", json!(scalar as u64));
+            }
+            Scales::Multipliers => {
+                // What the residual stream gains is multiplied by nothing: see [`Config::multiplied`].
+                set("embedding_multiplier", shortest(self.embed_scale));
+                set("attention_multiplier", shortest(self.attention_scale));
+                set("residual_multiplier", json!(1.0));
+                set("logits_scaling", shortest(1.0 / self.logit_scale));
+            }
         }
         if family.caps.is_some() {
             for (key, cap) in CAPS.into_iter().zip([self.attention_cap, self.logit_cap]) {
@@ -181,7 +198,11 @@ fn read(fields: &Fields) -> Result<Config> {
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
-    Config {
+    let ffn = match family.hybrid {
+        true => "shared_intermediate_size",
+        false => "intermediate_size",
+    };
+    let config = Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,
         hidden,
@@ -190,7 +211,7 @@ fn read(fields: &Fields) -> Result<Config> {
         kv_heads,
         head_dim,
         rotary_dim: rotary_dim(fields, family, head_dim)?,
-        ffn: fields.size("intermediate_size")?,
+        ffn: fields.size(ffn)?,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
@@ -200,17 +221,33 @@ fn read(fields: &Fields) -> Result<Config> {
         mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
         norms: family.norms,
         qk_norm: family.qk_norm,
-        attention_scale: match family.scaled {
-            true => attention_scale(fields)?,
-            false => plain_scale(head_dim),
+        attention_scale: match family.scales {
+            Scales::Roots => attention_scale(fields)?,
+            Scales::Plain | Scales::Multipliers => plain_scale(head_dim),
         },
         attention_cap,
         logit_cap,
+        logit_scale: 1.0,
         activation: family.activation,
         windows,
         ropes,
+    };
+    match family.scales {
+        Scales::Plain | Scales::Roots => config,
+        Scales::Multipliers => config.multiplied(multipliers(fields)?),
     }
     .checked()
+}
+
+/// Granite's, each 1 where the file has none.
+fn multipliers(fields: &Fields) -> Result<Multipliers> {
+    let number = |key: &str| positive(key, fields.number(key)?.unwrap_or(1.0));
+    Ok(Multipliers {
+        embedding: number("embedding_multiplier")?,
+        attention: number("attention_multiplier")?,
+        residual: number("residual_multiplier")?,
+        logits: number("logits_scaling")?,
+    })
 }
 
 /// How much of a head is rotated.
@@ -273,6 +310,9 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
         !fields.flag("use_bidirectional_attention")?.unwrap_or(false),
         "use_bidirectional_attention: this is not a causal language model"
     );
+    if family.hybrid {
+        refuse_what_is_no_decoder_with_attention(fields)?;
+    }
     if let Some(Value::Array(architectures)) = fields.present("architectures") {
         let causal = |a: &Value| a.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
         ensure!(
@@ -281,6 +321,29 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
             Value::Array(architectures.clone())
         );
     }
+    Ok(())
+}
+
+/// Of hybrids, those with experts, state spaces or layers without positions.
+fn refuse_what_is_no_decoder_with_attention(fields: &Fields) -> Result<()> {
+    ensure!(
+        fields.present("num_local_experts") == Some(&json!(0)),
+        "num_local_experts: mixtures of experts are not supported, only 0"
+    );
+    let attends = |kind: &Value| {
+        ["attention", "full_attention"]
+            .map(Value::from)
+            .contains(kind)
+    };
+    let types = fields.present("layer_types").and_then(Value::as_array);
+    ensure!(
+        types.is_some_and(|types| types.iter().all(attends)),
+        "layer_types: only models with attention in every layer are supported"
+    );
+    ensure!(
+        fields.text("position_embedding_type")? == Some("rope"),
+        "position_embedding_type: only \"rope\" is supported"
+    );
     Ok(())
 }
 
@@ -558,6 +621,13 @@ mod tests {
         assert_eq!(three, gemma);
         let two = around(read(&with("gemma2", scores)).unwrap());
         assert_eq!(two, (gemma.0, None, gemma.2, gemma.3, gemma.4));
+        // What layers add is halved there: here the residual stream is twice as large, and squares are four times as large.
+        for granite in ["granite", "granitemoehybrid"] {
+            let c = of(granite);
+            let scales = (c.embed_scale, c.attention_scale, c.logit_scale);
+            assert_eq!(scales, (12.0, 0.3, 1.0 / 6.0));
+            assert_eq!((c.norm_eps, c.ffn), (4e-5, 64));
+        }
         let biased = json!({"attention_bias": true, "mlp_bias": true});
         let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
         assert_eq!(flags(&of("llama")), (true, true, true, false));
@@ -742,7 +812,7 @@ mod tests {
         for (changes, wanted) in [
             (
                 json!({"model_type": "gemma"}),
-                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text, phi3",
+                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
             (
@@ -766,6 +836,26 @@ mod tests {
             (
                 json!({"attn_logit_softcapping": 50.0}),
                 "llama has no soft caps",
+            ),
+            (
+                json!({"model_type": "granite", "residual_multiplier": 0}),
+                "residual_multiplier: must be a positive number, not 0",
+            ),
+            (
+                json!({"model_type": "granitemoehybrid"}),
+                "num_local_experts: mixtures of experts",
+            ),
+            (
+                json!({"model_type": "granitemoehybrid", "num_local_experts": 0}),
+                "layer_types: only models with attention in every layer",
+            ),
+            (
+                json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "mamba"]}),
+                "layer_types: only models with attention in every layer",
+            ),
+            (
+                json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "attention"]}),
+                "position_embedding_type: only \"rope\"",
             ),
             (
                 json!({"quantization_config": {"bits": 4}}),
@@ -955,6 +1045,11 @@ mod tests {
                 "gemma3_text",
                 json!({"sliding_window": 16, "rope_theta": 1e6, "query_pre_attn_scalar": 168}),
             ),
+            (
+                "granite",
+                json!({"attention_bias": true, "residual_multiplier": 1}),
+            ),
+            ("granitemoehybrid", json!({"residual_multiplier": 1})),
         ] {
             let config = read(&with(family, changes)).unwrap();
             let written = config.to_json(None);
@@ -962,6 +1057,9 @@ mod tests {
             assert_eq!(written["torch_dtype"], "float32");
             assert_eq!(written["rms_norm_eps"], json!(1e-5));
         }
+        // An odd factor of what layers add is in the others.
+        let config = read(&with("granite", json!({"residual_multiplier": 0.22}))).unwrap();
+        assert_eq!(read(&config.to_json(None)).unwrap(), config);
         // A file of transformers 5 keeps its own fields.
         let mut new = config_json("llama");
         new.as_object_mut().unwrap().shift_remove("torch_dtype");

@@ -32,11 +32,10 @@ pub(super) struct Family {
     pub norms_from_one: bool,
     pub qk_norm: Option<QkNorm>,
     pub activation: Activation,
-    /// Embeddings are multiplied by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of.
-    pub scaled: bool,
+    pub scales: Scales,
     /// `attn_logit_softcapping` and `final_logit_softcapping` are heard, and what they are where a file has none.
     pub caps: Option<[Option<f64>; 2]>,
-    /// The layers of that model of a scaled family whose GGUF does not say that its scores are divided by the root of
+    /// The layers of that model of [`Scales::Roots`] whose GGUF does not say that its scores are divided by the root of
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
     pub windows: Windows,
@@ -44,7 +43,9 @@ pub(super) struct Family {
     pub permuted: bool,
     /// `partial_rotary_factor` is heard.
     pub partial: bool,
-    /// Projections that are one matrix in files: its name, and what its rows are in turn.
+    /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
+    pub hybrid: bool,
+    /// Projections that are one matrix in files, or have another name there: the name, and what its rows are in turn.
     pub fused: &'static [(&'static str, &'static [&'static str])],
 }
 
@@ -54,13 +55,24 @@ impl Family {
         format!("{}ForCausalLM", self.class)
     }
 
-    /// What embeddings are multiplied by.
+    /// What embeddings are multiplied by, whatever a file says.
     pub fn embed_scale(&self, hidden: usize) -> f32 {
-        match self.scaled {
-            true => (hidden as f64).sqrt() as f32,
-            false => 1.0,
+        match self.scales {
+            Scales::Roots => (hidden as f64).sqrt() as f32,
+            Scales::Plain | Scales::Multipliers => 1.0,
         }
     }
+}
+
+/// What numbers on their way are multiplied by.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Scales {
+    /// Scores by 1/√head_dim.
+    Plain,
+    /// Embeddings by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of (Gemma).
+    Roots,
+    /// Embeddings, scores, what a layer adds and logits, each by a number of the file (Granite).
+    Multipliers,
 }
 
 /// Which layers have a window.
@@ -106,13 +118,22 @@ const LLAMA: Family = Family {
     norms_from_one: false,
     qk_norm: None,
     activation: Activation::Silu,
-    scaled: false,
+    scales: Scales::Plain,
     caps: None,
     gguf_apart: None,
     windows: Windows::None,
     permuted: true,
     partial: false,
+    hybrid: false,
     fused: &[],
+};
+
+const GRANITE: Family = Family {
+    model_type: "granite",
+    class: "Granite",
+    gguf: "granite",
+    scales: Scales::Multipliers,
+    ..LLAMA
 };
 
 const OLMO2: Family = Family {
@@ -138,7 +159,7 @@ const GEMMA2: Family = Family {
     norms: Norms::Around,
     norms_from_one: true,
     activation: Activation::GeluTanh,
-    scaled: true,
+    scales: Scales::Roots,
     caps: Some([Some(50.0), Some(30.0)]),
     gguf_apart: Some(46),
     windows: Windows::AllBut(2, Rotated::Alike),
@@ -146,7 +167,7 @@ const GEMMA2: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 12] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -227,6 +248,18 @@ const FAMILIES: [Family; 10] = [
             ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
         ],
         ..LLAMA
+    },
+    GRANITE,
+    Family {
+        model_type: "granitemoehybrid",
+        class: "GraniteMoeHybrid",
+        mlp_bias: false,
+        hybrid: true,
+        fused: &[
+            ("shared_mlp.input_linear", &["mlp.gate_proj", "mlp.up_proj"]),
+            ("shared_mlp.output_linear", &["mlp.down_proj"]),
+        ],
+        ..GRANITE
     },
 ];
 

@@ -11,16 +11,25 @@ use std::path::{Path, PathBuf};
 
 pub(super) type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 
-/// The fields that every family's `config.json` has: 2 layers, 4 heads of 8 over 2 key/value heads.
+/// The fields that every family's `config.json` has, and some that only a few heed: 2 layers, 4 heads of 8 over 2
+/// key/value heads.
 pub(super) fn config_json(model_type: &str) -> Value {
-    json!({
+    let mut json = json!({
         "architectures": [format!("{}{}ForCausalLM", model_type[..1].to_uppercase(), &model_type[1..])],
         "model_type": model_type, "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": false, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "bos_token_id": 1,
-        "eos_token_id": 2, "query_pre_attn_scalar": 8,
-    })
+        "eos_token_id": 2, "query_pre_attn_scalar": 8, "embedding_multiplier": 6, "attention_multiplier": 0.3,
+        "residual_multiplier": 0.5, "logits_scaling": 6,
+    });
+    if model_type == "granitemoehybrid" {
+        json["shared_intermediate_size"] = json!(64);
+        json["num_local_experts"] = json!(0);
+        json["layer_types"] = json!(["attention", "full_attention"]);
+        json["position_embedding_type"] = json!("rope");
+    }
+    json
 }
 
 pub(super) fn config(model_type: &str) -> Config {
@@ -91,7 +100,7 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
     use gguf_file::Value::{Array, F32, String, U32};
     let key = |name: &str| format!("{arch}.{name}");
     let number = |n: usize| U32(n as u32);
-    vec![
+    let mut metadata = vec![
         ("general.architecture".into(), String(arch.into())),
         (key("block_count"), number(config.layers)),
         (key("context_length"), number(config.context)),
@@ -113,7 +122,15 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             "tokenizer.ggml.tokens".into(),
             Array(vec![String("a".into()), String("b".into())]),
         ),
-    ]
+    ];
+    if arch == "granite" {
+        metadata.extend([
+            (key("embedding_scale"), F32(config.embed_scale)),
+            (key("attention.scale"), F32(config.attention_scale)),
+            (key("logit_scale"), F32(1.0 / config.logit_scale)),
+        ]);
+    }
+    metadata
 }
 
 /// Writes `tensors` (Hugging Face names and order) as a GGUF of the given block type.
@@ -141,7 +158,7 @@ pub(super) fn write_gguf(
     gguf_file::write(&mut file, &metadata, &tensors).unwrap();
 }
 
-/// Tensors under their GGUF names, those together that the family's files have as one, query and key rows permuted for the architecture `llama`.
+/// Tensors under their GGUF names, those together that the family's files have as one, query and key rows permuted where llama.cpp rotates neighbours.
 pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors {
     (config.stored(borrowed(tensors)).map(Result::unwrap))
         .map(|(name, shape, values)| {
@@ -150,7 +167,7 @@ pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors
                 name if name.contains("k_proj") => config.kv_heads,
                 _ => 0,
             };
-            let permuted = ["llama", "smollm3"].contains(&arch);
+            let permuted = ["llama", "smollm3", "granite"].contains(&arch);
             let values = match permuted && heads > 0 {
                 true => permute(&values, heads, shape[1..].iter().product()),
                 false => values.into_owned(),

@@ -1,8 +1,8 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Config, bounded_layers, plain_scale};
+use super::config::{Config, Multipliers, bounded_layers, plain_scale};
 use super::config_json::CAPS;
-use super::family::{self, Family, Rotated, Windows};
+use super::family::{self, Family, Rotated, Scales, Windows};
 use super::gguf::Gguf;
 use super::layout::Place;
 use super::rope::{Rope, RopeScaling, longrope_growth, positive, yarn_growth};
@@ -69,13 +69,13 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let windows = windows(&fields, family, window, layers)?;
     let rotary_dim = rotary_dim(&fields, family, head_dim)?;
     let [attention_cap, logit_cap] = caps(&fields, family)?;
-    Config {
+    let config = Config {
         model_type: family.model_type.to_owned(),
         vocab: embedding[0],
         hidden,
         layers,
         heads,
-        kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
+        kv_heads: kv_heads(&fields, layers)?.unwrap_or(heads),
         head_dim,
         rotary_dim,
         ffn: fields.size("feed_forward_length")?,
@@ -96,11 +96,40 @@ fn read(gguf: &Gguf) -> Result<Config> {
         },
         attention_cap,
         logit_cap,
+        logit_scale: 1.0,
         activation: family.activation,
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
+    };
+    match family.scales {
+        Scales::Plain | Scales::Roots => config,
+        Scales::Multipliers => config.multiplied(multipliers(&fields, head_dim)?),
     }
     .checked()
+}
+
+/// Granite's; where one is left out, it does nothing.
+fn multipliers(fields: &Metadata, head_dim: usize) -> Result<Multipliers> {
+    let real = |key: &str, unsaid: f64| positive(key, fields.real(key)?.unwrap_or(unsaid));
+    Ok(Multipliers {
+        embedding: real("embedding_scale", 1.0)?,
+        attention: real("attention.scale", plain_scale(head_dim).into())?,
+        residual: real("residual_scale", 1.0)?,
+        logits: real("logit_scale", 1.0)?,
+    })
+}
+
+/// Key and value heads: one number, or the same one for each layer (as llama.cpp writes Granite 4).
+fn kv_heads(fields: &Metadata, layers: usize) -> Result<Option<usize>> {
+    let key = "attention.head_count_kv";
+    match fields.get(key) {
+        Some(gguf::Value::Wholes(all))
+            if all.len() == layers && all.iter().all(|n| *n == all[0]) =>
+        {
+            whole(key, Some(&gguf::Value::Whole(all[0])))
+        }
+        _ => fields.whole(key),
+    }
 }
 
 /// The soft caps of scores and of logits: the family's own where the file is silent.

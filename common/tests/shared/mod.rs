@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes.
-pub const FAMILIES: [&str; 18] = [
+pub const FAMILIES: [&str; 20] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -29,6 +29,8 @@ pub const FAMILIES: [&str; 18] = [
     "gemma3-images",
     "phi3",
     "phi3-long",
+    "granite",
+    "granite4",
 ];
 
 /// A file of golden figures.
