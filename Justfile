@@ -97,6 +97,11 @@ test: model
     cargo test --release --workspace --features common/cuda-emulated
     for isa in avx512 avx2 portable; do DICE_ISA=$isa cargo test --release --workspace --features common/cuda-emulated --lib; done
 
+# The GPU's kernels on the emulated device under AddressSanitizer and UBSan (g++): all that they read and write, undefined arithmetic
+test-sanitized:
+    DICE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 cargo test --release -p common --features cuda-emulated \
+        --test cuda_kernels --test cuda --test cuda_training
+
 # The arithmetic, weights and whole models on emulated 64-bit ARM (gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
 test-arm:
     rustup target add aarch64-unknown-linux-gnu

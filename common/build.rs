@@ -121,7 +121,16 @@ mod for_gpus {
 #[cfg(feature = "cuda-emulated")]
 mod emulated {
     pub fn compile() {
-        cc::Build::new()
+        let mut build = cc::Build::new();
+        // `just test-sanitized`. AddressSanitizer wants to come before all other libraries.
+        println!("cargo:rerun-if-env-changed=DICE_SANITIZE");
+        if std::env::var_os("DICE_SANITIZE").is_some() {
+            build.flag("-fsanitize=address,undefined");
+            build.flag("-fno-sanitize-recover=all");
+            println!("cargo:rustc-link-lib=dylib=asan");
+            println!("cargo:rustc-link-lib=dylib=ubsan");
+        }
+        build
             .cpp(true)
             .std("c++17")
             .flag("-xc++")

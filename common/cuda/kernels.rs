@@ -26,6 +26,7 @@ unsafe extern "C" {
     fn emulate_find(name: *const c_char) -> Option<Host>;
     fn emulate_parameter_size(name: *const c_char, index: c_int) -> usize;
     fn emulate_order(order: c_int);
+    fn emulate_fence(at: *mut u8, bytes: usize);
 }
 
 /// The kernel of this name on the CPU.
@@ -51,4 +52,11 @@ pub fn parameter_sizes(name: &str) -> Vec<usize> {
 pub fn set_order(order: i32) {
     // SAFETY: sets a variable of this thread.
     unsafe { emulate_order(order) }
+}
+
+/// Bytes beside a buffer, which no kernel may read in a build with AddressSanitizer.
+#[cfg(feature = "cuda-emulated")]
+pub fn fence(at: *mut u8, bytes: usize) {
+    // SAFETY: marks them, and does not touch them.
+    unsafe { emulate_fence(at, bytes) }
 }

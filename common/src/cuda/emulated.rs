@@ -1,7 +1,7 @@
 //! A GPU that is not there: host memory, the very kernels compiled for the CPU, and the CPU's own matrix product.
 //!
 //! It is strict where a GPU is merely undefined: fresh memory holds NaNs, writes past the end of a buffer are found when
-//! it is given back, work that is being captured is not done, and there is only as much memory as it was made with.
+//! it is given back (with AddressSanitizer, see `just test-sanitized`, reads and writes as they happen), work that is being captured is not done, and there is only as much memory as it was made with.
 
 use super::device::{
     Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Precision, Product, Replay,
@@ -104,6 +104,8 @@ impl Backend for Emulated {
             start.write_bytes(UNTOUCHED, GUARD);
             start.add(GUARD).write_bytes(0xff, bytes); // NaN in either format
             start.add(GUARD + bytes).write_bytes(UNTOUCHED, GUARD);
+            images::fence(start, GUARD);
+            images::fence(start.add(GUARD + bytes), GUARD);
             start.add(GUARD) as Address
         };
         state.used += bytes;
