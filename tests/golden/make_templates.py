@@ -144,6 +144,48 @@ You are helpful.<|im_end|>
 {{ message.content.split() | length }} {{ message.content[:3] }} {{ message.content.title() }} {{ message.content.removeprefix('He') }} {{ 'x' in message.content }}
 {% endfor -%}
 {{ messages | map(attribute='role') | join(',') }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}""",
+    # Granite 3's and 4's manner: names that nobody defines, a namespace, contents in parts, an outline of today.
+    "granite": """{%- if available_tools is defined and available_tools %}
+    {%- set tools = available_tools %}
+{%- endif %}
+{%- set ns = namespace(system='You help.', tools='', parts=0) %}
+{%- if tools and documents %}
+    {%- set ns.system = ns.system + ' Use tools and documents.' %}
+{%- elif thinking %}
+    {%- set ns.system = ns.system + ' Think. Today: ' + strftime_now('%B %d, %Y') + '.' %}
+{%- endif %}
+{%- if messages[0].role == 'system' %}
+    {%- if messages[0].content is string %}
+        {%- set ns.system = messages[0].content %}
+    {%- elif messages[0].content is iterable %}
+        {%- for entry in messages[0].content %}
+            {%- if entry.type == 'text' %}
+                {%- set ns.system = (ns.system + '\n' if ns.parts else '') + entry.text %}
+                {%- set ns.parts = ns.parts + 1 %}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {%- set rest = messages[1:] %}
+{%- else %}
+    {%- set rest = messages %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + ns.system + '<|end_of_text|>\n' }}
+{%- for message in rest %}
+    {%- set content = namespace(val=message.content if message.content is string else '') %}
+    {%- if message.role == 'assistant_tool_call' or (message.role == 'assistant' and message.tool_calls is defined and message.tool_calls) %}
+        {%- for call in message.tool_calls %}
+            {%- set content.val = content.val + '<tool_call>' + ({'name': call.function.name} | tojson) + '</tool_call>' %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|start_of_role|>' + message.role + '<|end_of_role|>' + content.val.strip() + '<|end_of_text|>\n' }}
+    {%- if loop.last and add_generation_prompt %}
+        {{- '<|start_of_role|>assistant' }}
+        {%- if controls %}
+            {{- ' ' + controls | tojson() }}
+        {%- endif %}
+        {{- '<|end_of_role|>' }}
+    {%- endif %}
+{%- endfor %}""",
     "json": """{% for message in messages %}{{ message | tojson }}
 {{ message | tojson(indent=2) }}
 {{ {'a': [1, 2.5, true, none, 'é<>&"'], 'b': {}, 'c': []} | tojson }} {{ {'b': 1, 'a': 'é'} | tojson(ensure_ascii=true, sort_keys=true, separators=(',', ':')) }}
