@@ -1,7 +1,8 @@
 //! A GPU that is not there: host memory, the very kernels compiled for the CPU, and the CPU's own matrix product.
 //!
 //! It is strict where a GPU is merely undefined: fresh memory holds NaNs, writes past the end of a buffer are found when
-//! it is given back (with AddressSanitizer, see `just test-sanitized`, reads and writes as they happen), work that is being captured is not done, and there is only as much memory as it was made with.
+//! it is given back (under AddressSanitizer all accesses beside it, as they happen: `just test-sanitized`), work that is
+//! being captured is not done, and there is only as much memory as it was made with.
 
 use super::device::{
     Address, Arg, Backend, Device, Form, Launch, Memory, Operand, Precision, Product, Replay,

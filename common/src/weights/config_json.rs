@@ -311,7 +311,7 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
         "use_bidirectional_attention: this is not a causal language model"
     );
     if family.hybrid {
-        refuse_what_is_no_decoder_with_attention(fields)?;
+        refuse_other_hybrids(fields)?;
     }
     if let Some(Value::Array(architectures)) = fields.present("architectures") {
         let causal = |a: &Value| a.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
@@ -324,8 +324,8 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     Ok(())
 }
 
-/// Of hybrids, those with experts, state spaces or layers without positions.
-fn refuse_what_is_no_decoder_with_attention(fields: &Fields) -> Result<()> {
+/// Those with experts, state spaces or no positions.
+fn refuse_other_hybrids(fields: &Fields) -> Result<()> {
     ensure!(
         fields.present("num_local_experts") == Some(&json!(0)),
         "num_local_experts: mixtures of experts are not supported, only 0"

@@ -75,7 +75,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         hidden,
         layers,
         heads,
-        kv_heads: kv_heads(&fields, layers)?.unwrap_or(heads),
+        kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         rotary_dim,
         ffn: fields.size("feed_forward_length")?,
@@ -117,19 +117,6 @@ fn multipliers(fields: &Metadata, head_dim: usize) -> Result<Multipliers> {
         residual: real("residual_scale", 1.0)?,
         logits: real("logit_scale", 1.0)?,
     })
-}
-
-/// Key and value heads: one number, or the same one for each layer (as llama.cpp writes Granite 4).
-fn kv_heads(fields: &Metadata, layers: usize) -> Result<Option<usize>> {
-    let key = "attention.head_count_kv";
-    match fields.get(key) {
-        Some(gguf::Value::Wholes(all))
-            if all.len() == layers && all.iter().all(|n| *n == all[0]) =>
-        {
-            whole(key, Some(&gguf::Value::Whole(all[0])))
-        }
-        _ => fields.whole(key),
-    }
 }
 
 /// The soft caps of scores and of logits: the family's own where the file is silent.
@@ -395,6 +382,10 @@ fn whole(key: &str, value: Option<&gguf::Value>) -> Result<Option<usize>> {
         Some(gguf::Value::Whole(value)) => usize::try_from(*value)
             .map(Some)
             .with_context(|| format!("{key}: {value} is out of range")),
+        // One for each layer: Granite 4's key/value heads.
+        Some(gguf::Value::Wholes(all)) if all.iter().all(|other| *other == all[0]) => {
+            whole(key, all.first().copied().map(gguf::Value::Whole).as_ref())
+        }
         Some(other) => bail!("{key}: must be a whole number, not {other:?}"),
     }
 }
