@@ -180,6 +180,7 @@ seed: build base-model
     set -euo pipefail
     just begun {{ runs }} {{ quote("base=" + base + " policy=" + policy) }} start.txt
     if [ ! -d {{ runs }}/policy-0 ] && [ -z "{{ policy }}" ]; then
+        [ -n "{{ preferences }}" ] || { echo "a seed policy takes preferences=; or give the DPO-tuned model to start from, policy=" >&2; exit 1; }
         echo "== seed policy: DPO on {{ preferences }}" >&2
         {{ bin }}/dice-train --model {{ base }} --split train --learning-rate {{ seed_learning_rate }} \
             --batch-size {{ batch_size }} --epochs {{ seed_epochs }} --save-steps 5 --seed {{ seed }} {{ train_flags }} \

@@ -113,6 +113,13 @@ fn succeeds(mut command: Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+#[track_caller]
+fn fails(mut command: Command, why: &str) {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains(why), "{stderr}");
+}
+
 fn world() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let tiny = Tiny {
@@ -151,17 +158,14 @@ const RESULTS: [&str; 14] = [
 ];
 
 /// A round's commands repeat it by themselves; `just` does not go on with a round that was begun otherwise.
-fn again(folder: &Path, just: &mut Command) {
+fn again(folder: &Path, just: Command) {
     let script = folder.join("commands.sh");
     for file in ["pairs.jsonl", "win-rate.jsonl", "summary.md"] {
         fs::remove_file(folder.join(file)).unwrap();
     }
     let commands = fs::read_to_string(&script).unwrap();
     fs::write(&script, commands.replace("--k 4", "--k 5")).unwrap();
-    let output = just.output().unwrap();
-    assert!(!output.status.success());
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+    fails(just, "was begun with other settings");
 
     fs::write(&script, commands).unwrap();
     let mut bash = Command::new("bash");
@@ -204,7 +208,7 @@ fn two_rounds_and_the_same_under_fire() {
     assert_eq!(scored(1)[0]["policy"], scored(2)[0]["ref"]);
     assert_ne!(scored(1)[0]["policy"], scored(2)[0]["policy"]);
 
-    again(&world.join("calm/round-2"), &mut round(world, "calm"));
+    again(&world.join("calm/round-2"), round(world, "calm"));
 
     // A kill in the middle of every stage of the first round, then kills at moments that spread over both. Where a stage
     // was over before it was seen, the round ends, and a new one waits for the next stage.
@@ -266,11 +270,6 @@ fn rounds_from_a_policy_that_is_there() {
         let variables = [&policy, &reference, "preferences="];
         just(world, "runs", &variables, "round")
     };
-    let refused = |mut command: Command, why: &str| {
-        let output = command.output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && stderr.contains(why), "{stderr}");
-    };
     for t in [1, 2] {
         let summary = succeeds(given("judge", "base"));
         assert!(summary.starts_with(&format!("# Round {t}: ")), "{summary}");
@@ -284,8 +283,10 @@ fn rounds_from_a_policy_that_is_there() {
     assert_eq!(scored(1)["ref"], scored(2)["ref"], "the base model");
     assert_ne!(scored(1)["policy"], scored(2)["policy"]);
 
-    refused(given("base", "base"), "was begun with other settings");
-    refused(given("judge", "first"), "known are previous and base");
+    fails(given("base", "base"), "was begun with other settings");
+    fails(given("judge", "first"), "known are previous and base");
+    let bare = just(world, "bare", &["preferences="], "round");
+    fails(bare, "a seed policy takes preferences=");
 }
 
 /// The first round's results are the calm one's.
@@ -347,9 +348,8 @@ fn a_sweep_chooses_by_validation_and_goes_on_after_kills() {
 
     let table = succeeds(just(world, "calm", &[], "sweep"));
     assert_eq!(table, read("calm/sweep/sweep.md"));
-    let other = just(world, "calm", &["gamma=0", "k=5"], "sweep").output();
-    let stderr = String::from_utf8(other.unwrap().stderr).unwrap();
-    assert!(stderr.contains("was begun with other settings"), "{stderr}");
+    let other = just(world, "calm", &["gamma=0", "k=5"], "sweep");
+    fails(other, "was begun with other settings");
 }
 
 #[test]

@@ -500,11 +500,11 @@ fn a_granite_gguf_has_its_multipliers() {
     }
     write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
     assert_eq!(open(&path).unwrap().config, config);
-    metadata[0..].iter_mut().for_each(|(key, value)| {
+    for (key, value) in &mut metadata {
         if key.ends_with("head_count_kv") {
             *value = Array(vec![U32(2), U32(1)]);
         }
-    });
+    }
     write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
     assert!(error(&path).contains("attention.head_count_kv: must be a whole number"));
 }
