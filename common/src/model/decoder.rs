@@ -41,7 +41,7 @@ impl Linear {
     fn new(source: &(impl Source + ?Sized), matrix: &Matrix, precision: Precision) -> Result<Self> {
         let weight = source.get(&matrix.weight)?;
         Ok(Self {
-            weight: Packed::from_rows(Mat::new(&weight, matrix.rows, matrix.cols), precision),
+            weight: Packed::of_weights(Mat::new(&weight, matrix.rows, matrix.cols), precision),
             bias: matrix
                 .bias
                 .as_ref()
@@ -127,7 +127,7 @@ impl Decoder {
         let params = Params::new(config);
         let table = |span: &Span| -> Result<Packed> {
             let values = source.get(span)?;
-            Ok(Packed::from_rows(
+            Ok(Packed::of_weights(
                 Mat::new(&values, config.vocab, config.hidden),
                 precision,
             ))

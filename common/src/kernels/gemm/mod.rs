@@ -7,7 +7,8 @@
 //! row's result does not depend on the rows beside it.
 //!
 //! In bfloat16, 32-bit words hold the pair of elements (k, k+1); products are summed in float32 (`vdpbf16ps`). On a
-//! machine without that instruction the operands are rounded to bfloat16 and multiplied in float32.
+//! machine without that instruction B lies so, too, for the sake of memory, and the kernel takes its pairs apart; A's elements
+//! are rounded and have a word each. In float32, too, weights lie so that bfloat16 can say; then A is not rounded.
 
 mod kernel;
 mod pack;
@@ -18,8 +19,8 @@ pub use packed::{Aligned, Packed, Panels};
 
 use super::isa::Isa;
 use super::{fit, team};
-use kernel::{Tile, run_kernel};
-use pack::{pack_left, paired, sixteen_bits};
+use kernel::{Operands, Tile, run_kernel};
+use pack::{left_words, pack_left, sixteen_bits};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -78,6 +79,23 @@ impl<'a> Mat<'a> {
         }
     }
 
+    /// Whether bfloat16 can say every element, also where it has no subnormal numbers (`vcvtne2ps2bf16` makes them zero).
+    fn is_bfloat16(&self) -> bool {
+        let exact = |x: &f32| x.to_bits() & 0xffff == 0 && !x.is_subnormal();
+        (0..self.rows).all(|r| self.row(r).iter().all(exact))
+    }
+
+    /// A part of it, from an element on.
+    fn part(self, start: usize, rows: usize, cols: usize) -> Self {
+        Self {
+            data: &self.data[start.min(self.data.len())..],
+            rows,
+            cols,
+            dither: self.dither.map(|first| first + start),
+            ..self
+        }
+    }
+
     /// What is added to element (r, c) before it is cut to bfloat16, if it is not rounded to the nearest.
     #[inline(always)]
     fn noise(&self, r: usize, c: usize) -> Option<u32> {
@@ -104,6 +122,14 @@ impl Left<'_> {
         match self {
             Self::Rows(a) => (a.rows, a.cols),
             Self::Columns(a) => (a.cols, a.rows),
+        }
+    }
+
+    /// The same rows with a part of k.
+    fn part(self, k: Range<usize>) -> Self {
+        match self {
+            Self::Rows(a) => Self::Rows(a.part(k.start, a.rows, k.len())),
+            Self::Columns(a) => Self::Columns(a.part(k.start * a.stride, k.len(), a.cols)),
         }
     }
 }
@@ -194,7 +220,7 @@ impl PackedLeft {
         self.precision = Some(precision);
         // Even blocks: 16 rows are 8 + 8, not 14 + 2.
         self.block = self.m.div_ceil(self.m.div_ceil(block_rows()).max(1)).max(1);
-        let k = words(self.k, precision);
+        let k = left_words(self.k, precision);
         self.storage.grow(self.m * k);
         let out = &mut self.storage.as_mut_slice()[..self.m * k];
         let (len, block) = (self.block * k, self.block);
@@ -256,17 +282,18 @@ pub fn multiply(
         (a.m - 1) * c_stride + b.n() <= c.len(),
         "result past its buffer"
     );
-    let k = words(a.k, b.precision());
+    let (row, words) = (left_words(a.k, b.precision()), b.words().of(a.k));
     let product = Product {
-        a: &a.storage.as_slice()[..a.m * k],
+        a: &a.storage.as_slice()[..a.m * row],
         rows: a.block,
         m: a.m,
-        k,
+        row,
+        words,
         b,
         c: c.as_mut_ptr(),
         c_stride,
         write,
-        fetched: a.m <= FETCHED_ROWS && k * b.n() >= FETCHED_WORDS,
+        fetched: a.m <= FETCHED_ROWS && words * b.n() >= FETCHED_WORDS,
     };
     product.run(threads);
 }
@@ -277,8 +304,10 @@ struct Product<'a> {
     /// Rows of a block of A; the last one may have fewer.
     rows: usize,
     m: usize,
-    /// Words of a sum.
-    k: usize,
+    /// Words of a row of A.
+    row: usize,
+    /// Words of a row of B.
+    words: usize,
     b: Panels<'a>,
     c: *mut f32,
     c_stride: usize,
@@ -332,26 +361,28 @@ impl Product<'_> {
         let width = panel_width();
         let (first, left) = (block * self.rows, panel * width);
         let rows = self.rows.min(self.m - first);
-        let a = &self.a[first * self.k..][..rows * self.k];
+        let a = &self.a[first * self.row..][..rows * self.row];
         let lines = match self.fetched {
-            true => self.b.panel_lines().div_ceil(parts),
+            true => (self.words * width / 16).div_ceil(parts),
             false => 1,
         };
-        // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `rows` × k
-        // words here, a panel of B k steps of `width`, C `rows` × `columns`.
+        // SAFETY: the asserts of `matmul` and of `Panels` hold every pointer inside its buffer: A has `rows` × `row`
+        // words here, a panel of B `words` steps of `width`, C `rows` × `columns`.
         unsafe {
             let tile = Tile {
-                k: self.k,
+                words: self.words,
+                row: self.row,
                 a: a.as_ptr(),
                 b: self.b.panel(panel).as_ptr(),
                 c: self.c.add(first * self.c_stride + left),
                 c_stride: self.c_stride,
                 columns: width.min(self.b.n() - left),
                 add: self.write == Write::Add,
+                operands: Operands::of(self.b),
                 ahead: (self.b.ahead(panel + ahead)).wrapping_add(i * lines * 16),
-                ahead_every: (self.k / lines.max(1)).max(1),
+                ahead_every: (self.words / lines.max(1)).max(1),
             };
-            run_kernel(tile, rows, paired(self.b.precision()));
+            run_kernel(tile, rows);
         }
     }
 }
@@ -457,6 +488,43 @@ mod tests {
                 assert_eq!(alone[..], together[5 * n..(5 + count) * n]);
             }
         }
+    }
+
+    #[test]
+    fn weights_that_bfloat16_can_say_give_the_same_products_from_half_the_memory() {
+        for (m, n, k) in [(1, 1, 1), (3, 70, 33), (4, 16, 64), (29, 100, 131)] {
+            let (a, mut b) = (noise(m * k, 8), noise(n * k, 9));
+            (b.iter_mut()).for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+            let b = Mat::new(&b, n, k);
+            let product = |b: &Packed| {
+                let mut c = vec![0.0; m * n];
+                let a = Left::Rows(Mat::new(&a, m, k));
+                matmul(a, b.panels(), &mut c, n, Write::Set, Threads::All);
+                c
+            };
+            let (kept, wide) = (
+                Packed::of_weights(b, Precision::F32),
+                Packed::from_rows(b, Precision::F32),
+            );
+            assert_eq!(product(&kept), product(&wide), "{m}×{n}×{k}");
+            assert!(kept.panels().words() == pack::Words::Pairs);
+            let turned = |of: &Packed| {
+                let mut turned = Packed::empty(Precision::F32);
+                turned.set_transposed(of, 0..n);
+                let a = noise(m * n, 10);
+                let mut c = vec![0.0; m * k];
+                let a = Left::Rows(Mat::new(&a, m, n));
+                matmul(a, turned.panels(), &mut c, k, Write::Set, Threads::One);
+                c
+            };
+            assert_eq!(turned(&kept), turned(&wide), "{m}×{n}×{k} turned");
+        }
+        // One that it cannot: nothing is lost.
+        let b = [1.0, 1.0 + 2.0_f32.powi(-20)];
+        let kept = Packed::of_weights(Mat::new(&b, 1, 2), Precision::F32);
+        let mut row = [0.0; 2];
+        kept.read_row(0, &mut row);
+        assert_eq!(row, b);
     }
 
     #[test]

@@ -4,33 +4,77 @@ use super::super::isa::{Isa, multiversion};
 use super::{Left, Mat, Panels, Precision, panel_width};
 use std::ops::Range;
 
-/// Whether operands of this precision are stored as pairs of bfloat16 (else as float32, rounded where asked).
-pub(super) fn paired(precision: Precision) -> bool {
-    precision == Precision::Bf16 && Isa::current() == Isa::Avx512 { bf16: true }
+/// What a word of 32 bits holds.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Words {
+    /// An element.
+    Whole,
+    /// An element, rounded to bfloat16.
+    Rounded,
+    /// Two elements in bfloat16, k and k + 1.
+    Pairs,
 }
 
-/// The number of 32-bit words that a row of `k` elements takes in an operand: bfloat16 comes in pairs, where the
-/// machine can multiply them.
-pub fn words(k: usize, precision: Precision) -> usize {
-    if paired(precision) { k.div_ceil(2) } else { k }
+/// Whether the machine multiplies pairs.
+pub(super) fn multiplies_pairs() -> bool {
+    Isa::current() == Isa::Avx512 { bf16: true }
 }
 
-/// Writes a row of an operand, its words one after another.
-pub fn put_row(x: &[f32], precision: Precision, out: &mut [f32]) {
-    if paired(precision) {
-        pairs_of_row(x, out)
-    } else {
-        (out.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
+impl Words {
+    /// Those that are multiplied as they are: of left operands, and of caches.
+    pub fn multiplied(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::Whole,
+            Precision::Bf16 if multiplies_pairs() => Self::Pairs,
+            Precision::Bf16 => Self::Rounded,
+        }
+    }
+
+    /// Those of right operands: pairs take half the memory, whether or not the kernel has to take them apart.
+    pub fn of_panels(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::Whole,
+            Precision::Bf16 => Self::Pairs,
+        }
+    }
+
+    /// How many a row of `k` elements takes.
+    pub fn of(self, k: usize) -> usize {
+        match self {
+            Self::Whole | Self::Rounded => k,
+            Self::Pairs => k.div_ceil(2),
+        }
     }
 }
 
-/// Writes element k of the rows of an operand, of which `line` holds the words that it belongs to. Elements come in
+/// The number of 32-bit words that a row of `k` elements takes in a cache: bfloat16 comes in pairs, where the machine can
+/// multiply them.
+pub fn words(k: usize, precision: Precision) -> usize {
+    Words::multiplied(precision).of(k)
+}
+
+/// The same of the left operand: where the kernel may take panels' pairs apart, there is an element for each half.
+pub(super) fn left_words(k: usize, precision: Precision) -> usize {
+    match Words::multiplied(precision) {
+        Words::Whole | Words::Rounded => k.next_multiple_of(2),
+        Words::Pairs => k.div_ceil(2),
+    }
+}
+
+/// Writes a row of a cache, its words one after another.
+pub fn put_row(x: &[f32], precision: Precision, out: &mut [f32]) {
+    match Words::multiplied(precision) {
+        Words::Pairs => pairs_of_row(x, out),
+        words => (out.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, words)),
+    }
+}
+
+/// Writes element k of the rows of a cache, of which `line` holds the words that it belongs to. Elements come in
 /// the order of k.
 pub fn put_column(x: &[f32], k: usize, precision: Precision, line: &mut [f32]) {
-    if paired(precision) {
-        halves_of_column(x, k.is_multiple_of(2), line)
-    } else {
-        (line.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, precision));
+    match Words::multiplied(precision) {
+        Words::Pairs => halves_of_column(x, k.is_multiple_of(2), line),
+        words => (line.iter_mut().zip(x)).for_each(|(word, &x)| *word = rounded(x, words)),
     }
 }
 
@@ -39,11 +83,14 @@ pub(super) const FEW: usize = 3;
 
 /// Packs some rows of the left operand: as a panel is, or one after another.
 pub(super) fn pack_left(source: Left, rows: Range<usize>, precision: Precision, out: &mut [f32]) {
+    let ((_, k), words) = (source.shape(), Words::multiplied(precision));
+    let filled = words.of(k);
     if rows.len() > FEW {
-        return pack(source, rows.start, rows.len(), precision, out);
+        let (lines, rest) = out.split_at_mut(filled * rows.len());
+        rest.fill(0.0);
+        return pack(source, rows.start, rows.len(), words, lines);
     }
-    let (_, k) = source.shape();
-    let lines = out.chunks_exact_mut(words(k, precision).max(1));
+    let lines = out.chunks_exact_mut(left_words(k, precision).max(1));
     for (r, line) in rows.zip(lines) {
         match source {
             Left::Rows(a) => put_row(a.row(r), precision, line),
@@ -52,41 +99,60 @@ pub(super) fn pack_left(source: Left, rows: Range<usize>, precision: Precision, 
                 put_row(&row, precision, line);
             }
         }
+        line[filled..].fill(0.0);
     }
 }
 
-/// What an operand in words of its own holds of x.
-fn rounded(x: f32, precision: Precision) -> f32 {
-    match precision {
-        Precision::F32 => x,
-        Precision::Bf16 => f32::from_bits(bf16_bits(x, None) << 16),
+/// What a word of its own holds of x.
+fn rounded(x: f32, words: Words) -> f32 {
+    match words {
+        Words::Rounded => f32::from_bits(bf16_bits(x, None) << 16),
+        Words::Whole | Words::Pairs => x,
     }
 }
 
-/// Packs rows `first .. first + width` of an operand as `[k][width]`; rows past the end become zero.
-pub(super) fn pack(
-    source: Left,
-    first: usize,
-    width: usize,
-    precision: Precision,
-    out: &mut [f32],
-) {
+/// Packs rows `first .. first + width` of an operand as `[words of k][width]`; rows past the end become zero.
+pub(super) fn pack(source: Left, first: usize, width: usize, words: Words, out: &mut [f32]) {
     let (m, _) = source.shape();
     let valid = width.min(m - first);
-    match (source, paired(precision)) {
-        (Left::Rows(a), false) => rows(a, first, valid, width, out),
-        (Left::Columns(a), false) => pack_columns(a, first, valid, width, out),
-        (Left::Rows(a), true) => return row_pairs(a, first, valid, width, out),
-        (Left::Columns(a), true) => {
+    match (source, words) {
+        (Left::Rows(a), Words::Pairs) if multiplies_pairs() => {
+            row_pairs(a, first, valid, width, out)
+        }
+        (Left::Columns(a), Words::Pairs) if multiplies_pairs() => {
             assert!(
                 a.dither.is_none(),
                 "weights in training are packed by their rows"
             );
-            return column_pairs(a, first, valid, width, out);
+            column_pairs(a, first, valid, width, out)
         }
+        (_, Words::Pairs) => join_strips(source, first, width, out),
+        (Left::Rows(a), _) => rows(a, first, valid, width, out),
+        (Left::Columns(a), _) => pack_columns(a, first, valid, width, out),
     }
-    if precision == Precision::Bf16 {
+    if words == Words::Rounded {
         round_panel(source, first, valid, width, out);
+    }
+}
+
+/// Elements of a row that are packed at a time before they are joined.
+const STRIP: usize = 64;
+
+/// Packs pairs by way of words of their own.
+fn join_strips(source: Left, first: usize, width: usize, out: &mut [f32]) {
+    let (_, k) = source.shape();
+    let mut lines = [0.0; STRIP * WIDEST];
+    for (start, out) in (0..k).step_by(STRIP).zip(out.chunks_mut(STRIP / 2 * width)) {
+        let count = STRIP.min(k - start);
+        let lines = &mut lines[..count * width];
+        pack(
+            source.part(start..start + count),
+            first,
+            width,
+            Words::Rounded,
+            lines,
+        );
+        join(lines, width, out);
     }
 }
 
@@ -129,24 +195,42 @@ fn strips(a: Mat, first: usize, valid: usize, width: usize, out: &mut [f32]) {
 pub(super) fn transpose(of: Panels, first: usize, out: &mut [f32]) {
     let width = panel_width();
     let valid = width.min(of.k() - first);
-    let pairs = paired(of.precision());
+    let words = of.words();
+    let (from, lines) = (words.of(first), words.of(valid));
     for (i, left) in (0..of.n()).step_by(width).enumerate() {
-        let (some, panel) = (width.min(of.n() - left), of.panel(i));
-        if pairs {
-            let square = &mut out[left / 2 * width..][..some.div_ceil(2) * width];
-            turn_pairs(&panel[first / 2 * width..], valid.div_ceil(2), square);
-        } else {
-            let square = &mut out[left * width..][..some * width];
-            rows(
-                Mat::strided(panel, of.k(), some, width),
-                first,
-                valid,
-                width,
-                square,
-            );
+        let some = width.min(of.n() - left);
+        let square = &mut out[words.of(left) * width..][..words.of(some) * width];
+        let panel = &of.panel(i)[from * width..][..lines * width];
+        match words {
+            Words::Pairs if multiplies_pairs() => turn_pairs(panel, lines, square),
+            Words::Pairs => {
+                let (mut apart, mut turned) = ([0.0; WIDEST * WIDEST], [0.0; WIDEST * WIDEST]);
+                take_apart(panel, width, &mut apart);
+                let lines = &mut turned[..some * width];
+                rows(
+                    Mat::strided(&apart, valid, some, width),
+                    0,
+                    valid,
+                    width,
+                    lines,
+                );
+                join(lines, width, square);
+            }
+            Words::Whole | Words::Rounded => {
+                rows(
+                    Mat::strided(panel, valid, some, width),
+                    0,
+                    valid,
+                    width,
+                    square,
+                );
+            }
         }
     }
 }
+
+/// The most rows of a panel.
+const WIDEST: usize = 32;
 
 /// Functions on pairs of bfloat16, which vectors alone make.
 macro_rules! on_pairs {
@@ -592,6 +676,38 @@ multiversion! {
             line[valid..].fill(0.0);
         }
     }
+}
+
+multiversion! {
+    /// Lines of words that are bfloat16 numbers become half as many of pairs.
+    pub fn join(lines: &[f32], width: usize, out: &mut [f32]) {
+        for (two, out) in lines.chunks(2 * width).zip(out.chunks_exact_mut(width)) {
+            let (low, high) = two.split_at(width);
+            for (i, (out, low)) in out.iter_mut().zip(low).enumerate() {
+                let high = high.get(i).map_or(0, |x| x.to_bits());
+                *out = f32::from_bits(low.to_bits() >> 16 | high);
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// The reverse of [`join`].
+    pub fn take_apart(lines: &[f32], width: usize, out: &mut [f32]) {
+        for (line, two) in lines.chunks_exact(width).zip(out.chunks_exact_mut(2 * width)) {
+            let (low, high) = two.split_at_mut(width);
+            for ((word, low), high) in line.iter().zip(low).zip(high) {
+                [*low, *high] = halves(*word);
+            }
+        }
+    }
+}
+
+/// The elements of a pair.
+#[inline(always)]
+pub(super) fn halves(word: f32) -> [f32; 2] {
+    let word = word.to_bits();
+    [word << 16, word & 0xffff_0000].map(f32::from_bits)
 }
 
 multiversion! {

@@ -1,7 +1,7 @@
 //! The right operand in panels, and the storage that operands lie in.
 
 use super::super::team;
-use super::pack::{pack, paired, transpose, words};
+use super::pack::{Words, halves, pack, transpose};
 use super::{Left, Mat, Precision, panel_width};
 use std::ops::Range;
 
@@ -58,6 +58,7 @@ pub struct Packed {
     n: usize,
     k: usize,
     precision: Precision,
+    words: Words,
 }
 
 impl Packed {
@@ -68,7 +69,19 @@ impl Packed {
             n: 0,
             k: 0,
             precision,
+            words: Words::of_panels(precision),
         }
+    }
+
+    /// As [`Self::from_rows`], of weights that stay. Those that bfloat16 can say, as most published ones, take half the memory in
+    /// float32, too; products are the same to the bit.
+    pub fn of_weights(b: Mat, precision: Precision) -> Self {
+        let mut packed = Self::empty(precision);
+        if b.is_bfloat16() {
+            packed.words = Words::Pairs;
+        }
+        packed.fill(Left::Rows(b));
+        packed
     }
 
     /// Packs the rows of `b`, `[n, k]`: the product is A·bᵀ.
@@ -87,11 +100,13 @@ impl Packed {
 
     /// As [`Self::from_rows`], into the storage that is there.
     pub fn set_rows(&mut self, b: Mat) {
+        self.words = Words::of_panels(self.precision);
         self.fill(Left::Rows(b));
     }
 
     /// As [`Self::from_columns`], into the storage that is there.
     pub fn set_columns(&mut self, b: Mat) {
+        self.words = Words::of_panels(self.precision);
         self.fill(Left::Columns(b));
     }
 
@@ -100,8 +115,8 @@ impl Packed {
     pub fn set_transposed(&mut self, of: &Packed, rows: Range<usize>) {
         assert_eq!(self.precision, of.precision);
         let width = panel_width();
-        (self.n, self.k) = (of.k, rows.len());
-        let panel = words(self.k, self.precision) * width;
+        (self.n, self.k, self.words) = (of.k, rows.len(), of.words);
+        let panel = self.words.of(self.k) * width;
         let len = self.n.div_ceil(width) * panel;
         self.storage.grow(len);
         let source = of.panel_range(rows.start, rows.len());
@@ -113,21 +128,21 @@ impl Packed {
     fn fill(&mut self, b: Left) {
         let width = panel_width();
         (self.n, self.k) = b.shape();
-        let panel = words(self.k, self.precision) * width;
+        let panel = self.words.of(self.k) * width;
         let len = self.n.div_ceil(width) * panel;
         self.storage.grow(len);
         if len > 0 {
-            let precision = self.precision;
+            let words = self.words;
             // Small operands (attention inside a parallel loop) are packed by the caller's thread.
             let panels = &mut self.storage.as_mut_slice()[..len];
             if len < 1 << 16 {
                 panels
                     .chunks_mut(panel)
                     .enumerate()
-                    .for_each(|(i, out)| pack(b, i * width, width, precision, out));
+                    .for_each(|(i, out)| pack(b, i * width, width, words, out));
             } else {
                 team::chunks(panels, panel, |i, out| {
-                    pack(b, i * width, width, precision, out)
+                    pack(b, i * width, width, words, out)
                 });
             }
         }
@@ -157,13 +172,14 @@ impl Packed {
     pub fn panel_range(&self, start: usize, n: usize) -> Panels<'_> {
         let width = panel_width();
         assert!(start.is_multiple_of(width) && start + n <= self.n);
-        let panel = words(self.k, self.precision) * width;
+        let panel = self.words.of(self.k) * width;
         Panels {
             data: &self.storage.as_slice()[start / width * panel..],
             n,
             k: self.k,
             panel_stride: panel,
             precision: self.precision,
+            words: self.words,
         }
     }
 
@@ -171,11 +187,11 @@ impl Packed {
     pub fn sum_range(&self, part: Range<usize>) -> Panels<'_> {
         assert!(part.start.is_multiple_of(2) && part.end <= self.k);
         assert!(
-            part.end == self.k || part.end.is_multiple_of(2) || !paired(self.precision),
+            part.end == self.k || part.end.is_multiple_of(2) || self.words != Words::Pairs,
             "a pair would be cut"
         );
         let all = self.panels();
-        let skipped = words(part.start, self.precision) * panel_width();
+        let skipped = self.words.of(part.start) * panel_width();
         Panels {
             data: &all.data[skipped.min(all.data.len())..],
             k: part.len(),
@@ -186,24 +202,18 @@ impl Packed {
     /// Copies row `r` of B (rounded, if the precision rounds) into `out`, `[k]`.
     pub fn read_row(&self, r: usize, out: &mut [f32]) {
         let width = panel_width();
-        let k_words = words(self.k, self.precision);
+        let k_words = self.words.of(self.k);
         let panel = &self.storage.as_slice()[r / width * k_words * width..];
         for (i, out) in out[..self.k].iter_mut().enumerate() {
-            *out = if paired(self.precision) {
-                let word = panel[i / 2 * width + r % width].to_bits();
-                f32::from_bits(if i % 2 == 0 {
-                    word << 16
-                } else {
-                    word & 0xffff_0000
-                })
-            } else {
-                panel[i * width + r % width]
+            *out = match self.words {
+                Words::Pairs => halves(panel[i / 2 * width + r % width])[i % 2],
+                Words::Whole | Words::Rounded => panel[i * width + r % width],
             };
         }
     }
 }
 
-/// A borrowed right operand in panels: a [`Packed`] or a part of it. Word w of row r (see [`words`]) lies at
+/// A borrowed right operand in panels: a [`Packed`] or a part of it. Word w of row r lies at
 /// `r / width * panel_stride + w * width + r % width`.
 #[derive(Clone, Copy)]
 pub struct Panels<'a> {
@@ -212,6 +222,7 @@ pub struct Panels<'a> {
     k: usize,
     panel_stride: usize,
     precision: Precision,
+    words: Words,
 }
 
 impl<'a> Panels<'a> {
@@ -237,8 +248,8 @@ impl<'a> Panels<'a> {
         self.data.as_ptr().wrapping_add(i * self.panel_stride)
     }
 
-    /// The cache lines of a panel.
-    pub(super) fn panel_lines(&self) -> usize {
-        words(self.k, self.precision) * panel_width() / 16
+    /// What its words hold.
+    pub(super) fn words(&self) -> Words {
+        self.words
     }
 }
