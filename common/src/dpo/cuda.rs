@@ -243,11 +243,7 @@ impl Train for CudaTrainer {
                 None => self.read(Flat::Masters, places[name.as_str()].clone())?,
                 Some((lora, values)) => {
                     let mut weight = start.tensor(&name, &shape)?;
-                    let module = name.strip_suffix(".weight");
-                    let adapter = lora.adapters.iter().find(|a| Some(&*a.module) == module);
-                    if let Some(adapter) = adapter {
-                        lora.add(adapter, values, &mut weight);
-                    }
+                    lora.add_to(&name, values, &mut weight);
                     weight
                 }
             };

@@ -4,7 +4,7 @@
 use super::loss::Objective;
 use super::optimizer::{AdamW, Scheduler, clip_factor, norm};
 use super::step::{Pair, StateBytes, Sums, accumulate};
-use crate::kernels::gemm::Precision;
+use crate::kernels::gemm::{Packed, Precision};
 use crate::logprob::{Group, PassLimits, score_all};
 use crate::model::{Decoder, Gradients, Lora, Model, Params, Workspace};
 use crate::policy::TOKENS_AT_ONCE;
@@ -264,9 +264,7 @@ pub struct Trainer {
     settings: Settings,
     memory: StateBytes,
     params: Params,
-    /// The model's parameters as the next forward pass sees them, flat.
-    model: Vec<f32>,
-    adapters: Option<Adapters>,
+    trained: Trained,
     /// Zero between steps.
     gradient: Vec<f32>,
     optimizer: AdamW,
@@ -275,11 +273,39 @@ pub struct Trainer {
     tokens: u64,
 }
 
-struct Adapters {
-    lora: Lora,
-    values: Vec<f32>,
-    /// The frozen parameters.
-    base: Vec<f32>,
+/// What is trained, flat.
+enum Trained {
+    /// All parameters.
+    All(Vec<f32>),
+    /// Adapters of frozen weights.
+    Adapters {
+        lora: Lora,
+        values: Vec<f32>,
+        base: Vec<Packed>,
+    },
+}
+
+impl Trained {
+    /// Its numbers.
+    fn values(&self) -> &[f32] {
+        match self {
+            Self::All(values) | Self::Adapters { values, .. } => values,
+        }
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        match self {
+            Self::All(values) | Self::Adapters { values, .. } => values,
+        }
+    }
+
+    /// Makes `decoder` the model that it is.
+    fn show(&self, decoder: &mut Decoder, params: &Params) {
+        match self {
+            Self::All(model) => decoder.update(model, params),
+            Self::Adapters { lora, values, base } => decoder.merge(base, (lora, values), params),
+        }
+    }
 }
 
 impl Trainer {
@@ -298,25 +324,18 @@ impl Trainer {
             "a CPU keeps the moments in float32 alone"
         );
         let params = Params::new(&start.config);
-        let model = params.read(start)?;
-        let adapters = settings.lora.map(|s| {
-            let lora = Lora::new(&params, s.rank, s.alpha);
-            let values = initial_adapters(&lora, settings.seed);
-            Adapters {
-                lora,
-                values,
-                base: model.clone(),
+        let (trained, decayed) = match settings.lora {
+            None => (Trained::All(params.read(start)?), matrices(&params)),
+            Some(s) => {
+                let lora = Lora::new(&params, s.rank, s.alpha);
+                let (all, values) = (0..lora.len, initial_adapters(&lora, settings.seed));
+                let base = Lora::base(&params, start)?;
+                (Trained::Adapters { lora, values, base }, vec![all])
             }
-        });
-        let (len, decayed) = match &adapters {
-            Some(adapters) => (
-                adapters.lora.len,
-                std::iter::once(0..adapters.lora.len).collect(),
-            ),
-            None => (params.len, matrices(&params)),
         };
-        let mut decoder = Decoder::new(&start.config, model.as_slice(), precision)?;
-        decoder.update(&model, &params);
+        let mut decoder = Decoder::new(&start.config, start, precision)?;
+        trained.show(&mut decoder, &params);
+        let len = trained.values().len();
         Ok(Self {
             optimizer: AdamW::new(len, decayed, settings.weight_decay as f32),
             gradient: vec![0.0; len],
@@ -324,8 +343,7 @@ impl Trainer {
             memory,
             workspace: Workspace::new(precision),
             params,
-            model,
-            adapters,
+            trained,
             decoder,
             tokens: 0,
         })
@@ -345,17 +363,13 @@ impl Trainer {
     }
 
     fn fill_gradient(&self, pairs: &[&Pair], flat: &mut [f32], workspace: &mut Workspace) -> Sums {
-        let mut gradients = match &self.adapters {
-            None => Gradients::Full {
+        let mut gradients = match &self.trained {
+            Trained::All(_) => Gradients::Full {
                 params: &self.params,
                 flat,
                 fresh: false,
             },
-            Some(a) => Gradients::Lora {
-                lora: &a.lora,
-                values: &a.values,
-                flat,
-            },
+            Trained::Adapters { lora, values, .. } => Gradients::Lora { lora, values, flat },
         };
         let objective = &self.settings.objective;
         let model = Model {
@@ -375,7 +389,7 @@ impl Trainer {
 impl State for Trainer {
     fn runs(&self, kept: Kept, take: &mut Take) -> Result<()> {
         take(match kept {
-            Kept::Trained => self.adapters.as_ref().map_or(&self.model, |a| &a.values),
+            Kept::Trained => self.trained.values(),
             Kept::FirstMoment => &self.optimizer.m,
             Kept::SecondMoment => &self.optimizer.v,
         })
@@ -416,17 +430,9 @@ impl Train for Trainer {
         }
         let learning_rate = self.settings.learning_rate(step);
         let factor = clip_factor(grad_norm, self.settings.max_grad_norm);
-        match &mut self.adapters {
-            None => self
-                .optimizer
-                .step(&mut self.model, &self.gradient, factor, learning_rate),
-            Some(a) => {
-                self.optimizer
-                    .step(&mut a.values, &self.gradient, factor, learning_rate);
-                a.lora.merge(&a.values, &a.base, &mut self.model);
-            }
-        }
-        self.decoder.update(&self.model, &self.params);
+        let values = self.trained.values_mut();
+        (self.optimizer).step(values, &self.gradient, factor, learning_rate);
+        self.trained.show(&mut self.decoder, &self.params);
         self.tokens += sums.tokens;
         let at = (self.optimizer.steps, epoch);
         Ok(StepMetrics::new(
@@ -443,12 +449,8 @@ impl Train for Trainer {
     }
 
     fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {
-        let trained = match &mut self.adapters {
-            None => &mut self.model,
-            Some(a) => &mut a.values,
-        };
         for (target, kept) in [
-            (trained, Kept::Trained),
+            (self.trained.values_mut(), Kept::Trained),
             (&mut self.optimizer.m, Kept::FirstMoment),
             (&mut self.optimizer.v, Kept::SecondMoment),
         ] {
@@ -457,29 +459,37 @@ impl Train for Trainer {
                 Ok(())
             })?;
         }
-        if let Some(a) = &self.adapters {
-            a.lora.merge(&a.values, &a.base, &mut self.model);
-        }
         self.optimizer.steps = steps;
         self.tokens = tokens;
-        self.decoder.update(&self.model, &self.params);
+        self.trained.show(&mut self.decoder, &self.params);
         Ok(())
     }
 
     fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
         let places = self.params.places();
-        let tensors = start.config.parameters().into_iter().map(|(name, shape)| {
-            let values = &self.model[places[name.as_str()].clone()];
-            Ok((name, shape, Cow::Borrowed(values)))
-        });
+        let tensor = |name: String, shape: Vec<usize>| {
+            let values = match &self.trained {
+                Trained::All(model) => Cow::Borrowed(&model[places[name.as_str()].clone()]),
+                Trained::Adapters { lora, values, .. } => {
+                    let mut weight = start.tensor(&name, &shape)?;
+                    lora.add_to(&name, values, &mut weight);
+                    Cow::Owned(weight)
+                }
+            };
+            Ok((name, shape, values))
+        };
+        let parameters = start.config.parameters().into_iter();
+        let tensors = parameters.map(|(name, shape)| tensor(name, shape));
         weights::save(dir, &start.config, Some(start), tensors)
     }
 
     fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {
-        let Some(a) = &self.adapters else {
-            anyhow::bail!("no adapters were trained")
-        };
-        a.lora.save(&a.values, &self.decoder.config, dir, base)
+        match &self.trained {
+            Trained::All(_) => anyhow::bail!("no adapters were trained"),
+            Trained::Adapters { lora, values, .. } => {
+                lora.save(values, &self.decoder.config, dir, base)
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The forward pass: attention with rotary positions and a gated MLP on a residual stream, with norms where the family has
 //! them.
 
+use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use super::rotations::Rotations;
 use crate::kernels::attention::{self, Heads, Layout};
@@ -31,6 +32,20 @@ pub(super) struct Layer {
     pub down: Linear,
 }
 
+impl Layer {
+    /// Its linear maps, in the order of the forward pass.
+    fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        let Self {
+            qkv,
+            output,
+            gate_up,
+            down,
+            ..
+        } = self;
+        [qkv, output, gate_up, down]
+    }
+}
+
 /// y = x·Wᵀ + b.
 pub(super) struct Linear {
     pub weight: Packed,
@@ -48,6 +63,25 @@ impl Linear {
                 .map(|b| source.get(b).map(|b| b.into_owned()))
                 .transpose()?,
         })
+    }
+
+    /// Packs the weight that `base` is with its adapters added; `room` is for it unpacked.
+    fn merge(
+        &mut self,
+        base: &Packed,
+        (lora, values): (&Lora, &[f32]),
+        matrix: &Matrix,
+        room: &mut Vec<f32>,
+    ) {
+        let (rows, cols, first) = (matrix.rows, matrix.cols, matrix.weight.range.start);
+        fit(room, rows * cols);
+        base.read(room);
+        for adapter in lora.of(matrix) {
+            let part = adapter.weight.start - first..adapter.weight.end - first;
+            lora.add(adapter, values, &mut room[part]);
+        }
+        self.weight
+            .set_rows(Mat::new(room, rows, cols).dithered(first));
     }
 
     /// Packs changed weights into the storage that is there.
@@ -190,17 +224,21 @@ impl Decoder {
                 vector(q, q_span);
                 vector(k, k_span);
             }
-            let linears = [
-                &mut layer.qkv,
-                &mut layer.output,
-                &mut layer.gate_up,
-                &mut layer.down,
-            ];
-            for (linear, matrix) in linears.into_iter().zip(p.matrices()) {
+            for (linear, matrix) in layer.linears_mut().into_iter().zip(p.matrices()) {
                 linear.update(flat, matrix);
             }
         }
         vector(&mut self.norm, &params.norm);
+    }
+
+    /// The linear maps of all layers become those of `base` with adapters added, as [`Self::update`] rounds them.
+    pub fn merge(&mut self, base: &[Packed], adapters: (&Lora, &[f32]), params: &Params) {
+        let linears = self.layers.iter_mut().flat_map(Layer::linears_mut);
+        let matrices = params.layers.iter().flat_map(LayerParams::matrices);
+        let mut room = vec![];
+        for ((linear, matrix), base) in linears.zip(matrices).zip(base) {
+            linear.merge(base, adapters, matrix, &mut room);
+        }
     }
 
     /// The bytes that the states of all layers take for so many tokens.

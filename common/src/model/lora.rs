@@ -3,7 +3,7 @@
 //! The forward pass runs on the merged weights W', made again after every step; only the gradients differ:
 //! dB = (α/r)·dyᵀ·(x·Aᵀ), dA = (α/r)·(dy·B)ᵀ·x, both through `[T, r]`, never through a full dW.
 
-use super::params::{Matrix, Params};
+use super::params::{Matrix, Params, Source};
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul};
 use crate::weights::{Config, LoraModule, save_adapter};
 use anyhow::Result;
@@ -111,12 +111,27 @@ impl Lora {
         flat
     }
 
-    /// Writes base + (α/r)·B·A into `merged`, both flat like the model's parameters.
-    pub fn merge(&self, adapters: &[f32], base: &[f32], merged: &mut [f32]) {
-        for adapter in &self.adapters {
-            let target = &mut merged[adapter.weight.clone()];
-            target.copy_from_slice(&base[adapter.weight.clone()]);
-            self.add(adapter, adapters, target);
+    /// The weights that adapters are added to, one for each matrix of the layers, as [`super::Decoder::merge`] wants them.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read.
+    pub fn base(params: &Params, source: &(impl Source + ?Sized)) -> Result<Vec<Packed>> {
+        let matrices = params.layers.iter().flat_map(|layer| layer.matrices());
+        matrices
+            .map(|matrix| {
+                let weight = source.get(&matrix.weight)?;
+                let weight = Mat::new(&weight, matrix.rows, matrix.cols);
+                Ok(Packed::of_weights(weight, Precision::F32))
+            })
+            .collect()
+    }
+
+    /// A model's tensor of this name with its adapter, if it has one, added.
+    pub fn add_to(&self, name: &str, values: &[f32], weight: &mut [f32]) {
+        let module = name.strip_suffix(".weight");
+        let adapter = self.adapters.iter().find(|a| Some(&*a.module) == module);
+        if let Some(adapter) = adapter {
+            self.add(adapter, values, weight);
         }
     }
 

@@ -199,6 +199,17 @@ impl Packed {
         }
     }
 
+    /// Copies all rows of B (rounded, if the precision rounds) into `out`, `[n, k]`.
+    pub fn read(&self, out: &mut [f32]) {
+        let (width, k) = (panel_width(), self.k);
+        assert_eq!(out.len(), self.n * k);
+        team::chunks(out, width * k, |panel, rows| {
+            for (r, row) in rows.chunks_exact_mut(k).enumerate() {
+                self.read_row(panel * width + r, row);
+            }
+        });
+    }
+
     /// Copies row `r` of B (rounded, if the precision rounds) into `out`, `[k]`.
     pub fn read_row(&self, r: usize, out: &mut [f32]) {
         let width = panel_width();
