@@ -24,8 +24,9 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
 /// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
-/// Memory: the model, and keys and values of --batch-size responses, or of as many as --memory-budget has room for. A
-/// prompt that is longer than the context or the memory is left out, named and counted.
+/// Memory: the model (2 bytes a weight in bf16, and in f32 where the checkpoint is bfloat16; else 4), and keys and values of
+/// --batch-size responses, or of as many as --memory-budget has room for. A prompt that is longer than the context or the
+/// memory is left out, named and counted.
 ///
 /// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
 #[derive(Parser)]

@@ -37,13 +37,14 @@ use tensorboard::EventFile;
 /// "policy"), else computed once before training. With --dtype bf16 they are always computed, so that policy and
 /// reference are rounded alike.
 ///
-/// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter), a
-/// packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations; up to half of what memory is left,
-/// or --memory-budget leaves, for a pair of more than 1024 tokens, which is quicker so. A pair that is longer than the
-/// context or the memory is left out, named and counted. On a GPU (--device cuda) what is multiplied takes nothing more in
-/// float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with --lora-rank there are the weights
-/// alone, 2 bytes in bf16. Activations take what is left, and less if they must. A killed run goes on with --resume, to
-/// the same weights as without the kill, on whichever device.
+/// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter),
+/// a packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations; up to half of what memory is
+/// left, or --memory-budget leaves, for a pair of more than 1024 tokens, which is quicker so. With --lora-rank, the
+/// packed copy, and the weights as they are: 4 bytes, or 2 where the checkpoint is bfloat16. A pair that is longer than
+/// the context or the memory is left out, named and counted. On a GPU (--device cuda) what is multiplied takes nothing
+/// more in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with --lora-rank there are the
+/// weights alone, 2 bytes in bf16. Activations take what is left, and less if they must. A killed run goes on with
+/// --resume, to the same weights as without the kill, on whichever device.
 ///
 /// Example: dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl
 #[derive(Parser)]
