@@ -41,6 +41,26 @@ pub fn left(budget: Option<usize>) -> Result<usize> {
     }
 }
 
+/// What can be had for models and batches, bytes, and what there is in all: of `budget`, or, where none is given, of what the machine
+/// has left. Without bound where the system says nothing.
+pub fn free_and_total(budget: Option<usize>) -> (usize, usize) {
+    match budget {
+        Some(bytes) => (bytes.saturating_sub(held()), bytes),
+        None => available(Path::new("/")).map_or((usize::MAX, 0), |bytes| (bytes, bytes)),
+    }
+}
+
+/// As [`left`], once the process holds `models` bytes more.
+///
+/// # Errors
+/// These are more than `budget`.
+pub fn left_beside(budget: Option<usize>, models: usize) -> Result<usize> {
+    match budget {
+        None => Ok(left(None)?.saturating_sub(models)),
+        Some(bytes) => beyond(bytes, held() + models),
+    }
+}
+
 /// What `budget` leaves beyond the bytes that the models take.
 ///
 /// # Errors

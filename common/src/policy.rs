@@ -15,6 +15,7 @@ use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
 use anyhow::{Context, Result, bail};
+use std::sync::OnceLock;
 
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
@@ -258,17 +259,6 @@ impl Engine {
         }
     }
 
-    /// Most tokens of a forward pass that there is memory for: of a budget on a CPU; a GPU knows what it has.
-    ///
-    /// # Errors
-    /// A model that is larger than the budget.
-    fn longest(&self, budget: Option<usize>) -> Result<usize> {
-        match self {
-            Self::Cpu(decoder) => Ok(budget::left(budget)? / decoder.forward_bytes(1)),
-            Self::Cuda(_) => Ok(usize::MAX),
-        }
-    }
-
     /// Tokens that are worth to be gathered for a call of [`Self::score`].
     pub fn tokens_at_once(&self) -> Result<usize> {
         match self {
@@ -344,9 +334,13 @@ impl Checkpoint {
         })
     }
 
-    /// The bytes that the weights take on a GPU.
-    fn gpu_bytes(&self, place: &Place) -> usize {
-        cuda::Decoder::weight_bytes(&self.weights.config, place.precision)
+    /// The bytes that the weights take when they are ready.
+    fn bytes(&self, place: &Place) -> Result<usize> {
+        let config = &self.weights.config;
+        match &place.gpu {
+            Some(_) => Ok(cuda::Decoder::weight_bytes(config, place.precision)),
+            None => Decoder::weight_bytes(config, &self.weights, place.full_range_precision()),
+        }
     }
 
     /// The rendered prompt of a row.
@@ -447,8 +441,10 @@ pub struct RewardModel {
     pub policy: Checkpoint,
     reference: Checkpoint,
     place: Place,
-    /// Both models, ready; none where a GPU holds only one at a time.
-    engines: Option<(Engine, Engine)>,
+    /// Whether memory holds both models at a time.
+    together: bool,
+    /// Policy and reference, since they were first wanted: where the sampler brought all of the policy's log-probs it never is.
+    ready: [OnceLock<Engine>; 2],
     /// Most tokens of a prompt and its response that memory is left for.
     longest: usize,
 }
@@ -473,29 +469,30 @@ impl RewardModel {
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
         policy.weights.check_same_vocabulary(&reference.weights)?;
-        let engines = match fit_together(&policy, &reference, &place)? {
-            true => Some((policy.engine(&place)?, reference.engine(&place)?)),
-            false => {
-                program::say("the GPU holds one of the two models at a time: they take turns");
-                None
-            }
+        let models = [policy.bytes(&place)?, reference.bytes(&place)?];
+        let together = fit_together(models, &place)?;
+        let left = match (&place.gpu, together) {
+            (Some(_), _) => usize::MAX, // it knows what it has
+            (None, true) => budget::left_beside(place.budget, models[0] + models[1])?,
+            (None, false) => budget::left_beside(place.budget, models[0].max(models[1]))?,
         };
+        if !together {
+            program::say("there is memory for one of the two models at a time: they take turns");
+        }
         if policy.weights.fingerprint()? == reference.weights.fingerprint()? {
             program::say(
                 "the policy and the reference are the same model: every implicit reward will be 0",
             );
         }
         program::say(format_args!("computing in {place}"));
-        let longest = match &engines {
-            Some((a, b)) => a.longest(place.budget)?.min(b.longest(place.budget)?),
-            None => usize::MAX,
-        };
+        let token = |model: &Checkpoint| Decoder::forward_bytes(&model.weights.config, 1);
         Ok(Self {
+            longest: left / token(&policy).max(token(&reference)),
             policy,
             reference,
             place,
-            engines,
-            longest,
+            together,
+            ready: Default::default(),
         })
     }
 
@@ -504,9 +501,11 @@ impl RewardModel {
     /// # Errors
     /// A GPU that does not answer.
     pub fn tokens_at_once(&self) -> Result<usize> {
-        match &self.engines {
-            Some((policy, _)) => Ok(policy.tokens_at_once()?.min(self.longest)),
-            None => Ok(TOKENS_IN_TURN),
+        match (&self.place.gpu, self.together) {
+            (Some(_), true) => self.ready(REFERENCE)?.tokens_at_once(),
+            (Some(_), false) => Ok(TOKENS_IN_TURN_ON_GPU),
+            (None, true) => Ok(TOKENS_AT_ONCE.min(self.longest)),
+            (None, false) => Ok(TOKENS_IN_TURN),
         }
     }
 
@@ -553,20 +552,8 @@ impl RewardModel {
             .filter(|(_, known)| known.is_none())
             .map(|(group, _)| group.clone())
             .collect();
-        let (scored, reference) = match &self.engines {
-            Some((policy, reference)) => (
-                policy.score(&open, self.longest)?,
-                reference.score(groups, self.longest)?,
-            ),
-            None => (
-                self.policy
-                    .engine(&self.place)?
-                    .score(&open, self.longest)?,
-                self.reference
-                    .engine(&self.place)?
-                    .score(groups, self.longest)?,
-            ),
-        };
+        let scored = self.score_with(POLICY, &open)?;
+        let reference = self.score_with(REFERENCE, groups)?;
         let mut scored = scored.into_iter();
         Ok(known
             .into_iter()
@@ -582,6 +569,33 @@ impl RewardModel {
                     .collect()
             })
             .collect())
+    }
+
+    /// Log-probs under one of the models.
+    fn score_with(&self, which: usize, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
+        if groups.is_empty() {
+            return Ok(vec![]);
+        }
+        match self.together {
+            true => self.ready(which)?.score(groups, self.longest),
+            false => self.engine(which)?.score(groups, self.longest),
+        }
+    }
+
+    /// One of the models, which stays ready.
+    fn ready(&self, which: usize) -> Result<&Engine> {
+        let place = &self.ready[which];
+        match place.get() {
+            Some(engine) => Ok(engine),
+            None => {
+                let engine = self.engine(which)?;
+                Ok(place.get_or_init(|| engine))
+            }
+        }
+    }
+
+    fn engine(&self, which: usize) -> Result<Engine> {
+        [&self.policy, &self.reference][which].engine(&self.place)
     }
 
     /// The policy's log-probs that the sampler wrote into the rows of a prompt, if it ran these very weights in this
@@ -618,18 +632,24 @@ impl RewardModel {
     }
 }
 
-/// Whether both models can be ready at once: on a CPU always, on a GPU where a tenth of its memory is left for batches.
-fn fit_together(policy: &Checkpoint, reference: &Checkpoint, place: &Place) -> Result<bool> {
-    let Some(gpu) = &place.gpu else {
-        return Ok(true);
+/// The number of a model in [`RewardModel::ready`].
+const POLICY: usize = 0;
+const REFERENCE: usize = 1;
+
+/// Whether models of so many bytes can be ready at once, with a tenth of the memory left for batches.
+fn fit_together(models: [usize; 2], place: &Place) -> Result<bool> {
+    let (free, total) = match &place.gpu {
+        Some(gpu) => gpu.memory().map(|memory| (memory.free, memory.total))?,
+        None => budget::free_and_total(place.budget),
     };
-    let memory = gpu.memory()?;
-    let weights = policy.gpu_bytes(place) + reference.gpu_bytes(place);
-    Ok(weights + memory.total / 10 <= memory.free)
+    Ok(models[0] + models[1] + total / 10 <= free)
 }
 
-/// Tokens that are gathered when models take turns: so many that loading them does not matter.
-const TOKENS_IN_TURN: usize = 8 << 20;
+/// Tokens that are gathered when models take turns on a GPU: so many that loading them does not matter.
+const TOKENS_IN_TURN_ON_GPU: usize = 8 << 20;
+
+/// The same on a CPU, where loading a model takes as long as scoring some thousand.
+const TOKENS_IN_TURN: usize = 32 << 10;
 
 /// Tokens of one forward pass when scoring on a CPU: enough to fill the matrix kernels, few enough for the caches.
 pub const TOKENS_AT_ONCE: usize = 1024;

@@ -24,7 +24,8 @@ use std::process::ExitCode;
 /// Neighbouring rows of one prompt share its forward pass. Rows leave in their order, a few thousand tokens at a time.
 /// Memory: both models (2 bytes a weight in bf16, and in f32 where a checkpoint is bfloat16; else 4), and the activations
 /// of those tokens; --memory-budget bounds it. A row that is longer than the models' context or the memory is left out,
-/// named and counted. A GPU that cannot hold both models runs one after the other, over millions of tokens each.
+/// named and counted. Where memory does not hold both models, they take turns, over tens of thousands of tokens each
+/// (millions on a GPU).
 ///
 /// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
 #[derive(Parser)]

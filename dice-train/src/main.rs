@@ -269,8 +269,8 @@ impl Memory {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
-        // Gradient and two moments of what is trained; a second copy of the weights where adapters are.
-        let trained = if args.lora_rank.is_some() { 4 } else { 12 };
+        // Gradient and two moments of what is trained: of adapters next to nothing.
+        let trained = if args.lora_rank.is_some() { 0 } else { 12 };
         let fixed = params * (4 + packed + trained);
         let part = state_bytes(place.full_range_precision());
         let (left, most) = match args.compute.memory_budget {

@@ -756,6 +756,34 @@ fn scored_replay_pairs_need_no_reference() {
     assert_eq!(parse_rows(&run.stdout).len(), 1);
 }
 
+/// Where memory holds one of the two models at a time, they take turns, to the same rewards.
+#[test]
+fn models_take_turns_where_memory_is_short() {
+    let world = World::new();
+    let wide = Tiny {
+        hidden: 768,
+        layers: 3,
+        ..Tiny::default()
+    };
+    for (name, seed) in [("wide-pi", 1), ("wide-ref", 2)] {
+        wide.write(&world.path(name), seed);
+    }
+    let rows = (0..8).map(|i| json!({"prompt": format!("Say {i}"), "response": "so"}));
+    let rows = lines(&rows.collect::<Vec<_>>());
+    let score = |budget: &str| {
+        let (policy, reference) = (world.arg("wide-pi"), world.arg("wide-ref"));
+        let models = ["--policy", &policy, "--ref", &reference];
+        let tool = Tool::new("dice-score", models).args(["--memory-budget", budget]);
+        tool.stdin(rows.as_str()).run().ok()
+    };
+    let both = score("2G");
+    let weights = fs::metadata(world.path("wide-pi/model.safetensors")).unwrap();
+    let turns = score(&(weights.len() / 2 * 3).to_string());
+    assert!(!both.stderr.contains("take turns"), "{}", both.stderr);
+    assert!(turns.stderr.contains("they take turns"), "{}", turns.stderr);
+    assert!(both.rows() == turns.rows() && both.rows().len() == 8);
+}
+
 #[test]
 fn conversational_pairs_are_read_by_every_tool() {
     let world = World::new();

@@ -78,7 +78,7 @@ impl StateBytes {
     /// Tokens of a part; a single longer pair is run all the same. Not fewer than 256, below which packing the weights
     /// costs more than making the states again; nor more than 2048, above which nothing is gained.
     pub(super) fn part_tokens(self, decoder: &Decoder) -> usize {
-        (self.part / decoder.state_bytes(1)).clamp(256, 2048)
+        (self.part / Decoder::state_bytes(&decoder.config, 1)).clamp(256, 2048)
     }
 
     /// How many layers' states are kept in a pass over so many tokens; of the others their inputs are.
@@ -88,7 +88,7 @@ impl StateBytes {
             false => self.part,
         };
         let layers = decoder.config.layers;
-        let state = decoder.state_bytes(tokens) / layers.max(1);
+        let state = Decoder::state_bytes(&decoder.config, tokens) / layers.max(1);
         let input = tokens * decoder.config.hidden * size_of::<f32>();
         (most.saturating_sub(layers * input) / (state - input).max(1)).min(layers)
     }

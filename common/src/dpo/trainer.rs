@@ -412,7 +412,7 @@ impl Train for Trainer {
     fn score(&self, groups: &[Group]) -> Result<Vec<Vec<f64>>> {
         let limits = PassLimits {
             gathered: TOKENS_AT_ONCE,
-            most: self.memory.part / self.decoder.forward_bytes(1),
+            most: self.memory.part / Decoder::forward_bytes(&self.decoder.config, 1),
         };
         Ok(score_all(&self.decoder, groups, limits))
     }

@@ -203,7 +203,8 @@ impl<'a> Generator<'a> {
             tokens += prompt_of(number);
             held += self.prompt_bytes(prompt_of(number));
             longest = longest.max(self.response_bytes(prompt_of(number)));
-            let needed = held + slots * longest + self.decoder.forward_bytes(tokens);
+            let needed =
+                held + slots * longest + Decoder::forward_bytes(&self.decoder.config, tokens);
             if tokens > PROMPT_TOKENS || needed > self.limits.bytes {
                 break;
             }
@@ -258,7 +259,9 @@ impl<'a> Generator<'a> {
         let group = self.groups.group(group);
         let prompt = group.request.prompt.len();
         let prefill = match group.own.is_ready() {
-            false => self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt),
+            false => {
+                self.prompt_bytes(prompt) + Decoder::forward_bytes(&self.decoder.config, prompt)
+            }
             true => 0,
         };
         self.running.len() < self.limits.sequences
@@ -334,7 +337,9 @@ impl Generate for Generator<'_> {
     }
 
     fn has_room_for(&self, prompt: usize) -> bool {
-        self.prompt_bytes(prompt) + self.decoder.forward_bytes(prompt) + self.response_bytes(prompt)
+        self.prompt_bytes(prompt)
+            + Decoder::forward_bytes(&self.decoder.config, prompt)
+            + self.response_bytes(prompt)
             <= self.limits.bytes
     }
 
@@ -544,7 +549,9 @@ mod tests {
             };
             Generator::new(&decoder, how(), &[0, 7], limits)
         };
-        let one = of(0).prompt_bytes(41) + decoder.forward_bytes(41) + of(0).response_bytes(41);
+        let one = of(0).prompt_bytes(41)
+            + Decoder::forward_bytes(&decoder.config, 41)
+            + of(0).response_bytes(41);
         assert!(of(one).has_room_for(41) && !of(one - 1).has_room_for(41));
         let mut before = 0;
         for bytes in [0, one, 2 * one, usize::MAX] {

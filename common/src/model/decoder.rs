@@ -241,9 +241,31 @@ impl Decoder {
         }
     }
 
+    /// The bytes that a model's weights take when they are packed: two each in bfloat16, or where the checkpoint has them in it.
+    ///
+    /// # Errors
+    /// As [`Source::bfloat16`].
+    pub fn weight_bytes(
+        config: &Config,
+        source: &(impl Source + ?Sized),
+        precision: Precision,
+    ) -> Result<usize> {
+        let params = Params::new(config);
+        let matrices = params.layers.iter().flat_map(LayerParams::matrices);
+        let tables = [Some(&params.embedding), params.head.as_ref()];
+        let spans = matrices
+            .map(|m| &m.weight)
+            .chain(tables.into_iter().flatten());
+        let mut bytes = 0;
+        for span in spans {
+            let halved = precision == Precision::Bf16 || source.bfloat16(span)?.is_some();
+            bytes += span.range.len() * if halved { 2 } else { 4 };
+        }
+        Ok(bytes)
+    }
+
     /// The bytes that the states of all layers take for so many tokens.
-    pub fn state_bytes(&self, tokens: usize) -> usize {
-        let c = &self.config;
+    pub fn state_bytes(c: &Config, tokens: usize) -> usize {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
@@ -252,9 +274,8 @@ impl Decoder {
     }
 
     /// The bytes that a forward pass over so many tokens takes at its height, no state kept.
-    pub fn forward_bytes(&self, tokens: usize) -> usize {
-        let c = &self.config;
-        let layer = self.state_bytes(tokens) / c.layers.max(1);
+    pub fn forward_bytes(c: &Config, tokens: usize) -> usize {
+        let layer = Self::state_bytes(c, tokens) / c.layers.max(1);
         // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed.
         layer + tokens * 3 * c.hidden * size_of::<f32>()
     }
