@@ -255,16 +255,26 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
 
 /// A number on an axis of this width, as short as it can be.
 fn label(value: f64, width: f64) -> String {
-    let decimals = (2.0 - width.abs().log10().floor()).clamp(0.0, 8.0) as usize;
-    let text = format!("{value:.decimals$}");
-    let short = match text.contains('.') {
+    let finest = width.abs().log10().floor() - 2.0;
+    if (1e-12..1e-4).contains(&value.abs()) && finest < -5.0 {
+        // As many digits as the axis tells apart; longer ones would run into its title.
+        let digits = (value.abs().log10().floor() - finest).clamp(0.0, 2.0) as usize;
+        let text = format!("{value:.digits$e}");
+        let (number, power) = text.split_once('e').expect("it was asked for");
+        return format!("{}e{power}", without_zeros(number));
+    }
+    let decimals = (-finest).clamp(0.0, 8.0) as usize;
+    match without_zeros(&format!("{value:.decimals$}")) {
+        "-0" => "0".into(),
+        short => short.to_owned(),
+    }
+}
+
+/// A number without the zeros that end its decimals.
+fn without_zeros(text: &str) -> &str {
+    match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.'),
-        false => &text,
-    };
-    if short == "-0" {
-        "0".into()
-    } else {
-        short.to_owned()
+        false => text,
     }
 }
 
@@ -357,6 +367,10 @@ mod tests {
             (1000.0, 2000.0, "1000"),
             (-0.0001, 10.0, "0"),
             (0.00021, 0.0004, "0.00021"),
+            (-0.000002, 0.000004, "-2e-6"),
+            (0.0000125, 0.00003, "1.25e-5"),
+            (0.00002, 2.0, "0"),
+            (1.000002, 0.000004, "1.000002"),
         ] {
             assert_eq!(label(value, width), text);
         }
