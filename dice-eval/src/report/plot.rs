@@ -246,8 +246,11 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
     });
+    let size = low.abs().max(high.abs());
     match high - low {
-        width if width > 0.0 => (low - 0.03 * width, high + 0.05 * width),
+        width if width > size / 1000.0 => (low - 0.03 * width, high + 0.05 * width),
+        // Ticks between such values would need more digits than there is room for.
+        width if width > 0.0 => (low - 0.01 * size, high + 0.01 * size),
         0.0 => (low - 0.5 - 0.1 * low.abs(), high + 0.5 + 0.1 * high.abs()),
         _ => (0.0, 1.0),
     }
@@ -358,6 +361,15 @@ mod tests {
         assert!(
             matches!(&same[0].mark, Mark::Bars(bars) if bars.iter().map(|b| b.2).sum::<f64>() == 2.0)
         );
+    }
+
+    #[test]
+    fn an_axis_is_as_wide_as_its_labels_can_tell() {
+        let axis = |values: &[f64]| range(values.iter().copied());
+        let (low, high) = axis(&[0.6931472, 0.6931480]);
+        assert_eq!(label(low, high - low), "0.6862");
+        assert!(axis(&[-1e-6, 0.0]).1 < 1e-7);
+        assert_eq!(axis(&[2.0, 2.0]), (1.3, 2.7));
     }
 
     #[test]
