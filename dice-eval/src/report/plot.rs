@@ -366,8 +366,8 @@ mod tests {
     #[test]
     fn an_axis_is_as_wide_as_its_labels_can_tell() {
         let axis = |values: &[f64]| range(values.iter().copied());
-        let (low, high) = axis(&[0.6931472, 0.6931480]);
-        assert_eq!(label(low, high - low), "0.6862");
+        let (low, high) = axis(&[0.5931472, 0.5931480]);
+        assert_eq!(label(low, high - low), "0.5872");
         assert!(axis(&[-1e-6, 0.0]).1 < 1e-7);
         assert_eq!(axis(&[2.0, 2.0]), (1.3, 2.7));
     }
