@@ -35,10 +35,7 @@ pub fn size(text: &str) -> Result<usize> {
 /// # Errors
 /// What the process holds already is more than `budget`.
 pub fn left(budget: Option<usize>) -> Result<usize> {
-    match budget {
-        None => Ok(available(Path::new("/")).map_or(usize::MAX, |bytes| bytes / 4 * 3)),
-        Some(bytes) => beyond(bytes, held()),
-    }
+    left_beside(budget, 0)
 }
 
 /// What can be had for models and batches, bytes, and what there is in all: of `budget`, or, where none is given, of what the machine
@@ -56,7 +53,10 @@ pub fn free_and_total(budget: Option<usize>) -> (usize, usize) {
 /// These are more than `budget`.
 pub fn left_beside(budget: Option<usize>, models: usize) -> Result<usize> {
     match budget {
-        None => Ok(left(None)?.saturating_sub(models)),
+        None => {
+            let all = available(Path::new("/")).map_or(usize::MAX, |bytes| bytes / 4 * 3);
+            Ok(all.saturating_sub(models))
+        }
         Some(bytes) => beyond(bytes, held() + models),
     }
 }

@@ -279,7 +279,7 @@ impl Memory {
                 (left, left / 2)
             }
             None => {
-                let left = budget::left(None)?.saturating_sub(fixed);
+                let left = budget::left_beside(None, fixed)?;
                 // What the machine seems to lack now may be there when it is wanted.
                 (left.max(part), (left / 2).max(part))
             }

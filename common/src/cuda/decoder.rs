@@ -69,14 +69,12 @@ impl Layer {
     }
 
     pub fn linears_mut(&mut self) -> [&mut Linear; 4] {
-        let Self {
-            qkv,
-            output,
-            gate_up,
-            down,
-            ..
-        } = self;
-        [qkv, output, gate_up, down]
+        [
+            &mut self.qkv,
+            &mut self.output,
+            &mut self.gate_up,
+            &mut self.down,
+        ]
     }
 }
 

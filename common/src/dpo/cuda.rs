@@ -6,13 +6,13 @@ use super::optimizer::{corrections, kept};
 use super::step::{Mean, Pair, Sums, parts};
 use super::trainer::{
     Kept, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, fill, initial_adapters,
-    matrices,
+    matrices, save_trained,
 };
 use crate::cuda::{self, Decoder, Device, Flat, Footprint, Forward, Gradients, Rates, Trained};
 use crate::kernels::gemm::Precision;
 use crate::logprob::Group;
 use crate::model::{Lora, Params};
-use crate::weights::{self, Config, Weights};
+use crate::weights::{Config, Weights};
 use anyhow::{Context, Result, bail, ensure};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -233,25 +233,13 @@ impl Train for CudaTrainer {
     }
 
     fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
-        let places = self.params.places();
-        let adapters = match &self.lora {
-            Some(lora) => Some((lora, self.read(Flat::Masters, 0..lora.len)?)),
-            None => None,
+        let values = match &self.lora {
+            Some(lora) => self.read(Flat::Masters, 0..lora.len)?,
+            None => vec![],
         };
-        let tensor = |name: String, shape: Vec<usize>| {
-            let values = match &adapters {
-                None => self.read(Flat::Masters, places[name.as_str()].clone())?,
-                Some((lora, values)) => {
-                    let mut weight = start.tensor(&name, &shape)?;
-                    lora.add_to(&name, values, &mut weight);
-                    weight
-                }
-            };
-            Ok((name, shape, Cow::Owned(values)))
-        };
-        let parameters = start.config.parameters().into_iter();
-        let tensors = parameters.map(|(name, shape)| tensor(name, shape));
-        weights::save(dir, &start.config, Some(start), tensors)
+        let adapters = self.lora.as_ref().map(|lora| (lora, values.as_slice()));
+        let read = |place| self.read(Flat::Masters, place).map(Cow::Owned);
+        save_trained(dir, start, &self.params, adapters, read)
     }
 
     fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {

@@ -299,6 +299,13 @@ impl Trained {
         }
     }
 
+    fn adapters(&self) -> Option<(&Lora, &[f32])> {
+        match self {
+            Self::All(_) => None,
+            Self::Adapters { lora, values, .. } => Some((lora, values)),
+        }
+    }
+
     /// Makes `decoder` the model that it is.
     fn show(&self, decoder: &mut Decoder, params: &Params) {
         match self {
@@ -333,7 +340,10 @@ impl Trainer {
                 (Trained::Adapters { lora, values, base }, vec![all])
             }
         };
-        let mut decoder = Decoder::new(&start.config, start, precision)?;
+        let mut decoder = match &trained {
+            Trained::All(model) => Decoder::new(&start.config, model.as_slice(), precision)?,
+            Trained::Adapters { .. } => Decoder::new(&start.config, start, precision)?,
+        };
         trained.show(&mut decoder, &params);
         let len = trained.values().len();
         Ok(Self {
@@ -466,31 +476,41 @@ impl Train for Trainer {
     }
 
     fn save_model(&self, dir: &Path, start: &Weights) -> Result<()> {
-        let places = self.params.places();
-        let tensor = |name: String, shape: Vec<usize>| {
-            let values = match &self.trained {
-                Trained::All(model) => Cow::Borrowed(&model[places[name.as_str()].clone()]),
-                Trained::Adapters { lora, values, .. } => {
-                    let mut weight = start.tensor(&name, &shape)?;
-                    lora.add_to(&name, values, &mut weight);
-                    Cow::Owned(weight)
-                }
-            };
-            Ok((name, shape, values))
-        };
-        let parameters = start.config.parameters().into_iter();
-        let tensors = parameters.map(|(name, shape)| tensor(name, shape));
-        weights::save(dir, &start.config, Some(start), tensors)
+        let read = |place| Ok(Cow::Borrowed(&self.trained.values()[place]));
+        save_trained(dir, start, &self.params, self.trained.adapters(), read)
     }
 
     fn save_adapter(&self, dir: &Path, base: &str) -> Result<()> {
-        match &self.trained {
-            Trained::All(_) => anyhow::bail!("no adapters were trained"),
-            Trained::Adapters { lora, values, .. } => {
-                lora.save(values, &self.decoder.config, dir, base)
-            }
-        }
+        let Some((lora, values)) = self.trained.adapters() else {
+            anyhow::bail!("no adapters were trained")
+        };
+        lora.save(values, &self.decoder.config, dir, base)
     }
+}
+
+/// Writes a trained model into the folder `dir`: all parameters as `read` gives them, or, where there are adapters, those of
+/// the start with them added.
+pub(super) fn save_trained<'a>(
+    dir: &Path,
+    start: &Weights,
+    params: &Params,
+    adapters: Option<(&Lora, &[f32])>,
+    read: impl Fn(Range<usize>) -> Result<Cow<'a, [f32]>>,
+) -> Result<()> {
+    let places = params.places();
+    let tensor = |(name, shape): (String, Vec<usize>)| {
+        let values = match adapters {
+            None => read(places[name.as_str()].clone())?,
+            Some((lora, values)) => {
+                let mut weight = start.tensor(&name, &shape)?;
+                lora.add_to(&name, values, &mut weight);
+                Cow::Owned(weight)
+            }
+        };
+        Ok((name, shape, values))
+    };
+    let tensors = start.config.parameters().into_iter().map(tensor);
+    weights::save(dir, &start.config, Some(start), tensors)
 }
 
 /// Puts a state's `len` numbers where they belong: `put` takes a run and the place of its first.

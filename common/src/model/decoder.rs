@@ -35,14 +35,12 @@ pub(super) struct Layer {
 impl Layer {
     /// Its linear maps, in the order of the forward pass.
     fn linears_mut(&mut self) -> [&mut Linear; 4] {
-        let Self {
-            qkv,
-            output,
-            gate_up,
-            down,
-            ..
-        } = self;
-        [qkv, output, gate_up, down]
+        [
+            &mut self.qkv,
+            &mut self.output,
+            &mut self.gate_up,
+            &mut self.down,
+        ]
     }
 }
 

@@ -77,7 +77,7 @@ impl Packed {
     /// float32, too; products are the same to the bit.
     pub fn of_weights(b: Mat, precision: Precision) -> Self {
         let mut packed = Self::empty(precision);
-        if b.is_bfloat16() {
+        if packed.words == Words::Whole && b.is_bfloat16() {
             packed.words = Words::Pairs;
         }
         packed.fill(Left::Rows(b));

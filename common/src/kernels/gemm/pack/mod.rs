@@ -60,10 +60,7 @@ pub fn words(k: usize, precision: Precision) -> usize {
 
 /// The same of the left operand: where the kernel may take panels' pairs apart, there is an element for each half.
 pub(super) fn left_words(k: usize, precision: Precision) -> usize {
-    match Words::multiplied(precision) {
-        Words::Whole | Words::Rounded => k.next_multiple_of(2),
-        Words::Pairs => k.div_ceil(2),
-    }
+    Words::multiplied(precision).of(k.next_multiple_of(2))
 }
 
 /// Writes a row of a cache, its words one after another.
@@ -202,34 +199,24 @@ pub(super) fn transpose(of: Panels, first: usize, out: &mut [f32]) {
     let valid = width.min(of.k() - first);
     let words = of.words();
     let (from, lines) = (words.of(first), words.of(valid));
+    let (mut apart, mut turned) = ([0.0; WIDEST * WIDEST], [0.0; WIDEST * WIDEST]);
     for (i, left) in (0..of.n()).step_by(width).enumerate() {
         let some = width.min(of.n() - left);
         let square = &mut out[words.of(left) * width..][..words.of(some) * width];
         let panel = &of.panel(i)[from * width..][..lines * width];
+        let turn = |elements: &[f32], out: &mut [f32]| {
+            let elements = Mat::strided(elements, valid, some, width);
+            rows(elements, 0, valid, width, out);
+        };
         match words {
             Words::Pairs if multiplies_pairs() => turn_pairs(panel, lines, square),
             Words::Pairs => {
-                let (mut apart, mut turned) = ([0.0; WIDEST * WIDEST], [0.0; WIDEST * WIDEST]);
                 take_apart(panel, width, &mut apart);
                 let lines = &mut turned[..some * width];
-                rows(
-                    Mat::strided(&apart, valid, some, width),
-                    0,
-                    valid,
-                    width,
-                    lines,
-                );
+                turn(&apart, lines);
                 join(lines, width, square);
             }
-            Words::Whole | Words::Rounded => {
-                rows(
-                    Mat::strided(panel, valid, some, width),
-                    0,
-                    valid,
-                    width,
-                    square,
-                );
-            }
+            Words::Whole | Words::Rounded => turn(panel, square),
         }
     }
 }
