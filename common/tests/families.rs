@@ -9,13 +9,13 @@ use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
 use common::model::Decoder;
 use shared::{
-    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, ids, objective, open, pair, settings,
-    tiny_pairs,
+    FAMILIES, MIXTURES, STATE_BYTES, assert_trains_as_in_pytorch, ids, objective, open, pair,
+    settings, tiny_pairs,
 };
 
 #[test]
 fn log_probs_are_transformers() {
-    for family in FAMILIES {
+    for family in FAMILIES.into_iter().chain(MIXTURES) {
         let (weights, figures) = open(family);
         let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
         for sequence in figures["sequences"].as_array().unwrap() {
@@ -45,7 +45,7 @@ fn log_probs_are_transformers() {
 /// What is sampled has the log-probs that scoring finds, token after token out of caches.
 #[test]
 fn samples_know_their_log_probs() {
-    for family in FAMILIES {
+    for family in FAMILIES.into_iter().chain(MIXTURES) {
         let (weights, figures) = open(family);
         let decoder = Decoder::new(&weights.config, &weights, Precision::F32).unwrap();
         let prompt = ids(&figures["sequences"][0]["ids"])[..5].to_vec();
@@ -91,7 +91,7 @@ fn samples_know_their_log_probs() {
 
 #[test]
 fn dpo_gradients_are_pytorchs() {
-    for family in FAMILIES {
+    for family in FAMILIES.into_iter().chain(MIXTURES) {
         let (weights, figures) = open(family);
         let dpo = &figures["dpo"];
         let number = |field: &str| dpo[field].as_f64().unwrap();

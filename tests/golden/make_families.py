@@ -20,16 +20,22 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteMoeHybridConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
     SmolLM3Config,
 )
+
+from transformers.core_model_loading import revert_weight_conversion
 
 from exact import dump, exact, response_logps, versions
 
@@ -56,6 +62,9 @@ TINY = dict(
 MULTIPLIERS = dict(
     embedding_multiplier=6.0, attention_multiplier=0.3, residual_multiplier=0.35, logits_scaling=1.5
 )
+
+
+EXPERTS = dict(num_experts_per_tok=2, intermediate_size=16)
 
 
 def rope(theta, rope_type="default", **rest):
@@ -243,6 +252,31 @@ FAMILIES = {
         ),
         {},
     ),
+    # Mixtures of experts: weights normed or not, the names and layouts that files have.
+    "olmoe": (OlmoeConfig, dict(EXPERTS, num_experts=5, rope_parameters=rope(10000.0)), {}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        dict(
+            EXPERTS,
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=12,
+            norm_topk_prob=True,
+            rope_parameters=rope(1000000.0),
+        ),
+        {},
+    ),
+    "mixtral": (
+        MixtralConfig,
+        dict(EXPERTS, num_local_experts=4, sliding_window=8, rope_parameters=rope(10000.0)),
+        {},
+    ),
+    "granite-moe": (
+        GraniteMoeConfig,
+        dict(MULTIPLIERS, **EXPERTS, num_local_experts=5, tie_word_embeddings=True, rope_parameters=rope(10000.0)),
+        {},
+    ),
 }
 
 
@@ -299,7 +333,11 @@ def load(folder):
     """The checkpoint as a stranger would load it, widened to float64."""
     # float32 first: the rotary frequencies are then the float32 ones that every user of the model has.
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.double().eval()
@@ -319,13 +357,21 @@ def sequences(model, generator):
     return rows
 
 
-def gradient_summary(generator, p):
+def stored_gradients(model):
+    """Gradients by the names of the tensors in the folder."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if model.config.to_dict().get("num_experts_per_tok"):
+        return revert_weight_conversion(model, grads)
+    return {name.replace("model.language_model.", "model."): grad for name, grad in grads.items()}
+
+
+def gradient_summary(generator, grad):
     """L2 norm and some entries (flat row-major index, value) of one gradient, biggest first."""
-    g = p.grad.flatten()
+    g = grad.flatten()
     some = torch.randperm(g.numel(), generator=generator)[: SAMPLED_ENTRIES - 1].tolist()
     some = [int(g.abs().argmax())] + some
     return {
-        "shape": list(p.shape),
+        "shape": list(grad.shape),
         "norm": g.norm().item(),
         "entries": [[i, g[i].item()] for i in some],
     }
@@ -346,11 +392,7 @@ def dpo(model, generator):
     rewards_rejected = BETA * (rejected_logps - ref_rejected)
     loss = -F.logsigmoid(rewards_chosen - rewards_rejected)
     loss.backward()
-    grads = {
-        name.replace("model.language_model.", "model."): gradient_summary(generator, p)
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    grads = {name: gradient_summary(generator, grad) for name, grad in stored_gradients(model).items()}
     return {
         "beta": BETA,
         "loss_type": "sigmoid",

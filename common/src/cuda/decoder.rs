@@ -252,6 +252,19 @@ pub(super) struct CacheRows<'a> {
 }
 
 impl Decoder {
+    /// Fails for models that there are no kernels for.
+    ///
+    /// # Errors
+    /// Mixtures of experts.
+    pub fn check(config: &Config) -> Result<()> {
+        ensure!(
+            config.experts.is_none(),
+            "{} is a mixture of experts, which runs on a CPU only: use --device cpu",
+            config.model_type
+        );
+        Ok(())
+    }
+
     /// Copies a model's weights to the device, span by span; the host never holds more than one.
     ///
     /// # Errors
@@ -302,6 +315,7 @@ impl Decoder {
         precision: Precision,
         put: impl Fn(&Span, Precision) -> Result<Buffer>,
     ) -> Result<Self> {
+        Self::check(config)?;
         let params = Params::new(config);
         let kernels = Kernels::new(precision, config.head_dim)?;
         let in_format = |span: &Span| put(span, precision);
@@ -333,8 +347,8 @@ impl Decoder {
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                gate_up: linear(&p.gate_up)?,
-                down: linear(&p.down)?,
+                gate_up: linear(&p.mlps[0].gate_up)?,
+                down: linear(&p.mlps[0].down)?,
             })
         };
         Ok(Self {

@@ -45,6 +45,7 @@ impl CudaTrainer {
         precision: Precision,
     ) -> Result<Self> {
         let config = &start.config;
+        Decoder::check(config)?;
         let params = Params::new(config);
         let lora = settings.lora.map(|s| Lora::new(&params, s.rank, s.alpha));
         let len = lora.as_ref().map_or(params.len, |lora| lora.len);

@@ -7,7 +7,7 @@ use super::rotations::Rotations;
 use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention::{self, Layout};
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
-use crate::kernels::{activation, fit, norm, rows};
+use crate::kernels::{activation, copy, fit, norm, rows};
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
 /// percent of a pass over some hundred tokens, and saves a second copy of the model.
@@ -20,7 +20,7 @@ pub struct Model<'a> {
 }
 
 /// For y = x·Wᵀ + b: sets `dx` `[T, in]` to dy·W. `right` is storage for W turned.
-fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
+pub(super) fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
     let (rows, cols) = (layer.weight.n(), layer.weight.k());
     right.set_transposed(&layer.weight, 0..rows);
     let tokens = dy.len() / rows;
@@ -77,19 +77,19 @@ pub fn backward(
 }
 
 /// The backward pass of one layer.
-struct Pass<'a, 'g> {
-    model: Model<'a>,
+pub(super) struct Pass<'a, 'g> {
+    pub model: Model<'a>,
     layout: &'a Layout,
     rotations: &'a Rotations,
     layer: usize,
-    b: &'a mut Buffers,
-    gradients: &'a mut Gradients<'g>,
+    pub b: &'a mut Buffers,
+    pub gradients: &'a mut Gradients<'g>,
 }
 
 /// A norm and its place among the parameters, where the layer has it.
-type Norm<'a> = Option<(&'a [f32], &'a Span)>;
+pub(super) type Norm<'a> = Option<(&'a [f32], &'a Span)>;
 
-fn norm_at<'a>(weight: &'a Option<Vec<f32>>, span: &'a Option<Span>) -> Norm<'a> {
+pub(super) fn norm_at<'a>(weight: &'a Option<Vec<f32>>, span: &'a Option<Span>) -> Norm<'a> {
     weight.as_deref().zip(span.as_ref())
 }
 
@@ -102,16 +102,23 @@ impl<'a> Pass<'a, '_> {
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_mlp, &p.norms.after_mlp);
         let dy = self.given(norm, &state.down, dx, &mut d_given);
+        if let Some(how) = decoder.config.experts {
+            copy(dy, &mut self.b.experts.dy);
+            self.b.d_given = d_given;
+            return self.experts(how, state, dx);
+        }
+        let (mlp, places) = (&layer.mlps[0], &p.mlps[0]);
         let b = &mut *self.b;
         decoder.mlp_inner(&state.gate_up, &mut b.inner);
-        self.gradients.linear(&p.down, &b.inner, dy, &mut b.right);
-        linear(&layer.down, dy, &mut b.d_inner, &mut b.right);
+        self.gradients
+            .linear(&places.down, &b.inner, dy, &mut b.right);
+        linear(&mlp.down, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
         let d_gate_up = &mut state.gate_up;
         let (activation, ffn) = (decoder.config.activation, decoder.config.ffn);
         activation::backward(activation, d_gate_up, ffn, &b.d_inner);
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
-        let map = (&layer.gate_up, &p.gate_up);
+        let map = (&mlp.gate_up, &places.gate_up);
         self.read(norm, map, &state.middle, d_gate_up, dx);
     }
 
@@ -143,7 +150,7 @@ impl<'a> Pass<'a, '_> {
         self.b.d_qkv = d_qkv;
     }
 
-    fn layer(&self) -> (&'a Layer, &'a LayerParams) {
+    pub(super) fn layer(&self) -> (&'a Layer, &'a LayerParams) {
         let Model { decoder, params } = self.model;
         (&decoder.layers[self.layer], &params.layers[self.layer])
     }
@@ -182,7 +189,6 @@ impl<'a> Pass<'a, '_> {
             inner,
             d_inner,
             right,
-            unused,
             ..
         } = &mut *self.b;
         let read = match norm {
@@ -195,14 +201,22 @@ impl<'a> Pass<'a, '_> {
         };
         self.gradients.linear(matrix, read, dy, right);
         linear(map, dy, d_inner, right);
+        let d_read = std::mem::take(d_inner);
+        self.through(norm, x, &d_read, dx);
+        self.b.d_inner = d_read;
+    }
+
+    /// Adds to `dx` what `x` gains by its norm, where there is one, given the gradient of that; and the norm's own.
+    pub(super) fn through(&mut self, norm: Norm, x: &[f32], d_read: &[f32], dx: &mut [f32]) {
+        let eps = self.model.decoder.config.norm_eps;
         match norm {
             Some(norm) => {
-                let d_weight = wanted(self.gradients, unused, norm);
-                norm::backward(x, norm.0, eps, d_inner, dx, d_weight);
+                let d_weight = wanted(self.gradients, &mut self.b.unused, norm);
+                norm::backward(x, norm.0, eps, d_read, dx, d_weight);
             }
             None => rows(dx, 1, |first, dx| {
-                let d_inner = &d_inner[first..];
-                dx.iter_mut().zip(d_inner).for_each(|(dx, d)| *dx += d);
+                let d_read = &d_read[first..];
+                dx.iter_mut().zip(d_read).for_each(|(dx, d)| *dx += d);
             }),
         }
     }

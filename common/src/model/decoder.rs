@@ -1,6 +1,7 @@
 //! The forward pass: attention with rotary positions and a gated MLP on a residual stream, with norms where the family has
 //! them.
 
+use super::experts::Routes;
 use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use super::rotations::Rotations;
@@ -28,19 +29,30 @@ pub(super) struct Layer {
     pub qkv: Linear,
     pub qk_norms: Option<(Vec<f32>, Vec<f32>)>,
     pub output: Linear,
+    /// What says which experts a token goes to, where there are several.
+    pub router: Option<Linear>,
+    /// The MLP, or the experts.
+    pub mlps: Vec<Mlp>,
+}
+
+pub(super) struct Mlp {
     pub gate_up: Linear,
     pub down: Linear,
 }
 
 impl Layer {
-    /// Its linear maps, in the order of the forward pass.
-    fn linears_mut(&mut self) -> [&mut Linear; 4] {
-        [
-            &mut self.qkv,
-            &mut self.output,
-            &mut self.gate_up,
-            &mut self.down,
-        ]
+    /// Its linear maps, in the order of [`LayerParams::matrices`].
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let mlps = self.mlps.iter_mut();
+        let mlps = mlps.flat_map(|mlp| [&mut mlp.gate_up, &mut mlp.down]);
+        let attention = [&mut self.qkv, &mut self.output].into_iter();
+        attention.chain(&mut self.router).chain(mlps)
+    }
+
+    /// Those that adapters are for, in the order of [`LayerParams::adapted`].
+    fn adapted_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let count = if self.router.is_some() { 2 } else { 4 };
+        self.linears_mut().take(count)
     }
 }
 
@@ -105,7 +117,12 @@ impl Linear {
     }
 
     /// The same with row r of `x` written by `make(r, row)`.
-    fn forward_made(&self, make: impl Fn(usize, &mut [f32]) + Sync, y: &mut [f32], write: Write) {
+    pub fn forward_made(
+        &self,
+        make: impl Fn(usize, &mut [f32]) + Sync,
+        y: &mut [f32],
+        write: Write,
+    ) {
         let n = self.weight.n();
         matmul_made(y.len() / n, make, self.weight.panels(), y, n, write);
         self.add_bias(y);
@@ -120,6 +137,31 @@ impl Linear {
                 }
             });
         }
+    }
+}
+
+impl Mlp {
+    /// `y` `[T, hidden]` is set to, or gains, the MLP of rows that `read(r, row)` writes. `gate_up` `[T, 2·ffn]` is what it
+    /// makes on its way. Row r counts `weights[r]` times.
+    pub fn forward(
+        &self,
+        c: &Config,
+        read: impl Fn(usize, &mut [f32]) + Sync,
+        weights: Option<&[f32]>,
+        gate_up: &mut [f32],
+        y: &mut [f32],
+        write: Write,
+    ) {
+        self.gate_up.forward_made(read, gate_up, Write::Set);
+        let curve = c.activation.curve();
+        let inner = |r: usize, row: &mut [f32]| {
+            let (gate, up) = gate_up[r * 2 * c.ffn..][..2 * c.ffn].split_at(c.ffn);
+            activation::forward_row(curve, gate, up, row);
+            if let Some(weights) = weights {
+                row.iter_mut().for_each(|x| *x *= weights[r]);
+            }
+        };
+        self.down.forward_made(inner, y, write);
     }
 }
 
@@ -140,7 +182,9 @@ pub struct LayerState {
     pub output: Vec<f32>,
     /// The residual stream after attention.
     pub middle: Vec<f32>,
-    /// `[gate | up]`.
+    /// Which experts the tokens went to, where there are several.
+    pub routes: Routes,
+    /// `[gate | up]`; of experts a row for each token that one got, as the routes have them.
     pub gate_up: Vec<f32>,
     /// What the MLP's output projection gives, kept only where there is a norm after it.
     pub down: Vec<f32>,
@@ -184,8 +228,15 @@ impl Decoder {
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                gate_up: linear(&p.gate_up)?,
-                down: linear(&p.down)?,
+                router: p.router.as_ref().map(linear).transpose()?,
+                mlps: (p.mlps.iter())
+                    .map(|mlp| {
+                        Ok(Mlp {
+                            gate_up: linear(&mlp.gate_up)?,
+                            down: linear(&mlp.down)?,
+                        })
+                    })
+                    .collect::<Result<_>>()?,
             })
         };
         Ok(Self {
@@ -222,17 +273,17 @@ impl Decoder {
                 vector(q, q_span);
                 vector(k, k_span);
             }
-            for (linear, matrix) in layer.linears_mut().into_iter().zip(p.matrices()) {
+            for (linear, matrix) in layer.linears_mut().zip(p.matrices()) {
                 linear.update(flat, matrix);
             }
         }
         vector(&mut self.norm, &params.norm);
     }
 
-    /// The linear maps of all layers become those of `base` with adapters added, as [`Self::update`] rounds them.
+    /// The linear maps that are adapted become those of `base` with adapters added, as [`Self::update`] rounds them.
     pub fn merge(&mut self, base: &[Packed], adapters: (&Lora, &[f32]), params: &Params) {
-        let linears = self.layers.iter_mut().flat_map(Layer::linears_mut);
-        let matrices = params.layers.iter().flat_map(LayerParams::matrices);
+        let linears = self.layers.iter_mut().flat_map(Layer::adapted_mut);
+        let matrices = params.layers.iter().flat_map(LayerParams::adapted);
         let mut room = vec![];
         for ((linear, matrix), base) in linears.zip(matrices).zip(base) {
             linear.merge(base, adapters, matrix, &mut room);
@@ -267,15 +318,20 @@ impl Decoder {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
-        let row = streams * c.hidden + qkv + q + c.heads + 2 * c.ffn;
+        let mlp = match c.experts {
+            None => 2 * c.ffn,
+            Some(experts) => experts.used * (2 * c.ffn + 3) + experts.count,
+        };
+        let row = streams * c.hidden + qkv + q + c.heads + mlp;
         tokens * row * c.layers * size_of::<f32>()
     }
 
     /// The bytes that a forward pass over so many tokens takes at its height, no state kept.
     pub fn forward_bytes(c: &Config, tokens: usize) -> usize {
         let layer = Self::state_bytes(c, tokens) / c.layers.max(1);
-        // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed.
-        layer + tokens * 3 * c.hidden * size_of::<f32>()
+        // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed; what experts give.
+        let given = c.experts.map_or(0, |experts| experts.used);
+        layer + tokens * (3 + given) * c.hidden * size_of::<f32>()
     }
 
     /// The LM head, `[vocab, hidden]`.
@@ -424,7 +480,7 @@ impl Decoder {
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
-        let (hidden, ffn, eps) = (self.config.hidden, self.config.ffn, self.config.norm_eps);
+        let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
         gain(
@@ -436,23 +492,21 @@ impl Decoder {
                 layer.output.forward(attention, y, write);
             },
         );
-        fit(&mut state.gate_up, state.x.len() / hidden * 2 * ffn);
         let (middle, norm) = (&state.middle, layer.norms.before_mlp.as_deref());
         let read = norm::rows_of(middle, hidden, norm, eps);
-        let gate_up = &mut state.gate_up;
-        layer.gate_up.forward_made(read, gate_up, Write::Set);
-        let inner = |r: usize, row: &mut [f32]| {
-            let (gate, up) = gate_up[r * 2 * ffn..][..2 * ffn].split_at(ffn);
-            activation::forward_row(self.config.activation.curve(), gate, up, row);
-        };
         copy(middle, next);
+        let (routes, gate_up) = (&mut state.routes, &mut state.gate_up);
         gain(
             next,
             &layer.norms.after_mlp,
             eps,
             &mut state.down,
-            |y, write| {
-                layer.down.forward_made(inner, y, write);
+            |y, write| match self.config.experts {
+                None => {
+                    fit(gate_up, y.len() / hidden * 2 * self.config.ffn);
+                    layer.mlps[0].forward(&self.config, read, None, gate_up, y, write);
+                }
+                Some(how) => routes.forward(layer, (&self.config, how), read, gate_up, y, write),
             },
         );
     }

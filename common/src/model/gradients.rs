@@ -54,9 +54,19 @@ impl Gradients<'_> {
     }
 
     /// For y = x·Wᵀ + b: adds dyᵀ·x to the weight's gradient and Σ dy to the bias's. `x` is `[T, in]`, `dy` `[T, out]`.
-    /// `right` is storage to pack `x` in.
+    /// `right` is storage to pack `x` in. No tokens at all are a sum, too (an expert may get none).
     pub fn linear(&mut self, matrix: &Matrix, x: &[f32], dy: &[f32], right: &mut Packed) {
         let tokens = x.len() / matrix.cols;
+        match self {
+            Self::Full { flat, fresh, .. } if tokens == 0 => {
+                if *fresh {
+                    flat[matrix.weight.range.clone()].fill(0.0);
+                }
+                return;
+            }
+            Self::Lora { lora, .. } if lora.of(matrix).is_empty() => return,
+            _ => {}
+        }
         right.set_columns(Mat::new(x, tokens, matrix.cols));
         match self {
             Self::Full { flat, fresh, .. } => {

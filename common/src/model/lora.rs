@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// The projections that are adapted: all linear maps of the layers.
+/// The projections that are adapted: all linear maps of the layers, but of a mixture of experts attention's alone.
 pub const PROJECTIONS: [&str; 7] = [
     "q_proj",
     "k_proj",
@@ -67,7 +67,7 @@ impl Lora {
             len: 0,
             by_matrix: HashMap::new(),
         };
-        for matrix in params.layers.iter().flat_map(|layer| layer.matrices()) {
+        for matrix in params.layers.iter().flat_map(|layer| layer.adapted()) {
             let first = lora.adapters.len();
             let (mut at, mut column) = (matrix.weight.range.start, 0);
             for (name, shape) in &matrix.weight.tensors {
@@ -111,12 +111,12 @@ impl Lora {
         flat
     }
 
-    /// The weights that adapters are added to, one for each matrix of the layers, as [`super::Decoder::merge`] wants them.
+    /// The weights that adapters are added to, one for each matrix that has some, as [`super::Decoder::merge`] wants them.
     ///
     /// # Errors
     /// A tensor that cannot be read.
     pub fn base(params: &Params, source: &(impl Source + ?Sized)) -> Result<Vec<Packed>> {
-        let matrices = params.layers.iter().flat_map(|layer| layer.matrices());
+        let matrices = params.layers.iter().flat_map(|layer| layer.adapted());
         matrices
             .map(|matrix| {
                 let weight = source.get(&matrix.weight)?;
@@ -154,9 +154,10 @@ impl Lora {
         );
     }
 
-    /// The adapters of a fused matrix.
+    /// The adapters of a fused matrix; none of one that is not adapted.
     pub fn of(&self, matrix: &Matrix) -> &[Adapter] {
-        &self.adapters[self.by_matrix[&matrix.weight.range.start].clone()]
+        let range = self.by_matrix.get(&matrix.weight.range.start);
+        range.map_or(&[], |range| &self.adapters[range.clone()])
     }
 
     /// Writes adapters into the folder `dir` as PEFT reads them; `base` is what they belong to.

@@ -2,6 +2,7 @@
 
 mod backward;
 mod decoder;
+mod experts;
 mod gradients;
 mod lora;
 mod params;
@@ -12,6 +13,6 @@ pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora, PROJECTIONS};
-pub use params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+pub use params::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
 pub use rotations::Rotations;
 pub use workspace::{Kept, Workspace};

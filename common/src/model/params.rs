@@ -104,16 +104,33 @@ pub struct LayerParams {
     pub qk_norms: Option<(Span, Span)>,
     /// The attention's output projection.
     pub output: Matrix,
+    /// What says which experts a token goes to, where there are several.
+    pub router: Option<Matrix>,
+    /// The MLP, or the experts.
+    pub mlps: Vec<MlpParams>,
+}
+
+/// The parameters of an MLP.
+#[derive(Clone, Debug)]
+pub struct MlpParams {
     /// `[gate | up]`.
     pub gate_up: Matrix,
-    /// The MLP's output projection.
+    /// Its output projection.
     pub down: Matrix,
 }
 
 impl LayerParams {
-    /// The four linear maps, in the order of the forward pass.
-    pub fn matrices(&self) -> [&Matrix; 4] {
-        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    /// The linear maps, in the order of the forward pass.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let mlps = self.mlps.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
+        let attention = [&self.qkv, &self.output].into_iter();
+        attention.chain(&self.router).chain(mlps)
+    }
+
+    /// Those that low-rank adapters are for: all, but of a mixture of experts attention's alone.
+    pub fn adapted(&self) -> impl Iterator<Item = &Matrix> {
+        let count = if self.router.is_some() { 2 } else { 4 };
+        self.matrices().take(count)
     }
 }
 
@@ -270,8 +287,13 @@ impl Cursor<'_> {
         let output = self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias);
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
-        let gate_up = self.matrix(&prefix, &["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias);
-        let down = self.matrix(&prefix, &["mlp.down_proj"], c.mlp_bias);
+        let router = (c.experts).map(|_| self.matrix(&prefix, &["mlp.gate"], false));
+        let mlps = match c.experts {
+            None => vec![self.mlp(&format!("{prefix}mlp."), c.mlp_bias)],
+            Some(experts) => (0..experts.count)
+                .map(|expert| self.mlp(&format!("{prefix}mlp.experts.{expert}."), false))
+                .collect(),
+        };
         let after_mlp = norm(self, after_mlp);
         LayerParams {
             norms: LayerNorms {
@@ -283,8 +305,15 @@ impl Cursor<'_> {
             qkv,
             qk_norms,
             output,
-            gate_up,
-            down,
+            router,
+            mlps,
+        }
+    }
+
+    fn mlp(&mut self, prefix: &str, bias: bool) -> MlpParams {
+        MlpParams {
+            gate_up: self.matrix(prefix, &["gate_proj", "up_proj"], bias),
+            down: self.matrix(prefix, &["down_proj"], bias),
         }
     }
 

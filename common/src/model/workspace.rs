@@ -1,6 +1,7 @@
 //! Storage that passes use again, part after part: to touch fresh pages costs more than what is computed in them.
 
 use super::decoder::LayerState;
+use super::experts;
 use crate::kernels::gemm::{Packed, Precision};
 
 /// Layer states, layers' inputs and buffers that no pass is using.
@@ -25,6 +26,7 @@ pub(super) struct Buffers {
     pub d_given: Vec<f32>,
     pub d_qkv: Vec<f32>,
     pub unused: Vec<f32>,
+    pub experts: experts::Buffers,
     /// The right operand of every product.
     pub right: Packed,
 }
@@ -41,6 +43,7 @@ impl Workspace {
                 d_given: vec![],
                 d_qkv: vec![],
                 unused: vec![],
+                experts: experts::Buffers::default(),
                 right: Packed::empty(precision),
             },
         }

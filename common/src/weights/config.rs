@@ -26,6 +26,20 @@ pub enum QkNorm {
     Rows,
 }
 
+/// A layer's MLP as a mixture of experts: a router's soft-max says what each is worth to a token, which goes to the best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token goes to.
+    pub used: usize,
+    /// Whether what those are worth is normed to a sum of 1.
+    pub normed: bool,
+}
+
+/// Name, rows, columns, and whether it has a bias.
+pub(super) type Projection = (&'static str, usize, usize, bool);
+
 /// What Granite multiplies numbers by on their way, as its files say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Multipliers {
@@ -57,8 +71,10 @@ pub struct Config {
     pub head_dim: usize,
     /// How much of a head is rotated: mostly all (Phi-4-mini: three quarters).
     pub rotary_dim: usize,
-    /// Inner width of the MLP.
+    /// Inner width of the MLP, or of each expert.
     pub ffn: usize,
+    /// Layers' MLPs are mixtures of such experts.
+    pub experts: Option<Experts>,
     /// Epsilon of every RMS norm.
     pub norm_eps: f32,
     /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
@@ -111,8 +127,8 @@ impl Config {
         all
     }
 
-    /// The projections of a layer: names, rows, columns, and whether they have a bias.
-    pub(super) fn projections(&self) -> [(&'static str, usize, usize, bool); 7] {
+    /// The projections of a layer; those of the MLP stand for every expert's.
+    pub(super) fn projections(&self) -> [Projection; 7] {
         let (hidden, ffn) = (self.hidden, self.ffn);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         [
@@ -131,18 +147,39 @@ impl Config {
         let mut push = |name: &str, shape: Vec<usize>| {
             all.push((format!("model.layers.{layer}.{name}"), shape));
         };
-        for (module, out, input, bias) in self.projections() {
-            if let ("mlp.gate_proj", Some(norm)) = (module, self.qk_norm) {
-                let (q, kv) = match norm {
-                    QkNorm::Heads => (self.head_dim, self.head_dim),
-                    QkNorm::Rows => (q, kv),
-                };
-                push("self_attn.q_norm.weight", vec![q]);
-                push("self_attn.k_norm.weight", vec![kv]);
+        let projections = self.projections();
+        let (attention, mlp) = projections.split_at(4);
+        let plain = |push: &mut dyn FnMut(&str, Vec<usize>), projections: &[Projection]| {
+            for &(module, out, input, bias) in projections {
+                push(&format!("{module}.weight"), vec![out, input]);
+                if bias {
+                    push(&format!("{module}.bias"), vec![out]);
+                }
             }
-            push(&format!("{module}.weight"), vec![out, input]);
-            if bias {
-                push(&format!("{module}.bias"), vec![out]);
+        };
+        plain(&mut push, attention);
+        if let Some(norm) = self.qk_norm {
+            let (q, kv) = match norm {
+                QkNorm::Heads => (self.head_dim, self.head_dim),
+                QkNorm::Rows => (q, kv),
+            };
+            push("self_attn.q_norm.weight", vec![q]);
+            push("self_attn.k_norm.weight", vec![kv]);
+        }
+        match self.experts {
+            None => plain(&mut push, mlp),
+            Some(experts) => {
+                push("mlp.gate.weight", vec![experts.count, self.hidden]);
+                // Gates and ups of all of them, then downs: so files have them that have them as one.
+                for part in [&mlp[..2], &mlp[2..]] {
+                    for expert in 0..experts.count {
+                        for &(module, out, input, _) in part {
+                            let module = module.trim_start_matches("mlp.");
+                            let name = format!("mlp.experts.{expert}.{module}.weight");
+                            push(&name, vec![out, input]);
+                        }
+                    }
+                }
             }
         }
         for norm in self.layer_norms().into_iter().flatten() {
@@ -244,6 +281,9 @@ impl Config {
         if self.logit_scale != 1.0 {
             text += &format!(" logit_scale {:?}", self.logit_scale);
         }
+        if let Some(experts) = self.experts {
+            text += &format!(" {experts:?}");
+        }
         text + "\n"
     }
 
@@ -282,6 +322,12 @@ impl Config {
             self.rotary_dim,
             self.head_dim
         );
+        if let Some(Experts { count, used, .. }) = self.experts {
+            ensure!(
+                (1..=1 << 12).contains(&count) && (1..=count).contains(&used),
+                "{used} of {count} experts for a token: these are no numbers of experts"
+            );
+        }
         for rope in self.ropes.iter().flatten() {
             rope.check(self.rotary_dim / 2)?;
         }

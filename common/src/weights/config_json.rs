@@ -1,7 +1,7 @@
 //! `config.json`: read as each family means it, written as transformers 4 and 5 and vLLM all read it.
 
-use super::config::{Config, Multipliers, bounded_layers, plain_scale};
-use super::family::{self, Family, Rotated, Scales, Windows, families};
+use super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
+use super::family::{self, Family, Mixture, Rotated, Scales, Windows, families};
 use super::rope::{Rope, RopeScaling, positive, rotated_part};
 use crate::kernels::activation::Activation;
 use anyhow::{Context, Result, bail, ensure};
@@ -52,6 +52,14 @@ impl Config {
         set("vocab_size", json!(self.vocab));
         set("hidden_size", json!(self.hidden));
         set("intermediate_size", json!(self.ffn));
+        if let (Some(mixture), Some(experts)) = (&family.mixture, self.experts) {
+            set(mixture.width, json!(self.ffn));
+            set(mixture.count, json!(experts.count));
+            set("num_experts_per_tok", json!(experts.used));
+            if mixture.asked {
+                set("norm_topk_prob", json!(experts.normed));
+            }
+        }
         if family.hybrid {
             set("shared_intermediate_size", json!(self.ffn));
             set("num_local_experts", json!(0));
@@ -198,9 +206,10 @@ fn read(fields: &Fields) -> Result<Config> {
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
-    let ffn = match family.hybrid {
-        true => "shared_intermediate_size",
-        false => "intermediate_size",
+    let ffn = match (family.hybrid, &family.mixture) {
+        (true, _) => "shared_intermediate_size",
+        (false, Some(mixture)) => mixture.width,
+        (false, None) => "intermediate_size",
     };
     let config = Config {
         model_type: model_type.to_owned(),
@@ -212,6 +221,9 @@ fn read(fields: &Fields) -> Result<Config> {
         head_dim,
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         ffn: fields.size(ffn)?,
+        experts: (family.mixture.as_ref())
+            .map(|mixture| experts(fields, mixture))
+            .transpose()?,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
@@ -237,6 +249,26 @@ fn read(fields: &Fields) -> Result<Config> {
         Scales::Multipliers => config.multiplied(multipliers(fields)?),
     }
     .checked()
+}
+
+/// The names of the number of experts: transformers saves some under the other than they were published with.
+const EXPERTS: [&str; 2] = ["num_experts", "num_local_experts"];
+
+fn experts(fields: &Fields, mixture: &Mixture) -> Result<Experts> {
+    Ok(Experts {
+        count: match EXPERTS
+            .into_iter()
+            .find(|key| fields.present(key).is_some())
+        {
+            Some(key) => fields.size(key)?,
+            None => fields.size(mixture.count)?,
+        },
+        used: fields.size("num_experts_per_tok")?,
+        normed: match mixture.asked {
+            true => fields.flag("norm_topk_prob")?.unwrap_or(false),
+            false => true,
+        },
+    })
 }
 
 /// Granite's, each 1 where the file has none.
@@ -313,12 +345,32 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     if family.hybrid {
         refuse_other_hybrids(fields)?;
     }
+    if family.mixture.is_some() {
+        refuse_other_mixtures(fields)?;
+    }
     if let Some(Value::Array(architectures)) = fields.present("architectures") {
         let causal = |a: &Value| a.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
         ensure!(
             architectures.is_empty() || architectures.iter().any(causal),
             "architectures: {} is not a causal language model",
             Value::Array(architectures.clone())
+        );
+    }
+    Ok(())
+}
+
+/// Those whose layers are mixtures in part, and options that no published one has set.
+fn refuse_other_mixtures(fields: &Fields) -> Result<()> {
+    for (key, only) in [
+        ("decoder_sparse_step", json!(1)),
+        ("mlp_only_layers", json!([])),
+        ("use_sliding_window", json!(false)),
+        ("clip_qkv", Value::Null),
+    ] {
+        let found = fields.present(key).unwrap_or(&only);
+        ensure!(
+            *found == only,
+            "{key}: {found} is not supported for mixtures of experts, only {only}"
         );
     }
     Ok(())

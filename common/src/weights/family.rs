@@ -45,6 +45,8 @@ pub(super) struct Family {
     pub partial: bool,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
+    /// Layers' MLPs are mixtures of experts.
+    pub mixture: Option<Mixture>,
     /// Projections that are one matrix in files, or have another name there: the name, and what its rows are in turn.
     pub fused: &'static [(&'static str, &'static [&'static str])],
 }
@@ -62,6 +64,29 @@ impl Family {
             Scales::Plain | Scales::Multipliers => 1.0,
         }
     }
+}
+
+/// How files speak of experts.
+pub(super) struct Mixture {
+    /// The field of their number, as published files have it,
+    pub count: &'static str,
+    /// and that of their inner width.
+    pub width: &'static str,
+    /// Whether `norm_topk_prob` says that a token's weights are normed (absent: they are not); else they are, always.
+    pub asked: bool,
+    /// Whether they are in a GGUF, which does not say.
+    pub gguf_normed: bool,
+    /// The router.
+    pub router: &'static str,
+    pub files: ExpertFiles,
+}
+
+/// How a Hugging Face folder has the experts of a layer.
+pub(super) enum ExpertFiles {
+    /// Each by itself: under which name, and what gate, up and down are called.
+    Each(&'static str, [&'static str; 3]),
+    /// All of them in one tensor of gates and ups and one of downs, `[experts, rows, columns]`.
+    Together([&'static str; 2]),
 }
 
 /// What numbers on their way are multiplied by.
@@ -125,7 +150,18 @@ const LLAMA: Family = Family {
     permuted: true,
     partial: false,
     hybrid: false,
+    mixture: None,
     fused: &[],
+};
+
+/// As most of them have it.
+const MIXTURE: Mixture = Mixture {
+    count: "num_experts",
+    width: "intermediate_size",
+    asked: true,
+    gguf_normed: true,
+    router: "mlp.gate",
+    files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
 };
 
 const GRANITE: Family = Family {
@@ -167,7 +203,7 @@ const GEMMA2: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 12] = [
+const FAMILIES: [Family; 16] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -261,6 +297,69 @@ const FAMILIES: [Family; 12] = [
         ],
         ..GRANITE
     },
+    Family {
+        model_type: "olmoe",
+        class: "Olmoe",
+        gguf: "olmoe",
+        norm_eps: 1e-5,
+        mlp_bias: false,
+        qk_norm: Some(QkNorm::Rows),
+        permuted: false,
+        mixture: Some(Mixture {
+            gguf_normed: false,
+            ..MIXTURE
+        }),
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen3_moe",
+        class: "Qwen3Moe",
+        gguf: "qwen3moe",
+        kv_heads: Some(4),
+        mlp_bias: false,
+        qk_norm: Some(QkNorm::Heads),
+        permuted: false,
+        mixture: Some(Mixture {
+            width: "moe_intermediate_size",
+            ..MIXTURE
+        }),
+        ..LLAMA
+    },
+    Family {
+        model_type: "mixtral",
+        class: "Mixtral",
+        kv_heads: Some(8),
+        norm_eps: 1e-5,
+        theta: 1_000_000.0,
+        attention_bias: false,
+        mlp_bias: false,
+        windows: Windows::All(None),
+        mixture: Some(Mixture {
+            count: "num_local_experts",
+            asked: false,
+            router: "block_sparse_moe.gate",
+            files: ExpertFiles::Each("block_sparse_moe.experts", ["w1", "w3", "w2"]),
+            ..MIXTURE
+        }),
+        ..LLAMA
+    },
+    Family {
+        model_type: "granitemoe",
+        class: "GraniteMoe",
+        gguf: "granitemoe",
+        mlp_bias: false,
+        mixture: Some(Mixture {
+            count: "num_local_experts",
+            asked: false,
+            router: "block_sparse_moe.router.layer",
+            files: ExpertFiles::Together([
+                "block_sparse_moe.input_linear",
+                "block_sparse_moe.output_linear",
+            ]),
+            ..MIXTURE
+        }),
+        ..GRANITE
+    },
 ];
 
 /// The family of a `model_type`.
@@ -273,9 +372,11 @@ pub fn families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|f| f.model_type)
 }
 
-/// The family of a GGUF's `general.architecture`. With a window some are other families, which have no name there.
-pub(super) fn of_gguf(architecture: &str, window: bool) -> Option<&'static Family> {
-    let mut named = FAMILIES.iter().filter(|f| f.gguf == architecture);
+/// The family of a GGUF's `general.architecture`. With a window or experts some are other families, which have no name there.
+pub(super) fn of_gguf(architecture: &str, window: bool, experts: bool) -> Option<&'static Family> {
+    let mut named = FAMILIES
+        .iter()
+        .filter(|f| f.gguf == architecture && f.mixture.is_some() == experts);
     let first = named.next()?;
     Some(match (first.windows, window) {
         (Windows::None, true) => named.next().unwrap_or(first),
@@ -285,7 +386,11 @@ pub(super) fn of_gguf(architecture: &str, window: bool) -> Option<&'static Famil
 
 /// The names that GGUFs have for the families.
 pub(super) fn architectures() -> Vec<&'static str> {
-    let mut names: Vec<_> = FAMILIES.iter().map(|f| f.gguf).collect();
-    names.dedup();
+    let mut names: Vec<&str> = vec![];
+    for family in &FAMILIES {
+        if !names.contains(&family.gguf) {
+            names.push(family.gguf);
+        }
+    }
     names
 }

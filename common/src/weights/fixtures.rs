@@ -23,6 +23,13 @@ pub(super) fn config_json(model_type: &str) -> Value {
         "eos_token_id": 2, "query_pre_attn_scalar": 8, "embedding_multiplier": 6, "attention_multiplier": 0.3,
         "residual_multiplier": 0.5, "logits_scaling": 6,
     });
+    if ["olmoe", "qwen3_moe", "mixtral", "granitemoe"].contains(&model_type) {
+        json["num_experts"] = json!(3);
+        json["num_local_experts"] = json!(3);
+        json["num_experts_per_tok"] = json!(2);
+        json["moe_intermediate_size"] = json!(64);
+        json["norm_topk_prob"] = json!(model_type == "qwen3_moe");
+    }
     if model_type == "granitemoehybrid" {
         json["shared_intermediate_size"] = json!(64);
         json["num_local_experts"] = json!(0);
@@ -123,7 +130,13 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             Array(vec![String("a".into()), String("b".into())]),
         ),
     ];
-    if arch == "granite" {
+    if let Some(experts) = config.experts {
+        metadata.extend([
+            (key("expert_count"), number(experts.count)),
+            (key("expert_used_count"), number(experts.used)),
+        ]);
+    }
+    if arch.starts_with("granite") {
         metadata.extend([
             (key("embedding_scale"), F32(config.embed_scale)),
             (key("attention.scale"), F32(config.attention_scale)),
@@ -158,24 +171,31 @@ pub(super) fn write_gguf(
     gguf_file::write(&mut file, &metadata, &tensors).unwrap();
 }
 
-/// Tensors under their GGUF names, those together that the family's files have as one, query and key rows permuted where llama.cpp rotates neighbours.
+/// Tensors as a GGUF has them, query and key rows permuted where llama.cpp rotates neighbours.
 pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors {
-    (config.stored(borrowed(tensors)).map(Result::unwrap))
-        .map(|(name, shape, values)| {
-            let heads = match &name {
-                name if name.contains("q_proj") => config.heads,
-                name if name.contains("k_proj") => config.kv_heads,
-                _ => 0,
-            };
-            let permuted = ["llama", "smollm3", "granite"].contains(&arch);
-            let values = match permuted && heads > 0 {
-                true => permute(&values, heads, shape[1..].iter().product()),
-                false => values.into_owned(),
-            };
-            let name = super::gguf::gguf_name(config, &name).unwrap();
-            (name, shape, values)
-        })
-        .collect()
+    let permuted = ["llama", "smollm3", "granite", "granitemoe"].contains(&arch);
+    let mut stored: Tensors = vec![];
+    for (name, shape, values) in tensors {
+        let heads = match name {
+            name if name.contains("q_proj") => config.heads,
+            name if name.contains("k_proj") => config.kv_heads,
+            _ => 0,
+        };
+        let row = shape[1..].iter().product();
+        let values = match permuted && heads > 0 {
+            true => permute(values, heads, row),
+            false => values.clone(),
+        };
+        let place = super::gguf::place(config, name, shape).unwrap();
+        let at = stored.iter().position(|(name, ..)| *name == place.name);
+        let at = at.unwrap_or_else(|| {
+            let len = place.shape.iter().product();
+            stored.push((place.name.clone(), place.shape.clone(), vec![f32::NAN; len]));
+            stored.len() - 1
+        });
+        stored[at].2[place.rows.start * row..place.rows.end * row].copy_from_slice(&values);
+    }
+    stored
 }
 
 /// A GGUF of a tiny random model; the config and tensors are what it should open as.
@@ -190,6 +210,8 @@ pub(super) fn gguf(
     let arch = match model_type {
         "olmo3" => "olmo2",
         "gemma3_text" => "gemma3",
+        "qwen3_moe" => "qwen3moe",
+        "mixtral" => "llama",
         _ => model_type,
     };
     let stored = as_gguf(&config, arch, &tensors);

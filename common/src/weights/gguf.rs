@@ -1,7 +1,7 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
 use super::Config;
-use super::layout::Place;
+use super::layout::{Expert, ExpertPart, Place};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -92,8 +92,34 @@ impl Gguf {
     }
 }
 
+/// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
+pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Place> {
+    if let (Some(expert), Some(experts)) = (Expert::of(name), config.experts) {
+        let layer = expert.layer.strip_prefix("model.layers.")?;
+        let what = match expert.projection {
+            ExpertPart::Gate => "gate",
+            ExpertPart::Up => "up",
+            ExpertPart::Down => "down",
+        };
+        let first = expert.number * shape[0];
+        return Some(Place {
+            name: format!("blk.{layer}ffn_{what}_exps.weight"),
+            shape: [&[experts.count], shape].concat(),
+            rows: first..first + shape[0],
+        });
+    }
+    let place = match name.contains(".mlp.gate.") {
+        true => Place::whole(name, shape), // whatever folders call the router
+        false => config.place(name, shape),
+    };
+    Some(Place {
+        name: gguf_name(config, &place.name)?,
+        ..place
+    })
+}
+
 /// The GGUF name of a Hugging Face tensor name, which means different things in different families.
-pub(super) fn gguf_name(config: &Config, name: &str) -> Option<String> {
+fn gguf_name(config: &Config, name: &str) -> Option<String> {
     let whole = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
         "model.norm.weight" => Some("output_norm.weight"),
@@ -126,6 +152,7 @@ pub(super) fn gguf_name(config: &Config, name: &str) -> Option<String> {
         "mlp.gate_proj" => "ffn_gate",
         "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
+        "mlp.gate" => "ffn_gate_inp",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

@@ -1,6 +1,6 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Config, Multipliers, bounded_layers, plain_scale};
+use super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
 use super::config_json::CAPS;
 use super::family::{self, Family, Rotated, Scales, Windows};
 use super::gguf::Gguf;
@@ -39,21 +39,25 @@ fn read(gguf: &Gguf) -> Result<Config> {
     };
     let fields = Metadata { gguf, architecture };
     let window = fields.whole("attention.sliding_window")?.filter(|&w| w > 0);
-    let family = family::of_gguf(architecture, window.is_some()).with_context(|| {
-        format!(
-            "general.architecture: {architecture:?} is not supported; known: {}",
-            family::architectures().join(", ")
-        )
-    })?;
+    let experts = fields.whole("expert_count")?.unwrap_or(0);
+    let family =
+        family::of_gguf(architecture, window.is_some(), experts > 0).with_context(|| {
+            format!(
+                "general.architecture: {architecture:?} with {experts} experts is not supported; known: {}",
+                family::architectures().join(", ")
+            )
+        })?;
     let split = fields.whole_of("split.count")?.unwrap_or(1);
     ensure!(
         split <= 1,
         "split.count: the model is split over {split} files; merge them with llama-gguf-split --merge"
     );
-    let experts = fields.whole("expert_count")?.unwrap_or(0);
+    let shared = fields
+        .whole("expert_shared_feed_forward_length")?
+        .unwrap_or(0);
     ensure!(
-        experts == 0,
-        "expert_count: mixtures of experts are not supported"
+        shared == 0,
+        "expert_shared_feed_forward_length: experts for all tokens are not supported"
     );
     let embedding = gguf
         .shape("token_embd.weight")
@@ -78,7 +82,18 @@ fn read(gguf: &Gguf) -> Result<Config> {
         kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
         rotary_dim,
-        ffn: fields.size("feed_forward_length")?,
+        ffn: match fields.whole("expert_feed_forward_length")? {
+            Some(ffn) if experts > 0 => ffn,
+            _ => fields.size("feed_forward_length")?,
+        },
+        experts: match &family.mixture {
+            Some(mixture) => Some(Experts {
+                count: experts,
+                used: fields.size("expert_used_count")?,
+                normed: mixture.gguf_normed,
+            }),
+            None => None,
+        },
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,

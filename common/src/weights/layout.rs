@@ -1,20 +1,30 @@
-//! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), and the rows of heads
-//! that are rotated in another order or in part.
+//! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), experts under other
+//! names or all in one tensor, and the rows of heads that are rotated in another order or in part.
 
 use super::config::Config;
-use super::family;
+use super::family::{self, ExpertFiles};
 use super::save::{Given, Named};
 use anyhow::ensure;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Where a file has a tensor of the decoder's: as rows of one of its own, mostly all of them.
+/// Where a file has a tensor of the decoder's: as rows of one of its own, mostly all of them. (Rows are those of all
+/// matrices, where it has several.)
 #[derive(Clone)]
 pub(super) struct Place {
     pub name: String,
     pub shape: Vec<usize>,
     pub rows: Range<usize>,
+}
+
+/// The rows of a shape, and their length.
+fn rows_of(shape: &[usize]) -> (usize, usize) {
+    match shape {
+        [] => (1, 1),
+        [len] => (*len, 1),
+        [rows @ .., row] => (rows.iter().product(), *row),
+    }
 }
 
 impl Place {
@@ -23,18 +33,18 @@ impl Place {
         Self {
             name: name.to_owned(),
             shape: shape.to_vec(),
-            rows: 0..shape[0],
+            rows: 0..rows_of(shape).0,
         }
     }
 
     /// The numbers in its rows.
     pub fn len(&self) -> usize {
-        self.rows.len() * self.shape[1..].iter().product::<usize>()
+        self.rows.len() * rows_of(&self.shape).1
     }
 
     /// Those of the bytes of the file's tensor that are its rows.
     pub fn rows_of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
-        let at = |row: usize| bytes.len() / self.shape[0] * row;
+        let at = |row: usize| bytes.len() / rows_of(&self.shape).0 * row;
         match self.is_whole() {
             true => bytes,
             false => &bytes[at(self.rows.start)..at(self.rows.end)],
@@ -43,12 +53,12 @@ impl Place {
 
     /// Whether the file has it as a tensor.
     fn is_whole(&self) -> bool {
-        self.rows.len() == self.shape[0]
+        self.rows.len() == rows_of(&self.shape).0
     }
 
     /// Whether it ends where the file's tensor does.
     pub fn is_last(&self) -> bool {
-        self.rows.end == self.shape[0]
+        self.rows.end == rows_of(&self.shape).0
     }
 }
 
@@ -56,6 +66,14 @@ impl Config {
     /// Where a Hugging Face folder has a tensor.
     pub(super) fn place(&self, name: &str, shape: &[usize]) -> Place {
         let family = family::of(&self.model_type);
+        if let Some(mixture) = family.and_then(|family| family.mixture.as_ref()) {
+            if let Some(expert) = Expert::of(name) {
+                return self.place_of_expert(&mixture.files, expert, shape);
+            }
+            if name.contains(".mlp.gate.") {
+                return Place::whole(&name.replace("mlp.gate", mixture.router), shape);
+            }
+        }
         let fused = family.map_or(&[][..], |family| family.fused);
         let found = fused.iter().find_map(|(whole, parts)| {
             let holds = |part: &&&str| name.contains(&format!(".{part}."));
@@ -75,6 +93,28 @@ impl Config {
         Place {
             name: name.replace(part, whole),
             shape: [&[all], &shape[1..]].concat(),
+            rows: first..first + shape[0],
+        }
+    }
+
+    fn place_of_expert(&self, files: &ExpertFiles, expert: Expert, shape: &[usize]) -> Place {
+        let Expert { layer, number, .. } = expert;
+        let which = expert.projection as usize;
+        let (name, each, first) = match files {
+            ExpertFiles::Each(experts, names) => {
+                let name = format!("{layer}{experts}.{number}.{}.weight", names[which]);
+                return Place::whole(&name, shape);
+            }
+            ExpertFiles::Together([gate_up, down]) => match expert.projection {
+                ExpertPart::Down => (down, shape[0], 0),
+                part => (gate_up, 2 * shape[0], part as usize * shape[0]),
+            },
+        };
+        let experts = self.experts.map_or(1, |experts| experts.count);
+        let first = number * each + first;
+        Place {
+            name: format!("{layer}{name}.weight"),
+            shape: [&[experts, each], &shape[1..]].concat(),
             rows: first..first + shape[0],
         }
     }
@@ -152,6 +192,40 @@ impl Config {
             (half, i) => turning + half * still + i - turning / 2,
         };
         (turning < head && is_turned(name)).then(|| (0..head).map(place).collect())
+    }
+}
+
+/// What a tensor is to a mixture of experts, by its name: one expert's projection.
+pub(super) struct Expert<'a> {
+    /// The layer's prefix.
+    pub layer: &'a str,
+    pub number: usize,
+    pub projection: ExpertPart,
+}
+
+/// The projections of an expert, in the order of [`ExpertFiles`].
+#[derive(Clone, Copy)]
+pub(super) enum ExpertPart {
+    Gate,
+    Up,
+    Down,
+}
+
+impl<'a> Expert<'a> {
+    /// None for any other tensor.
+    pub fn of(name: &'a str) -> Option<Self> {
+        let (layer, rest) = name.split_once("mlp.experts.")?;
+        let (number, projection) = rest.split_once('.')?;
+        Some(Self {
+            layer,
+            number: number.parse().ok()?,
+            projection: match projection {
+                "gate_proj.weight" => ExpertPart::Gate,
+                "up_proj.weight" => ExpertPart::Up,
+                "down_proj.weight" => ExpertPart::Down,
+                _ => return None,
+            },
+        })
     }
 }
 

@@ -14,7 +14,7 @@ mod save;
 mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
-pub use config::{Config, Norms, QkNorm};
+pub use config::{Config, Experts, Norms, QkNorm};
 pub use family::families;
 pub use rope::{Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
@@ -127,9 +127,9 @@ impl Weights {
     /// A GGUF's config is partly read off its tensors, so one that has no place would be computed wrongly.
     fn refuse_unknown_tensors(config: &Config, gguf: &Gguf) -> Result<()> {
         let known: std::collections::HashSet<_> = config
-            .stored_parameters()
+            .parameters()
             .iter()
-            .filter_map(|(name, _)| gguf::gguf_name(config, name))
+            .filter_map(|(name, shape)| Some(gguf::place(config, name, shape)?.name))
             .collect();
         let unknown = gguf
             .names()
@@ -146,14 +146,18 @@ impl Weights {
     }
 
     fn checked(config: Config, path: &Path, original: Value, source: Source) -> Result<Self> {
-        for (name, shape) in config.stored_parameters() {
-            match &source {
-                Source::Safetensors(shards) => shards.check(&Place::whole(&name, &shape))?,
-                Source::Gguf(gguf) => {
-                    gguf.check(&Place::whole(&stored_name(&config, &name)?, &shape))?
+        match &source {
+            Source::Safetensors(shards) => {
+                for (name, shape) in config.stored_parameters() {
+                    shards.check(&Place::whole(&name, &shape))?;
                 }
-                Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
             }
+            Source::Gguf(gguf) => {
+                for (name, shape) in config.parameters() {
+                    gguf.check(&gguf_place(&config, &name, &shape)?)?;
+                }
+            }
+            Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
         }
         Ok(Self {
             config,
@@ -169,10 +173,9 @@ impl Weights {
     /// # Errors
     /// No such tensor, or another shape than `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let place = self.config.place(name, shape);
         let values = match &self.source {
             Source::Safetensors(shards) => {
-                let mut values = shards.read(&place)?;
+                let mut values = shards.read(&self.config.place(name, shape))?;
                 let short = self.config.stored_short_of(name);
                 if short != 0.0 {
                     values.iter_mut().for_each(|v| *v += short);
@@ -184,10 +187,7 @@ impl Weights {
                 adapter.merge(&self.config, name, shape, &mut values)?;
                 return Ok(values);
             }
-            Source::Gguf(gguf) => gguf.read(&Place {
-                name: stored_name(&self.config, &place.name)?,
-                ..place
-            })?,
+            Source::Gguf(gguf) => gguf.read(&gguf_place(&self.config, name, shape)?)?,
         };
         Ok(match self.order(name) {
             Some(order) => layout::in_order(&values, &order, shape[1..].iter().product()),
@@ -344,8 +344,8 @@ fn is_adapter(path: &Path) -> bool {
     path.join(adapter::CONFIG).is_file() && !path.join("config.json").is_file()
 }
 
-fn stored_name(config: &Config, name: &str) -> Result<String> {
-    gguf::gguf_name(config, name)
+fn gguf_place(config: &Config, name: &str, shape: &[usize]) -> Result<Place> {
+    gguf::place(config, name, shape)
         .with_context(|| format!("GGUF has no name for the tensor {name:?}"))
 }
 

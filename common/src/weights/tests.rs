@@ -272,7 +272,7 @@ fn every_block_type_dequantises_as_candle_does() {
         let content = gguf_file::Content::read(&mut file).unwrap();
         let device = candle_core::Device::Cpu;
         for (name, shape) in config.parameters() {
-            let stored = gguf::gguf_name(&config, &name).unwrap();
+            let stored = gguf::place(&config, &name, &shape).unwrap().name;
             let Ok(tensor) = content.tensor(&mut file, &stored, &device) else {
                 assert_eq!(dtype, Q8K, "candle's own reader lacks only Q8K");
                 continue;
@@ -366,7 +366,7 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
             "original_context_length is missing",
         ),
         ("llama.rope.dimension_count", U32(4), "rotation over 4 of 8"),
-        ("llama.expert_count", U32(8), "mixtures of experts"),
+        ("llama.expert_count", U32(8), "expert_used_count is missing"),
         ("split.count", U32(3), "split over 3 files"),
         ("general.alignment", U32(0), "general.alignment"),
         ("llama.block_count", U32(0), "block_count: must be above 0"),

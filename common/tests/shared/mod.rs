@@ -9,7 +9,7 @@ use common::weights::Weights;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Every family that decodes.
+/// Every family that decodes on all devices.
 pub const FAMILIES: [&str; 20] = [
     "llama",
     "llama3",
@@ -32,6 +32,9 @@ pub const FAMILIES: [&str; 20] = [
     "granite",
     "granite4",
 ];
+
+/// Mixtures of experts, which the CPU alone runs.
+pub const MIXTURES: [&str; 4] = ["olmoe", "qwen3-moe", "mixtral", "granite-moe"];
 
 /// A file of golden figures.
 pub fn golden(file: &str) -> PathBuf {
