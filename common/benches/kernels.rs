@@ -27,11 +27,18 @@ const SHAPES: [(usize, usize, usize); 6] = [
     (16, 576, 49152),
 ];
 
-fn product(bencher: Bencher, (m, k, n): (usize, usize, usize), precision: Precision) {
+/// How weights lie.
+type Pack = fn(Mat) -> Packed;
+const WORDS: Pack = |w| Packed::from_rows(w, Precision::F32);
+/// The same products, two bytes a weight: of weights that bfloat16 can say.
+const PAIRS: Pack = |w| Packed::of_weights(w, Precision::F32);
+const BF16: Pack = |w| Packed::from_rows(w, Precision::Bf16);
+
+fn product(bencher: Bencher, (m, k, n): (usize, usize, usize), pack: Pack) {
     let fill =
-        |len: usize| -> Vec<f32> { (0..len).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect() };
+        |len: usize| -> Vec<f32> { (0..len).map(|i| (i % 97) as f32 / 128.0 - 0.5).collect() };
     let (x, w) = (fill(m * k), fill(n * k));
-    let w = Packed::from_rows(Mat::new(&w, n, k), precision);
+    let w = pack(Mat::new(&w, n, k));
     let mut y = vec![0.0; m * n];
     bencher
         .counter(ItemsCount::new(2 * m * k * n))
@@ -43,31 +50,41 @@ fn product(bencher: Bencher, (m, k, n): (usize, usize, usize), precision: Precis
 
 #[divan::bench(args = SHAPES)]
 fn float32(bencher: Bencher, shape: (usize, usize, usize)) {
-    product(bencher, shape, Precision::F32);
+    product(bencher, shape, WORDS);
+}
+
+#[divan::bench(args = SHAPES)]
+fn float32_of_pairs(bencher: Bencher, shape: (usize, usize, usize)) {
+    product(bencher, shape, PAIRS);
 }
 
 #[divan::bench(args = SHAPES)]
 fn bfloat16(bencher: Bencher, shape: (usize, usize, usize)) {
-    product(bencher, shape, Precision::Bf16);
+    product(bencher, shape, BF16);
 }
 
 /// A decoding step's products of all layers, whose weights come from memory; 64 rows, of one core's share.
 #[divan::bench(args = [1, 14, 64])]
 fn decoding_float32(bencher: Bencher, rows: usize) {
-    decoding(bencher, rows, Precision::F32);
+    decoding(bencher, rows, WORDS);
+}
+
+#[divan::bench(args = [1, 14, 64])]
+fn decoding_float32_of_pairs(bencher: Bencher, rows: usize) {
+    decoding(bencher, rows, PAIRS);
 }
 
 #[divan::bench(args = [1, 14, 64])]
 fn decoding_bfloat16(bencher: Bencher, rows: usize) {
-    decoding(bencher, rows, Precision::Bf16);
+    decoding(bencher, rows, BF16);
 }
 
-fn decoding(bencher: Bencher, rows: usize, precision: Precision) {
+fn decoding(bencher: Bencher, rows: usize, pack: Pack) {
     const MAPS: [(usize, usize); 4] = [(576, 960), (576, 576), (576, 3072), (1536, 576)];
     const LAYERS: usize = 30;
     let weights: Vec<Packed> = (0..LAYERS)
         .flat_map(|_| MAPS)
-        .map(|(k, n)| Packed::from_rows(Mat::new(&vec![0.1; n * k], n, k), precision))
+        .map(|(k, n)| pack(Mat::new(&vec![0.125; n * k], n, k)))
         .collect();
     let x = vec![0.1; rows * 1536];
     let mut y = vec![0.0; rows * 3072];
