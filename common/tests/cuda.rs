@@ -10,7 +10,7 @@ use common::logprob::{self, Group};
 use common::model::Decoder;
 use common::weights::Weights;
 use serde_json::Value;
-use shared::{FAMILIES, device, ids, open};
+use shared::{FAMILIES, MIXTURES, device, ids, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -58,6 +58,20 @@ fn log_probs_are_transformers() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn mixtures_of_experts_are_refused() {
+    let device = device();
+    for family in MIXTURES {
+        let (weights, _) = open(family);
+        let Err(error) = cuda::Decoder::new(&device, &weights.config, &weights, Precision::F32)
+        else {
+            panic!("{family} was taken");
+        };
+        let line = error.to_string();
+        assert!(line.contains("use --device cpu"), "{family}: {line}");
     }
 }
 

@@ -110,7 +110,8 @@ pub struct Args {
     /// The optimiser
     #[arg(long, value_enum, default_value_t = Optimizer::Adamw)]
     optimizer: Optimizer,
-    /// Train low-rank adapters of this rank on all linear maps of the layers, saved in PEFT's layout
+    /// Train low-rank adapters of this rank on all linear maps of the layers (of mixtures of experts on attention's alone),
+    /// saved in PEFT's layout
     #[arg(long, value_name = "RANK")]
     lora_rank: Option<usize>,
     /// The adapters' scale is ALPHA / RANK
@@ -264,14 +265,24 @@ impl Memory {
             });
         }
         let config = &model.weights.config;
-        let params = Params::new(config).len;
+        let params = Params::new(config);
         let packed = match place.full_range_precision() {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
         };
-        // Gradient and two moments of what is trained: of adapters next to nothing.
-        let trained = if args.lora_rank.is_some() { 0 } else { 12 };
-        let fixed = params * (4 + packed + trained);
+        // The weights, the gradient and two moments of what is trained; of adapters next to nothing but what they are added to.
+        let trained = match args.lora_rank {
+            Some(_) => {
+                4 * params
+                    .layers
+                    .iter()
+                    .flat_map(|l| l.adapted())
+                    .map(|m| m.rows * m.cols)
+                    .sum::<usize>()
+            }
+            None => 16 * params.len,
+        };
+        let fixed = packed * params.len + trained;
         let part = state_bytes(place.full_range_precision());
         let (left, most) = match args.compute.memory_budget {
             Some(budget) => {
@@ -285,7 +296,11 @@ impl Memory {
             }
         };
         // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
-        let row = 4 * config.hidden + 2 * config.heads * config.head_dim + 4 * config.ffn;
+        let mlp = match config.experts {
+            None => 4 * config.ffn,
+            Some(experts) => experts.used * (4 * config.ffn + 3 * config.hidden),
+        };
+        let row = 4 * config.hidden + 2 * config.heads * config.head_dim + mlp;
         let token = (config.layers * config.hidden + 3 * row) * size_of::<f32>();
         Ok(Self {
             states: StateBytes {

@@ -8,7 +8,17 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 
-/// The shape of a random Llama or Phi-3 whose tokenizer is that of `tests/golden/tiny_chat`.
+/// Which model it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Llama,
+    /// Projections are fused, and half of each head is rotated.
+    Phi3,
+    /// OLMoE: two of four experts for each token.
+    Mixture,
+}
+
+/// The shape of a random model whose tokenizer is that of `tests/golden/tiny_chat`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiny {
     /// Width; a multiple of 32.
@@ -19,8 +29,7 @@ pub struct Tiny {
     pub vocab: usize,
     /// Longest prompt with its response, tokens.
     pub context: usize,
-    /// A Phi-3, whose projections are fused, with half of each head rotated.
-    pub phi3: bool,
+    pub family: Family,
 }
 
 impl Default for Tiny {
@@ -30,10 +39,12 @@ impl Default for Tiny {
             layers: 2,
             vocab: 264,
             context: 512,
-            phi3: false,
+            family: Family::Llama,
         }
     }
 }
+
+const EXPERTS: usize = 4;
 
 /// tiny_chat's end-of-turn token, `<|im_end|>`.
 const END: usize = 2;
@@ -65,9 +76,10 @@ impl Tiny {
     }
 
     fn config(&self) -> Value {
-        let (class, name, rotated) = match self.phi3 {
-            true => ("Phi3ForCausalLM", "phi3", 0.5),
-            false => ("LlamaForCausalLM", "llama", 1.0),
+        let (class, name, rotated) = match self.family {
+            Family::Llama => ("LlamaForCausalLM", "llama", 1.0),
+            Family::Phi3 => ("Phi3ForCausalLM", "phi3", 0.5),
+            Family::Mixture => ("OlmoeForCausalLM", "olmoe", 1.0),
         };
         json!({
             "architectures": [class], "model_type": name, "partial_rotary_factor": rotated, "vocab_size": self.vocab,
@@ -75,7 +87,7 @@ impl Tiny {
             "num_attention_heads": self.hidden / 8, "num_key_value_heads": self.hidden / 16, "head_dim": 8,
             "hidden_act": "silu", "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
             "tie_word_embeddings": false, "rope_theta": 10000.0, "torch_dtype": "float32",
-            "bos_token_id": 1, "eos_token_id": END,
+            "bos_token_id": 1, "eos_token_id": END, "num_experts": EXPERTS, "num_experts_per_tok": 2,
         })
     }
 
@@ -84,7 +96,7 @@ impl Tiny {
             hidden,
             layers,
             vocab,
-            phi3,
+            family,
             ..
         } = *self;
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
@@ -96,7 +108,7 @@ impl Tiny {
                 ));
             };
             add("input_layernorm", &[hidden]);
-            if phi3 {
+            if family == Family::Phi3 {
                 add("self_attn.qkv_proj", &[2 * hidden, hidden]);
             } else {
                 add("self_attn.q_proj", &[hidden, hidden]);
@@ -105,13 +117,24 @@ impl Tiny {
             }
             add("self_attn.o_proj", &[hidden, hidden]);
             add("post_attention_layernorm", &[hidden]);
-            if phi3 {
+            if family == Family::Phi3 {
                 add("mlp.gate_up_proj", &[4 * hidden, hidden]);
-            } else {
-                add("mlp.gate_proj", &[2 * hidden, hidden]);
-                add("mlp.up_proj", &[2 * hidden, hidden]);
+                add("mlp.down_proj", &[hidden, 2 * hidden]);
+                continue;
             }
-            add("mlp.down_proj", &[hidden, 2 * hidden]);
+            let mut mlp = |prefix: &str| {
+                add(&format!("{prefix}.gate_proj"), &[2 * hidden, hidden]);
+                add(&format!("{prefix}.up_proj"), &[2 * hidden, hidden]);
+                add(&format!("{prefix}.down_proj"), &[hidden, 2 * hidden]);
+            };
+            if family == Family::Llama {
+                mlp("mlp");
+                continue;
+            }
+            (0..EXPERTS).for_each(|expert| mlp(&format!("mlp.experts.{expert}")));
+            add("mlp.gate", &[EXPERTS, hidden]);
+            add("self_attn.q_norm", &[hidden]);
+            add("self_attn.k_norm", &[hidden / 2]);
         }
         shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
         shapes.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));

@@ -6,7 +6,7 @@ mod mount;
 mod tool;
 pub mod world;
 
-pub use checkpoint::{Tiny, copy_folder, edit_json};
+pub use checkpoint::{Family, Tiny, copy_folder, edit_json};
 pub use judge::{Act, JudgeServer};
 pub use mount::Mount;
 pub use tool::{Finished, Tool, bin_folder, pipe};

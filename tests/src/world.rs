@@ -1,6 +1,6 @@
 //! A folder with the inputs of every tool, the tools at work on them, and what they made.
 
-use crate::{Tiny, Tool, edit_json, lines, text};
+use crate::{Family, Tiny, Tool, edit_json, lines, text};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,7 +25,7 @@ const MODEL: Tiny = Tiny {
     layers: 3,
     vocab: 264,
     context: 512,
-    phi3: false,
+    family: Family::Llama,
 };
 
 /// The models `pi` and `ref`, and the inputs of every tool.

@@ -1,7 +1,7 @@
 //! Low-rank adapters: a PEFT folder that every tool takes as a model, equal to its merged form, resumed exactly.
 
 use dice_tests::world::Made;
-use dice_tests::{Fields, Tiny, Tool, lines, number, text};
+use dice_tests::{Family, Fields, Tiny, Tool, lines, number, text};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,16 +16,16 @@ const PAIRS: usize = 60;
 
 impl World {
     fn new() -> Self {
-        Self::of(false)
+        Self::of(Family::Llama)
     }
 
-    fn of(phi3: bool) -> Self {
+    fn of(family: Family) -> Self {
         let world = Self {
             folder: tempfile::tempdir().unwrap(),
         };
         Tiny {
             hidden: 64,
-            phi3,
+            family,
             ..Tiny::default()
         }
         .write(&world.path("pi"), 1);
@@ -74,6 +74,15 @@ impl World {
             .iter()
             .map(|row| number(row, "policy_logps"))
             .collect()
+    }
+
+    /// The tensors in a file of a folder.
+    fn names(&self, folder: &str, file: &str) -> Vec<String> {
+        let files = self.files(folder);
+        let tensors = safetensors::SafeTensors::deserialize(&files[file]).unwrap();
+        let mut names: Vec<_> = tensors.names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        names
     }
 
     fn files(&self, folder: &str) -> BTreeMap<String, Vec<u8>> {
@@ -151,24 +160,53 @@ fn an_adapter_is_a_model_and_equals_its_merged_form() {
 /// What files have as one matrix is three projections, or two, to the trainer.
 #[test]
 fn so_is_an_adapter_of_fused_projections() {
-    let world = World::of(true);
+    let world = World::of(Family::Phi3);
     let lora = ["--lora-rank", "4"];
     let merge = ["--lora-rank", "4", "--merge"];
     for (output, flags) in [("adapter", &lora[..]), ("merged", &merge), ("full", &[])] {
         world.train("pi", output, flags).run().ok();
     }
-    let names = |folder: &str, file: &str| {
-        let files = world.files(folder);
-        let tensors = safetensors::SafeTensors::deserialize(&files[file]).unwrap();
-        let mut names: Vec<_> = tensors.names().into_iter().map(str::to_owned).collect();
-        names.sort();
-        names
-    };
     // Four matrices of two layers, two factors each.
-    assert_eq!(names("adapter", "adapter_model.safetensors").len(), 16);
+    assert_eq!(
+        world.names("adapter", "adapter_model.safetensors").len(),
+        16
+    );
     for folder in ["merged", "full"] {
-        let saved = names(folder, "model.safetensors");
-        assert_eq!(saved, names("pi", "model.safetensors"));
+        let saved = world.names(folder, "model.safetensors");
+        assert_eq!(saved, world.names("pi", "model.safetensors"));
+    }
+    let adapter = world.logps("adapter");
+    assert!(apart(&adapter, &world.logps("pi")) > 0.1);
+    assert!(apart(&adapter, &world.logps("merged")) < 1e-4);
+}
+
+/// Experts and their router stay as they are.
+#[test]
+fn adapters_of_a_mixture_of_experts_are_attentions() {
+    let world = World::of(Family::Mixture);
+    let lora = ["--lora-rank", "4"];
+    world.train("pi", "adapter", &lora).run().ok();
+    let merge = ["--lora-rank", "4", "--merge"];
+    world.train("pi", "merged", &merge).run().ok();
+    let names = world.names("adapter", "adapter_model.safetensors");
+    // Four projections of two layers, two factors each.
+    assert_eq!(names.len(), 16);
+    assert!(names.iter().all(|name| name.contains(".self_attn.")));
+    let changed = |name: &str| {
+        let of = |folder: &str| {
+            let files = world.files(folder);
+            let tensors =
+                safetensors::SafeTensors::deserialize(&files["model.safetensors"]).unwrap();
+            tensors.tensor(name).unwrap().data().to_vec()
+        };
+        of("pi") != of("merged")
+    };
+    for name in world.names("pi", "model.safetensors") {
+        assert_eq!(
+            changed(&name),
+            name.contains("_proj") && name.contains("self_attn"),
+            "{name}"
+        );
     }
     let adapter = world.logps("adapter");
     assert!(apart(&adapter, &world.logps("pi")) > 0.1);

@@ -1,8 +1,8 @@
 //! The tools in pipes, as the README shows them, on tiny checkpoints.
 
 use dice_tests::{
-    Fields, Finished, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe, read_rows,
-    text,
+    Family, Fields, Finished, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe,
+    read_rows, text,
 };
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -21,10 +21,18 @@ const K: usize = 6;
 
 impl World {
     fn new() -> Self {
+        Self::of(Family::Llama)
+    }
+
+    fn of(family: Family) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let world = Self { folder };
-        Tiny::default().write(&world.path("pi"), 1);
-        Tiny::default().write(&world.path("ref"), 2);
+        let model = Tiny {
+            family,
+            ..Tiny::default()
+        };
+        model.write(&world.path("pi"), 1);
+        model.write(&world.path("ref"), 2);
         fs::write(world.path("prompts.jsonl"), lines(&prompts())).unwrap();
         fs::write(world.path("offline.jsonl"), lines(&offline())).unwrap();
         world
@@ -121,6 +129,31 @@ fn a_round_as_a_pipe() {
         scored.iter().any(|row| number(row, "reward").abs() > 1e-6),
         "training changed nothing"
     );
+}
+
+#[test]
+fn a_round_of_a_mixture_of_experts() {
+    let world = World::of(Family::Mixture);
+    world.pipe(ROUND).run().ok();
+    check_samples(&world.rows("samples.jsonl"), &prompts());
+    check_scored(&world.rows("scored.jsonl"), &world.rows("samples.jsonl"));
+    let tensors = |folder: &str| {
+        let bytes = fs::read(world.path(folder).join("model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let data =
+            |(name, view): (String, safetensors::tensor::TensorView)| (name, view.data().to_vec());
+        file.tensors()
+            .into_iter()
+            .map(data)
+            .collect::<HashMap<_, _>>()
+    };
+    let (before, after) = (tensors("pi"), tensors("next"));
+    assert_eq!(after.len(), before.len());
+    for (name, values) in before {
+        assert_ne!(after[&name], values, "{name} was not trained");
+    }
+    let again = "dice-gen --model next --k 2 --max-tokens 8 prompts.jsonl | dice-score --policy next --ref pi";
+    assert_eq!(world.pipe(again).run().ok().rows().len(), 2 * PROMPTS);
 }
 
 fn check_samples(samples: &[Fields], prompts: &[Value]) {

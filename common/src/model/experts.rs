@@ -7,6 +7,7 @@ use crate::kernels::gemm::Write;
 use crate::kernels::softmax::dot;
 use crate::kernels::{activation, fit, norm, rows};
 use crate::weights::{Config, Experts};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Which tokens went to which experts. A row is a token at one of them; an expert's rows lie together.
@@ -24,8 +25,11 @@ pub struct Routes {
     weights: Vec<f32>,
     /// Where each expert's rows begin, and where the last one's end.
     starts: Vec<usize>,
-    /// What the experts give, `[rows, hidden]`.
-    given: Vec<f32>,
+}
+
+thread_local! {
+    /// What the experts of a layer give, `[rows, hidden]`; kept, since fresh pages in every layer cost.
+    static GIVEN: Cell<Vec<f32>> = const { Cell::new(vec![]) };
 }
 
 impl Routes {
@@ -45,13 +49,14 @@ impl Routes {
         router.forward_made(&read, &mut self.shares, Write::Set);
         self.choose(how);
         fit(gate_up, self.tokens.len() * 2 * c.ffn);
-        fit(&mut self.given, self.tokens.len() * c.hidden);
+        let mut all = GIVEN.take();
+        fit(&mut all, self.tokens.len() * c.hidden);
         for (expert, mlp) in layer.mlps.iter().enumerate() {
             let of = self.of(expert);
             let tokens = &self.tokens[of.clone()];
             let read = |r: usize, row: &mut [f32]| read(tokens[r], row);
             let gate_up = &mut gate_up[of.start * 2 * c.ffn..of.end * 2 * c.ffn];
-            let given = &mut self.given[of.start * c.hidden..of.end * c.hidden];
+            let given = &mut all[of.start * c.hidden..of.end * c.hidden];
             let weights = Some(&self.weights[of]);
             mlp.forward(c, read, weights, gate_up, given, Write::Set);
         }
@@ -61,11 +66,12 @@ impl Routes {
                 if write == Write::Set {
                     y.fill(0.0);
                 }
-                for given in places.iter().map(|&row| &self.given[row * c.hidden..]) {
+                for given in places.iter().map(|&row| &all[row * c.hidden..]) {
                     y.iter_mut().zip(given).for_each(|(y, given)| *y += given);
                 }
             }
         });
+        GIVEN.set(all);
     }
 
     /// The rows of an expert.
@@ -84,7 +90,7 @@ impl Routes {
                 let better = |other: &usize| shares[*other] >= shares[expert];
                 let at = self.chosen[begun..].partition_point(better);
                 if at < how.used {
-                    self.chosen.truncate(begun + how.used.max(at + 1) - 1);
+                    self.chosen.truncate(begun + how.used - 1);
                     self.chosen.insert(begun + at, expert);
                 }
             }

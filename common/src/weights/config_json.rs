@@ -860,6 +860,33 @@ mod tests {
     }
 
     #[test]
+    fn experts_are_read_as_each_family_has_them() {
+        let of = |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap();
+        let [olmoe, qwen, mixtral] = ["olmoe", "qwen3_moe", "mixtral"]
+            .map(|family| of(family, json!({"num_experts": null})));
+        assert_eq!((olmoe.ffn, qwen.ffn), (64, 24));
+        let experts = |normed| Experts {
+            count: 3,
+            used: 2,
+            normed,
+        };
+        assert_eq!(olmoe.experts, Some(experts(false)));
+        assert_eq!(qwen.experts, Some(experts(true)));
+        assert_eq!(mixtral.experts, Some(experts(true)));
+        let silent = of("qwen3_moe", json!({"norm_topk_prob": null}));
+        assert_eq!(silent.experts, Some(experts(false)));
+        let names: Vec<_> = qwen
+            .parameters()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        let at = |name: &str| names.iter().position(|n| n.ends_with(name)).unwrap();
+        assert!(at("0.mlp.gate.weight") < at("0.mlp.experts.0.gate_proj.weight"));
+        assert!(at("0.mlp.experts.2.up_proj.weight") < at("0.mlp.experts.0.down_proj.weight"));
+        assert_eq!(names.len(), 2 * (6 + 1 + 3 * 3 + 2) + 3);
+    }
+
+    #[test]
     fn what_cannot_be_run_is_named_with_its_file() {
         for (changes, wanted) in [
             (
@@ -908,6 +935,22 @@ mod tests {
             (
                 json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "attention"]}),
                 "position_embedding_type: only \"rope\"",
+            ),
+            (
+                json!({"model_type": "olmoe", "num_experts": 4}),
+                "\"num_experts_per_tok\" is missing",
+            ),
+            (
+                json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 5}),
+                "5 of 4 experts for a token",
+            ),
+            (
+                json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}),
+                "clip_qkv: 8.0 is not supported for mixtures of experts, only null",
+            ),
+            (
+                json!({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2}),
+                "decoder_sparse_step: 2 is not supported",
             ),
             (
                 json!({"quantization_config": {"bits": 4}}),

@@ -27,7 +27,7 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["num_experts"] = json!(3);
         json["num_local_experts"] = json!(3);
         json["num_experts_per_tok"] = json!(2);
-        json["moe_intermediate_size"] = json!(64);
+        json["moe_intermediate_size"] = json!(24);
         json["norm_topk_prob"] = json!(model_type == "qwen3_moe");
     }
     if model_type == "granitemoehybrid" {
@@ -136,6 +136,9 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             (key("expert_used_count"), number(experts.used)),
         ]);
     }
+    if arch == "qwen3moe" {
+        metadata.push((key("expert_feed_forward_length"), number(config.ffn)));
+    }
     if arch.starts_with("granite") {
         metadata.extend([
             (key("embedding_scale"), F32(config.embed_scale)),
@@ -184,7 +187,7 @@ pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors
         let row = shape[1..].iter().product();
         let values = match permuted && heads > 0 {
             true => permute(values, heads, row),
-            false => values.clone(),
+            false => config.stored_rows(name, shape, values.into()).into_owned(),
         };
         let place = super::gguf::place(config, name, shape).unwrap();
         let at = stored.iter().position(|(name, ..)| *name == place.name);

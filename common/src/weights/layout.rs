@@ -313,6 +313,41 @@ mod tests {
         );
     }
 
+    #[test]
+    fn experts_have_the_names_and_rows_that_files_give_them() {
+        let place = |config: &Config, name: &str, shape: [usize; 2]| {
+            let place = config.place(&format!("model.layers.1.{name}.weight"), &shape);
+            let name = place.name.trim_start_matches("model.layers.1.").to_owned();
+            (name, place.shape, place.rows)
+        };
+        let mixtral = config("mixtral");
+        let up = place(&mixtral, "mlp.experts.2.up_proj", [64, 32]);
+        let name = "block_sparse_moe.experts.2.w3.weight";
+        assert_eq!(up, (name.to_owned(), vec![64, 32], 0..64));
+        let router = place(&mixtral, "mlp.gate", [3, 32]);
+        let name = "block_sparse_moe.gate.weight";
+        assert_eq!(router, (name.to_owned(), vec![3, 32], 0..3));
+        let granite = config("granitemoe");
+        let input = |rows| {
+            let name = "block_sparse_moe.input_linear.weight".to_owned();
+            (name, vec![3, 128, 32], rows)
+        };
+        let gate_or_up = |name: &str| place(&granite, name, [64, 32]);
+        assert_eq!(gate_or_up("mlp.experts.0.gate_proj"), input(0..64));
+        assert_eq!(gate_or_up("mlp.experts.1.up_proj"), input(192..256));
+        let down = place(&granite, "mlp.experts.2.down_proj", [32, 64]);
+        let name = "block_sparse_moe.output_linear.weight";
+        assert_eq!(down, (name.to_owned(), vec![3, 32, 64], 64..96));
+        let stored = granite.stored_parameters();
+        let names = stored
+            .iter()
+            .filter(|(name, _)| name.contains(".1.block_sparse_moe"));
+        assert_eq!(names.count(), 3);
+        // All of the rows are whole in the file that is written.
+        let (folder, _, tensors) = checkpoint("granitemoe");
+        assert_holds(&open(folder.path()).unwrap(), &tensors);
+    }
+
     /// transformers turns the first four rows of a head, 0 with 2 and 1 with 3; the decoder turns row i with i + 4.
     #[test]
     fn heads_that_turn_in_part_have_those_that_turn_first() {
