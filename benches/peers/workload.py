@@ -40,7 +40,8 @@ class Cost:
     def __init__(self, config):
         hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         attention = hidden * hidden * 2 + 2 * hidden * hidden * kv // heads
-        self.layers = 2 * config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
+        mlp = 3 * hidden * config.intermediate_size * (getattr(config, "num_experts_per_tok", None) or 1)
+        self.layers = 2 * config.num_hidden_layers * (attention + mlp)
         self.head = 2 * hidden * config.vocab_size
         self.pair = 4 * hidden * config.num_hidden_layers
         # Elements of a token's keys and values, and of one of them.

@@ -18,9 +18,10 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteConfig,
-    GraniteMoeHybridConfig,
     GraniteMoeConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -34,7 +35,6 @@ from transformers import (
     SiglipVisionConfig,
     SmolLM3Config,
 )
-
 from transformers.core_model_loading import revert_weight_conversion
 
 from exact import dump, exact, response_logps, versions
@@ -275,6 +275,11 @@ FAMILIES = {
     "granite-moe": (
         GraniteMoeConfig,
         dict(MULTIPLIERS, **EXPERTS, num_local_experts=5, tie_word_embeddings=True, rope_parameters=rope(10000.0)),
+        {},
+    ),
+    "gemma": (
+        GemmaConfig,
+        dict(tie_word_embeddings=True, head_dim=16, hidden_act="gelu", rope_parameters=rope(10000.0)),
         {},
     ),
 }

@@ -14,7 +14,7 @@ pub struct Workspace {
 /// What is kept of a layer from the forward pass to the backward pass.
 pub enum Kept {
     /// All of it.
-    State(LayerState),
+    State(Box<LayerState>),
     /// Its input, from which the rest is made again: the same operations, so the same numbers.
     Input(Vec<f32>),
 }
@@ -53,7 +53,7 @@ impl Workspace {
     pub fn keep(&mut self, state: &mut LayerState, whole: bool) -> Kept {
         if whole {
             let spare = self.states.pop().unwrap_or_default();
-            Kept::State(std::mem::replace(state, spare))
+            Kept::State(Box::new(std::mem::replace(state, spare)))
         } else {
             let spare = self.inputs.pop().unwrap_or_default();
             Kept::Input(std::mem::replace(&mut state.x, spare))
@@ -63,7 +63,7 @@ impl Workspace {
     /// Has one back.
     pub fn give_back(&mut self, kept: Kept) {
         match kept {
-            Kept::State(state) => self.states.push(state),
+            Kept::State(state) => self.states.push(*state),
             Kept::Input(x) => self.inputs.push(x),
         }
     }

@@ -106,7 +106,7 @@ impl Config {
             set("mlp_bias", json!(self.mlp_bias));
         }
         match family.scales {
-            Scales::Plain => {}
+            Scales::Plain | Scales::Embeddings => {}
             Scales::Roots => {
                 let scalar = f64::from(self.attention_scale).powi(-2).round();
                 set("query_pre_attn_scalar", json!(scalar as u64));
@@ -235,7 +235,7 @@ fn read(fields: &Fields) -> Result<Config> {
         qk_norm: family.qk_norm,
         attention_scale: match family.scales {
             Scales::Roots => attention_scale(fields)?,
-            Scales::Plain | Scales::Multipliers => plain_scale(head_dim),
+            Scales::Plain | Scales::Embeddings | Scales::Multipliers => plain_scale(head_dim),
         },
         attention_cap,
         logit_cap,
@@ -245,7 +245,7 @@ fn read(fields: &Fields) -> Result<Config> {
         ropes,
     };
     match family.scales {
-        Scales::Plain | Scales::Roots => config,
+        Scales::Plain | Scales::Embeddings | Scales::Roots => config,
         Scales::Multipliers => config.multiplied(multipliers(fields)?),
     }
     .checked()
@@ -890,8 +890,8 @@ mod tests {
     fn what_cannot_be_run_is_named_with_its_file() {
         for (changes, wanted) in [
             (
-                json!({"model_type": "gemma"}),
-                "the architecture \"gemma\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
+                json!({"model_type": "glm4"}),
+                "the architecture \"glm4\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
             ),
             (json!({"model_type": null}), "\"model_type\" is missing"),
             (

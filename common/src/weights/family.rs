@@ -60,7 +60,7 @@ impl Family {
     /// What embeddings are multiplied by, whatever a file says.
     pub fn embed_scale(&self, hidden: usize) -> f32 {
         match self.scales {
-            Scales::Roots => (hidden as f64).sqrt() as f32,
+            Scales::Embeddings | Scales::Roots => (hidden as f64).sqrt() as f32,
             Scales::Plain | Scales::Multipliers => 1.0,
         }
     }
@@ -94,7 +94,9 @@ pub(super) enum ExpertFiles {
 pub(super) enum Scales {
     /// Scores by 1/√head_dim.
     Plain,
-    /// Embeddings by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of (Gemma).
+    /// So are they, and embeddings by √hidden (the first Gemma).
+    Embeddings,
+    /// Embeddings by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of (Gemma 2 and 3).
     Roots,
     /// Embeddings, scores, what a layer adds and logits, each by a number of the file (Granite).
     Multipliers,
@@ -184,26 +186,35 @@ const OLMO2: Family = Family {
     ..LLAMA
 };
 
+const GEMMA: Family = Family {
+    model_type: "gemma",
+    class: "Gemma",
+    gguf: "gemma",
+    kv_heads: Some(16),
+    head_dim: Some(256),
+    tied: true,
+    mlp_bias: false,
+    norms_from_one: true,
+    activation: Activation::GeluTanh,
+    scales: Scales::Embeddings,
+    permuted: false,
+    ..LLAMA
+};
+
 const GEMMA2: Family = Family {
     model_type: "gemma2",
     class: "Gemma2",
     gguf: "gemma2",
     kv_heads: Some(4),
-    head_dim: Some(256),
-    tied: true,
-    mlp_bias: false,
     norms: Norms::Around,
-    norms_from_one: true,
-    activation: Activation::GeluTanh,
     scales: Scales::Roots,
     caps: Some([Some(50.0), Some(30.0)]),
     gguf_apart: Some(46),
     windows: Windows::AllBut(2, Rotated::Alike),
-    permuted: false,
-    ..LLAMA
+    ..GEMMA
 };
 
-const FAMILIES: [Family; 16] = [
+const FAMILIES: [Family; 17] = [
     LLAMA,
     Family {
         model_type: "mistral",
@@ -254,6 +265,7 @@ const FAMILIES: [Family; 16] = [
         windows: Windows::AllBut(4, Rotated::Unscaled),
         ..OLMO2
     },
+    GEMMA,
     GEMMA2,
     Family {
         model_type: "gemma3_text",

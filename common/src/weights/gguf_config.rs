@@ -117,7 +117,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         windows,
     };
     match family.scales {
-        Scales::Plain | Scales::Roots => config,
+        Scales::Plain | Scales::Embeddings | Scales::Roots => config,
         Scales::Multipliers => config.multiplied(multipliers(&fields, head_dim)?),
     }
     .checked()

@@ -352,7 +352,7 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
     for (key, value, wanted) in [
         (
             "general.architecture",
-            String("gemma".into()),
+            String("glm4".into()),
             "known: llama, qwen2, qwen3",
         ),
         (

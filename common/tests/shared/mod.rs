@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family that decodes on all devices.
-pub const FAMILIES: [&str; 20] = [
+pub const FAMILIES: [&str; 21] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -24,6 +24,7 @@ pub const FAMILIES: [&str; 20] = [
     "smollm3",
     "olmo2",
     "olmo3",
+    "gemma",
     "gemma2",
     "gemma3",
     "gemma3-images",
