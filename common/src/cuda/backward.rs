@@ -126,21 +126,17 @@ impl<'a> Backward<'a> {
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
             args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32, c, a],
         )?;
-        self.weight_gradient(&layer.down, &places.mlps[0].down, &pass.inner, dy, pass)?;
-        self.given_bias_gradient(&places.mlps[0].down)?;
+        self.weight_gradient(&layer.down, &places.mlp().down, &pass.inner, dy, pass)?;
+        self.given_bias_gradient(&places.mlp().down)?;
         let d_gate_up = self.operand(&pass.gate_up, 2 * ffn);
         self.read(
-            (&layer.gate_up, &places.mlps[0].gate_up),
+            (&layer.gate_up, &places.mlp().gate_up),
             (&layer.norms.before_mlp, &places.norms.before_mlp),
             d_gate_up,
             &pass.x,
             pass,
         )?;
-        self.bias_gradient(
-            &places.mlps[0].gate_up,
-            &pass.gate_up,
-            self.decoder.precision,
-        )
+        self.bias_gradient(&places.mlp().gate_up, &pass.gate_up, self.decoder.precision)
     }
 
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))).

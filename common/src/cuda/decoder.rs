@@ -347,8 +347,8 @@ impl Decoder {
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                gate_up: linear(&p.mlps[0].gate_up)?,
-                down: linear(&p.mlps[0].down)?,
+                gate_up: linear(&p.mlp().gate_up)?,
+                down: linear(&p.mlp().down)?,
             })
         };
         Ok(Self {

@@ -107,7 +107,7 @@ impl<'a> Pass<'a, '_> {
             self.b.d_given = d_given;
             return self.experts(how, state, dx);
         }
-        let (mlp, places) = (&layer.mlps[0], &p.mlps[0]);
+        let (mlp, places) = (&layer.mlps[0], p.mlp());
         let b = &mut *self.b;
         decoder.mlp_inner(&state.gate_up, &mut b.inner);
         self.gradients

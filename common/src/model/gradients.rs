@@ -135,3 +135,36 @@ fn first(fresh: bool) -> Write {
         false => Write::Add,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::gemm::Precision;
+    use crate::weights::Config;
+    use std::path::Path;
+
+    /// The buffer of a batch before is not cleared: what no token came to must be.
+    #[test]
+    fn an_expert_without_tokens_has_no_gradient() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/golden/families/olmoe/config.json");
+        let json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let params = Params::new(&Config::from_json(&json, &path).unwrap());
+        let down = &params.layers[1].mlps[3].down;
+        let mut flat = vec![f32::NAN; params.len];
+        let mut gradients = Gradients::Full {
+            params: &params,
+            flat: &mut flat,
+            fresh: false,
+        };
+        let mut right = Packed::empty(Precision::F32);
+        gradients.begin();
+        gradients.linear(down, &[], &[], &mut right);
+        gradients.passed();
+        // The next part's are added.
+        let (x, dy) = (vec![1.0; down.cols], vec![2.0; down.rows]);
+        gradients.linear(down, &x, &dy, &mut right);
+        gradients.linear(down, &[], &[], &mut right);
+        assert!(flat[down.weight.range.clone()].iter().all(|&d| d == 2.0));
+    }
+}

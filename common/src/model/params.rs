@@ -127,6 +127,11 @@ impl LayerParams {
         attention.chain(&self.router).chain(mlps)
     }
 
+    /// The MLP of a layer that is no mixture of experts.
+    pub fn mlp(&self) -> &MlpParams {
+        &self.mlps[0]
+    }
+
     /// Those that low-rank adapters are for: all, but of a mixture of experts attention's alone.
     pub fn adapted(&self) -> impl Iterator<Item = &Matrix> {
         let count = if self.router.is_some() { 2 } else { 4 };
