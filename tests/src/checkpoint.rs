@@ -87,7 +87,7 @@ impl Tiny {
             "num_attention_heads": self.hidden / 8, "num_key_value_heads": self.hidden / 16, "head_dim": 8,
             "hidden_act": "silu", "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
             "tie_word_embeddings": false, "rope_theta": 10000.0, "torch_dtype": "float32",
-            "bos_token_id": 1, "eos_token_id": END, "num_experts": EXPERTS, "num_experts_per_tok": 2,
+            "bos_token_id": 1, "eos_token_id": END, "pad_token_id": null, "num_experts": EXPERTS, "num_experts_per_tok": 2,
         })
     }
 

@@ -1,7 +1,9 @@
 //! What `dice-train` writes loads in transformers and gives our log-probs there. Needs `DICE_PYTHON`: a Python with
 //! torch and transformers.
 
-use dice_tests::{Fields, Finished, Tiny, Tool, golden, lines, read_rows, real_model, text};
+use dice_tests::{
+    Family, Fields, Finished, Tiny, Tool, golden, lines, read_rows, real_model, text,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -51,18 +53,29 @@ fn trained_and_scored(model: &str, folder: &Path, rows: &[Fields]) {
 #[test]
 fn a_trained_tiny_checkpoint_loads_in_transformers() {
     let Some(python) = python() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    Tiny::default().write(&folder.join("pi"), 1);
     let rows = [
         json!({"prompt": "Say the thé 🦊", "response": "the end"}),
         json!({"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "response": "Hi.", "finish_reason": "length"}),
     ];
     let rows = dice_tests::parse_rows(&lines(&rows));
-    trained_and_scored(&text(&folder.join("pi")), folder, &rows);
-    let scored = folder.join("scored.jsonl");
-    let verdict = check(&python, &folder.join("next"), &scored).ok();
-    assert_eq!(verdict.rows().len(), rows.len());
+    let trained = |family| {
+        let folder = tempfile::tempdir().unwrap();
+        let tiny = Tiny {
+            family,
+            ..Tiny::default()
+        };
+        tiny.write(&folder.path().join("pi"), 1);
+        trained_and_scored(&text(&folder.path().join("pi")), folder.path(), &rows);
+        let scored = folder.path().join("scored.jsonl");
+        let verdict = check(&python, &folder.path().join("next"), &scored).ok();
+        assert_eq!(verdict.rows().len(), rows.len(), "{family:?}");
+        folder
+    };
+    for family in [Family::Phi3, Family::Mixture] {
+        trained(family);
+    }
+    let folder = trained(Family::Llama);
+    let (folder, scored) = (folder.path(), folder.path().join("scored.jsonl"));
 
     // The checker can tell.
     let mut wrong = read_rows(&scored);
