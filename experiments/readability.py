@@ -1,6 +1,6 @@
 """readability.py < rows > rows: adds to each row as `reward` how easy its `response` is to read: Flesch's reading ease
-(100 easy, 0 hard), by textstat (pip install textstat==0.7.4, whose syllables need no download). A preference that is known
-exactly, for `just marks="python3 experiments/readability.py" … experiment`."""
+(100 easy, 0 hard), by textstat (pip install textstat==0.7.4 'setuptools<80', whose syllables
+need no download). A preference that is known exactly, for `just marks="python3 experiments/readability.py" … experiment`."""
 
 import json
 import sys
