@@ -324,8 +324,13 @@ impl Config {
         );
         if let Some(Experts { count, used, .. }) = self.experts {
             ensure!(
-                (1..=1 << 12).contains(&count) && (1..=count).contains(&used),
+                (1..=count).contains(&used),
                 "{used} of {count} experts for a token: these are no numbers of experts"
+            );
+            ensure!(
+                count <= MOST_EXPERTS / self.layers,
+                "{count} experts in each of {} layers are more than {MOST_EXPERTS}",
+                self.layers
             );
         }
         for rope in self.ropes.iter().flatten() {
@@ -343,6 +348,9 @@ impl Config {
         })
     }
 }
+
+/// Experts of all layers together: each has tensors with names.
+const MOST_EXPERTS: usize = 1 << 16;
 
 /// 1/√head_dim.
 pub(super) fn plain_scale(head_dim: usize) -> f32 {

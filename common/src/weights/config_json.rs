@@ -945,6 +945,10 @@ mod tests {
                 "5 of 4 experts for a token",
             ),
             (
+                json!({"model_type": "olmoe", "num_experts": 40_000, "num_experts_per_tok": 2}),
+                "40000 experts in each of 2 layers are more than 65536",
+            ),
+            (
                 json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}),
                 "clip_qkv: 8.0 is not supported for mixtures of experts, only null",
             ),
