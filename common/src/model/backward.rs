@@ -93,6 +93,16 @@ pub(super) fn norm_at<'a>(weight: &'a Option<Vec<f32>>, span: &'a Option<Span>) 
     weight.as_deref().zip(span.as_ref())
 }
 
+/// What a sublayer read of `x`: it, or, where there is a norm, that of it, made in `room`.
+pub(super) fn normed<'x>(norm: Norm, x: &'x [f32], eps: f32, room: &'x mut Vec<f32>) -> &'x [f32] {
+    let Some((weight, _)) = norm else {
+        return x;
+    };
+    fit(room, x.len());
+    norm::forward(x, weight, eps, room);
+    room
+}
+
 impl<'a> Pass<'a, '_> {
     /// next = middle + norm(down(act(gate_up(norm(middle))))): turns the gradient of `next` into that of `middle`.
     /// The state's `gate_up` becomes its gradient.
@@ -191,14 +201,7 @@ impl<'a> Pass<'a, '_> {
             right,
             ..
         } = &mut *self.b;
-        let read = match norm {
-            Some((weight, _)) => {
-                fit(inner, x.len());
-                norm::forward(x, weight, eps, inner);
-                inner
-            }
-            None => x,
-        };
+        let read = normed(norm, x, eps, inner);
         self.gradients.linear(matrix, read, dy, right);
         linear(map, dy, d_inner, right);
         let d_read = std::mem::take(d_inner);

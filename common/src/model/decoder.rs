@@ -48,12 +48,6 @@ impl Layer {
         let attention = [&mut self.qkv, &mut self.output].into_iter();
         attention.chain(&mut self.router).chain(mlps)
     }
-
-    /// Those that adapters are for, in the order of [`LayerParams::adapted`].
-    fn adapted_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let count = if self.router.is_some() { 2 } else { 4 };
-        self.linears_mut().take(count)
-    }
 }
 
 /// y = x·Wᵀ + b.
@@ -282,10 +276,11 @@ impl Decoder {
 
     /// The linear maps that are adapted become those of `base` with adapters added, as [`Self::update`] rounds them.
     pub fn merge(&mut self, base: &[Packed], adapters: (&Lora, &[f32]), params: &Params) {
-        let linears = self.layers.iter_mut().flat_map(Layer::adapted_mut);
-        let matrices = params.layers.iter().flat_map(LayerParams::adapted);
+        let linears = self.layers.iter_mut().flat_map(Layer::linears_mut);
+        let matrices = params.layers.iter().flat_map(LayerParams::matrices);
+        let adapted = (linears.zip(matrices)).filter(|(_, m)| !adapters.0.of(m).is_empty());
         let mut room = vec![];
-        for ((linear, matrix), base) in linears.zip(matrices).zip(base) {
+        for ((linear, matrix), base) in adapted.zip(base) {
             linear.merge(base, adapters, matrix, &mut room);
         }
     }

@@ -1,11 +1,10 @@
 //! Mixtures of experts: a router's soft-max says what each expert is worth to a token, and what the token's MLP gives is
 //! the weighted sum of what the best few give. Each expert's tokens are one product.
 
-use super::backward::{Pass, linear, norm_at};
+use super::backward::{Pass, linear, norm_at, normed};
 use super::decoder::{Layer, LayerState};
 use crate::kernels::gemm::Write;
-use crate::kernels::softmax::dot;
-use crate::kernels::{activation, fit, norm, rows};
+use crate::kernels::{activation, fit, rows, softmax};
 use crate::weights::{Config, Experts};
 use std::cell::Cell;
 use std::ops::Range;
@@ -84,7 +83,9 @@ impl Routes {
         let tokens = self.shares.len() / how.count;
         self.chosen.clear();
         for shares in self.shares.chunks_exact_mut(how.count) {
-            softmax(shares);
+            let most = softmax::max(shares);
+            let sum = softmax::exp_in_place(shares, most);
+            shares.iter_mut().for_each(|x| *x /= sum);
             let begun = self.chosen.len();
             for expert in 0..how.count {
                 let better = |other: &usize| shares[*other] >= shares[expert];
@@ -151,13 +152,6 @@ impl Routes {
     }
 }
 
-fn softmax(logits: &mut [f32]) {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter_mut().for_each(|x| *x = (*x - most).exp());
-    let sum: f32 = logits.iter().sum();
-    logits.iter_mut().for_each(|x| *x /= sum);
-}
-
 /// What the backward pass of a mixture uses, kept from layer to layer.
 #[derive(Default)]
 pub(super) struct Buffers {
@@ -182,17 +176,7 @@ impl Pass<'_, '_> {
         let mut own = std::mem::take(&mut self.b.experts);
         let (routes, width) = (&state.routes, 2 * c.ffn);
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
-        let read = norm::rows_of(
-            &state.middle,
-            c.hidden,
-            norm.map(|(weight, _)| weight),
-            c.norm_eps,
-        );
-        fit(&mut own.read, dx.len());
-        rows(&mut own.read, c.hidden, |first, part| {
-            let part = part.chunks_exact_mut(c.hidden).enumerate();
-            part.for_each(|(r, row)| read(first + r, row));
-        });
+        let read = normed(norm, &state.middle, c.norm_eps, &mut own.read);
         fit(&mut own.d_read, dx.len());
         own.d_read.fill(0.0);
         fit(&mut own.d_weights, routes.tokens.len());
@@ -214,14 +198,14 @@ impl Pass<'_, '_> {
             let d_rows = own.d_rows.chunks_exact_mut(c.hidden);
             let given = own.d_weights[of].iter_mut().zip(weights);
             for (((inner, d_inner), d_row), (d_weight, weight)) in inner.zip(d_rows).zip(given) {
-                *d_weight = dot(inner, d_inner);
+                *d_weight = softmax::dot(inner, d_inner);
                 d_inner.iter_mut().for_each(|x| *x *= weight);
                 d_row.iter_mut().for_each(|x| *x *= weight);
             }
             self.gradients
                 .linear(&places.down, &b.inner, &own.d_rows, &mut b.right);
             activation::backward(c.activation, gate_up, c.ffn, &b.d_inner);
-            gather(&own.read, tokens, c.hidden, &mut own.rows);
+            gather(read, tokens, c.hidden, &mut own.rows);
             self.gradients
                 .linear(&places.gate_up, &own.rows, gate_up, &mut b.right);
             if !tokens.is_empty() {
@@ -239,8 +223,7 @@ impl Pass<'_, '_> {
             .zip(p.router.as_ref())
             .expect("experts have a router");
         let right = &mut self.b.right;
-        self.gradients
-            .linear(place, &own.read, &own.d_logits, right);
+        self.gradients.linear(place, read, &own.d_logits, right);
         linear(router, &own.d_logits, &mut own.d_rows, right);
         own.d_read
             .iter_mut()
