@@ -10,7 +10,7 @@ from safetensors.numpy import save
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests/golden"
 SEPARATOR = b"\x1e\x1e"
-HIDDEN, HEADS, FFN, VOCAB = 8, 2, 16, 8
+HIDDEN, HEADS, FFN, VOCAB, EXPERTS = 8, 2, 16, 8, 2
 
 
 def seed(target, name, *parts):
@@ -37,6 +37,27 @@ def tensors(dtype):
     return {name: np.ones(shape, dtype) for name, shape in shapes.items()}
 
 
+def mixture():
+    """The same with experts, each a tensor of its own."""
+    shapes = {name: values for name, values in tensors(np.float32).items() if ".mlp." not in name}
+    for name, values in tensors(np.float32).items():
+        if ".mlp." in name:
+            for expert in range(EXPERTS):
+                shapes[name.replace(".mlp.", f".mlp.experts.{expert}.")] = values
+    shapes["model.layers.0.mlp.gate.weight"] = np.ones((EXPERTS, HIDDEN), np.float32)
+    return shapes
+
+
+def together():
+    """The same with experts in one tensor, as Granite has them."""
+    shapes = {name: values for name, values in tensors(np.float32).items() if ".mlp." not in name}
+    layer = "model.layers.0.block_sparse_moe."
+    shapes[layer + "input_linear.weight"] = np.ones((EXPERTS, 2 * FFN, HIDDEN), np.float32)
+    shapes[layer + "output_linear.weight"] = np.ones((EXPERTS, HIDDEN, FFN), np.float32)
+    shapes[layer + "router.layer.weight"] = np.ones((EXPERTS, HIDDEN), np.float32)
+    return shapes
+
+
 def config(family, **more):
     fields = {
         "architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family, "vocab_size": VOCAB,
@@ -55,12 +76,28 @@ def folders():
                "original_max_position_embeddings": 32}
     index = json.dumps({"weight_map": {name: "model.safetensors" for name in tensors(np.float32)}})
     seed("folder", "scaled", config("llama", rope_scaling=scaling), whole, index)
+    experts = {"num_experts_per_tok": 1, "num_experts": EXPERTS, "moe_intermediate_size": FFN, "head_dim": HIDDEN // HEADS}
+    norms = {f"model.layers.0.self_attn.{name}_norm.weight": np.ones(HIDDEN // HEADS, np.float32) for name in "qk"}
+    seed("folder", "mixture", config("qwen3_moe", **experts), save(mixture() | norms))
+    experts = {"num_experts_per_tok": 1, "num_local_experts": EXPERTS}
+    seed("folder", "together", config("granitemoe", **experts), save(together()))
+
+
+def gguf_name(tensor):
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "self_attn.o_proj": "attn_output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "lm_head": "output"}
+    block, in_layer, module = tensor.removeprefix("model.").removesuffix(".weight").rpartition("layers.0.")
+    module = names.get(module) or module.replace("self_attn.", "attn_").replace("mlp.", "ffn_").replace("_proj", "")
+    return ("blk.0." if in_layer else "") + module + ".weight"
 
 
 def ggufs():
     path = HERE / "seed.gguf"
-    for arch in ("llama", "qwen2"):
+    for name, arch, experts in [("llama", "llama", 0), ("qwen2", "qwen2", 0), ("mixtral", "llama", EXPERTS)]:
         writer = gguf.GGUFWriter(path, arch)
+        if experts:
+            writer.add_expert_count(experts)
+            writer.add_expert_used_count(1)
         writer.add_block_count(1)
         writer.add_context_length(64)
         writer.add_embedding_length(HIDDEN)
@@ -80,19 +117,18 @@ def ggufs():
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_chat_template("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
-        names = {"embed_tokens": "token_embd", "norm": "output_norm", "self_attn.o_proj": "attn_output",
-                 "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-        for name, values in tensors(np.float32).items():
-            name = name.removeprefix("model.").removesuffix(".weight").replace("layers.0.", "blk.0.")
-            block, _, module = name.rpartition("blk.0.")
-            module = names.get(module) or module.replace("self_attn.", "attn_").replace("mlp.", "ffn_").replace("_proj", "")
-            module = "output" if module == "lm_head" else module
-            writer.add_tensor(("blk.0." if _ else block) + module + ".weight", values)
+        for tensor, values in tensors(np.float32).items():
+            tensor = gguf_name(tensor)
+            if experts and "ffn_" in tensor and "norm" not in tensor:
+                tensor, values = tensor.replace(".weight", "_exps.weight"), np.stack([values] * experts)
+            writer.add_tensor(tensor, values)
+        if experts:
+            writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((experts, HIDDEN), np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        seed("gguf", arch, path.read_bytes())
+        seed("gguf", name, path.read_bytes())
     path.unlink()
 
 
