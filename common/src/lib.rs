@@ -9,6 +9,9 @@ pub mod pipe;
 // how every tool starts, reports and ends
 pub mod program;
 
+// what a number in a flag may be
+pub mod flags;
+
 // files and folders that appear whole or not at all
 pub mod files;
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use common::flags;
 use common::jsonl::rows;
 use common::metrics::length_control::{LengthModel, Regulariser};
 use common::metrics::spread;
@@ -34,7 +35,7 @@ pub struct LengthControl {
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
     /// Inverse strength of the penalty, instead of one by cross-validation
-    #[arg(long, value_name = "C", value_parser = positive)]
+    #[arg(long, value_name = "C", value_parser = flags::positive::<f64>)]
     pub lc_c: Option<f64>,
     /// Resamples for the 95% intervals; 0 gives none
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -59,13 +60,6 @@ impl DifficultyBy {
             Self::Position => "position",
             Self::Prompt => "prompt",
         }
-    }
-}
-
-fn positive(text: &str) -> Result<f64> {
-    match text.parse() {
-        Ok(c) if f64::is_finite(c) && c > 0.0 => Ok(c),
-        _ => bail!("must be a number above 0"),
     }
 }
 

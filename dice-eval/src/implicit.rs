@@ -1,6 +1,7 @@
 //! The implicit reward of preference pairs: from log-probs in their rows, or from two models.
 
 use anyhow::{Context, Result, ensure};
+use common::flags;
 use common::jsonl::Row;
 use common::logprob::Group;
 use common::policy::{Compute, Logps, OnNan, RewardModel, TooLong};
@@ -18,7 +19,7 @@ pub struct Models {
     #[arg(long = "ref", requires = "policy")]
     pub reference: Option<String>,
     /// Scale of the implicit reward
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     pub beta: f64,
     #[command(flatten)]
     pub compute: Compute,

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use clap::Parser;
+use common::flags;
 use common::generate::{Finish, Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::kernels::decoding::Format;
@@ -36,28 +37,28 @@ struct Args {
     #[arg(long)]
     model: String,
     /// Responses per prompt (the paper takes 16)
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = flags::count)]
     k: usize,
     /// Softmax temperature; 0 is greedy
-    #[arg(long, default_value_t = 0.9)]
+    #[arg(long, default_value_t = 0.9, value_parser = temperature)]
     temperature: f32,
     /// Keep the most probable tokens whose probabilities reach this sum
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = top_p)]
     top_p: f32,
     /// Keep so many most probable tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Drop tokens less probable than this fraction of the most probable one
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f32>)]
     min_p: f32,
     /// Divide the logits of tokens that occurred already; 1 changes nothing
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = flags::positive::<f32>)]
     repetition_penalty: f32,
     /// Longest response, tokens
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, value_parser = flags::count)]
     max_tokens: usize,
     /// End a response where this text appears (the text itself is left out); may be given more than once
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// A system turn for prompts that have none; it becomes part of the rows' prompt
     #[arg(long, value_name = "TEXT")]
@@ -69,7 +70,7 @@ struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 1024, on a GPU, unless given
-    #[arg(long)]
+    #[arg(long, value_parser = flags::count)]
     batch_size: Option<usize>,
     /// Number format of keys and values while responses are at work: long ones spend most of their time reading them. What 8
     /// bits change of a log-prob is little more than what bf16 does; dtype then ends in +kv-int8, and dice-score computes the
@@ -82,12 +83,21 @@ struct Args {
     files: Files,
 }
 
+/// Colder ones would make infinities of logits.
+fn temperature(text: &str) -> Result<f32> {
+    let fits = |t| t == 0.0 || t >= 1e-6;
+    flags::number(text, fits, "0 (greedy) or at least 0.000001")
+}
+
+fn top_p(text: &str) -> Result<f32> {
+    flags::number(text, |p| p > 0.0 && p <= 1.0, "above 0 and at most 1")
+}
+
 fn main() -> ExitCode {
     program::main(run)
 }
 
 fn run(args: Args) -> Result<()> {
-    ensure!(args.k > 0, "--k must be at least 1");
     let how = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,
@@ -97,11 +107,6 @@ fn run(args: Args) -> Result<()> {
         max_tokens: args.max_tokens,
         seed: args.seed,
     };
-    how.check()?;
-    ensure!(
-        args.stop.iter().all(|s| !s.is_empty()),
-        "--stop must not be empty"
-    );
     let Opened::Ready(output) = args.files.open(settings(json!({
         "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 use common::files::{parent, write_aside};
+use common::flags;
 use common::jsonl::{Files, Opened, Output, rows};
 use common::pairs::{Length, Mix, Replay, Rules, Samples, Spool, mix};
 use common::program::{self, Progress};
@@ -62,7 +63,7 @@ struct Args {
 
     /// Share of the output, from 0 to 1, that comes from --replay; the output is the largest that keeps this share
     /// and repeats no prompt
-    #[arg(long, default_value_t = 0.5, requires = "replay", value_parser = share)]
+    #[arg(long, default_value_t = 0.5, requires = "replay", value_parser = flags::share::<f64>)]
     gamma: f64,
 
     /// Drop prompts with fewer responses than this left
@@ -98,17 +99,8 @@ fn alpha(text: &str) -> Result<Alpha> {
     if text == "auto" {
         return Ok(Alpha(None));
     }
-    match text.parse() {
-        Ok(alpha) if f64::is_finite(alpha) && alpha >= 0.0 => Ok(Alpha(Some(alpha))),
-        _ => bail!("must be \"auto\" or a number not below 0"),
-    }
-}
-
-fn share(text: &str) -> Result<f64> {
-    match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => bail!("must be a number from 0 to 1"),
-    }
+    let fits = |x| x >= 0.0;
+    flags::number(text, fits, "\"auto\" or a number not below 0").map(|alpha| Alpha(Some(alpha)))
 }
 
 fn main() -> ExitCode {

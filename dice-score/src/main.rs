@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use clap::Parser;
+use common::flags;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
 use common::policy::{Compute, Logps, OnNan, Response, RewardModel, TooLong, responses};
@@ -38,7 +39,7 @@ struct Args {
     #[arg(long = "ref")]
     reference: String,
     /// Scale of the reward
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     beta: f64,
     #[command(flatten)]
     compute: Compute,

@@ -12,6 +12,7 @@ use common::dpo::{
     StepMetrics, Train, order, trainer,
 };
 use common::files::{Claim, holds_work, part_path};
+use common::flags;
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
 use common::model::Params;
@@ -63,19 +64,19 @@ pub struct Args {
     #[arg(long = "ref", value_name = "MODEL")]
     reference: Option<String>,
     /// How far the policy may move: the scale of the implicit reward
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     beta: f64,
     /// The preference loss
     #[arg(long, value_enum, default_value_t = LossType::Sigmoid)]
     loss: LossType,
     /// Probability that a label is wrong (sigmoid: conservative DPO; robust)
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = label_smoothing)]
     label_smoothing: f64,
     /// Weight of the chosen responses' negative log-likelihood per token (RPO)
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>)]
     rpo_alpha: f64,
     /// Peak learning rate
-    #[arg(long, default_value_t = 5e-7)]
+    #[arg(long, default_value_t = 5e-7, value_parser = flags::not_negative::<f64>)]
     learning_rate: f64,
     /// Course of the learning rate after the warm-up
     #[arg(long, value_enum, default_value_t = Scheduler::Constant)]
@@ -90,16 +91,16 @@ pub struct Args {
     #[arg(long, default_value_t = 1)]
     epochs: u64,
     /// Pairs per step; gradients are accumulated inside it, memory does not grow with it
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = flags::count)]
     batch_size: usize,
     /// Pairs with more tokens (prompt and longer response) are left out and counted
     #[arg(long, default_value_t = 4096)]
     max_length: usize,
     /// Clip the gradient's global norm; 0 does not
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = flags::not_negative::<f64>)]
     max_grad_norm: f64,
     /// AdamW's weight decay, on matrices only
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>)]
     weight_decay: f64,
     /// Take only the pairs whose prompt is in this part (by a stable hash, the same in every tool)
     #[arg(long, value_enum, default_value_t = Split::All)]
@@ -112,10 +113,10 @@ pub struct Args {
     optimizer: Optimizer,
     /// Train low-rank adapters of this rank on all linear maps of the layers (of mixtures of experts on attention's alone),
     /// saved in PEFT's layout
-    #[arg(long, value_name = "RANK")]
+    #[arg(long, value_name = "RANK", value_parser = flags::count)]
     lora_rank: Option<usize>,
     /// The adapters' scale is ALPHA / RANK
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, value_parser = flags::positive::<f32>)]
     lora_alpha: f32,
     /// Fold the adapters into the weights of the result
     #[arg(long, requires = "lora_rank")]
@@ -145,12 +146,17 @@ enum Optimizer {
     AdamwBf16,
 }
 
+/// At 0.5 a label says nothing.
+fn label_smoothing(text: &str) -> Result<f64> {
+    let fits = |p| (0.0..0.5).contains(&p);
+    flags::number(text, fits, "in 0 … 0.5, 0.5 excluded")
+}
+
 fn main() -> ExitCode {
     program::main(run)
 }
 
 fn run(args: Args) -> Result<()> {
-    check(&args)?;
     if args.output.exists() {
         ensure!(
             args.resume,
@@ -179,11 +185,12 @@ fn run(args: Args) -> Result<()> {
         "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
     );
     let model = Checkpoint::open(&args.model)?;
-    ensure!(
-        args.lora_rank.is_none() || args.merge || !model.weights.is_text_part(),
-        "--lora-rank: {} is the text part of a model that reads images, in which other programs would not find the adapters; add --merge",
-        args.model
-    );
+    if args.lora_rank.is_some()
+        && !args.merge
+        && let Some(why) = model.weights.no_base_for_adapters()
+    {
+        bail!("--lora-rank: {} is {why}; add --merge", args.model)
+    }
     let reference = args
         .reference
         .as_deref()
@@ -310,21 +317,6 @@ impl Memory {
             longest: left / token,
         })
     }
-}
-
-fn check(args: &Args) -> Result<()> {
-    ensure!(args.batch_size > 0, "--batch-size must be at least 1");
-    ensure!(args.beta > 0.0, "--beta must be above 0");
-    ensure!(
-        (0.0..0.5).contains(&args.label_smoothing),
-        "--label-smoothing must be in 0 … 0.5, 0.5 excluded"
-    );
-    ensure!(args.lora_rank != Some(0), "--lora-rank must be at least 1");
-    ensure!(
-        args.learning_rate >= 0.0,
-        "--learning-rate must not be negative"
-    );
-    Ok(())
 }
 
 /// The settings that are known before the pairs are read.

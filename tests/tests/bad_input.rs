@@ -555,29 +555,48 @@ fn templates_that_fail_or_never_end() {
 fn settings_that_make_no_sense() {
     let world = World::new();
     fs::write(world.path("rows.jsonl"), lines(&[good(1)])).unwrap();
-    for (tool, flag, value) in [
-        ("dice-gen", "--temperature", "-1"),
-        ("dice-gen", "--temperature", "NaN"),
-        ("dice-gen", "--top-p", "0"),
-        ("dice-gen", "--min-p", "2"),
-        ("dice-gen", "--repetition-penalty", "0"),
-        ("dice-gen", "--stop", ""),
-        ("dice-score", "--device", "cuda:99"),
-        ("dice-train", "--batch-size", "0"),
-        ("dice-train", "--beta", "0"),
-        ("dice-train", "--beta", "NaN"),
-        ("dice-train", "--learning-rate", "NaN"),
-        ("dice-train", "--label-smoothing", "0.7"),
-        ("dice-train", "--lora-rank", "0"),
-        ("dice-train", "--device", "cuda:99"),
-        ("dice-train", "--optimizer", "adamw-bf16"),
-    ] {
+    let run = |tool: &str, flag: &str, value: &str| {
         let run = world
             .tool(tool, "rows.jsonl")
             .args([format!("{flag}={value}")])
             .run();
+        assert!(!world.path("trained").exists() && !world.path("trained.part").exists());
+        run
+    };
+    for (tool, flag, values) in [
+        ("dice-gen", "--k", &["0", "-1"][..]),
+        ("dice-gen", "--batch-size", &["0"]),
+        ("dice-gen", "--max-tokens", &["0"]),
+        ("dice-gen", "--temperature", &["-1", "nan", "inf", "1e-40"]),
+        ("dice-gen", "--top-p", &["0", "1.1", "nan"]),
+        ("dice-gen", "--min-p", &["2", "nan"]),
+        ("dice-gen", "--repetition-penalty", &["0", "nan", "inf"]),
+        ("dice-gen", "--stop", &[""]),
+        ("dice-score", "--beta", &["0", "nan", "inf"]),
+        ("dice-pairs", "--alpha", &["-1", "nan"]),
+        ("dice-train", "--batch-size", &["0"]),
+        ("dice-train", "--beta", &["0", "nan", "inf"]),
+        ("dice-train", "--learning-rate", &["-1", "nan", "inf"]),
+        ("dice-train", "--label-smoothing", &["0.7", "nan"]),
+        ("dice-train", "--rpo-alpha", &["-1", "nan"]),
+        ("dice-train", "--max-grad-norm", &["-1", "nan"]),
+        ("dice-train", "--weight-decay", &["-1", "nan", "inf"]),
+        ("dice-train", "--lora-rank", &["0"]),
+        ("dice-train", "--lora-alpha", &["0", "nan"]),
+    ] {
+        for value in values {
+            let run = run(tool, flag, value);
+            assert_eq!(run.code, Some(2), "{tool} {flag}={value}: {}", run.stderr);
+            run.note(flag);
+        }
+    }
+    for (tool, flag, value) in [
+        ("dice-score", "--device", "cuda:99"),
+        ("dice-train", "--device", "cuda:99"),
+        ("dice-train", "--optimizer", "adamw-bf16"),
+    ] {
+        let run = run(tool, flag, value);
         check(&run, &[flag]);
         assert_eq!(run.rows_before_failure().len(), 0);
-        assert!(!world.path("trained").exists() && !world.path("trained.part").exists());
     }
 }

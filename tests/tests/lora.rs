@@ -241,6 +241,24 @@ fn an_adapter_serves_the_next_round() {
 }
 
 #[test]
+fn adapters_of_an_adapter_are_refused_unless_merged() {
+    let world = World::new();
+    let rank = ["--lora-rank", "4", "--max-steps", "1"];
+    world.train("pi", "adapter", &rank).run().ok();
+    let run = world.train("adapter", "next", &rank).run();
+    let line = run.error_line();
+    assert!(line.contains("is an adapter itself"), "{line}");
+    assert!(line.ends_with("; add --merge"), "{line}");
+    assert!(!world.path("next").exists() && !world.path("next.part").exists());
+    world
+        .train("adapter", "next", &rank)
+        .args(["--merge"])
+        .run()
+        .ok();
+    assert!(world.path("next").join("config.json").is_file());
+}
+
+#[test]
 fn training_of_adapters_resumes_exactly() {
     let world = World::new();
     let lora = ["--lora-rank", "4", "--save-steps", "3"];

@@ -2,7 +2,6 @@
 
 use super::logits::{CHUNK, Chunk, Row};
 use crate::kernels::softmax;
-use anyhow::{Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -26,28 +25,6 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// Refuses values without a meaning.
-    pub fn check(&self) -> Result<()> {
-        ensure!(
-            self.temperature >= 0.0 && self.temperature.is_finite(),
-            "--temperature must be 0 or more"
-        );
-        ensure!(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "--top-p must be above 0 and at most 1"
-        );
-        ensure!(
-            (0.0..=1.0).contains(&self.min_p),
-            "--min-p must be between 0 and 1"
-        );
-        ensure!(
-            self.repetition_penalty > 0.0,
-            "--repetition-penalty must be above 0"
-        );
-        ensure!(self.max_tokens > 0, "--max-tokens must be at least 1");
-        Ok(())
-    }
-
     /// What logits are multiplied by before they become weights.
     pub(super) fn scale(&self) -> f32 {
         match self.temperature {

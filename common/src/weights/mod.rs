@@ -244,11 +244,24 @@ impl Weights {
     }
 
     /// Whether it is the text part of a model that reads images, too.
-    pub fn is_text_part(&self) -> bool {
+    fn is_text_part(&self) -> bool {
         match &self.source {
             Source::Safetensors(shards) => shards.is_text_part(),
             Source::Gguf(_) => false,
             Source::Adapted { base, .. } => base.is_text_part(),
+        }
+    }
+
+    /// Why adapters that are saved by themselves cannot name it as what they belong to, where they cannot: what it is.
+    pub fn no_base_for_adapters(&self) -> Option<&'static str> {
+        match &self.source {
+            Source::Adapted { .. } => {
+                Some("an adapter itself, and other programs take no adapters of an adapter")
+            }
+            _ if self.is_text_part() => Some(
+                "the text part of a model that reads images, in which other programs would not find the adapters",
+            ),
+            _ => None,
         }
     }
 
