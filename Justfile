@@ -122,6 +122,7 @@ deny:
 
 # Throw bytes at a reader of untrusted files (rows, folder, gguf, tokenizer, template)
 fuzz target="rows" seconds="60":
+    mkdir -p fuzz/corpus/{{ target }}
     cd fuzz && cargo +nightly fuzz run --release {{ target }} corpus/{{ target }} seeds/{{ target }} -- \
         -max_total_time={{ seconds }} -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10
 

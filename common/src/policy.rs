@@ -350,7 +350,7 @@ impl Checkpoint {
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
-            .prompt_ids(prompt, None)
+            .prompt_ids(prompt)
             .map_err(|err| row.error("prompt", format!("{err:#}")))?;
         let context = self.weights.config.context;
         if ids.len() >= context {

@@ -53,11 +53,20 @@ impl Prompt {
     pub fn messages(&self) -> Vec<Map<String, Value>> {
         match self {
             Self::Messages(messages) => messages.clone(),
-            Self::Text(text) => vec![Map::from_iter([
-                ("role".to_owned(), Value::from("user")),
-                ("content".to_owned(), Value::from(text.as_str())),
-            ])],
+            Self::Text(text) => vec![turn("user", text)],
         }
+    }
+
+    /// The prompt with a system turn before it, unless it brings a system (or developer) turn of its own.
+    #[must_use]
+    pub fn with_system(self, text: &str) -> Self {
+        let mut messages = self.messages();
+        let is_system = |role| role == "system" || role == "developer";
+        if (messages.iter().filter_map(|m| m.get("role")?.as_str())).any(is_system) {
+            return self;
+        }
+        messages.insert(0, turn("system", text));
+        Self::Messages(messages)
     }
 
     /// What makes two prompts the same one, whichever form they have: the hash of their messages.
@@ -83,6 +92,14 @@ impl Prompt {
         };
         hash.to_hex()[..16].to_owned()
     }
+}
+
+/// A message of a chat.
+pub fn turn(role: &str, content: &str) -> Map<String, Value> {
+    Map::from_iter([
+        ("role".to_owned(), Value::from(role)),
+        ("content".to_owned(), Value::from(content)),
+    ])
 }
 
 fn hash_json(messages: &[Map<String, Value>]) -> blake3::Hash {
@@ -149,6 +166,18 @@ mod tests {
         ] {
             assert!(Prompt::from_value(&bad).is_err(), "{bad} should be refused");
         }
+    }
+
+    #[test]
+    fn a_system_turn_is_added_unless_there_is_one() {
+        let added = Prompt::Text("hi".into()).with_system("be brief");
+        assert_eq!(
+            added.messages(),
+            [turn("system", "be brief"), turn("user", "hi")]
+        );
+        assert_eq!(added.clone().with_system("other"), added);
+        let own = Prompt::Messages(vec![turn("user", "hi"), turn("developer", "be kind")]);
+        assert_eq!(own.clone().with_system("other"), own);
     }
 
     #[test]

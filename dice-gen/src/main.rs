@@ -274,7 +274,10 @@ impl Job<'_> {
     /// # Errors
     /// A row that is wrong; or ([`TooLong`]) longer than the model or the memory takes.
     fn encode(&self, row: &Row) -> Result<(Prompt, Vec<u32>)> {
-        let prompt = with_system(row.prompt()?, self.args.system.as_deref());
+        let mut prompt = row.prompt()?;
+        if let Some(system) = &self.args.system {
+            prompt = prompt.with_system(system);
+        }
         let ids = self.model.prompt_ids(row, &prompt)?;
         if !self.generator.has_room_for(ids.len()) {
             let message = format!("has {} tokens, more than there is memory for", ids.len());
@@ -373,20 +376,6 @@ fn stop_at(model: &Checkpoint, stops: &[String], ids: &[u32]) -> Option<usize> {
         .min()
 }
 
-/// The prompt with a system turn before it, unless it has one.
-fn with_system(prompt: Prompt, system: Option<&str>) -> Prompt {
-    let Some(system) = system else { return prompt };
-    let mut messages = prompt.messages();
-    if messages[0].get("role") != Some(&json!("system")) {
-        let turn = [
-            ("role".to_owned(), json!("system")),
-            ("content".to_owned(), json!(system)),
-        ];
-        messages.insert(0, Map::from_iter(turn));
-    }
-    Prompt::Messages(messages)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -423,14 +412,5 @@ mod tests {
         let parts = [Split::Train, Split::Validation, Split::Test].map(taken);
         assert!(parts[0] > 60 && parts[1] > 0 && parts[2] > 0, "{parts:?}");
         assert_eq!(parts.iter().sum::<usize>(), taken(Split::All));
-    }
-
-    #[test]
-    fn a_system_turn_is_added_once() {
-        let text = Prompt::Text("hi".into());
-        let added = with_system(text.clone(), Some("be brief"));
-        assert_eq!(added.messages()[0]["content"], "be brief");
-        assert_eq!(with_system(added.clone(), Some("other")), added);
-        assert_eq!(with_system(text.clone(), None), text);
     }
 }

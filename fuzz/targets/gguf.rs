@@ -14,7 +14,7 @@ fuzz_target!(|input: &[u8]| {
         drop(weights.fingerprint());
     }
     if let Ok(chat) = Chat::open(&path) {
-        drop(chat.prompt_ids(&Prompt::Text("Hi <|im_end|>\u{200b}é\u{202e}".into()), None));
+        drop(chat.prompt_ids(&Prompt::Text("Hi <|im_end|>\u{200b}é\u{202e}".into())));
         drop(chat.response_ids("</s> [INST] ok", true));
         drop(chat.decode(&[0, 1, 2, 3, u32::MAX]));
     }

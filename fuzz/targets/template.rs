@@ -18,7 +18,7 @@ fuzz_target!(|input: &[u8]| {
         return;
     };
     let text = String::from_utf8_lossy(&text);
-    let outcome = chat.prompt_ids(&Prompt::Text(text.into()), None);
+    let outcome = chat.prompt_ids(&Prompt::Text(text.into()));
     if let Err(error) = outcome {
         assert!(!format!("{error:#}").contains('\n'), "one line: {error:#}");
     }

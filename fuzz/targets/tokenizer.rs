@@ -19,7 +19,7 @@ fuzz_target!(|input: &[u8]| {
     let Ok(chat) = Chat::from_folder(folder()) else {
         return;
     };
-    drop(chat.prompt_ids(&Prompt::Text(text.to_string()), Some("Be brief.")));
+    drop(chat.prompt_ids(&Prompt::Text(text.to_string()).with_system("Be brief.")));
     if let Ok(ids) = chat.response_ids(&text, false) {
         assert!(ids.iter().all(|id| (*id as usize) < chat.vocab_size()));
         drop(chat.decode(&ids));

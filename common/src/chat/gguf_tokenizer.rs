@@ -484,7 +484,7 @@ mod tests {
                 assert_eq!(chat.decode(&ids).unwrap(), row["decoded"].as_str().unwrap());
             }
             let begin = chat
-                .prompt_ids(&crate::records::Prompt::Text("x".into()), None)
+                .prompt_ids(&crate::records::Prompt::Text("x".into()))
                 .unwrap()[0];
             assert_eq!(
                 begin == 1,
@@ -509,7 +509,7 @@ mod tests {
             );
             let chat = Chat::from_gguf(&entries).unwrap();
             assert_eq!(
-                chat.prompt_ids(&crate::records::Prompt::Text("ab".into()), None)
+                chat.prompt_ids(&crate::records::Prompt::Text("ab".into()))
                     .unwrap(),
                 [0, 4]
             );
@@ -551,7 +551,7 @@ mod tests {
             entries.insert("general.architecture".to_owned(), name);
             let chat = Chat::from_gguf(&entries).unwrap();
             let prompt = crate::records::Prompt::Text("a".into());
-            chat.prompt_ids(&prompt, None).unwrap()
+            chat.prompt_ids(&prompt).unwrap()
         };
         assert_eq!(ids("phi3"), [8, 5, 7]);
         assert_eq!(ids("llama"), [8, 3, 6, 4, 7]);

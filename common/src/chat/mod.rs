@@ -19,12 +19,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
 
 use crate::gguf::{Arrays, Header, Value};
 use crate::mapped::Mapped;
-use crate::records::Prompt;
+use crate::records::{Prompt, turn};
 use contained::contained;
 use encoder::Encoder;
 use template::Template;
@@ -132,45 +131,25 @@ impl Chat {
 
     /// Ids of a prompt, ready for the response to follow: rendered once by the template with the generation
     /// prompt, or, without a template, the text as the tokenizer begins a document (BOS if it adds one).
-    ///
-    /// `system` becomes the first turn unless the prompt brings a system (or developer) turn of its own,
-    /// which then stays.
-    pub fn prompt_ids(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
-        contained(|| self.encode_prompt(prompt, system))
+    pub fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        contained(|| self.encode_prompt(prompt))
     }
 
-    fn encode_prompt(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
+    fn encode_prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
-            return self.bare_prompt(prompt, system);
+            return match prompt {
+                Prompt::Text(text) => self.encoder.document(text),
+                Prompt::Messages(_) => bail!(
+                    "the model has no chat template: its prompts must be strings, without a system turn"
+                ),
+            };
         };
-        let mut messages = prompt.messages();
-        let has_system = messages.iter().any(|message| {
-            message
-                .get("role")
-                .is_some_and(|role| role == "system" || role == "developer")
-        });
-        if let Some(text) = system
-            && !has_system
-        {
-            messages.insert(0, turn("system", text));
-        }
+        let messages = prompt.messages();
         match self.encoder.guard(&messages)? {
             None => self.encoder.rendered(&template.render(&messages, true)?),
             Some(guarded) => self
                 .encoder
                 .guarded(&template.render(&guarded.messages, true)?, &guarded),
-        }
-    }
-
-    fn bare_prompt(&self, prompt: &Prompt, system: Option<&str>) -> Result<Vec<u32>> {
-        match (prompt, system) {
-            (Prompt::Text(text), None) => self.encoder.document(text),
-            (Prompt::Text(_), Some(_)) => {
-                bail!("the model has no chat template, so it takes no system turn")
-            }
-            (Prompt::Messages(_), _) => {
-                bail!("the model has no chat template: its prompts must be strings, not messages")
-            }
         }
     }
 
@@ -255,11 +234,4 @@ fn turn_tokens(template: &Template, tokenizer: &Tokenizer) -> Vec<u32> {
         .filter(|(text, _)| !text.trim().is_empty())
         .filter_map(|(_, id)| id)
         .collect()
-}
-
-fn turn(role: &str, content: &str) -> Map<String, Json> {
-    Map::from_iter([
-        ("role".to_owned(), Json::from(role)),
-        ("content".to_owned(), Json::from(content)),
-    ])
 }
