@@ -38,29 +38,55 @@ pub fn publish(part: &Path, path: &Path) -> Result<()> {
         .with_context(|| format!("cannot sync the folder {}", parent.display()))
 }
 
-/// The right to work in a folder, which no other program has at the same time.
+/// Locks an open file or folder, until it is closed, for this program alone.
+///
+/// # Errors
+/// Another program has it.
+pub fn lock(file: &File, path: &Path) -> Result<()> {
+    // Where the file system has no locks, there is none to respect.
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        bail!("{} is being written by another program", path.display());
+    }
+    Ok(())
+}
+
+/// To be asked once the `.part` of a path that was not there is locked: who had the lock before may have finished since.
+///
+/// # Errors
+/// The path is there.
+pub fn still_missing(path: &Path) -> Result<()> {
+    if path.exists() {
+        bail!(
+            "{} has just been written by another program",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// The right to work in the `.part` of a folder, which no other program has at the same time.
 pub struct Claim {
     folder: PathBuf,
     _lock: File,
 }
 
 impl Claim {
-    /// Makes the folder where it is not there, and locks it.
+    /// Makes `path.part` where it is not there, and locks it.
     ///
     /// # Errors
-    /// It cannot be made, or another program works in it.
-    pub fn new(folder: &Path) -> Result<Self> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let lock =
-            File::open(folder).with_context(|| format!("cannot open {}", folder.display()))?;
-        // Where the file system has no locks, there is none to respect.
-        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-            bail!("{} is being written by another program", folder.display());
-        }
-        Ok(Self {
-            folder: folder.to_owned(),
-            _lock: lock,
-        })
+    /// It cannot be made, or another program works in it, or has just finished.
+    pub fn new(path: &Path) -> Result<Self> {
+        let folder = part_path(path);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let open =
+            File::open(&folder).with_context(|| format!("cannot open {}", folder.display()))?;
+        lock(&open, &folder)?;
+        let claim = Self {
+            folder,
+            _lock: open,
+        };
+        still_missing(path)?;
+        Ok(claim)
     }
 }
 
@@ -138,19 +164,23 @@ mod tests {
     #[test]
     fn a_folder_has_one_worker_and_goes_if_it_did_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let part = dir.path().join("next.part");
-        let claim = Claim::new(&part).unwrap();
-        let second = Claim::new(&part).err().unwrap().to_string();
+        let (path, part) = (dir.path().join("next"), dir.path().join("next.part"));
+        let claim = Claim::new(&path).unwrap();
+        let second = Claim::new(&path).err().unwrap().to_string();
         assert!(
             second.ends_with("next.part is being written by another program"),
             "{second}"
         );
         drop(claim);
         assert!(!part.exists());
-        let claim = Claim::new(&part).unwrap();
+        let claim = Claim::new(&path).unwrap();
         fs::write(part.join("a"), "a").unwrap();
         drop(claim);
         assert!(holds_work(&part) && holds_work(&part.join("a")));
+        fs::rename(&part, &path).unwrap();
+        let late = Claim::new(&path).err().unwrap().to_string();
+        assert!(late.ends_with("next has just been written by another program"));
+        assert!(!part.exists());
         assert!(!holds_work(&dir.path().join("gone")));
     }
 

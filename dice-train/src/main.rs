@@ -178,7 +178,7 @@ fn run(args: Args) -> Result<()> {
             part.display()
         );
     }
-    let _claim = Claim::new(&part)?;
+    let _claim = Claim::new(&args.output)?;
     let place = args.compute.place(Stage::Training)?;
     ensure!(
         place.gpu.is_some() || args.optimizer == Optimizer::Adamw,

@@ -1,6 +1,6 @@
 //! Where rows go: stdout, or a file that appears whole or not at all and whose making can be taken up again.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::read::{MAX_LINE_BYTES, Rows, object};
-use crate::files::{holds_work, parent, part_path, publish};
+use crate::files::{holds_work, lock, parent, part_path, publish, still_missing};
 use crate::program;
 use crate::run::{Manifest, beside};
 
@@ -112,10 +112,8 @@ impl Output {
             .truncate(false)
             .open(&part)
             .with_context(|| format!("cannot write {}", part.display()))?;
-        // Where the file system has no locks, there is none to respect.
-        if let Err(TryLockError::WouldBlock) = file.try_lock() {
-            bail!("{} is being written by another program", part.display());
-        }
+        lock(&file, &part)?;
+        still_missing(path)?;
         let (kept, bytes) = whole_rows(&file, &part)?;
         cut(&mut file, bytes).with_context(|| format!("cannot write {}", part.display()))?;
         let sink = Sink::File {

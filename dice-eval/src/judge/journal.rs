@@ -1,12 +1,13 @@
 //! What a judge has answered already, on disk: a killed run asks nothing twice.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use common::files::lock;
 use serde::{Deserialize, Serialize};
 
 use super::verdict::Verdict;
@@ -19,7 +20,32 @@ pub struct Journal {
 struct Inner {
     known: HashMap<String, Verdict>,
     /// `None`: nothing is kept.
-    file: Option<File>,
+    file: Option<Lines>,
+}
+
+/// A file of whole lines.
+struct Lines {
+    file: File,
+    bytes: u64,
+}
+
+impl Lines {
+    /// Writes a line, or, where it does not fit on the disk, nothing of it: the next would go on with a torn one.
+    fn push(&mut self, line: &str) -> io::Result<()> {
+        let written = self.file.write_all(line.as_bytes());
+        match &written {
+            Ok(()) => self.bytes += line.len() as u64,
+            Err(_) => self.end_at(self.bytes)?,
+        }
+        written
+    }
+
+    fn end_at(&mut self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)?;
+        self.file.seek(SeekFrom::Start(bytes))?;
+        self.bytes = bytes;
+        Ok(())
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -60,8 +86,7 @@ impl Journal {
                 verdict: verdict.clone(),
             };
             let line = serde_json::to_string(&entry)? + "\n";
-            file.write_all(line.as_bytes())
-                .context("cannot write the journal")?;
+            file.push(&line).context("cannot write the journal")?;
         }
         inner.known.insert(question.to_owned(), verdict.clone());
         Ok(())
@@ -72,18 +97,16 @@ impl Journal {
     }
 }
 
-fn load(path: &Path) -> Result<(HashMap<String, Verdict>, File)> {
+fn load(path: &Path) -> Result<(HashMap<String, Verdict>, Lines)> {
     let context = || format!("--journal {}", path.display());
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
         .open(path)
         .with_context(context)?;
-    if let Err(TryLockError::WouldBlock) = file.try_lock() {
-        bail!("{} is being written by another program", path.display());
-    }
+    lock(&file, path)?;
     let mut known = HashMap::new();
     let mut whole = 0;
     let mut reader = BufReader::new(&file);
@@ -99,9 +122,9 @@ fn load(path: &Path) -> Result<(HashMap<String, Verdict>, File)> {
         known.insert(entry.question, entry.verdict);
         whole += read as u64;
     }
-    file.set_len(whole).with_context(context)?;
-    file.seek(SeekFrom::Start(whole)).with_context(context)?;
-    Ok((known, file))
+    let mut lines = Lines { file, bytes: whole };
+    lines.end_at(whole).with_context(context)?;
+    Ok((known, lines))
 }
 
 #[cfg(test)]
