@@ -2,7 +2,7 @@
 //! AlpacaEval's files from the hub's cache.
 
 use dice_tests::{
-    Act, Fields, JudgeServer, Tool, golden, lines, number, pipe, read_rows, text, workspace,
+    Act, Fields, JudgeServer, Mount, Tool, golden, lines, number, pipe, read_rows, text, workspace,
 };
 use serde_json::{Value, json};
 use std::fs;
@@ -195,30 +195,62 @@ fn the_documents_commands_work() {
     );
 }
 
+/// Judges base against round-2.
+fn judge(folder: &Path, server: &JudgeServer, output: &str) -> Tool {
+    let path = |name: &str| text(&folder.join(name));
+    let files = [
+        ["--a".to_owned(), path("base.jsonl")],
+        ["--b".to_owned(), path("round-2.jsonl")],
+        ["--output".to_owned(), path(output)],
+    ];
+    let words = [
+        "--judge",
+        "j",
+        "--in-flight",
+        "2",
+        "--resume",
+        "--endpoint",
+        &server.url,
+    ];
+    Tool::new("dice-eval", ["judge"])
+        .args(files.concat())
+        .args(words)
+}
+
+/// Two answers come while the journal's disk is full: a line that the first tears must not spoil the file.
+#[test]
+fn a_full_disk_spoils_no_journal() {
+    let folder = tempfile::tempdir().unwrap();
+    write_world(folder.path());
+    let Some(disk) = Mount::new(&folder.path().join("disk"), 8) else {
+        return;
+    };
+    let server = JudgeServer::start(&[Act::Weigh]);
+    let journal = ["--journal".to_owned(), text(&folder.path().join("disk/j"))];
+    let full = judge(folder.path(), &server, "out.jsonl")
+        .args(&journal)
+        .run();
+    let line = full.error_line();
+    assert!(
+        line.contains("cannot write the journal: No space left"),
+        "{line}"
+    );
+    let kept = fs::read(folder.path().join("disk/j")).unwrap();
+    assert_eq!(kept.last(), Some(&b'\n'));
+    disk.resize(64);
+    judge(folder.path(), &server, "out.jsonl")
+        .args(&journal)
+        .run()
+        .ok();
+    let asked = server.asked();
+    assert!((120..=120 + 2).contains(&asked), "{asked} questions");
+}
+
 #[test]
 fn a_killed_judge_asks_nothing_twice() {
     let folder = tempfile::tempdir().unwrap();
     write_world(folder.path());
-    let path = |name: &str| text(&folder.path().join(name));
-    let judge = |server: &JudgeServer, output: &str| {
-        let files = [
-            ["--a".to_owned(), path("base.jsonl")],
-            ["--b".to_owned(), path("round-2.jsonl")],
-            ["--output".to_owned(), path(output)],
-        ];
-        let words = [
-            "--judge",
-            "j",
-            "--in-flight",
-            "2",
-            "--resume",
-            "--endpoint",
-            &server.url,
-        ];
-        Tool::new("dice-eval", ["judge"])
-            .args(files.concat())
-            .args(words)
-    };
+    let judge = |server: &JudgeServer, output: &str| judge(folder.path(), server, output);
     let calm = JudgeServer::start(&[Act::Weigh]);
     judge(&calm, "calm.jsonl").run().ok();
 
