@@ -197,7 +197,9 @@ template <class T> __device__ void decode_merge(const float* partial, const floa
     float lse = lane() < parts ? partial_lse[(long long)lane() * rows + row] : -INFINITY;
     float highest = warp_max(lse);
     float weight = lse > -INFINITY ? exp2_fast(lse - highest) : 0.0f;
-    weight /= warp_sum(weight);
+    float total = 0;  // in the parts' order: how many lanes there are before a sequence's own parts is up to its neighbours
+    for (int p = 0; p < parts; ++p) total += __shfl_sync(ALL, weight, p);
+    weight /= total;
     for (int first = 0; first < dim; first += 2 * WARP) {
         int c = first + 2 * lane();
         Few<2> sum{};

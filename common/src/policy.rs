@@ -471,10 +471,22 @@ impl RewardModel {
         policy.weights.check_same_vocabulary(&reference.weights)?;
         let models = [policy.bytes(&place)?, reference.bytes(&place)?];
         let together = fit_together(models, &place)?;
-        let left = match (&place.gpu, together) {
-            (Some(_), _) => usize::MAX, // it knows what it has
-            (None, true) => budget::left_beside(place.budget, models[0] + models[1])?,
-            (None, false) => budget::left_beside(place.budget, models[0].max(models[1]))?,
+        let ready = match together {
+            true => models[0] + models[1],
+            false => models[0].max(models[1]),
+        };
+        let configs = [&policy, &reference].map(|model| &model.weights.config);
+        let longest = match &place.gpu {
+            None => {
+                let left = budget::left_beside(place.budget, ready)?;
+                configs.map(|config| left / Decoder::forward_bytes(config, 1))
+            }
+            Some(gpu) => match gpu.memory()?.free.checked_sub(ready) {
+                Some(left) => {
+                    configs.map(|config| cuda::most_tokens(config, place.precision, left))
+                }
+                None => [usize::MAX; 2], // loading them will say so
+            },
         };
         if !together {
             program::say("there is memory for one of the two models at a time: they take turns");
@@ -485,9 +497,8 @@ impl RewardModel {
             );
         }
         program::say(format_args!("computing in {place}"));
-        let token = |model: &Checkpoint| Decoder::forward_bytes(&model.weights.config, 1);
         Ok(Self {
-            longest: left / token(&policy).max(token(&reference)),
+            longest: longest[0].min(longest[1]),
             policy,
             reference,
             place,

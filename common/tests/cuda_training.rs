@@ -7,8 +7,8 @@ use common::chat::Chat;
 use common::cuda::{self, Device, Footprint};
 use common::dpo::checkpoint::{Run, Writer, resume};
 use common::dpo::{
-    CudaTrainer, Kept, LoraSettings, Moments, NotFinite, Pair, Settings, State, Take, Train,
-    Trainer, resident_bytes,
+    CudaTrainer, Kept, LoraSettings, Moments, NotFinite, Pair, Progress, Settings, State, Take,
+    Train, Trainer, resident_bytes,
 };
 use common::kernels::gemm::Precision;
 use common::model::{Lora, Params};
@@ -176,11 +176,11 @@ fn gradients_of_adapters_are_the_cpus() {
         let batch = refs(&pairs);
         let mut cpu = cpu(&weights, &adapted(usual()), Precision::F32);
         let state = Numbers::of_adapters(cpu.trained());
-        cpu.restore(&state, 0, 0).unwrap();
+        cpu.restore(&state, cpu.progress()).unwrap();
         let (their_sums, theirs) = cpu.gradient(&batch);
         for (precision, tolerance) in [(Precision::F32, 3e-5), (Precision::Bf16, 0.1)] {
             let mut gpu = gpu(&device, &weights, &adapted(usual()), precision);
-            gpu.restore(&state, 0, 0).unwrap();
+            gpu.restore(&state, gpu.progress()).unwrap();
             let (sums, ours) = gpu.gradient(&batch).unwrap();
             let apart = off(&ours, &theirs);
             assert!(
@@ -324,7 +324,6 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
             dtype: "f32".into(),
             settings: settings.clone(),
             date: None,
-            state_bytes: 0,
         };
         let writer = Writer {
             output: &output,
@@ -357,7 +356,7 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
             let mut other = cpu(&weights, &settings, precision);
             resume(&output, &run, &mut other).unwrap();
             let mut back = gpu(&device, &weights, &settings, precision);
-            back.restore(&other, 2, 0).unwrap();
+            back.restore(&other, other.progress()).unwrap();
             assert_eq!(Numbers::of(&back).0, Numbers::of(&other).0);
         }
     }
@@ -376,6 +375,32 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
+/// What decides in which order a batch is summed is the run's, not the memory's that there is when it goes on.
+#[test]
+fn a_run_goes_on_in_parts_of_the_size_that_it_began_with() {
+    let (weights, _) = open("llama");
+    let pairs = pairs(weights.config.vocab);
+    let on = |tokens: usize| {
+        let bytes = needs(&weights, &usual(), Precision::F32, tokens, 0);
+        let device = cuda::emulated(bytes + 100_000);
+        CudaTrainer::new(&device, &weights, usual(), Precision::F32).unwrap()
+    };
+    let (mut small, mut large) = (on(100), on(4000));
+    assert!(small.progress().part_tokens < large.progress().part_tokens);
+    let apart = [&small, &large].map(|trainer| trainer.gradient(&refs(&pairs)).unwrap().1);
+    assert_ne!(apart[0], apart[1], "it does decide");
+    large
+        .restore(&Numbers::of(&small), small.progress())
+        .unwrap();
+    assert_eq!(large.gradient(&refs(&pairs)).unwrap().1, apart[0]);
+    let back = Progress {
+        part_tokens: 4000,
+        ..large.progress()
+    };
+    let line = small.restore(&Numbers::of(&large), back).unwrap_err();
+    assert!(line.to_string().contains("parts of 4000 tokens"), "{line}");
+}
+
 #[test]
 fn the_same_state_is_saved_as_the_same_files() {
     let device = cuda::emulated(1 << 30);
@@ -386,7 +411,7 @@ fn the_same_state_is_saved_as_the_same_files() {
             let mut cpu = cpu(&weights, &settings, Precision::F32);
             steps(&mut cpu, &pairs, 2);
             let mut gpu = gpu(&device, &weights, &settings, Precision::Bf16);
-            gpu.restore(&cpu, 2, 0).unwrap();
+            gpu.restore(&cpu, cpu.progress()).unwrap();
             let folder = tempfile::tempdir().unwrap();
             let saved = |name: &str, trainer: &dyn Train| {
                 let model = folder.path().join(name);

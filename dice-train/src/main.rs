@@ -5,18 +5,16 @@ mod tensorboard;
 
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
-use common::budget;
 use common::dpo::checkpoint::{Run, Writer, finished, resume};
 use common::dpo::{
-    LoraSettings, LossType, Moments, NotFinite, Objective, Scheduler, Settings, StateBytes,
+    LoraSettings, LossType, Memory, Moments, NotFinite, Objective, Scheduler, Settings,
     StepMetrics, Train, order, trainer,
 };
 use common::files::{Claim, holds_work, part_path};
 use common::flags;
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
-use common::model::Params;
-use common::policy::{Checkpoint, Compute, OnNan, Place, Stage};
+use common::policy::{Checkpoint, Compute, OnNan, Stage};
 use common::program::{self, Progress};
 use common::records::Split;
 use common::run;
@@ -202,7 +200,7 @@ fn run(args: Args) -> Result<()> {
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
     let exact = place.full_range_precision() == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
-    let memory = Memory::new(&args, &model, &place)?;
+    let memory = Memory::new(&model.weights.config, &settings(&args, 0), &place)?;
     let mut pairs = Pairs::read(&args, &model, given_by, memory.longest, &reading)?;
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
@@ -216,7 +214,6 @@ fn run(args: Args) -> Result<()> {
         dtype: place.dtype().to_owned(),
         date: model.chat.date(),
         settings: settings.clone(),
-        state_bytes: memory.states.part,
     };
     program::say(format_args!("{}: computing in {place}", args.model));
     let on_nan = args.compute.on_nan;
@@ -243,80 +240,6 @@ fn run(args: Args) -> Result<()> {
         base: &args.model,
     };
     train(&args, &mut *trainer, &pairs, &writer, log)
-}
-
-/// What layer states may take on a CPU, so that four pairs of 512 tokens need less than 1 GB beside weights, gradients and
-/// moments. In bfloat16 the packed weights leave room for more.
-const fn state_bytes(precision: Precision) -> usize {
-    match precision {
-        Precision::F32 => 192 << 20,
-        Precision::Bf16 => 640 << 20,
-    }
-}
-
-/// What memory is left beside weights, gradients and moments.
-struct Memory {
-    /// For layer states. What decides over the numbers depends on the command alone, never on the machine.
-    states: StateBytes,
-    /// Most tokens of a pair.
-    longest: usize,
-}
-
-impl Memory {
-    fn new(args: &Args, model: &Checkpoint, place: &Place) -> Result<Self> {
-        if place.gpu.is_some() {
-            // The trainer there cuts its parts by what the GPU has free.
-            return Ok(Self {
-                states: StateBytes::default(),
-                longest: usize::MAX,
-            });
-        }
-        let config = &model.weights.config;
-        let params = Params::new(config);
-        let packed = match place.full_range_precision() {
-            Precision::F32 => 4,
-            Precision::Bf16 => 2,
-        };
-        // The weights, the gradient and two moments of what is trained; of adapters next to nothing but what they are added to.
-        let trained = match args.lora_rank {
-            Some(_) => {
-                4 * params
-                    .layers
-                    .iter()
-                    .flat_map(|l| l.adapted())
-                    .map(|m| m.rows * m.cols)
-                    .sum::<usize>()
-            }
-            None => 16 * params.len,
-        };
-        let fixed = packed * params.len + trained;
-        let part = state_bytes(place.full_range_precision());
-        let (left, most) = match args.compute.memory_budget {
-            Some(budget) => {
-                let left = budget::beyond(budget, fixed)?;
-                (left, left / 2)
-            }
-            None => {
-                let left = budget::left_beside(None, fixed)?;
-                // What the machine seems to lack now may be there when it is wanted.
-                (left.max(part), (left / 2).max(part))
-            }
-        };
-        // A pair whose states do not fit keeps its layers' inputs, and makes one layer's state and gradients at a time.
-        let mlp = match config.experts {
-            None => 4 * config.ffn,
-            Some(experts) => experts.used * (4 * config.ffn + 3 * config.hidden),
-        };
-        let row = 4 * config.hidden + 2 * config.heads * config.head_dim + mlp;
-        let token = (config.layers * config.hidden + 3 * row) * size_of::<f32>();
-        Ok(Self {
-            states: StateBytes {
-                part: part.min(most),
-                long: most,
-            },
-            longest: left / token,
-        })
-    }
 }
 
 /// The settings that are known before the pairs are read.

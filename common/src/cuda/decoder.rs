@@ -380,13 +380,12 @@ impl Decoder {
         bytes_of(self.precision)
     }
 
-    /// The bytes that a pass takes for each token.
-    pub fn pass_bytes(&self) -> usize {
-        let c = &self.config;
+    /// The bytes that a pass of such a model takes for each token.
+    pub fn pass_bytes(c: &Config, precision: Precision) -> usize {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn;
         let streams = if c.norms == Norms::Before { 1 } else { 2 };
-        in_format * self.size() + (streams * c.hidden + c.heads) * size_of::<f32>()
+        in_format * bytes_of(precision) + (streams * c.hidden + c.heads) * size_of::<f32>()
     }
 
     /// Room for the activations of so many tokens.

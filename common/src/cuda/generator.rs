@@ -13,8 +13,8 @@ use super::args;
 use super::decoder::{CacheRows, Decoder, Rotation, Scores, THREADS};
 use super::device::{Arg, Buffer, Graph, Launch, Precision};
 use super::slots::{
-    DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence, Sizes,
-    Slots, bits_of, prompt_rows, seen_words, tables,
+    DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence,
+    Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::kernels::attention::Layout;
@@ -52,6 +52,8 @@ pub struct Generator<'a> {
     groups: Queue<Prompt>,
     slots: Vec<Option<Running>>,
     pages: Pages,
+    /// Rows of the longest pass over a prompt.
+    most_rows: usize,
     memory: Slots,
     rotary: Arc<Rotation>,
     /// None for what ran once, which makes everything ready for capture.
@@ -102,7 +104,8 @@ impl<'a> Generator<'a> {
         let context = decoder.config.context;
         let capacity = how.max_tokens.min(context);
         let sizes = Sizes::new(decoder, capacity, how.repetition_penalty != 1.0);
-        let (slots, pages) = sizes.share_out(decoder.device.memory()?.free, slots)?;
+        let Shares { slots, pages, rows } =
+            sizes.share_out(decoder.device.memory()?.free, slots)?;
         let most = context
             .div_ceil(PAGE)
             .min(pages)
@@ -118,6 +121,7 @@ impl<'a> Generator<'a> {
                 most,
                 all: pages,
             },
+            most_rows: rows,
             memory,
             graphs: HashMap::new(),
             again: vec![],
@@ -517,7 +521,9 @@ impl Generate for Generator<'_> {
 
     fn has_room_for(&self, prompt: usize) -> bool {
         let shared = prompt.div_ceil(PAGE);
-        shared <= self.pages.most && shared + self.own_pages(prompt) <= self.pages.all
+        prompt_rows(prompt) <= self.most_rows
+            && shared <= self.pages.most
+            && shared + self.own_pages(prompt) <= self.pages.all
     }
 
     fn push(&mut self, request: Request) {

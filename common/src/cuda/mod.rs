@@ -32,7 +32,7 @@ pub use device::{
 pub use generator::Generator;
 pub use optimizer::{Flat, Rates, Trained};
 pub use reward::{Choice, rewards};
-pub use scoring::{score, score_all, target_logps};
+pub use scoring::{most_tokens, score, score_all, target_logps};
 pub use training::{Footprint, Forward};
 
 use anyhow::Result;

@@ -3,8 +3,9 @@
 
 use super::args;
 use super::decoder::{Decoder, THREADS};
-use super::device::{Buffer, Device, Launch, Precision};
+use super::device::{Buffer, Device, Launch, Precision, bytes_of};
 use crate::logprob::{Batch, Group, PassLimits, in_parts};
+use crate::weights::Config;
 use anyhow::Result;
 
 /// Bytes of logits that exist at a time.
@@ -13,8 +14,6 @@ const LOGITS: usize = 512 << 20;
 const WORDS: usize = 16 << 10;
 /// Tokens of a forward pass: beyond these nothing is gained.
 const MOST_TOKENS: usize = 32 << 10;
-/// Below these a GPU idles.
-const LEAST_TOKENS: usize = 2 << 10;
 
 /// log p of each target, float32 on the device.
 pub struct TargetLogps {
@@ -30,11 +29,8 @@ impl Decoder {
     /// # Errors
     /// A device that does not answer.
     pub fn tokens_at_once(&self) -> Result<usize> {
-        let free = self.device.memory()?.free;
-        // Some is left to the rounding of allocations; rows of the LM head are at most as many as the tokens.
-        let for_passes = (free / 10 * 9).saturating_sub(LOGITS);
-        let each = self.pass_bytes() + self.config.hidden * self.size();
-        Ok((for_passes / each).clamp(LEAST_TOKENS, MOST_TOKENS))
+        let room = most_tokens(&self.config, self.precision, self.device.memory()?.free);
+        Ok(room.clamp(1, MOST_TOKENS))
     }
 
     /// Groups packed for a pass: tokens and targets in round numbers, those at the end belonging to nobody.
@@ -50,6 +46,16 @@ impl Decoder {
         batch.rows.resize(targets, 0);
         batch
     }
+}
+
+/// Tokens of the longest forward pass that `free` bytes have room for beside a model, its logits included.
+pub fn most_tokens(config: &Config, precision: Precision, free: usize) -> usize {
+    let free = free / 10 * 9; // the rest is for the rounding of allocations
+    // Rows that meet the LM head are at most as many as the tokens, and their logits come in tiles.
+    let each = Decoder::pass_bytes(config, precision) + config.hidden * bytes_of(precision);
+    let logits = config.vocab * size_of::<f32>();
+    let rows = (free / (each + logits)).max(free.saturating_sub(LOGITS) / each);
+    rows.saturating_sub((rows / 16).max(16)) // see `rounded`
 }
 
 /// So many rows in a round number: cuBLAS searches its kernels wherever it meets a shape for the first time, and loads what

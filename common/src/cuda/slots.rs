@@ -145,8 +145,19 @@ pub struct Sizes {
     /// Pages of a prompt of the longest kind.
     prompt_pages: usize,
     slot: usize,
-    /// Bytes for a prompt to run in.
-    run: usize,
+    /// Of the pass over a prompt.
+    row: usize,
+    /// What such a pass takes besides its rows.
+    logits: usize,
+}
+
+/// How a device's memory is shared out.
+pub struct Shares {
+    pub slots: usize,
+    /// For the slots and their prompts.
+    pub pages: usize,
+    /// Rows of the longest pass over a prompt that there is room for.
+    pub rows: usize,
 }
 
 impl Sizes {
@@ -154,17 +165,21 @@ impl Sizes {
         let config = &decoder.config;
         let heads = decoder.heads(0);
         let row = 2 * heads.kv_width() * decoder.size();
-        let float = size_of::<f32>();
+        let (float, pass) = (
+            size_of::<f32>(),
+            Decoder::pass_bytes(config, decoder.precision),
+        );
         let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (heads.dim + 1);
         Self {
             page: PAGE * row * config.layers,
             own_pages: capacity.div_ceil(PAGE),
             prompt_pages: config.context.div_ceil(PAGE),
             // Beside activations a row has its token, position and place, and two tables of rotations are there while
-            // the longer one is made; the logits after prompts exist twice.
-            run: PROMPT_ROWS * (decoder.pass_bytes() + (4 + 2 * heads.dim) * float)
-                + 2 * PROMPTS * config.vocab * float,
-            slot: decoder.pass_bytes()
+            // the longer one is made.
+            row: pass + (4 + 2 * heads.dim) * float,
+            // They exist twice.
+            logits: 2 * PROMPTS * config.vocab * float,
+            slot: pass
                 + (2 * config.vocab + partials) * float
                 + if seen { config.vocab / 8 } else { 0 },
         }
@@ -172,8 +187,9 @@ impl Sizes {
 
     /// How many slots, and how many pages for them and their prompts. Responses are rarely of the longest kind: slots count
     /// on a part of one, and where that is too few, some wait.
-    pub fn share_out(&self, free: usize, wanted: Option<usize>) -> Result<(usize, usize)> {
-        let usable = free.saturating_sub(self.run.max(free / 5)); // prompts run in the rest
+    pub fn share_out(&self, free: usize, wanted: Option<usize>) -> Result<Shares> {
+        let run = PROMPT_ROWS * self.row + self.logits;
+        let usable = free.saturating_sub(run.max(free / 5)); // prompts run in the rest
         let prompt = self.prompt_pages.min(PROMPT.div_ceil(PAGE));
         let longest = self.own_pages + prompt;
         let each = self.slot + (self.own_pages.div_ceil(EXPECTED) + prompt) * self.page;
@@ -190,7 +206,13 @@ impl Sizes {
         }
         let pages = (usable - slots * self.slot) / self.page;
         // A single long prompt finds room where there is any.
-        Ok((slots, pages.min(slots * longest + self.prompt_pages)))
+        let pages = pages.min(slots * longest + self.prompt_pages);
+        let rest = (free - slots * self.slot - pages * self.page) / 10 * 9; // allocations are rounded
+        Ok(Shares {
+            slots,
+            pages,
+            rows: (rest.saturating_sub(self.logits) / self.row).max(PROMPT_ROWS),
+        })
     }
 }
 

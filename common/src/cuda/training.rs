@@ -365,6 +365,20 @@ impl Footprint<'_> {
         (streams * c.hidden + c.heads) * float + (raw + qkv + q + 2 * c.ffn) * size
     }
 
+    /// The most tokens that a part may have in `free` bytes, all of them targets and all activations made again.
+    pub fn longest(&self, free: usize) -> usize {
+        let fits = |tokens: usize| self.part(tokens, tokens, 0) <= free;
+        let (mut fit, mut too_many) = (0, free);
+        while too_many - fit > 1 {
+            let middle = fit.midpoint(too_many);
+            match fits(middle) {
+                true => fit = middle,
+                false => too_many = middle,
+            }
+        }
+        fit
+    }
+
     /// How many layers' activations fit into `free` bytes beside the rest of such a part.
     pub fn whole_layers(&self, tokens: usize, targets: usize, free: usize) -> usize {
         let left = free.saturating_sub(self.part(tokens, targets, 0));

@@ -4,7 +4,7 @@
 //! before it goes only then. DIR itself, the result, has no optimiser's state: nobody goes on from there, and the next
 //! round starts with fresh moments.
 
-use super::trainer::{Kept, Settings, State, StepMetrics, Take, Train};
+use super::trainer::{Kept, Progress, Settings, State, StepMetrics, Take, Train};
 use crate::chat::Chat;
 use crate::files::{part_path, publish, write_aside};
 use crate::mapped::Mapped;
@@ -38,9 +38,6 @@ pub struct Run {
     pub date: Option<String>,
     /// All settings.
     pub settings: Settings,
-    /// What layer states may take, bytes: it decides in which order a batch is summed.
-    #[serde(default)]
-    pub state_bytes: usize,
 }
 
 /// `trainer_state.json`; the names are transformers'.
@@ -48,7 +45,8 @@ pub struct Run {
 struct Record {
     #[serde(flatten)]
     run: Run,
-    global_step: u64,
+    #[serde(flatten)]
+    progress: Progress,
     log_history: Vec<StepMetrics>,
 }
 
@@ -122,7 +120,7 @@ impl Writer<'_> {
         self.chat.save(dir)?;
         let state = Record {
             run: self.run.clone(),
-            global_step: trainer.steps(),
+            progress: trainer.progress(),
             log_history: log.to_vec(),
         };
         let file = dir.join(STATE);
@@ -159,8 +157,7 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut dyn Train) -> Result<Vec<S
     }
     let state = state(&path)?;
     let saved = Saved::open(&path, trainer.settings().lora.is_none())?;
-    let tokens = state.log_history.last().map_or(0, |m| m.num_tokens);
-    trainer.restore(&saved, state.global_step, tokens)?;
+    trainer.restore(&saved, state.progress)?;
     Ok(state.log_history)
 }
 

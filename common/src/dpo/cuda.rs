@@ -2,18 +2,19 @@
 //! loss's slopes go back.
 
 use super::loss::Objective;
+use super::memory::usable;
 use super::optimizer::{corrections, kept};
 use super::step::{Mean, Pair, Sums, parts};
 use super::trainer::{
-    Kept, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, fill, initial_adapters,
-    matrices, save_trained,
+    Kept, Moments, NotFinite, Progress, Settings, State, StepMetrics, Take, Train, fill,
+    initial_adapters, matrices, save_trained,
 };
 use crate::cuda::{self, Decoder, Device, Flat, Footprint, Forward, Gradients, Rates, Trained};
 use crate::kernels::gemm::Precision;
 use crate::logprob::Group;
 use crate::model::{Lora, Params};
 use crate::weights::{Config, Weights};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
@@ -30,7 +31,7 @@ pub struct CudaTrainer {
     /// What parts of a batch may take, bytes.
     free: usize,
     /// Tokens of a part; a single longer pair is run all the same.
-    limit: usize,
+    part_tokens: usize,
 }
 
 impl CudaTrainer {
@@ -54,13 +55,7 @@ impl CudaTrainer {
             None => matrices(&params),
         };
         let moments = format_of(settings.moments);
-        let trained =
-            Trained::new(device, len, &decayed, precision.into(), moments).with_context(|| {
-                format!(
-                    "training takes {} MB before any activation; --optimizer adamw-bf16 and --lora-rank take less",
-                    resident_bytes(config, &settings, precision) >> 20
-                )
-            })?;
+        let trained = Trained::new(device, len, &decayed, precision.into(), moments)?;
         let decoder = match &lora {
             Some(lora) => {
                 trained.write(Flat::Masters, 0, &initial_adapters(lora, settings.seed))?;
@@ -82,8 +77,7 @@ impl CudaTrainer {
             }
         };
         trained.refresh()?;
-        // Some is left to the rounding of allocations.
-        let free = device.memory()?.free / 100 * 95;
+        let free = usable(device.memory()?.free);
         let mut trainer = Self {
             settings,
             params,
@@ -93,9 +87,9 @@ impl CudaTrainer {
             steps: 0,
             tokens: 0,
             free,
-            limit: 0,
+            part_tokens: 0,
         };
-        trainer.limit = trainer.footprint().tokens_at_once(free);
+        trainer.part_tokens = trainer.footprint().tokens_at_once(free);
         Ok(trainer)
     }
 
@@ -128,7 +122,7 @@ impl CudaTrainer {
         let objective: &Objective = &self.settings.objective;
         let mean = Mean::new(objective, pairs);
         let mut sums = Sums::default();
-        for part in parts(pairs, self.limit) {
+        for part in parts(pairs, self.part_tokens) {
             self.part(mean, part, &mut sums)?;
         }
         Ok(sums)
@@ -180,10 +174,6 @@ impl Train for CudaTrainer {
         &self.settings
     }
 
-    fn steps(&self) -> u64 {
-        self.steps
-    }
-
     fn trained(&self) -> usize {
         self.trained.len
     }
@@ -223,13 +213,27 @@ impl Train for CudaTrainer {
         self.steps += 1;
     }
 
-    fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {
+    fn progress(&self) -> Progress {
+        Progress {
+            steps: self.steps,
+            tokens: self.tokens,
+            part_tokens: self.part_tokens,
+        }
+    }
+
+    fn restore(&mut self, state: &dyn State, progress: Progress) -> Result<()> {
+        let parts = progress.part_tokens;
+        ensure!(
+            self.footprint().part(parts, parts, 0) <= self.free,
+            "the run was begun in parts of {parts} tokens, for which the GPU has no room now ({} MB are free)",
+            self.free >> 20
+        );
         for kept in [Kept::Trained, Kept::FirstMoment, Kept::SecondMoment] {
             fill(self.trained.len, state, kept, |at, run| {
                 self.trained.write(place_of(kept), at, run)
             })?;
         }
-        (self.steps, self.tokens) = (steps, tokens);
+        (self.steps, self.tokens, self.part_tokens) = (progress.steps, progress.tokens, parts);
         self.trained.refresh()
     }
 

@@ -3,19 +3,21 @@
 pub mod checkpoint;
 mod cuda;
 mod loss;
+mod memory;
 mod optimizer;
 mod step;
 mod trainer;
 
 pub use cuda::{CudaTrainer, resident_bytes};
 pub use loss::{LossType, Objective, PairLogps, PairLoss};
+pub use memory::Memory;
 pub use optimizer::{AdamW, Scheduler};
 #[cfg(test)]
 pub(crate) use step::Forward;
 pub use step::{Pair, StateBytes, Sums};
 pub use trainer::{
-    Kept, LoraSettings, Moments, NotFinite, Settings, State, StepMetrics, Take, Train, Trainer,
-    order,
+    Kept, LoraSettings, Moments, NotFinite, Progress, Settings, State, StepMetrics, Take, Train,
+    Trainer, order,
 };
 
 use crate::policy::Place;

@@ -4,6 +4,7 @@ use super::loss::{Objective, PairLogps};
 use crate::kernels::team;
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
 use crate::model::{Decoder, Gradients, Kept, Model, Workspace, backward};
+use crate::weights::Config;
 
 /// A pair ready to train on.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,8 +65,8 @@ pub struct Sums {
 /// The memory of a training on a CPU for layer states, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateBytes {
-    /// A batch runs in parts whose states take so much: that decides in which order it is summed. Where a single pair would
-    /// take more, layers that do not fit keep their inputs, and are run again in the backward pass.
+    /// A batch runs in parts whose states take so much. Where a single pair would take more, layers that do not fit keep
+    /// their inputs, and are run again in the backward pass.
     pub part: usize,
     /// The same for a pair of more than `LONG` tokens.
     pub long: usize,
@@ -77,8 +78,8 @@ const LONG: usize = 1024;
 impl StateBytes {
     /// Tokens of a part; a single longer pair is run all the same. Not fewer than 256, below which packing the weights
     /// costs more than making the states again; nor more than 2048, above which nothing is gained.
-    pub(super) fn part_tokens(self, decoder: &Decoder) -> usize {
-        (self.part / Decoder::state_bytes(&decoder.config, 1)).clamp(256, 2048)
+    pub(super) fn part_tokens(self, config: &Config) -> usize {
+        (self.part / Decoder::state_bytes(config, 1)).clamp(256, 2048)
     }
 
     /// How many layers' states are kept in a pass over so many tokens; of the others their inputs are.
@@ -94,19 +95,20 @@ impl StateBytes {
     }
 }
 
-/// Makes the gradient of the mean loss over `pairs` in `gradients` and returns the sums of its metrics.
+/// Makes the gradient of the mean loss over `pairs` in `gradients` and returns the sums of its metrics. They run in parts of
+/// at most so many tokens, whose layer states may take so much memory.
 pub fn accumulate(
     model: Model,
     objective: &Objective,
     pairs: &[&Pair],
-    memory: StateBytes,
+    (part_tokens, memory): (usize, StateBytes),
     gradients: &mut Gradients,
     workspace: &mut Workspace,
 ) -> Sums {
     let mean = Mean::new(objective, pairs);
     let mut sums = Sums::default();
     gradients.begin();
-    for part in parts(pairs, memory.part_tokens(model.decoder)) {
+    for part in parts(pairs, part_tokens) {
         team::with(|| accumulate_part(model, mean, part, memory, gradients, workspace, &mut sums));
         gradients.passed();
     }

@@ -217,13 +217,29 @@ pub trait State {
     fn runs(&self, kept: Kept, take: &mut Take) -> Result<()>;
 }
 
+/// How far a training is, and what it goes on with besides the numbers of its [`State`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps taken, or left out.
+    #[serde(rename = "global_step")]
+    pub steps: u64,
+    /// Of all forward passes.
+    #[serde(rename = "num_input_tokens_seen")]
+    pub tokens: u64,
+    /// Tokens of the parts that a batch is cut into: these decide in which order it is summed. What memory there is when
+    /// training starts is not what there is when it goes on.
+    pub part_tokens: usize,
+}
+
 /// Training in progress, on a CPU or a GPU.
 pub trait Train: State {
     /// The settings.
     fn settings(&self) -> &Settings;
 
     /// Steps taken so far.
-    fn steps(&self) -> u64;
+    fn steps(&self) -> u64 {
+        self.progress().steps
+    }
 
     /// How many numbers are trained.
     fn trained(&self) -> usize;
@@ -243,11 +259,14 @@ pub trait Train: State {
     /// Counts a step that is not taken; weights and moments stay as they are.
     fn skip(&mut self);
 
-    /// Goes back to a state of this trainer or of another with the same settings, after `steps` steps and `tokens` tokens.
+    /// How far it is.
+    fn progress(&self) -> Progress;
+
+    /// Goes back to a state of this trainer or of another with the same settings.
     ///
     /// # Errors
-    /// Numbers of another length; those of `state`.
-    fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()>;
+    /// Numbers of another length; those of `state`; a GPU without room for parts of that size.
+    fn restore(&mut self, state: &dyn State, progress: Progress) -> Result<()>;
 
     /// Writes the model (adapters merged) into the folder `dir` as transformers reads it.
     fn save_model(&self, dir: &Path, start: &Weights) -> Result<()>;
@@ -263,6 +282,7 @@ pub trait Train: State {
 pub struct Trainer {
     settings: Settings,
     memory: StateBytes,
+    part_tokens: usize,
     params: Params,
     trained: Trained,
     /// Zero between steps.
@@ -351,6 +371,7 @@ impl Trainer {
             gradient: vec![0.0; len],
             settings,
             memory,
+            part_tokens: memory.part_tokens(&start.config),
             workspace: Workspace::new(precision),
             params,
             trained,
@@ -386,7 +407,7 @@ impl Trainer {
             decoder: &self.decoder,
             params: &self.params,
         };
-        let memory = self.memory;
+        let memory = (self.part_tokens, self.memory);
         accumulate(model, objective, pairs, memory, &mut gradients, workspace)
     }
 
@@ -409,10 +430,6 @@ impl State for Trainer {
 impl Train for Trainer {
     fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    fn steps(&self) -> u64 {
-        self.optimizer.steps
     }
 
     fn trained(&self) -> usize {
@@ -458,7 +475,15 @@ impl Train for Trainer {
         self.optimizer.steps += 1;
     }
 
-    fn restore(&mut self, state: &dyn State, steps: u64, tokens: u64) -> Result<()> {
+    fn progress(&self) -> Progress {
+        Progress {
+            steps: self.optimizer.steps,
+            tokens: self.tokens,
+            part_tokens: self.part_tokens,
+        }
+    }
+
+    fn restore(&mut self, state: &dyn State, progress: Progress) -> Result<()> {
         for (target, kept) in [
             (self.trained.values_mut(), Kept::Trained),
             (&mut self.optimizer.m, Kept::FirstMoment),
@@ -469,8 +494,9 @@ impl Train for Trainer {
                 Ok(())
             })?;
         }
-        self.optimizer.steps = steps;
-        self.tokens = tokens;
+        self.optimizer.steps = progress.steps;
+        self.tokens = progress.tokens;
+        self.part_tokens = progress.part_tokens;
         self.trained.show(&mut self.decoder, &self.params);
         Ok(())
     }
