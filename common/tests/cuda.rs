@@ -263,13 +263,15 @@ fn neighbours_change_nothing() {
     let (mut weights, _) = open("llama");
     weights.config.context = 1024;
     let how = Sampling {
-        max_tokens: 3,
+        max_tokens: 20,
         ..how()
     };
+    // Prompts whose keys are read in one, two or three parts, beside one or two parts of the responses' own.
     let length = |i: u32| match i {
         11 => 530,
         12 => 270,
         13 => 400,
+        14 => 800,
         _ => 5 + 7 * i,
     };
     let requests: Vec<Request> = (0..20u32)

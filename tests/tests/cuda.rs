@@ -106,6 +106,68 @@ fn samples_and_rewards_are_the_cpus() {
     }
 }
 
+/// As on a CPU (`numbers.rs`): a row that the memory is too small for is left out, and the others are done.
+#[test]
+fn a_row_too_long_for_the_gpu_is_left_out() {
+    let Some(folder) = world() else { return };
+    let wide = Tiny {
+        context: 4096,
+        ..Tiny::default()
+    };
+    let [pi, reference, next] = ["wide", "other", "next"].map(|n| text(&folder.path().join(n)));
+    wide.write(pi.as_ref(), 1);
+    wide.write(reference.as_ref(), 2);
+    let row = |tokens: usize| json!({"prompt": "8".repeat(tokens), "response": "nine", "chosen": "ten", "rejected": "eleven"});
+    let rows = [row(100), row(3900), row(120)];
+    for (tool, args, budget) in [
+        (
+            "dice-gen",
+            &[
+                "--model",
+                &pi,
+                "--k",
+                "2",
+                "--max-tokens",
+                "4",
+                "--batch-size",
+                "2",
+            ][..],
+            "6M",
+        ),
+        ("dice-score", &["--policy", &pi, "--ref", &reference], "8M"),
+        ("dice-train", &["--model", &pi, "--output", &next], "8M"),
+    ] {
+        let mut rows = rows.clone();
+        if tool != "dice-train" {
+            rows.iter_mut()
+                .for_each(|row| drop(row.as_object_mut().unwrap().remove("rejected")));
+        }
+        let run = Tool::new(tool, args)
+            .args([
+                "--device",
+                "cuda",
+                "--dtype",
+                "f32",
+                "--memory-budget",
+                budget,
+            ])
+            .stdin(lines(&rows))
+            .run()
+            .ok();
+        let said = run.note("; left out");
+        assert!(
+            said.contains("stdin:2: ") && said.contains("memory"),
+            "{tool}: {said}"
+        );
+        let done = match tool {
+            "dice-gen" => 4,
+            "dice-score" => 2,
+            _ => 1,
+        };
+        assert_eq!(run.rows().len(), done, "{tool}");
+    }
+}
+
 #[test]
 fn half_precision_is_for_scoring_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
