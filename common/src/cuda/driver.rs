@@ -22,8 +22,8 @@ const WORKSPACE: usize = 32 << 20;
 const PART: usize = 16 << 20;
 /// Bytes of a part that one thread copies at a time.
 const COPIED: usize = 1 << 19;
-/// Dynamic shared memory that a kernel gets without asking.
-const SHARED_UNASKED: u32 = 48 << 10;
+/// Dynamic shared memory that a kernel gets without asking: 48 KB less what kernels declare by themselves.
+const SHARED_UNASKED: u32 = 47 << 10;
 
 /// One GPU, one stream.
 struct Driver {
@@ -224,9 +224,15 @@ impl Driver {
             let most =
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function came from a loaded module.
-            unsafe {
-                cuda::function::set_function_attribute(kernel.function, most, shared as i32)?;
-            }
+            let allowed = unsafe {
+                cuda::function::set_function_attribute(kernel.function, most, shared as i32)
+            };
+            allowed.with_context(|| {
+                format!(
+                    "{name} takes {} KB of a block's shared memory, more than this GPU has; 16 bits (--dtype) take less",
+                    shared.div_ceil(1024)
+                )
+            })?;
             kernel.shared = shared;
         }
         Ok(kernel.function)
