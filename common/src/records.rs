@@ -69,6 +69,16 @@ impl Prompt {
         Self::Messages(messages)
     }
 
+    /// Whether it is these messages, whichever form it has.
+    pub fn is(&self, messages: &[Value]) -> bool {
+        let own = self.messages();
+        own.len() == messages.len()
+            && own
+                .iter()
+                .zip(messages)
+                .all(|(own, m)| m.as_object() == Some(own))
+    }
+
     /// What makes two prompts the same one, whichever form they have: the hash of their messages.
     pub fn key(&self) -> blake3::Hash {
         hash_json(&self.messages())

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use common::jsonl::{Place, Row, rows};
+use common::jsonl::{Place, Row, rows, rows_of};
 use common::program;
 use common::run::{self, Input};
 use serde_json::value::RawValue;
@@ -35,7 +35,7 @@ pub fn list_or_lines(file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row>>
         .first()
         != Some(&b'[')
     {
-        return Ok(lines());
+        return Ok(Box::new(rows_of(file, reader)));
     }
     list(&file.display().to_string(), &mut reader)
 }

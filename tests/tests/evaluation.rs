@@ -371,6 +371,16 @@ fn every_form_of_input_and_output() {
     for other in [&list, &lines(&compact)] {
         assert_eq!(figures(other), whole);
     }
+    // A pipe that has a name can be read once: what was looked at is not to be had again.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rows.jsonl");
+    for input in [&list, &lines(&rows)] {
+        fs::write(&file, input).unwrap();
+        let script = format!("dice-eval win-rate --bootstrap 50 <(cat '{}')", text(&file));
+        let mut rows = pipe(&script).run().ok().rows();
+        rows[0].remove("warnings");
+        assert_eq!(rows, whole);
+    }
     let by = ["--by", "category", "--length-bins", "2"];
     let groups = run(&list, &by).rows();
     let named = |row: &Fields| row["group"].as_str().unwrap().to_owned();

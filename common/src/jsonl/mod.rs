@@ -8,7 +8,7 @@ mod read;
 mod row;
 
 pub use output::{Opened, Output};
-pub use read::{MAX_LINE_BYTES, Rows, ahead, groups, rows};
+pub use read::{MAX_LINE_BYTES, Rows, ahead, groups, rows, rows_of};
 pub use row::{FinishReason, Place, Row};
 
 use std::path::PathBuf;

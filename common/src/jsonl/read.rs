@@ -37,6 +37,16 @@ pub fn rows(files: &[PathBuf]) -> Rows {
     }
 }
 
+/// The rows of a file that is open already: what was looked at is in the reader's buffer, and of a pipe nowhere else.
+pub fn rows_of(path: &Path, reader: BufReader<File>) -> Rows {
+    Rows {
+        checked: true,
+        waiting: vec![],
+        open: Some(Lines::of_file(path, reader)),
+        ..rows(&[])
+    }
+}
+
 /// See [`rows`].
 pub struct Rows {
     checked: bool,
@@ -109,31 +119,33 @@ impl Rows {
 
 impl Lines {
     fn open(path: &Path) -> Result<Self> {
-        let stdin = path == Path::new("-");
-        let (reader, source): (Box<dyn BufRead + Send>, _) = if stdin {
+        if path == Path::new("-") {
             let source = io::stdin().as_fd().try_clone_to_owned();
-            (
-                Box::new(BufReader::new(Stdin::start())),
+            let reader = Box::new(BufReader::new(Stdin::start()));
+            return Ok(Self::new(
+                "stdin".into(),
+                reader,
                 source.ok().map(File::from),
-            )
-        } else {
-            let file =
-                File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-            let source = file.try_clone().ok();
-            (Box::new(BufReader::with_capacity(1 << 16, file)), source)
-        };
-        let file: Arc<str> = match stdin {
-            true => "stdin".into(),
-            false => path.display().to_string().into(),
-        };
-        Ok(Self {
+            ));
+        }
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Self::of_file(path, BufReader::with_capacity(1 << 16, file)))
+    }
+
+    fn of_file(path: &Path, reader: BufReader<File>) -> Self {
+        let source = reader.get_ref().try_clone().ok();
+        Self::new(path.display().to_string().into(), Box::new(reader), source)
+    }
+
+    fn new(file: Arc<str>, reader: Box<dyn BufRead + Send>, source: Option<File>) -> Self {
+        Self {
             reader,
             source,
             place: Place { file, line: 0 },
             buffer: Vec::new(),
             hash: blake3::Hasher::new(),
             bytes: 0,
-        })
+        }
     }
 
     /// Reads the next line, with its newline, into the buffer; false at the end.

@@ -49,7 +49,9 @@ impl FinishReason {
     }
 }
 
-const NO_RESPONSE: &str = "must be a string, or a list of messages with an assistant's text";
+const NO_RESPONSE: &str =
+    "must be a string, or a list of messages that ends with an assistant's text";
+const OTHER_TURNS: &str = "has other turns before its answer than the prompt (leave \"prompt\" out where \"chosen\" holds it)";
 
 impl Row {
     /// The `prompt` field: a non-empty string or list of messages. A pair row without it may hold it in `chosen`: the messages
@@ -67,24 +69,32 @@ impl Row {
         }
     }
 
-    /// A response: a string, or the last assistant turn of a list of messages (TRL's conversational form).
+    /// A response: a string, or a list of messages that ends with the assistant's (TRL's conversational form), before which
+    /// there may be the prompt's once more, and no others.
     pub fn response(&self, field: &str) -> Result<&str> {
         match self.required(field)? {
             Value::String(text) => Ok(text),
-            Value::Array(messages) => Ok(self.conversation(field, messages)?.1),
+            Value::Array(messages) => {
+                let (before, answer) = self.conversation(field, messages)?;
+                if !before.is_empty() && !self.prompt()?.is(before) {
+                    return Err(self.error(field, OTHER_TURNS));
+                }
+                Ok(answer)
+            }
             _ => Err(self.error(field, NO_RESPONSE)),
         }
     }
 
-    /// The messages before the last assistant turn, and that turn's text.
+    /// The messages before the last, and its text, if it is the assistant's.
     fn conversation<'a>(
         &self,
         field: &str,
         messages: &'a [Value],
     ) -> Result<(&'a [Value], &'a str)> {
-        let is_answer = |m: &Value| m.get("role").and_then(Value::as_str) == Some("assistant");
-        let last = messages.iter().rposition(is_answer);
-        last.and_then(|at| Some((&messages[..at], messages[at].get("content")?.as_str()?)))
+        let is_answer = |m: &&Value| m.get("role").and_then(Value::as_str) == Some("assistant");
+        let text = |m: &'a Value| m.get("content")?.as_str();
+        (messages.split_last())
+            .and_then(|(last, before)| Some((before, Some(last).filter(is_answer).and_then(text)?)))
             .ok_or_else(|| self.error(field, NO_RESPONSE))
     }
 
@@ -242,6 +252,21 @@ mod tests {
         let explicit = row(json!({"prompt": "p", "chosen": whole}));
         assert_eq!(explicit.prompt().unwrap(), Prompt::Text("p".into()));
 
+        // Both answer the same prompt, or neither is taken.
+        assert!(explicit.response("chosen").is_err());
+        let text = row(
+            json!({"prompt": "r", "chosen": [turn("user", "r"), turn("assistant", "b")],
+            "rejected": [turn("user", "s"), turn("assistant", "c")]}),
+        );
+        assert_eq!(text.response("chosen").unwrap(), "b");
+        assert_eq!(
+            message(text.response("rejected")),
+            format!("in.jsonl:7: field \"rejected\" {OTHER_TURNS}")
+        );
+        let goes_on =
+            row(json!({"prompt": "r", "chosen": [turn("assistant", "a"), turn("user", "?")]}));
+        assert!(message(goes_on.response("chosen")).ends_with(NO_RESPONSE));
+
         let bare = row(json!({"chosen": [turn("assistant", "a")], "response": 3, "rejected": []}));
         let at = |rest: &str| format!("in.jsonl:7: field {rest}");
         assert_eq!(
@@ -250,11 +275,11 @@ mod tests {
         );
         assert_eq!(
             message(bare.response("response")),
-            at("\"response\" must be a string, or a list of messages with an assistant's text")
+            at(&format!("\"response\" {NO_RESPONSE}"))
         );
         assert_eq!(
             message(bare.response("rejected")),
-            at("\"rejected\" must be a string, or a list of messages with an assistant's text")
+            at(&format!("\"rejected\" {NO_RESPONSE}"))
         );
     }
 

@@ -254,7 +254,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": 1, "rejected": "b"}),
-                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
+                "field \"chosen\" must be a string, or a list of messages that ends with an assistant's text",
             ),
             (
                 json!({"chosen": "a", "rejected": "b"}),
@@ -266,7 +266,7 @@ mod tests {
             ),
             (
                 json!({"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}),
-                "field \"chosen\" must be a string, or a list of messages with an assistant's text",
+                "field \"chosen\" must be a string, or a list of messages that ends with an assistant's text",
             ),
             (
                 json!({"chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}),
