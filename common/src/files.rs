@@ -14,9 +14,24 @@ pub fn part_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Whether a path is neither file nor folder: a device or a named pipe, which is written to as it is, and never replaced.
+pub fn is_stream(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|meta| !meta.is_file() && !meta.is_dir())
+}
+
 /// Makes a file or folder by calling `write` with a path beside it, then publishes what it wrote.
-/// An existing file is replaced in one step; an existing folder is an error. A leftover `.part` is thrown away.
+/// An existing file is replaced in one step, by way of a link to it, too; an existing folder is an error. A leftover `.part`
+/// is thrown away.
 pub fn write_aside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if is_stream(path) {
+        return write(path);
+    }
+    let linked = path
+        .is_symlink()
+        .then(|| path.canonicalize().ok())
+        .flatten();
+    let path = linked.as_deref().unwrap_or(path);
     let part = part_path(path);
     if path.is_dir() {
         bail!("{} is already there: move it away first", path.display());
@@ -159,6 +174,20 @@ mod tests {
         let again = write_aside(&folder, make).unwrap_err();
         assert!(again.to_string().contains("already there"), "{again:#}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no leftovers");
+    }
+
+    #[test]
+    fn what_is_no_file_is_written_to_and_links_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(is_stream(Path::new("/dev/null")) && !is_stream(dir.path()));
+        write_aside(Path::new("/dev/null"), |null| Ok(fs::write(null, "one")?)).unwrap();
+        assert!(is_stream(Path::new("/dev/null")));
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write_aside(&link, |part| Ok(fs::write(part, "new")?)).unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "new");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! and of what; and that an interrupted run is gone on with only as what it was.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::files::write_aside;
+use crate::files::{is_stream, write_aside};
 use crate::program;
 
 /// Where an output came from. `b3sum` of an input gives its `blake3`.
@@ -90,6 +91,31 @@ impl Manifest {
         })
     }
 
+    /// Fails where `files`, in the order in which they are read, are not what was read for the work at `place`. What is no
+    /// file, such as stdin, is not looked at.
+    pub fn check_inputs(&self, files: &[&Path], place: &Path) -> Result<()> {
+        let mut read = self.inputs.iter();
+        let mut seen = vec![];
+        for path in files.iter().filter(|path| path.is_file()) {
+            let file = File::open(path);
+            let hash =
+                file.and_then(|file| Ok(blake3::Hasher::new().update_reader(file)?.finalize()));
+            let hash = hash.with_context(|| format!("cannot read {}", path.display()))?;
+            // What was read twice was noted once.
+            if seen.contains(&(path, hash)) {
+                continue;
+            }
+            ensure!(
+                read.any(|input| input.blake3 == hash.to_string()),
+                "{}: it was made of other files than {} as it is now, or of these in another order: remove it, or name another --output",
+                place.display(),
+                path.display()
+            );
+            seen.push((path, hash));
+        }
+        Ok(())
+    }
+
     /// Fails where one of our `settings` differs from what it was in this run, whose work is at `place`; the error names
     /// each that does. Settings that are not known yet (a model's fingerprint before it is opened) may be left out.
     pub fn check_same(&self, settings: &Map<String, Value>, place: &Path) -> Result<()> {
@@ -109,9 +135,12 @@ impl Manifest {
     }
 }
 
-/// Writes a file in one piece, with the manifest of this process beside it; an older one is replaced.
+/// Writes a file in one piece, with the manifest of this process beside it; an older one is replaced. A device or a named
+/// pipe gets none.
 pub fn write_with_manifest(file: &Path, content: &[u8]) -> Result<()> {
-    Manifest::new(Map::new()).write(&beside(file))?;
+    if !is_stream(file) {
+        Manifest::new(Map::new()).write(&beside(file))?;
+    }
     write_aside(file, |part| {
         std::fs::write(part, content).with_context(|| format!("cannot write {}", part.display()))
     })
@@ -186,6 +215,34 @@ mod tests {
         };
         let refused = older.check_same(&Map::new(), Path::new("x")).unwrap_err();
         assert!(refused.to_string().contains("version: \"0.0.1\", now "));
+    }
+
+    #[test]
+    fn inputs_are_the_files_that_were_read_in_their_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| folder.path().join(name));
+        let of = |text: &str| Input {
+            file: String::new(),
+            bytes: 1,
+            lines: 1,
+            blake3: blake3::hash(text.as_bytes()).to_string(),
+        };
+        let made = Manifest {
+            inputs: vec![of("stdin"), of("a"), of("b")],
+            ..Manifest::new(Map::new())
+        };
+        std::fs::write(&a, "a").unwrap();
+        std::fs::write(&b, "b").unwrap();
+        let check = |files: &[&Path]| made.check_inputs(files, Path::new("out"));
+        let stdin = Path::new("-");
+        assert!(check(&[stdin, &a, &b, &a]).is_ok() && check(&[&b]).is_ok());
+        assert!(check(&[&b, &a]).is_err());
+        std::fs::write(&b, "c").unwrap();
+        let line = check(&[&a, &b]).unwrap_err().to_string();
+        assert!(
+            line.starts_with("out: it was made of other files"),
+            "{line}"
+        );
     }
 
     #[test]

@@ -107,13 +107,19 @@ fn run(args: Args) -> Result<()> {
         max_tokens: args.max_tokens,
         seed: args.seed,
     };
-    let Opened::Ready(output) = args.files.open(settings(json!({
+    let output = match args.files.open(settings(json!({
         "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
         "stop": args.stop, "system": args.system, "seed": args.seed,
-    })))?
-    else {
-        return Ok(());
+    })))? {
+        Opened::Ready(output) => output,
+        Opened::AlreadyDone(done) => {
+            let model = || {
+                let model = Checkpoint::open(&args.model)?;
+                Ok(settings(json!({"model": model.weights.fingerprint()?})))
+            };
+            return done.confirm(model, &args.files.inputs());
+        }
     };
     let place = args.compute.place(Stage::Sampling)?;
     let model = Checkpoint::open(&args.model)?;
@@ -193,11 +199,11 @@ impl Job<'_> {
                 let Some(row) = kept.next().transpose()? else {
                     break;
                 };
-                let id = row.id()?;
+                let prompt = (row.id()?, row.prompt()?);
                 if number == 0 {
-                    expected = self.next_written(inputs, &id)?;
+                    expected = self.next_written(inputs, &prompt)?;
                 }
-                let same = expected.as_ref() == Some(&id)
+                let same = expected.as_ref() == Some(&prompt)
                     && row.number("sample")? == number as f64
                     && row.opt_string("model")? == Some(&self.fingerprint);
                 ensure!(
@@ -205,7 +211,7 @@ impl Job<'_> {
                     "{}: not what this command would have written here (sample {number} of prompt {}, model {}): \
                      give the same input and model, or remove the file to start over",
                     row.place,
-                    expected.as_deref().unwrap_or("none"),
+                    expected.as_ref().map_or("none", |(id, _)| id),
                     self.fingerprint
                 );
             }
@@ -219,19 +225,19 @@ impl Job<'_> {
     fn next_written(
         &self,
         inputs: &mut impl Iterator<Item = Result<Row>>,
-        written: &str,
-    ) -> Result<Option<String>> {
+        written: &(String, Prompt),
+    ) -> Result<Option<(String, Prompt)>> {
         loop {
             let Some(input) = inputs.next().transpose()? else {
                 return Ok(None);
             };
-            let id = input.id()?;
+            let prompt = (input.id()?, self.prompt(&input)?);
             let left_out = || {
                 let too_long = self.encode(&input).is_err_and(|err| TooLong::is(&err));
                 self.args.compute.on_nan == OnNan::Skip || too_long
             };
-            if id == written || !left_out() {
-                return Ok(Some(id));
+            if prompt == *written || !left_out() {
+                return Ok(Some(prompt));
             }
         }
     }
@@ -269,15 +275,21 @@ impl Job<'_> {
         }
     }
 
-    /// The prompt with its system turn, and its tokens.
+    /// The prompt with its system turn.
+    fn prompt(&self, row: &Row) -> Result<Prompt> {
+        let prompt = row.prompt()?;
+        Ok(match &self.args.system {
+            Some(system) => prompt.with_system(system),
+            None => prompt,
+        })
+    }
+
+    /// The same, and its tokens.
     ///
     /// # Errors
     /// A row that is wrong; or ([`TooLong`]) longer than the model or the memory takes.
     fn encode(&self, row: &Row) -> Result<(Prompt, Vec<u32>)> {
-        let mut prompt = row.prompt()?;
-        if let Some(system) = &self.args.system {
-            prompt = prompt.with_system(system);
-        }
+        let prompt = self.prompt(row)?;
         let ids = self.model.prompt_ids(row, &prompt)?;
         if !self.generator.has_room_for(ids.len()) {
             let message = format!("has {} tokens, more than there is memory for", ids.len());

@@ -115,8 +115,13 @@ fn run(args: Args) -> Result<()> {
     {
         bail!("--replay and the samples cannot both come from stdin: name a FILE for one of them");
     }
-    let Opened::Ready(mut output) = args.files.open(run_settings(&args))? else {
-        return Ok(());
+    let mut output = match args.files.open(run_settings(&args))? {
+        Opened::Ready(output) => output,
+        Opened::AlreadyDone(done) => {
+            let replay = args.replay.as_deref();
+            let inputs: Vec<_> = replay.into_iter().chain(args.files.inputs()).collect();
+            return done.confirm(|| Ok(serde_json::Map::new()), &inputs);
+        }
     };
     output.begin(serde_json::Map::new())?;
     let progress = Progress::new("dice-pairs", "pairs", None);

@@ -52,10 +52,18 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    let Opened::Ready(output) = args.files.open(settings(json!({"beta": args.beta})))? else {
-        return Ok(());
+    let open = || RewardModel::open(&args.policy, &args.reference, &args.compute);
+    let output = match args.files.open(settings(json!({"beta": args.beta})))? {
+        Opened::Ready(output) => output,
+        Opened::AlreadyDone(done) => {
+            let models = || {
+                let (policy, reference) = open()?.fingerprints()?;
+                Ok(settings(json!({"policy": policy, "ref": reference})))
+            };
+            return done.confirm(models, &args.files.inputs());
+        }
     };
-    let models = RewardModel::open(&args.policy, &args.reference, &args.compute)?;
+    let models = open()?;
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("dice-score", "rows", None);
     let mut job = Job {

@@ -161,8 +161,17 @@ fn run(args: Args) -> Result<()> {
             "{} is already there: remove it, or name another --output",
             args.output.display()
         );
-        let ours = run::settings(json!({"settings": known_settings(&args)}));
-        let log = finished(&args.output, &ours)?;
+        let models = open_models(&args);
+        let prints = models.and_then(|(model, reference)| fingerprints(&model, reference.as_ref()));
+        let ours = match prints {
+            Ok((model, reference)) => {
+                json!({"settings": known_settings(&args), "model": model, "ref": reference})
+            }
+            // Models that are gone by now cannot be compared, and need not be there.
+            Err(_) => json!({"settings": known_settings(&args)}),
+        };
+        let inputs: Vec<_> = args.files.iter().map(PathBuf::as_path).collect();
+        let log = finished(&args.output, &run::settings(ours), &inputs)?;
         program::say(format_args!(
             "{} is already there, nothing to do",
             args.output.display()
@@ -182,20 +191,14 @@ fn run(args: Args) -> Result<()> {
         place.gpu.is_some() || args.optimizer == Optimizer::Adamw,
         "--optimizer adamw-bf16 needs a GPU: a CPU keeps the moments in float32 alone"
     );
-    let model = Checkpoint::open(&args.model)?;
+    let (model, reference) = open_models(&args)?;
     if args.lora_rank.is_some()
         && !args.merge
         && let Some(why) = model.weights.no_base_for_adapters()
     {
         bail!("--lora-rank: {} is {why}; add --merge", args.model)
     }
-    let reference = args
-        .reference
-        .as_deref()
-        .map(|name| open_reference(name, &model))
-        .transpose()?;
-    let fingerprint = |model: &Checkpoint| model.weights.fingerprint().map(str::to_owned);
-    let reference_print = fingerprint(reference.as_ref().unwrap_or(&model))?;
+    let (model_print, reference_print) = fingerprints(&model, reference.as_ref())?;
     let reading = Progress::new("dice-train: pairs", "pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
     let exact = place.full_range_precision() == Precision::F32;
@@ -208,7 +211,7 @@ fn run(args: Args) -> Result<()> {
     let settings = settings(&args, pairs.pairs.len());
     let run = Run {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        model: fingerprint(&model)?,
+        model: model_print,
         reference: reference_print,
         pairs: pairs.hash(),
         dtype: place.dtype().to_owned(),
@@ -240,6 +243,20 @@ fn run(args: Args) -> Result<()> {
         base: &args.model,
     };
     train(&args, &mut *trainer, &pairs, &writer, log)
+}
+
+/// The policy, and the reference if it is another model.
+fn open_models(args: &Args) -> Result<(Checkpoint, Option<Checkpoint>)> {
+    let model = Checkpoint::open(&args.model)?;
+    let open = |name: &String| open_reference(name, &model);
+    let reference = args.reference.as_ref().map(open).transpose()?;
+    Ok((model, reference))
+}
+
+/// Of the policy and the reference.
+fn fingerprints(model: &Checkpoint, reference: Option<&Checkpoint>) -> Result<(String, String)> {
+    let of = |model: &Checkpoint| model.weights.fingerprint().map(str::to_owned);
+    Ok((of(model)?, of(reference.unwrap_or(model))?))
 }
 
 /// The settings that are known before the pairs are read.

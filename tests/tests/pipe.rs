@@ -627,7 +627,7 @@ fn a_pipe_fails_with_any_of_its_stages_and_makes_no_checkpoint() {
         .ok();
     for (right, wrong, cause) in [
         ("dice-gen --model pi", "dice-gen --model missing", "missing"),
-        ("--k 6", "--k 0", "--k must be"),
+        ("--k 6", "--k 0", "at least 1"),
         ("--k 6", "--k six", "invalid value"),
         ("--ref ref", "--ref missing", "missing"),
         ("--gamma 0.5", "--gamma 2", "from 0 to 1"),

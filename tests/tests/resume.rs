@@ -3,7 +3,7 @@
 use dice_tests::world::{
     Made, Moment, ROW_TOOLS, TOOLS, World, newest_checkpoint, pairs, prompts, samples, signal,
 };
-use dice_tests::{Finished, Tool, lines};
+use dice_tests::{Finished, Tool, copy_folder, lines, parse_rows};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::json;
@@ -336,6 +336,26 @@ fn work_is_neither_overwritten_nor_done_twice() {
             before
         );
         fs::rename(world.path("gone"), world.path("pi")).unwrap();
+        if tool != "dice-pairs" {
+            // Where it is there, it is the one that made the file.
+            fs::rename(world.path("pi"), world.path("gone")).unwrap();
+            copy_folder(&world.path("ref"), &world.path("pi"));
+            let other = world.tool(tool, "out").args(["--resume"]).run();
+            let line = other.error_line();
+            assert!(
+                line.contains("the run that made it was another one"),
+                "{line}"
+            );
+            fs::remove_dir_all(world.path("pi")).unwrap();
+            fs::rename(world.path("gone"), world.path("pi")).unwrap();
+        }
+        let input = World::input(tool);
+        let rows = fs::read_to_string(world.path(input)).unwrap();
+        fs::write(world.path(input), format!("\n{rows}")).unwrap();
+        let other = world.tool(tool, "out").args(["--resume"]).run();
+        let line = other.error_line();
+        assert!(line.contains("it was made of other files"), "{line}");
+        fs::write(world.path(input), rows).unwrap();
 
         let started = world.path("next.part");
         if tool == "dice-train" {
@@ -395,6 +415,12 @@ fn another_run_is_not_gone_on_with() {
             .args(["--output", &world.arg("out"), "--resume"])
     };
     interrupted(&world, "dice-gen");
+    // The same id, another text.
+    let part = fs::read_to_string(world.path("out.part")).unwrap();
+    let mut edited = prompts();
+    edited[0]["id"] = parse_rows(part.lines().next().unwrap())[0]["id"].clone();
+    edited[0]["prompt"] = json!("Something else");
+    fs::write(world.path("edited.jsonl"), lines(&edited)).unwrap();
     for (tool, difference) in [
         (gen_args(&["--seed", "5"], &pi, &input), "seed: 0, now 5"),
         (
@@ -408,6 +434,10 @@ fn another_run_is_not_gone_on_with() {
         (gen_args(&[], &reference, &input), "model: "),
         (
             gen_args(&[], &pi, &world.arg("other.jsonl")),
+            "out.part:1: ",
+        ),
+        (
+            gen_args(&[], &pi, &world.arg("edited.jsonl")),
             "out.part:1: ",
         ),
     ] {

@@ -164,11 +164,22 @@ pub fn resume(output: &Path, run: &Run, trainer: &mut dyn Train) -> Result<Vec<S
 /// The log of a finished run to `output`; empty where it has none. Clears away what a kill in the last moment left.
 ///
 /// # Errors
-/// The run had other settings than those known of ours; the log is there but cannot be read, or the leftover cannot be
-/// removed.
-pub fn finished(output: &Path, ours: &Map<String, Value>) -> Result<Vec<StepMetrics>> {
+/// It is no checkpoint; the run had other settings than those known of ours, or other `inputs`; the log is there but cannot
+/// be read, or the leftover cannot be removed.
+pub fn finished(
+    output: &Path,
+    ours: &Map<String, Value>,
+    inputs: &[&Path],
+) -> Result<Vec<StepMetrics>> {
+    let holds = |name: &str| output.join(name).is_file();
+    ensure!(
+        holds("config.json") || holds("adapter_config.json"),
+        "{} is there, but it is no checkpoint: name another --output",
+        output.display()
+    );
     if let Some(made) = Manifest::read(&output.join(IN_FOLDER))? {
         made.check_same(ours, output)?;
+        made.check_inputs(inputs, output)?;
     }
     let part = part_path(output);
     if part.is_dir() {

@@ -7,11 +7,11 @@ mod output;
 mod read;
 mod row;
 
-pub use output::{Opened, Output};
+pub use output::{Done, Opened, Output};
 pub use read::{MAX_LINE_BYTES, Rows, ahead, groups, rows, rows_of};
 pub use row::{FinishReason, Place, Row};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Map, Value};
@@ -41,6 +41,11 @@ pub struct To {
 }
 
 impl Files {
+    /// The files that are read, in their order.
+    pub fn inputs(&self) -> Vec<&Path> {
+        self.files.iter().map(PathBuf::as_path).collect()
+    }
+
     /// The input rows, streamed.
     pub fn rows(&self) -> Rows {
         rows(&self.files)

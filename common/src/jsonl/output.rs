@@ -9,16 +9,48 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::read::{MAX_LINE_BYTES, Rows, object};
-use crate::files::{holds_work, lock, parent, part_path, publish, still_missing};
+use crate::files::{holds_work, is_stream, lock, parent, part_path, publish, still_missing};
 use crate::program;
 use crate::run::{Manifest, beside};
 
 /// What [`Output::open`] found.
 pub enum Opened {
-    /// The file is there and whole; the user has been told. Exit 0.
-    AlreadyDone,
+    /// The file is there and whole.
+    AlreadyDone(Done),
     /// Ready for rows, after those that [`Output::kept_rows`] counts.
     Ready(Output),
+}
+
+/// A file that is there and whole, made by a command with these settings.
+pub struct Done {
+    path: PathBuf,
+    made: Option<Manifest>,
+}
+
+impl Done {
+    /// Says that there is nothing to do, if the file was made with these settings, too (the models' fingerprints), and of
+    /// these files; see [`Manifest::check_inputs`]. Models that are gone by now cannot be compared, and need not be there.
+    ///
+    /// # Errors
+    /// It was not; the error names the difference.
+    pub fn confirm(
+        self,
+        models: impl FnOnce() -> Result<Map<String, Value>>,
+        inputs: &[&Path],
+    ) -> Result<()> {
+        // Whoever made it without a manifest is to be trusted.
+        if let Some(made) = self.made {
+            made.check_inputs(inputs, &self.path)?;
+            if let Ok(models) = models() {
+                made.check_same(&models, &self.path)?;
+            }
+        }
+        program::say(format_args!(
+            "{} is already there, nothing to do",
+            self.path.display()
+        ));
+        Ok(())
+    }
 }
 
 /// A sink of rows. Dropped without [`Output::finish`] (an error, a signal), a file's rows stay in `FILE.part` for
@@ -33,7 +65,11 @@ pub struct Output {
 }
 
 enum Sink {
-    Stdout(BufWriter<io::Stdout>),
+    /// stdout, a device or a named pipe.
+    Stream {
+        writer: BufWriter<Box<dyn Write + Send>>,
+        name: String,
+    },
     File {
         writer: BufWriter<File>,
         part: PathBuf,
@@ -44,8 +80,12 @@ enum Sink {
 impl Output {
     /// Rows to stdout.
     pub fn stdout() -> Self {
-        let writer = BufWriter::with_capacity(1 << 16, io::stdout());
-        Self::new(Sink::Stdout(writer), 0, Map::new())
+        Self::stream(Box::new(io::stdout()), "stdout".to_owned())
+    }
+
+    fn stream(to: Box<dyn Write + Send>, name: String) -> Self {
+        let writer = BufWriter::with_capacity(1 << 16, to);
+        Self::new(Sink::Stream { writer, name }, 0, Map::new())
     }
 
     fn new(sink: Sink, kept: u64, settings: Map<String, Value>) -> Self {
@@ -74,6 +114,21 @@ impl Output {
         let Some(path) = output.filter(|path| *path != Path::new("-")) else {
             return Ok(Opened::Ready(Self::stdout()));
         };
+        if path.is_dir() {
+            bail!(
+                "--output {} is a folder, not a file of rows",
+                path.display()
+            );
+        }
+        let name = path.display().to_string();
+        if is_stream(path) {
+            let file = OpenOptions::new().write(true).open(path);
+            let file = file.with_context(|| format!("cannot write {name}"))?;
+            return Ok(Opened::Ready(Self::stream(Box::new(file), name)));
+        }
+        if name.ends_with('/') {
+            bail!("--output {name} is the name of a folder, not of a file of rows");
+        }
         let part = part_path(path);
         if path.exists() {
             if !resume {
@@ -82,17 +137,14 @@ impl Output {
                     path.display()
                 );
             }
-            // Whoever made it without a manifest is to be trusted.
-            if let Some(made) = Manifest::read(&beside(path))? {
+            let made = Manifest::read(&beside(path))?;
+            if let Some(made) = &made {
                 made.check_same(&settings, path)?;
             }
             // A kill just after the file got its name leaves this.
             drop(fs::remove_file(beside(&part)));
-            program::say(format_args!(
-                "{} is already there, nothing to do",
-                path.display()
-            ));
-            return Ok(Opened::AlreadyDone);
+            let path = path.to_owned();
+            return Ok(Opened::AlreadyDone(Done { path, made }));
         }
         // An empty one holds no work to lose.
         if holds_work(&part) && !resume {
@@ -151,7 +203,7 @@ impl Output {
     /// Those rows, streamed. To be read before the first `write`.
     pub fn kept(&self) -> Box<dyn Iterator<Item = Result<super::Row>>> {
         match &self.sink {
-            Sink::Stdout(_) => Box::new(std::iter::empty()),
+            Sink::Stream { .. } => Box::new(std::iter::empty()),
             Sink::File { part, .. } => {
                 let kept = Rows::unnoted(part);
                 Box::new(kept.take(usize::try_from(self.kept).unwrap_or(usize::MAX)))
@@ -186,7 +238,7 @@ impl Output {
     /// A closed stdout is an `io::Error` of kind `BrokenPipe` in the error's chain.
     pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
         let written = match &mut self.sink {
-            Sink::Stdout(writer) => jsonl::write(writer, row),
+            Sink::Stream { writer, .. } => jsonl::write(writer, row),
             Sink::File { writer, .. } => jsonl::write(writer, row),
         };
         match written {
@@ -202,7 +254,7 @@ impl Output {
     /// Hands what was written to the reader of the pipe, or to the file. After each group of rows.
     pub fn flush(&mut self) -> Result<()> {
         let flushed = match &mut self.sink {
-            Sink::Stdout(writer) => writer.flush(),
+            Sink::Stream { writer, .. } => writer.flush(),
             Sink::File { writer, .. } => writer.flush(),
         };
         flushed.map_err(|err| self.failed(err))
@@ -223,7 +275,7 @@ impl Output {
 
     fn failed(&self, err: io::Error) -> anyhow::Error {
         let target = match &self.sink {
-            Sink::Stdout(_) => "stdout".to_owned(),
+            Sink::Stream { name, .. } => name.clone(),
             Sink::File { part, .. } => part.display().to_string(),
         };
         anyhow::Error::new(err).context(format!("cannot write to {target}"))
@@ -300,7 +352,7 @@ mod tests {
     fn open(path: &Path, resume: bool) -> Result<Output> {
         match Output::open(Some(path), resume, Map::new())? {
             Opened::Ready(output) => Ok(output),
-            Opened::AlreadyDone => bail!("already done"),
+            Opened::AlreadyDone(_) => bail!("already done"),
         }
     }
 
@@ -327,7 +379,7 @@ mod tests {
         assert!(!part_path(&path).exists());
         assert!(matches!(
             Output::open(Some(&path), true, Map::new()).unwrap(),
-            Opened::AlreadyDone
+            Opened::AlreadyDone(_)
         ));
         assert_eq!(
             refusal(&path, false),

@@ -132,8 +132,16 @@ fn judge(args: Args, [wait, longest_wait]: [Duration; 2]) -> Result<()> {
             .any(|file| file.as_os_str() != "-"),
         "--a and --b cannot both come from stdin"
     );
-    let Opened::Ready(mut output) = args.to.open(run_settings(&args)?)? else {
-        return Ok(());
+    let mut output = match args.to.open(run_settings(&args)?)? {
+        Opened::Ready(output) => output,
+        Opened::AlreadyDone(done) => {
+            let models = || {
+                let mut models = Scorer::open(&args.models)?.settings();
+                models.remove("date"); // on another day it is whole still
+                Ok(models)
+            };
+            return done.confirm(models, &[&args.a, &args.b]);
+        }
     };
     let pairs = outputs::pairs(&args.a, &args.b)?;
     let scorer = Scorer::open(&args.models)?;
