@@ -42,14 +42,17 @@ pub fn share<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T> {
     number(text, |x| (0.0..=1.0).contains(&x), "a number from 0 to 1")
 }
 
-/// A whole number from 1 on.
+/// Beyond any use, and short of what lists of that length need more memory for than there is.
+const MOST: usize = 1 << 20;
+
+/// A whole number from 1 to a million.
 ///
 /// # Errors
 /// Text that is none.
 pub fn count(text: &str) -> Result<usize> {
     match text.parse() {
-        Ok(count) if count > 0 => Ok(count),
-        _ => bail!("must be a whole number, at least 1"),
+        Ok(count) if (1..=MOST).contains(&count) => Ok(count),
+        _ => bail!("must be a whole number, at least 1 and at most {MOST}"),
     }
 }
 
@@ -68,7 +71,7 @@ mod tests {
         // More than float32 can say.
         assert!(positive::<f32>("1e39").is_err());
         assert!(positive::<f64>("0").is_err() && share::<f64>("1.01").is_err());
-        assert!(count("0").is_err() && count("1.5").is_err());
+        assert!(["0", "1.5", "4000000000"].iter().all(|n| count(n).is_err()));
     }
 
     #[test]

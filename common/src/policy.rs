@@ -310,7 +310,28 @@ impl Checkpoint {
         let weights = Weights::open(model)?;
         let chat = Chat::open(weights.path())?;
         weights.check_tokenizer(chat.vocab_size())?;
+        if !chat.has_template() {
+            program::say(format_args!(
+                "{model}: it has no chat template: prompts are taken as plain text, as a base model reads it"
+            ));
+        }
         Ok(Self { weights, chat })
+    }
+
+    /// Fails unless both models have as many tokens, and says so where these are not the same.
+    ///
+    /// # Errors
+    /// Vocabularies of two sizes.
+    pub fn check_same_vocabulary(&self, other: &Self) -> Result<()> {
+        self.weights.check_same_vocabulary(&other.weights)?;
+        if let Some((id, [ours, theirs])) = self.chat.first_difference(&other.chat) {
+            program::say(format_args!(
+                "{} and {} have different tokens, such as {ours:?} and {theirs:?} for {id}: are they of one kind?",
+                self.weights.path().display(),
+                other.weights.path().display()
+            ));
+        }
+        Ok(())
     }
 
     /// Makes the weights ready for forward passes.
@@ -352,6 +373,12 @@ impl Checkpoint {
             .chat
             .prompt_ids(prompt)
             .map_err(|err| row.error("prompt", format!("{err:#}")))?;
+        if ids.is_empty() {
+            return Err(row.error(
+                "prompt",
+                "has no token: the chat template writes nothing of it",
+            ));
+        }
         let context = self.weights.config.context;
         if ids.len() >= context {
             let message = format!(
@@ -468,7 +495,7 @@ impl RewardModel {
         let policy = Checkpoint::open(policy).with_context(|| format!("--policy {policy}"))?;
         let reference =
             Checkpoint::open(reference).with_context(|| format!("--ref {reference}"))?;
-        policy.weights.check_same_vocabulary(&reference.weights)?;
+        policy.check_same_vocabulary(&reference)?;
         let models = [policy.bytes(&place)?, reference.bytes(&place)?];
         let together = fit_together(models, &place)?;
         let ready = match together {
@@ -520,12 +547,16 @@ impl RewardModel {
         }
     }
 
-    /// The fingerprints of policy and reference.
+    /// What policy and reference are called in rows: their fingerprints, and, since log-probs in 16 bits are others, the
+    /// format where it is not float32.
     pub fn fingerprints(&self) -> Result<(String, String)> {
-        Ok((
-            self.policy.weights.fingerprint()?.to_owned(),
-            self.reference.weights.fingerprint()?.to_owned(),
-        ))
+        let format = match self.place.precision {
+            cuda::Precision::F32 => String::new(),
+            _ => format!("+{}", self.dtype()),
+        };
+        let of =
+            |model: &Checkpoint| anyhow::Ok(format!("{}{format}", model.weights.fingerprint()?));
+        Ok((of(&self.policy)?, of(&self.reference)?))
     }
 
     /// The number format that both compute in, as `--dtype` takes it.

@@ -61,8 +61,7 @@ impl Prompt {
     #[must_use]
     pub fn with_system(self, text: &str) -> Self {
         let mut messages = self.messages();
-        let is_system = |role| role == "system" || role == "developer";
-        if (messages.iter().filter_map(|m| m.get("role")?.as_str())).any(is_system) {
+        if messages.iter().any(is_system) {
             return self;
         }
         messages.insert(0, turn("system", text));
@@ -84,10 +83,13 @@ impl Prompt {
         hash_json(&self.messages())
     }
 
-    /// Which part of a data set the prompt belongs to; never [`Split::All`].
+    /// Which part of a data set the prompt belongs to; never [`Split::All`]. The same with another system turn, or without.
     pub fn split(&self) -> Split {
-        // The first byte of the key, as 256ths: 80%, 10%, 10%.
-        match self.key().as_bytes()[0] {
+        let messages = self.messages();
+        let is_question = |m: &&Map<String, Value>| !is_system(m);
+        let question: Vec<_> = messages.iter().filter(is_question).cloned().collect();
+        // The first byte of the hash, as 256ths: 80%, 10%, 10%.
+        match hash_json(&question).as_bytes()[0] {
             0..205 => Split::Train,
             205..230 => Split::Validation,
             _ => Split::Test,
@@ -102,6 +104,12 @@ impl Prompt {
         };
         hash.to_hex()[..16].to_owned()
     }
+}
+
+fn is_system(message: &Map<String, Value>) -> bool {
+    message
+        .get("role")
+        .is_some_and(|role| role == "system" || role == "developer")
 }
 
 /// A message of a chat.
@@ -156,6 +164,11 @@ mod tests {
         // Both forms of a prompt are the same prompt.
         let messages = Prompt::Messages(prompt("a".into()).messages());
         assert_eq!(messages.split(), prompt("a".into()).split());
+        // Told to answer otherwise, it is the same question.
+        for name in names {
+            let told = prompt(name.into()).with_system("be brief");
+            assert_eq!(told.split(), prompt(name.into()).split());
+        }
     }
 
     #[test]

@@ -37,7 +37,7 @@ struct Args {
     #[arg(long)]
     model: String,
     /// Responses per prompt (the paper takes 16)
-    #[arg(long, default_value_t = 16, value_parser = flags::count)]
+    #[arg(long, alias = "n", default_value_t = 16, value_parser = flags::count)]
     k: usize,
     /// Softmax temperature; 0 is greedy
     #[arg(long, default_value_t = 0.9, value_parser = temperature)]
@@ -48,7 +48,7 @@ struct Args {
     /// Keep so many most probable tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Drop tokens less probable than this fraction of the most probable one
+    /// Drop tokens less probable than this fraction of the most probable one; before --top-k and --top-p, as in vLLM
     #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f32>)]
     min_p: f32,
     /// Divide the logits of tokens that occurred already; 1 changes nothing
@@ -85,7 +85,7 @@ struct Args {
 
 /// Colder ones would make infinities of logits.
 fn temperature(text: &str) -> Result<f32> {
-    let fits = |t| t == 0.0 || t >= 1e-6;
+    let fits = |t| t == 0.0 || t >= f64::from(1e-6_f32);
     flags::number(text, fits, "0 (greedy) or at least 0.000001")
 }
 
@@ -268,7 +268,7 @@ impl Job<'_> {
             let before = self.generator.tokens();
             let (model, args) = (self.model, self.args);
             self.generator
-                .step(&|ids: &[u32]| stop_at(model, &args.stop, ids).is_some())?;
+                .step(&|ids: &[u32]| stops(model, &args.stop, ids))?;
             self.progress.add(0, self.generator.tokens() - before);
             self.write_finished()?;
             program::check()?;
@@ -374,6 +374,20 @@ impl Job<'_> {
         row.insert("dtype".into(), json!(self.dtype));
         Ok(())
     }
+}
+
+/// Whether a stop text ends in the last token of a response. It was looked for after every token before, so that the last
+/// few are enough: each but control tokens is a byte or more.
+fn stops(model: &Checkpoint, stops: &[String], ids: &[u32]) -> bool {
+    /// What a tokenizer may do to the first token of a text, it does to these.
+    const MORE: usize = 8;
+    let longest = stops.iter().map(String::len).max().unwrap_or(0);
+    stop_at(
+        model,
+        stops,
+        &ids[ids.len().saturating_sub(longest + MORE)..],
+    )
+    .is_some()
 }
 
 /// Where the first of the stop texts begins in a response, bytes.

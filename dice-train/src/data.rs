@@ -177,6 +177,6 @@ fn given(row: &Row, reference: &str) -> Result<Option<(f64, f64)>> {
 /// Opens `--ref`, which must share the policy's vocabulary.
 pub fn open_reference(name: &str, model: &Checkpoint) -> Result<Checkpoint> {
     let reference = Checkpoint::open(name).with_context(|| format!("--ref {name}"))?;
-    model.weights.check_same_vocabulary(&reference.weights)?;
+    model.check_same_vocabulary(&reference)?;
     Ok(reference)
 }

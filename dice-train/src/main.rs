@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long)]
     model: String,
     /// Folder for the result; it appears only when whole (until then: DIR.part)
-    #[arg(long, short, value_name = "DIR")]
+    #[arg(long, short, alias = "output-dir", value_name = "DIR")]
     output: PathBuf,
     /// Go on from the newest checkpoint in DIR.part; nothing to do where DIR exists
     #[arg(long)]
@@ -65,7 +65,7 @@ pub struct Args {
     #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     beta: f64,
     /// The preference loss
-    #[arg(long, value_enum, default_value_t = LossType::Sigmoid)]
+    #[arg(long, alias = "loss-type", value_enum, default_value_t = LossType::Sigmoid)]
     loss: LossType,
     /// Probability that a label is wrong (sigmoid: conservative DPO; robust)
     #[arg(long, default_value_t = 0.0, value_parser = label_smoothing)]
@@ -77,7 +77,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5e-7, value_parser = flags::not_negative::<f64>)]
     learning_rate: f64,
     /// Course of the learning rate after the warm-up
-    #[arg(long, value_enum, default_value_t = Scheduler::Constant)]
+    #[arg(long, alias = "lr-scheduler-type", value_enum, default_value_t = Scheduler::Constant)]
     scheduler: Scheduler,
     /// Steps over which the learning rate rises from 0
     #[arg(long, default_value_t = 0)]
@@ -86,7 +86,7 @@ pub struct Args {
     #[arg(long)]
     max_steps: Option<u64>,
     /// Passes over the pairs
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, alias = "num-train-epochs", default_value_t = 1)]
     epochs: u64,
     /// Pairs per step; gradients are accumulated inside it, memory does not grow with it
     #[arg(long, default_value_t = 32, value_parser = flags::count)]

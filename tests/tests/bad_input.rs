@@ -487,6 +487,48 @@ fn two_checkpoints_with_different_vocabularies() {
     assert!(!world.path("trained").exists());
 }
 
+/// As many tokens, but not the same; a template that was lost on the way. Neither need be wrong, so both are said.
+#[test]
+fn odd_tokenizers_are_said() {
+    let world = World::new();
+    let swapped = |dir: &Path| {
+        let path = dir.join("tokenizer.json");
+        let text = fs::read_to_string(&path).unwrap();
+        let mut tokenizer: Value = serde_json::from_str(&text).unwrap();
+        let vocab = &mut tokenizer["model"]["vocab"];
+        (vocab["#"], vocab["$"]) = (vocab["$"].clone(), vocab["#"].clone());
+        fs::write(path, tokenizer.to_string()).unwrap();
+    };
+    world.spoiled("swapped", swapped);
+    fs::write(
+        world.path("rows.jsonl"),
+        lines(&[good_for("dice-score", 1)]),
+    )
+    .unwrap();
+    let rows = world.arg("rows.jsonl");
+    let said = |policy: &str, reference: &str| {
+        let [policy, reference] = [policy, reference].map(|name| world.arg(name));
+        let args = ["--policy", &policy, "--ref", &reference, &rows];
+        Tool::new("dice-score", args).run().ok().stderr
+    };
+    let same = said("pi", "pi");
+    assert!(
+        !same.contains("different tokens") && !same.contains("chat template"),
+        "{same}"
+    );
+    let apart = said("pi", "swapped");
+    assert!(
+        apart.contains("have different tokens, such as \"#\" and \"$\" for 5"),
+        "{apart}"
+    );
+    world.spoiled("base", |dir| {
+        let config = json!({"eos_token": "<|endoftext|>"});
+        fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+    });
+    let base = said("base", "pi");
+    assert!(base.contains("base: it has no chat template"), "{base}");
+}
+
 /// A template comes with a model and sees every prompt, so what it does wrong is said of the row.
 #[test]
 fn templates_that_fail_or_never_end() {
@@ -515,6 +557,7 @@ fn templates_that_fail_or_never_end() {
             "{{ raise_exception('only cats') }}",
             "refuses the prompt: only cats",
         ),
+        ("silent", "", "has no token"),
     ] {
         world.spoiled(name, set(template));
         for (tool, input) in [

@@ -339,7 +339,7 @@ fn awkward_rows_go_through_all_stages() {
         "duplicate 2",
         "too long 2",
         "with too few samples 4",
-        "equal best and worst 1",
+        "equal rewards 1",
     ] {
         assert!(said.contains(part), "{said}");
     }

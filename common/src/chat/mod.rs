@@ -185,6 +185,19 @@ impl Chat {
         (template.source().contains("strftime_now")).then(strftime::today)
     }
 
+    /// Whether it is a chat model's: a base model's has no template.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// The first id that both have, and that stands for two different tokens.
+    pub fn first_difference(&self, other: &Self) -> Option<(u32, [String; 2])> {
+        let token = |chat: &Self, id| chat.encoder.tokenizer().id_to_token(id);
+        let both = 0..self.vocab_size().min(other.vocab_size()) as u32;
+        both.filter_map(|id| Some((id, [token(self, id)?, token(other, id)?])))
+            .find(|(_, [ours, theirs])| ours != theirs)
+    }
+
     /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.
     pub fn vocab_size(&self) -> usize {
         self.encoder.vocab_size()

@@ -5,7 +5,8 @@ use crate::kernels::softmax;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// How tokens are drawn; the names and meanings are transformers' and vLLM's.
+/// How tokens are drawn; the names and meanings are transformers' and vLLM's, the order is vLLM's: temperature, `min_p`,
+/// `top_k`, `top_p` (transformers has `min_p` last, of what the others leave).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy.

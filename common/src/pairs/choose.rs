@@ -67,6 +67,8 @@ struct OnePrompt {
     id: String,
     first: Place,
     key: blake3::Hash,
+    /// Who gave the rewards: the fingerprints of policy and reference, where rows have them.
+    models: [Option<String>; 2],
     /// As the first row has it.
     prompt: Kept,
     /// Fields that all rows so far agree on.
@@ -83,7 +85,6 @@ struct Sample {
     token_ids: Option<Vec<u32>>,
     finish_reason: Option<Value>,
     policy_logps: Option<f64>,
-    policy: Option<String>,
 }
 
 /// What [`Samples::choose`] made.
@@ -158,6 +159,15 @@ impl Samples {
                 );
                 return Err(row.error("prompt", message));
             }
+            for (field, of) in [("policy", &known.models[0]), ("ref", &known.models[1])] {
+                if row.opt_string(field)? != of.as_deref() {
+                    let message = format!(
+                        "differs from that of {}, which has the same prompt: rewards of different models cannot be compared",
+                        known.first
+                    );
+                    return Err(row.error(field, message));
+                }
+            }
             known
                 .common
                 .retain(|field, value| row.fields.get(field) == Some(value));
@@ -170,6 +180,8 @@ impl Samples {
             id,
             first: row.place.clone(),
             key: prompt.key(),
+            models: [row.opt_string("policy")?, row.opt_string("ref")?]
+                .map(|model| model.map(str::to_owned)),
             prompt: self.spool.put(&row.fields["prompt"])?,
             common,
             seen: HashSet::new(),
@@ -205,7 +217,6 @@ impl Samples {
             token_ids,
             finish_reason: present("finish_reason"),
             policy_logps: row.opt_number("policy_logps")?,
-            policy: row.opt_string("policy")?.map(str::to_owned),
         };
         Ok((point, sample))
     }
@@ -216,12 +227,24 @@ impl Samples {
     /// The spool cannot be read or written.
     pub fn choose(mut self) -> Result<Chosen> {
         let read = self.prompts.len() as u64;
-        let enough = |p: &OnePrompt| p.samples.len() >= self.rules.min_samples;
-        self.prompts.retain(enough);
-        let compared = self.prompts.len() as u64;
+        let has_enough = |p: &OnePrompt| p.samples.len() >= self.rules.min_samples;
+        self.prompts.retain(has_enough);
+        let enough = self.prompts.len() as u64;
         let mut skipped = self.skipped;
-        if compared < read {
-            skipped.add("prompts with too few samples", read - compared);
+        if enough < read {
+            skipped.add("prompts with too few samples", read - enough);
+        }
+
+        // Of responses that are all as good only the price of length would make a best and a worst.
+        let differ = |p: &OnePrompt| {
+            p.samples
+                .iter()
+                .any(|s| s.0.reward != p.samples[0].0.reward)
+        };
+        self.prompts.retain(differ);
+        let compared = self.prompts.len() as u64;
+        if compared < enough {
+            skipped.add("prompts with equal rewards", enough - compared);
         }
 
         let points = |p: &OnePrompt| p.samples.iter().map(|(point, _)| *point).collect();
@@ -275,14 +298,11 @@ impl OnePrompt {
         put("rejected", Some(rejected.response.as_str().into()));
         put("score_chosen", Some(scores[0].into()));
         put("score_rejected", Some(scores[1].into()));
-        // The next round's reference is the policy that scored both: worth passing on only where it is one model.
-        if chosen.policy == rejected.policy
-            && let (Some(of_chosen), Some(of_rejected)) =
-                (chosen.policy_logps, rejected.policy_logps)
-        {
+        // The next round's reference is the policy that scored both.
+        if let (Some(of_chosen), Some(of_rejected)) = (chosen.policy_logps, rejected.policy_logps) {
             put("ref_chosen_logps", Some(of_chosen.into()));
             put("ref_rejected_logps", Some(of_rejected.into()));
-            put("ref", chosen.policy.as_deref().map(Value::from));
+            put("ref", self.models[0].as_deref().map(Value::from));
         }
         for (side, sample) in [("chosen", chosen), ("rejected", rejected)] {
             put(
@@ -400,19 +420,37 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn log_probs_of_two_policies_are_not_passed_on() {
-        let scored = |response: &str, reward: f64, policy: &str| json!({"prompt": "q", "response": response, "reward": reward, "policy_logps": -1.0, "policy": policy});
-        let got = choose(
-            rules(),
-            &[scored("good", 1.0, "a"), scored("bad", 0.0, "b")],
-        );
+    fn rewards_of_two_models_are_not_compared() {
+        let scored = |response: &str, policy: &str| json!({"prompt": "q", "response": response, "reward": 1.0, "policy": policy});
+        let mixed = samples(rules(), &[scored("good", "a"), scored("bad", "b")]);
+        let line = mixed.err().unwrap().to_string();
         assert!(
-            !got.pairs[0]
-                .fields()
-                .unwrap()
-                .contains_key("ref_chosen_logps")
+            line.starts_with("s.jsonl:2: field \"policy\" differs from that of s.jsonl:1"),
+            "{line}"
         );
-        assert!(!got.pairs[0].fields().unwrap().contains_key("ref"));
+        assert!(samples(rules(), &[scored("good", "a"), scored("bad", "a")]).is_ok());
+    }
+
+    /// A prompt whose responses are all as good, at whatever price of length, is in no pair and in no average.
+    #[test]
+    fn equal_rewards_say_nothing_but_who_is_shorter() {
+        let rows = [
+            sample("equal", "short", 1.0),
+            sample("equal", "much longer", 1.0),
+            sample("q", "right", 1.0),
+            sample("q", "wrong, and long", 0.0),
+            sample("r", "right, and long", 1.0),
+            sample("r", "wrong", 0.0),
+        ];
+        for alpha in [Some(0.0), Some(0.01), None] {
+            let got = choose(Rules { alpha, ..rules() }, &rows);
+            assert_eq!((got.pairs.len(), got.compared), (2, 2), "{alpha:?}");
+            assert_eq!(
+                got.skipped.0,
+                [("prompts with equal rewards".to_owned(), 1)]
+            );
+            assert_eq!(got.balance.gap, 0.0);
+        }
     }
 
     #[test]
@@ -446,10 +484,10 @@ pub(super) mod tests {
                 ("too long", 1),
                 ("duplicate", 1),
                 ("prompts with too few samples", 1),
-                ("prompts with equal best and worst", 1),
+                ("prompts with equal rewards", 1),
             ]
         );
-        assert_eq!((got.rows, got.prompts, got.compared), (9, 3, 2));
+        assert_eq!((got.rows, got.prompts, got.compared), (9, 3, 1));
         assert_eq!(got.pairs.len(), 1);
         assert_eq!(got.pairs[0].fields().unwrap()["chosen"], "good");
 
@@ -599,7 +637,8 @@ pub(super) mod tests {
                 let score = |r: &(&str, f64)| r.1 - alpha * r.0.len() as f64;
                 let high = fit.iter().map(score).fold(f64::NEG_INFINITY, f64::max);
                 let low = fit.iter().map(score).fold(f64::INFINITY, f64::min);
-                let expected = (fit.len() >= min_samples && low < high).then(|| {
+                let differ = fit.iter().any(|r| r.1 != fit[0].1);
+                let expected = (fit.len() >= min_samples && differ && low < high).then(|| {
                     let best = fit.iter().filter(|r| score(r) == high).min_by_key(|r| r.0.len()).unwrap();
                     let longest = fit.iter().filter(|r| score(r) == low).map(|r| r.0.len()).max().unwrap();
                     let worst = fit.iter().find(|r| score(r) == low && r.0.len() == longest).unwrap();
