@@ -41,19 +41,19 @@ struct Args {
     k: usize,
     /// Softmax temperature; 0 is greedy
     #[arg(long, default_value_t = 0.9, value_parser = temperature)]
-    temperature: f32,
+    temperature: f64,
     /// Keep the most probable tokens whose probabilities reach this sum
     #[arg(long, default_value_t = 1.0, value_parser = top_p)]
-    top_p: f32,
+    top_p: f64,
     /// Keep so many most probable tokens; 0 keeps all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Drop tokens less probable than this fraction of the most probable one; before --top-k and --top-p, as in vLLM
-    #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f32>)]
-    min_p: f32,
+    #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f64>)]
+    min_p: f64,
     /// Divide the logits of tokens that occurred already; 1 changes nothing
-    #[arg(long, default_value_t = 1.0, value_parser = flags::positive::<f32>)]
-    repetition_penalty: f32,
+    #[arg(long, default_value_t = 1.0, value_parser = flags::positive::<f64>)]
+    repetition_penalty: f64,
     /// Longest response, tokens
     #[arg(long, default_value_t = 2048, value_parser = flags::count)]
     max_tokens: usize,
@@ -84,12 +84,12 @@ struct Args {
 }
 
 /// Colder ones would make infinities of logits.
-fn temperature(text: &str) -> Result<f32> {
-    let fits = |t| t == 0.0 || t >= f64::from(1e-6_f32);
+fn temperature(text: &str) -> Result<f64> {
+    let fits = |t| t == 0.0 || t >= 1e-6;
     flags::number(text, fits, "0 (greedy) or at least 0.000001")
 }
 
-fn top_p(text: &str) -> Result<f32> {
+fn top_p(text: &str) -> Result<f64> {
     flags::number(text, |p| p > 0.0 && p <= 1.0, "above 0 and at most 1")
 }
 
@@ -99,11 +99,11 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     let how = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
+        temperature: args.temperature as f32,
+        top_p: args.top_p as f32,
         top_k: args.top_k,
-        min_p: args.min_p,
-        repetition_penalty: args.repetition_penalty,
+        min_p: args.min_p as f32,
+        repetition_penalty: args.repetition_penalty as f32,
         max_tokens: args.max_tokens,
         seed: args.seed,
     };

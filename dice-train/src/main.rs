@@ -208,6 +208,10 @@ fn run(args: Args) -> Result<()> {
     reading.add(pairs.pairs.len() as u64, 0);
     reading.note(format!("{} with reference log-probs", pairs.given()));
     reading.finish();
+    ensure!(
+        !pairs.pairs.is_empty(),
+        "no pairs to train on: the input has none, or all were left out"
+    );
     let settings = settings(&args, pairs.pairs.len());
     let run = Run {
         version: env!("CARGO_PKG_VERSION").to_owned(),

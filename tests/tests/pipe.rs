@@ -607,6 +607,14 @@ fn no_input_is_no_output() {
     )
     .run();
     assert!(train.error_line().contains("no pairs to train on"));
+    // All of them left out, it says why.
+    let world = World::new();
+    let args = ["--model", &world.arg("pi"), "--output", &world.arg("next")];
+    let train = Tool::new("dice-train", args)
+        .args(["--max-length", "5", &world.arg("offline.jsonl")])
+        .run();
+    assert!(train.error_line().contains("no pairs to train on"));
+    train.note("longer than --max-length 20");
     assert!(!world.path("next").exists() && !world.path("next.part").exists());
 }
 

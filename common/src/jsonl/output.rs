@@ -190,7 +190,9 @@ impl Output {
         if self.kept > 0
             && let Some(begun) = Manifest::read(&path)?
         {
-            return begun.check_same(&self.settings, part);
+            let same = begun.check_same(&self.settings, part);
+            self.finished = same.is_err(); // what is there is not ours to speak of
+            return same;
         }
         Manifest::new(self.settings.clone()).write(&path)
     }

@@ -29,6 +29,7 @@ use layout::Place;
 use rayon::prelude::*;
 use safetensors::Shards;
 use serde_json::Value;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -92,80 +93,58 @@ impl Weights {
         let base = Self::open_plain(&base).with_context(at)?;
         let adapter = Adapter::open(folder, &settings, &base)?;
         let has_tokenizer = folder.join("tokenizer.json").is_file();
-        Ok(Self {
-            config: base.config.clone(),
-            path: if has_tokenizer {
-                folder.to_owned()
-            } else {
-                base.path.clone()
-            },
-            original: base.original.clone(),
-            fingerprint: OnceLock::new(),
-            source: Source::Adapted {
-                base: Box::new(base),
-                adapter,
-            },
-        })
+        let (config, original) = (base.config.clone(), base.original.clone());
+        let path = match has_tokenizer {
+            true => folder.to_owned(),
+            false => base.path.clone(),
+        };
+        let base = Box::new(base);
+        let source = Source::Adapted { base, adapter };
+        Ok(Self::new(config, &path, original, source))
     }
 
     fn open_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let original = text_part::config_of(read_json(&path)?);
         let config = Config::from_json(&original, &path)?;
-        let source = Source::Safetensors(Shards::open_folder(folder)?);
-        Self::checked(config, folder, original, source)
+        let shards = Shards::open_folder(folder)?;
+        for (name, shape) in config.stored_parameters() {
+            shards.check(&Place::whole(&name, &shape))?;
+        }
+        let source = Source::Safetensors(shards);
+        Ok(Self::new(config, folder, original, source))
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let config = Config::from_gguf(&gguf)?;
         let original = gguf_config::token_ids(&gguf);
-        Self::refuse_unknown_tensors(&config, &gguf)?;
-        Self::checked(config, path, original, Source::Gguf(gguf))
-    }
-
-    /// A GGUF's config is partly read off its tensors, so one that has no place would be computed wrongly.
-    fn refuse_unknown_tensors(config: &Config, gguf: &Gguf) -> Result<()> {
-        let known: std::collections::HashSet<_> = config
-            .parameters()
-            .iter()
-            .filter_map(|(name, shape)| Some(gguf::place(config, name, shape)?.name))
-            .collect();
-        let unknown = gguf
-            .names()
-            .filter(|name| !gguf_config::SCALINGS.contains(name) && !known.contains(*name))
-            .min();
-        if let Some(name) = unknown {
+        let mut known = HashSet::new();
+        for (name, shape) in config.parameters() {
+            let place = gguf_place(&config, &name, &shape)?;
+            gguf.check(&place)?;
+            known.insert(place.name);
+        }
+        // Its config is partly read off its tensors, so one that has no place would be computed wrongly.
+        let is_known = |name: &str| gguf_config::SCALINGS.contains(&name) || known.contains(name);
+        if let Some(name) = gguf.names().filter(|name| !is_known(name)).min() {
             bail!(
                 "{}: the tensor {name:?} has no place in the architecture {:?}",
-                gguf.path().display(),
+                path.display(),
                 config.model_type
             )
         }
-        Ok(())
+        Ok(Self::new(config, path, original, Source::Gguf(gguf)))
     }
 
-    fn checked(config: Config, path: &Path, original: Value, source: Source) -> Result<Self> {
-        match &source {
-            Source::Safetensors(shards) => {
-                for (name, shape) in config.stored_parameters() {
-                    shards.check(&Place::whole(&name, &shape))?;
-                }
-            }
-            Source::Gguf(gguf) => {
-                for (name, shape) in config.parameters() {
-                    gguf.check(&gguf_place(&config, &name, &shape)?)?;
-                }
-            }
-            Source::Adapted { .. } => {} // the base and the adapter were checked when they were opened
-        }
-        Ok(Self {
+    fn new(config: Config, path: &Path, original: Value, source: Source) -> Self {
+        Self {
             config,
             path: path.to_owned(),
             original,
             source,
             fingerprint: OnceLock::new(),
-        })
+        }
     }
 
     /// Reads a tensor by its Hugging Face name, widened or dequantised to float32, row-major.
