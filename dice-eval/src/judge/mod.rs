@@ -71,7 +71,7 @@ pub struct Args {
     /// Seed of the order, for --order seeded
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Most tokens of a reply
+    /// Most tokens of a reply; a judge that thinks before it answers wants some thousand
     #[arg(long, value_name = "N", default_value_t = 8)]
     max_tokens: u32,
     /// Requests in flight at a time

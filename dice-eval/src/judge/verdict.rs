@@ -59,9 +59,11 @@ fn first_tokens(choice: &Value) -> Option<Vec<(&str, f64)>> {
     Some(pairs.collect())
 }
 
-/// The label that the text starts with, whatever quotes or stars are around it: 1 for the first, 0 for the second.
+/// The label that the text starts with, whatever quotes or stars are around it: 1 for the first, 0 for the second. What a
+/// model thought before does not count.
 fn named(text: &str, labels: &[String; 2]) -> Option<f64> {
-    let text = text.trim_start_matches(|c: char| !c.is_alphanumeric());
+    let answer = text.rsplit("</think>").next().unwrap_or_default();
+    let text = answer.trim_start_matches(|c: char| !c.is_alphanumeric());
     let starts = |label: &String| {
         let rest = text.strip_prefix(label.as_str());
         rest.is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
@@ -109,6 +111,8 @@ mod tests {
             ("m", Some(1.0)),
             (" **M**.", Some(0.0)),
             ("\"m\" is better", Some(1.0)),
+            ("<think>m is long, M is short</think>\n\nM", Some(0.0)),
+            ("<think>m is long, M is", None),
             ("mM", None),
             ("more or less M", None),
             ("", None),
