@@ -1,0 +1,245 @@
+//! From fields to a config, as transformers 5 understands them; what the decoder would get wrong is refused.
+
+use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
+use super::super::family::{self, Family, Mixture, Scales, families};
+use super::super::rope::{positive, rotated_part};
+use super::fields::Fields;
+use super::positions::positions;
+use super::{CAPS, spelling};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+/// A config of what a file says.
+///
+/// # Errors
+/// See [`Config::from_json`].
+pub fn read(fields: &Fields) -> Result<Config> {
+    let model_type = fields
+        .text("model_type")?
+        .context("\"model_type\" is missing: which architecture is this?")?;
+    let family = family::of(model_type).with_context(|| {
+        format!(
+            "model_type: the architecture {model_type:?} is not supported; known: {}",
+            families().collect::<Vec<_>>().join(", ")
+        )
+    })?;
+    refuse_what_would_be_read_wrongly(fields, family)?;
+    let (hidden, heads) = (
+        fields.size("hidden_size")?,
+        fields.size("num_attention_heads")?,
+    );
+    let kv_heads = match (fields.0.get("num_key_value_heads"), family.kv_heads) {
+        (None, Some(kv_heads)) => kv_heads,
+        (None | Some(Value::Null), _) => heads,
+        _ => fields.size("num_key_value_heads")?,
+    };
+    let head_dim = match (fields.present("head_dim"), family.head_dim) {
+        (Some(_), _) => fields.size("head_dim")?,
+        (None, Some(head_dim)) => head_dim,
+        (None, None) => {
+            ensure!(
+                hidden.is_multiple_of(heads),
+                "hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+            );
+            hidden / heads
+        }
+    };
+    let asked = |heard: bool, key: &str| Ok(heard && fields.flag(key)?.unwrap_or(false));
+    let attention_bias: Result<bool> = asked(family.attention_bias, "attention_bias");
+    let attention_bias = attention_bias?;
+    let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
+    let context = fields.size("max_position_embeddings")?;
+    let (windows, ropes) = positions(fields, family, layers, context)?;
+    let [attention_cap, logit_cap] = caps(fields, family)?;
+    let ffn = match (family.hybrid, &family.mixture) {
+        (true, _) => "shared_intermediate_size",
+        (false, Some(mixture)) => mixture.width,
+        (false, None) => "intermediate_size",
+    };
+    let config = Config {
+        model_type: model_type.to_owned(),
+        vocab: fields.size("vocab_size")?,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        rotary_dim: rotary_dim(fields, family, head_dim)?,
+        ffn: fields.size(ffn)?,
+        experts: (family.mixture.as_ref())
+            .map(|mixture| experts(fields, mixture))
+            .transpose()?,
+        norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
+        context,
+        tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
+        embed_scale: family.embed_scale(hidden),
+        qkv_bias: attention_bias || family.qkv_bias,
+        o_bias: attention_bias,
+        mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
+        norms: family.norms,
+        qk_norm: family.qk_norm,
+        attention_scale: match family.scales {
+            Scales::Roots => attention_scale(fields)?,
+            Scales::Plain | Scales::Embeddings | Scales::Multipliers => plain_scale(head_dim),
+        },
+        attention_cap,
+        logit_cap,
+        logit_scale: 1.0,
+        activation: family.activation,
+        windows,
+        ropes,
+    };
+    match family.scales {
+        Scales::Plain | Scales::Embeddings | Scales::Roots => config,
+        Scales::Multipliers => config.multiplied(multipliers(fields)?),
+    }
+    .checked()
+}
+
+/// The names of the number of experts: transformers saves some under the other than they were published with.
+const EXPERTS: [&str; 2] = ["num_experts", "num_local_experts"];
+
+fn experts(fields: &Fields, mixture: &Mixture) -> Result<Experts> {
+    Ok(Experts {
+        count: match EXPERTS
+            .into_iter()
+            .find(|key| fields.present(key).is_some())
+        {
+            Some(key) => fields.size(key)?,
+            None => fields.size(mixture.count)?,
+        },
+        used: fields.size("num_experts_per_tok")?,
+        normed: match mixture.asked {
+            true => fields.flag("norm_topk_prob")?.unwrap_or(false),
+            false => true,
+        },
+    })
+}
+
+/// Granite's, each 1 where the file has none.
+fn multipliers(fields: &Fields) -> Result<Multipliers> {
+    let number = |key: &str| positive(key, fields.number(key)?.unwrap_or(1.0));
+    Ok(Multipliers {
+        embedding: number("embedding_multiplier")?,
+        attention: number("attention_multiplier")?,
+        residual: number("residual_multiplier")?,
+        logits: number("logits_scaling")?,
+    })
+}
+
+/// How much of a head is rotated.
+fn rotary_dim(fields: &Fields, family: &Family, head_dim: usize) -> Result<usize> {
+    let part = rotated_part(fields)?;
+    ensure!(
+        part == 1.0 || family.partial,
+        "partial_rotary_factor: {part} is not supported for {}, only 1 (the whole head is rotated)",
+        family.model_type
+    );
+    Ok((head_dim as f64 * part) as usize)
+}
+
+/// Gemma's scores are divided by the root of `query_pre_attn_scalar`, 256 where it says nothing.
+fn attention_scale(fields: &Fields) -> Result<f32> {
+    let scalar = fields.number("query_pre_attn_scalar")?.unwrap_or(256.0);
+    ensure!(
+        scalar.is_finite() && scalar > 0.0,
+        "query_pre_attn_scalar: must be a positive number, not {scalar}"
+    );
+    Ok(scalar.powf(-0.5) as f32)
+}
+
+/// The soft caps of scores and of logits. A family that has them has its own where the file is silent; null means none.
+fn caps(fields: &Fields, family: &Family) -> Result<[Option<f32>; 2]> {
+    let cap = |i: usize| {
+        let (key, asked) = (CAPS[i], fields.number(CAPS[i])?);
+        let cap = match (family.caps, fields.0.contains_key(key)) {
+            (Some(_), true) => asked,
+            (Some(own), false) => own[i],
+            (None, _) => {
+                ensure!(
+                    asked.is_none(),
+                    "{key}: {} has no soft caps in transformers",
+                    family.model_type
+                );
+                None
+            }
+        };
+        cap.map(|cap| positive(key, cap)).transpose()
+    };
+    Ok([cap(0)?, cap(1)?])
+}
+
+/// Options under which the same tensors mean something else than this decoder would compute.
+fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result<()> {
+    let (key, known) = spelling(family.activation);
+    if let Some(activation) = fields.text(key)? {
+        ensure!(
+            activation == known || (known == "silu" && activation == "swish"),
+            "{key}: the activation {activation:?} is not supported; known for {}: {known}",
+            family.model_type
+        );
+    }
+    ensure!(
+        fields.present("quantization_config").is_none(),
+        "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
+    );
+    ensure!(
+        !fields.flag("use_bidirectional_attention")?.unwrap_or(false),
+        "use_bidirectional_attention: this is not a causal language model"
+    );
+    if family.hybrid {
+        refuse_other_hybrids(fields)?;
+    }
+    if family.mixture.is_some() {
+        refuse_other_mixtures(fields)?;
+    }
+    if let Some(Value::Array(architectures)) = fields.present("architectures") {
+        let causal = |a: &Value| a.as_str().is_some_and(|name| name.ends_with("ForCausalLM"));
+        ensure!(
+            architectures.is_empty() || architectures.iter().any(causal),
+            "architectures: {} is not a causal language model",
+            Value::Array(architectures.clone())
+        );
+    }
+    Ok(())
+}
+
+/// Those whose layers are mixtures in part, and options that no published one has set.
+fn refuse_other_mixtures(fields: &Fields) -> Result<()> {
+    for (key, only) in [
+        ("decoder_sparse_step", json!(1)),
+        ("mlp_only_layers", json!([])),
+        ("use_sliding_window", json!(false)),
+        ("clip_qkv", Value::Null),
+    ] {
+        let found = fields.present(key).unwrap_or(&only);
+        ensure!(
+            *found == only,
+            "{key}: {found} is not supported for mixtures of experts, only {only}"
+        );
+    }
+    Ok(())
+}
+
+/// Those with experts, state spaces or no positions.
+fn refuse_other_hybrids(fields: &Fields) -> Result<()> {
+    ensure!(
+        fields.present("num_local_experts") == Some(&json!(0)),
+        "num_local_experts: mixtures of experts are not supported, only 0"
+    );
+    let attends = |kind: &Value| {
+        ["attention", "full_attention"]
+            .map(Value::from)
+            .contains(kind)
+    };
+    let types = fields.present("layer_types").and_then(Value::as_array);
+    ensure!(
+        types.is_some_and(|types| types.iter().all(attends)),
+        "layer_types: only models with attention in every layer are supported"
+    );
+    ensure!(
+        fields.text("position_embedding_type")? == Some("rope"),
+        "position_embedding_type: only \"rope\" is supported"
+    );
+    Ok(())
+}

@@ -1,0 +1,571 @@
+//! What files say of each family, and what is refused.
+
+use super::super::fixtures::config_json;
+use super::super::{Experts, Norms, QkNorm, Rope, RopeScaling};
+use super::*;
+
+fn read(value: &Value) -> Result<Config> {
+    Config::from_json(value, Path::new("x/config.json"))
+}
+
+fn error(value: &Value) -> String {
+    format!("{:#}", read(value).unwrap_err())
+}
+
+/// The base config of a family with some fields changed; null removes nothing, it is set.
+fn with(model_type: &str, changes: Value) -> Value {
+    let mut json = config_json(model_type);
+    for (key, value) in changes.as_object().unwrap() {
+        json[key] = value.clone();
+    }
+    json
+}
+
+fn without(model_type: &str, key: &str) -> Value {
+    let mut json = config_json(model_type);
+    json.as_object_mut().unwrap().shift_remove(key);
+    json
+}
+
+#[test]
+fn families_differ_as_transformers_has_them() {
+    let of = |model_type: &str| read(&config_json(model_type)).unwrap();
+    let flags = |c: &Config| (c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm.is_some());
+    assert_eq!(flags(&of("llama")), (false, false, false, false));
+    assert_eq!(flags(&of("mistral")), (false, false, false, false));
+    assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+    assert_eq!(flags(&of("qwen3")), (false, false, false, true));
+    assert_eq!(flags(&of("smollm3")), (false, false, false, false));
+    assert_eq!(flags(&of("olmo2")), (false, false, false, true));
+    assert_eq!(flags(&of("gemma3_text")), (false, false, false, true));
+    let around = |c: Config| {
+        (
+            c.norms,
+            c.qk_norm,
+            c.activation,
+            c.embed_scale,
+            c.attention_scale,
+        )
+    };
+    let plain = (
+        Norms::Before,
+        None,
+        Activation::Silu,
+        1.0,
+        1.0 / 8f32.sqrt(),
+    );
+    assert_eq!(around(of("llama")), plain);
+    let olmo = (
+        Norms::After,
+        Some(QkNorm::Rows),
+        Activation::Silu,
+        1.0,
+        plain.4,
+    );
+    assert_eq!(around(of("olmo2")), olmo);
+    assert_eq!(around(of("olmo3")), olmo);
+    let heads = Some(QkNorm::Heads);
+    let gemma = (
+        Norms::Around,
+        heads,
+        Activation::GeluTanh,
+        32f32.sqrt(),
+        0.25,
+    );
+    let scores = json!({"query_pre_attn_scalar": 16});
+    let three = around(read(&with("gemma3_text", scores.clone())).unwrap());
+    assert_eq!(three, gemma);
+    let two = around(read(&with("gemma2", scores)).unwrap());
+    assert_eq!(two, (gemma.0, None, gemma.2, gemma.3, gemma.4));
+    // What layers add is halved there: here the residual stream is twice as large, and squares are four times as large.
+    for granite in ["granite", "granitemoehybrid"] {
+        let c = of(granite);
+        let scales = (c.embed_scale, c.attention_scale, c.logit_scale);
+        assert_eq!(scales, (12.0, 0.3, 1.0 / 6.0));
+        assert_eq!((c.norm_eps, c.ffn), (4e-5, 64));
+    }
+    let biased = json!({"attention_bias": true, "mlp_bias": true});
+    let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
+    assert_eq!(flags(&of("llama")), (true, true, true, false));
+    assert_eq!(flags(&of("mistral")), (false, false, false, false));
+    assert_eq!(flags(&of("qwen2")), (true, false, false, false));
+    assert_eq!(flags(&of("qwen3")), (true, true, false, true));
+    assert_eq!(flags(&of("smollm3")), (true, true, true, false));
+}
+
+#[test]
+fn absent_fields_get_transformers_defaults() {
+    let of = |model_type: &str, key: &str| read(&without(model_type, key)).unwrap();
+    assert_eq!(of("llama", "num_key_value_heads").kv_heads, 4);
+    assert_eq!(of("llama", "head_dim").head_dim, 8);
+    assert_eq!(of("qwen3", "head_dim").head_dim, 128);
+    assert_eq!(of("qwen2", "rms_norm_eps").norm_eps, 1e-6);
+    assert!(!of("llama", "tie_word_embeddings").tied);
+    assert!(of("smollm3", "tie_word_embeddings").tied);
+    assert_eq!(of("smollm3", "num_key_value_heads").kv_heads, 4);
+    let null = with(
+        "mistral",
+        json!({"num_key_value_heads": null, "head_dim": null}),
+    );
+    assert_eq!(read(&null).unwrap().kv_heads, 4);
+    let eight = with(
+        "mistral",
+        json!({"num_attention_heads": 8, "hidden_size": 64}),
+    );
+    let mut eight = eight;
+    eight
+        .as_object_mut()
+        .unwrap()
+        .shift_remove("num_key_value_heads");
+    assert_eq!(read(&eight).unwrap().kv_heads, 8);
+}
+
+#[test]
+fn windows_follow_each_familys_rules() {
+    let windows =
+        |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap().windows;
+    assert_eq!(
+        windows("llama", json!({"sliding_window": 16})),
+        [None, None]
+    );
+    assert_eq!(windows("mistral", json!({})), [Some(4096), Some(4096)]);
+    assert_eq!(
+        windows("mistral", json!({"sliding_window": 16})),
+        [Some(16), Some(16)]
+    );
+    assert_eq!(
+        windows("mistral", json!({"sliding_window": null})),
+        [None, None]
+    );
+    for qwen in ["qwen2", "qwen3"] {
+        assert_eq!(
+            windows(qwen, json!({"sliding_window": 16, "max_window_layers": 0})),
+            [None, None]
+        );
+        let on = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+        assert_eq!(windows(qwen, on), [None, Some(16)]);
+        let far = json!({"use_sliding_window": true, "sliding_window": 16});
+        assert_eq!(
+            windows(qwen, far),
+            [None, None],
+            "max_window_layers is 28 when absent"
+        );
+        let types = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 9,
+                "layer_types": ["sliding_attention", "full_attention"]});
+        assert_eq!(windows(qwen, types), [Some(16), None]);
+    }
+    // SmolLM3's defaults: of two layers, both rotate; a window is for those that do not.
+    let smollm3 = |changes: Value| {
+        let found = read(&with("smollm3", changes)).unwrap();
+        let rotates: Vec<_> = found.ropes.iter().map(Option::is_some).collect();
+        (rotates, found.windows)
+    };
+    let none = vec![None, None];
+    assert_eq!(smollm3(json!({})), (vec![true, true], none.clone()));
+    let window =
+        json!({"use_sliding_window": true, "sliding_window": 16, "no_rope_layer_interval": 2});
+    assert_eq!(smollm3(window), (vec![true, false], vec![None, Some(16)]));
+    assert_eq!(
+        smollm3(json!({"no_rope_layers": [0, 1, 1], "sliding_window": 16})),
+        (vec![false, true], none)
+    );
+    // OLMo 3's and Gemma 3's: all but every fourth and sixth.
+    for (family, full) in [("olmo3", [3, 7]), ("gemma3_text", [5, 11])] {
+        let found = windows(
+            family,
+            json!({"num_hidden_layers": 12, "sliding_window": 16}),
+        );
+        for (layer, window) in found.into_iter().enumerate().take(full[1] + 1) {
+            assert_eq!(
+                window,
+                Some(16).filter(|_| !full.contains(&layer)),
+                "{family} {layer}"
+            );
+        }
+    }
+    let types =
+        json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]});
+    assert_eq!(windows("olmo3", types), [None, Some(16)]);
+    assert_eq!(
+        windows("gemma3_text", json!({"sliding_window_pattern": 2})),
+        [Some(4096), None]
+    );
+    for (list, wanted) in [
+        (json!([1]), "has 1 entries for 2 layers"),
+        (json!([1, 2]), "must be 0 or 1, not 2"),
+    ] {
+        let line = error(&with("smollm3", json!({"no_rope_layers": list})));
+        assert!(line.contains(wanted), "{line}");
+    }
+    for (layer_types, wanted) in [
+        (json!(["full_attention"]), "has 1 entries for 2 layers"),
+        (
+            json!(["full_attention", "linear_attention"]),
+            "\"linear_attention\" is not supported",
+        ),
+        (
+            json!(["full_attention", "sliding_attention"]),
+            "give no window",
+        ),
+    ] {
+        let line = error(&with("qwen2", json!({"layer_types": layer_types})));
+        assert!(line.contains(wanted), "{line}");
+    }
+}
+
+#[test]
+fn layers_with_a_window_may_rotate_otherwise() {
+    let plain = |theta| Rope {
+        theta,
+        scaling: RopeScaling::Default,
+    };
+    // Of two layers the second sees everything.
+    let of = |family: &str, mut changes: Value| {
+        changes["layer_types"] = json!(["sliding_attention", "full_attention"]);
+        let ropes = read(&with(family, changes)).unwrap().ropes;
+        (ropes[0].clone().unwrap(), ropes[1].clone().unwrap())
+    };
+    let yarn = json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16});
+    let scaling = json!({"rope_theta": 5e5, "rope_scaling": yarn.clone()});
+    let (local, full) = of("olmo3", scaling);
+    assert_eq!(local, plain(5e5));
+    assert_eq!(full.theta, 5e5);
+    assert!(matches!(
+        full.scaling,
+        RopeScaling::Yarn {
+            factor: 8.0,
+            original_context: 16.0,
+            ..
+        }
+    ));
+
+    let linear = json!({"rope_type": "linear", "factor": 8.0});
+    let old = json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": linear});
+    let both = (
+        plain(1e4),
+        Rope {
+            theta: 1e6,
+            scaling: RopeScaling::Linear { factor: 8.0 },
+        },
+    );
+    assert_eq!(of("gemma3_text", old.clone()), both);
+    let new = json!({"rope_theta": null, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}});
+    assert_eq!(of("gemma3_text", new), both);
+    let bare = json!({"rope_theta": 1e6, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default"},
+            "full_attention": {"rope_type": "linear", "factor": 8.0}}});
+    assert_eq!(of("gemma3_text", bare), both);
+    let silent = of("gemma3_text", json!({"rope_theta": null}));
+    assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
+}
+
+#[test]
+fn experts_are_read_as_each_family_has_them() {
+    let of = |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap();
+    let [olmoe, qwen, mixtral] =
+        ["olmoe", "qwen3_moe", "mixtral"].map(|family| of(family, json!({"num_experts": null})));
+    assert_eq!((olmoe.ffn, qwen.ffn), (64, 24));
+    let experts = |normed| Experts {
+        count: 3,
+        used: 2,
+        normed,
+    };
+    assert_eq!(olmoe.experts, Some(experts(false)));
+    assert_eq!(qwen.experts, Some(experts(true)));
+    assert_eq!(mixtral.experts, Some(experts(true)));
+    let silent = of("qwen3_moe", json!({"norm_topk_prob": null}));
+    assert_eq!(silent.experts, Some(experts(false)));
+    let names: Vec<_> = qwen
+        .parameters()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    let at = |name: &str| names.iter().position(|n| n.ends_with(name)).unwrap();
+    assert!(at("0.mlp.gate.weight") < at("0.mlp.experts.0.gate_proj.weight"));
+    assert!(at("0.mlp.experts.2.up_proj.weight") < at("0.mlp.experts.0.down_proj.weight"));
+    assert_eq!(names.len(), 2 * (6 + 1 + 3 * 3 + 2) + 3);
+}
+
+#[test]
+fn what_cannot_be_run_is_named_with_its_file() {
+    for (changes, wanted) in [
+        (
+            json!({"model_type": "glm4"}),
+            "the architecture \"glm4\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
+        ),
+        (json!({"model_type": null}), "\"model_type\" is missing"),
+        (
+            json!({"partial_rotary_factor": 0.5}),
+            "partial_rotary_factor: 0.5 is not supported for llama",
+        ),
+        (
+            json!({"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.25}}}),
+            "partial_rotary_factor: 0.25",
+        ),
+        (
+            json!({"model_type": "phi3", "partial_rotary_factor": 0.4}),
+            "3 of 8 dimensions of a head",
+        ),
+        (
+            json!({"model_type": "phi3", "rope_scaling": long_rope(3),
+                    "original_max_position_embeddings": 16}),
+            "short_factor: has 3 entries for 4 pairs",
+        ),
+        (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
+        (
+            json!({"attn_logit_softcapping": 50.0}),
+            "llama has no soft caps",
+        ),
+        (
+            json!({"model_type": "granite", "residual_multiplier": 0}),
+            "residual_multiplier: must be a positive number, not 0",
+        ),
+        (
+            json!({"model_type": "granitemoehybrid"}),
+            "num_local_experts: mixtures of experts",
+        ),
+        (
+            json!({"model_type": "granitemoehybrid", "num_local_experts": 0}),
+            "layer_types: only models with attention in every layer",
+        ),
+        (
+            json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "mamba"]}),
+            "layer_types: only models with attention in every layer",
+        ),
+        (
+            json!({"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention", "attention"]}),
+            "position_embedding_type: only \"rope\"",
+        ),
+        (
+            json!({"model_type": "olmoe", "num_experts": 4}),
+            "\"num_experts_per_tok\" is missing",
+        ),
+        (
+            json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 5}),
+            "5 of 4 experts for a token",
+        ),
+        (
+            json!({"model_type": "olmoe", "num_experts": 40_000, "num_experts_per_tok": 2}),
+            "40000 experts in each of 2 layers are more than 65536",
+        ),
+        (
+            json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}),
+            "clip_qkv: 8.0 is not supported for mixtures of experts, only null",
+        ),
+        (
+            json!({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2}),
+            "decoder_sparse_step: 2 is not supported",
+        ),
+        (
+            json!({"quantization_config": {"bits": 4}}),
+            "quantization_config",
+        ),
+        (
+            json!({"architectures": ["LlamaForSequenceClassification"]}),
+            "LlamaForSequenceClassification",
+        ),
+        (
+            json!({"hidden_size": "32"}),
+            "hidden_size: must be a whole number, not \"32\"",
+        ),
+        (
+            json!({"hidden_size": -1}),
+            "hidden_size: must be a whole number",
+        ),
+        (json!({"hidden_size": 0}), "hidden_size: must be above 0"),
+        (json!({"vocab_size": null}), "\"vocab_size\" is missing"),
+        (json!({"vocab_size": 1u64 << 60}), "outside 1 to"),
+        (
+            json!({"num_hidden_layers": 1u64 << 40}),
+            "the number of layers",
+        ),
+        (json!({"num_key_value_heads": 3}), "evenly"),
+        (json!({"head_dim": 7}), "is odd"),
+        (
+            json!({"head_dim": null, "hidden_size": 30}),
+            "not a multiple",
+        ),
+        (json!({"rms_norm_eps": 0}), "epsilon"),
+        (
+            json!({"tie_word_embeddings": "yes"}),
+            "must be true or false",
+        ),
+    ] {
+        let line = error(&with("llama", changes.clone()));
+        assert!(
+            line.contains(wanted) && line.starts_with("x/config.json"),
+            "{changes}: {line}"
+        );
+    }
+    assert!(error(&json!([])).contains("must be a JSON object"));
+}
+
+#[test]
+fn parameters_are_those_of_transformers_in_its_order() {
+    let names = |json: &Value| -> Vec<String> {
+        let config = read(json).unwrap();
+        config
+            .parameters()
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect()
+    };
+    let layer = |names: Vec<String>| -> Vec<String> {
+        let own = names
+            .iter()
+            .filter_map(|n| n.strip_prefix("model.layers.1."));
+        own.map(str::to_owned).collect()
+    };
+    assert_eq!(
+        layer(names(&config_json("qwen3"))),
+        [
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.v_proj.weight",
+            "self_attn.o_proj.weight",
+            "self_attn.q_norm.weight",
+            "self_attn.k_norm.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+            "input_layernorm.weight",
+            "post_attention_layernorm.weight",
+        ]
+    );
+    assert!(layer(names(&config_json("qwen2"))).contains(&"self_attn.k_proj.bias".to_owned()));
+    assert_eq!(
+        layer(names(&config_json("olmo2")))[4..],
+        [
+            "self_attn.q_norm.weight",
+            "self_attn.k_norm.weight",
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            "mlp.down_proj.weight",
+            "post_attention_layernorm.weight",
+            "post_feedforward_layernorm.weight",
+        ]
+    );
+    assert_eq!(
+        layer(names(&config_json("gemma3_text")))[9..],
+        [
+            "input_layernorm.weight",
+            "post_attention_layernorm.weight",
+            "pre_feedforward_layernorm.weight",
+            "post_feedforward_layernorm.weight",
+        ]
+    );
+    let tied = names(&with("llama", json!({"tie_word_embeddings": true})));
+    assert_eq!(tied.first().unwrap(), "model.embed_tokens.weight");
+    assert_eq!(tied.last().unwrap(), "model.norm.weight");
+    assert_eq!(
+        names(&config_json("llama")).last().unwrap(),
+        "lm_head.weight"
+    );
+    let wide = read(&with("llama", json!({"head_dim": 16}))).unwrap();
+    let shape = |name: &str| {
+        let all = wide.parameters();
+        all.into_iter().find(|(n, _)| n.ends_with(name)).unwrap().1
+    };
+    assert_eq!(shape("q_proj.weight"), [64, 32]);
+    assert_eq!(shape("k_proj.weight"), [32, 32]);
+    assert_eq!(shape("o_proj.weight"), [32, 64]);
+}
+
+fn long_rope(pairs: usize) -> Value {
+    let factors = |step: f64| {
+        (0..pairs)
+            .map(|pair| 1.0 + step * pair as f64)
+            .collect::<Value>()
+    };
+    json!({"type": "longrope", "short_factor": factors(0.25), "long_factor": factors(2.0)})
+}
+
+/// As Phi-4-mini's file has them.
+#[test]
+fn a_context_ends_where_the_short_divisors_do() {
+    let changes = json!({"partial_rotary_factor": 0.75, "rope_scaling": long_rope(3),
+            "original_max_position_embeddings": 16});
+    let config = read(&with("phi3", changes.clone())).unwrap();
+    assert_eq!((config.context, config.rotary_dim), (16, 6));
+    let rope = config.ropes[0].as_ref().unwrap();
+    let plain = Rope {
+        scaling: RopeScaling::Default,
+        ..rope.clone()
+    };
+    let frequencies = rope.inv_freq(6).into_iter().zip(plain.inv_freq(6));
+    for ((found, plain), divisor) in frequencies.zip([1.0, 1.25, 1.5]) {
+        assert!((found * divisor / plain - 1.0).abs() < 1e-6);
+    }
+    let grown = (1.0 + 4f64.ln() / 16f64.ln()).sqrt() as f32;
+    assert_eq!(rope.growth(), grown);
+    let mut older = changes;
+    older["rope_scaling"]["type"] = json!("su");
+    assert_eq!(read(&with("phi3", older.clone())).unwrap(), config);
+    let written = config.to_json(None);
+    assert_eq!(written["max_position_embeddings"], 64);
+    assert_eq!(written["rope_scaling"].as_object().unwrap().len(), 3);
+    older["rope_scaling"]["attention_factor"] = json!(1.25);
+    let grown = read(&with("phi3", older)).unwrap();
+    assert_eq!(grown.ropes[0].as_ref().unwrap().growth(), 1.25);
+    assert_eq!(read(&grown.to_json(None)).unwrap(), grown);
+}
+
+#[test]
+fn a_written_config_reads_back_the_same() {
+    let windows = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+    let scaled = json!({"attention_bias": true, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}});
+    for (family, changes) in [
+        ("llama", scaled),
+        ("mistral", json!({"sliding_window": 16})),
+        ("mistral", json!({"sliding_window": null})),
+        ("qwen2", windows.clone()),
+        ("qwen3", windows),
+        ("smollm3", json!({"no_rope_layers": [0, 1]})),
+        ("olmo2", json!({"attention_bias": true})),
+        (
+            "olmo3",
+            json!({"layer_types": ["sliding_attention", "full_attention"], "rope_theta": 5e5,
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}),
+        ),
+        ("phi3", json!({"sliding_window": null})),
+        (
+            "phi3",
+            json!({"sliding_window": 16, "rope_scaling": long_rope(2), "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32}),
+        ),
+        (
+            "gemma2",
+            json!({"sliding_window": 16, "attn_logit_softcapping": 20.0,
+                "final_logit_softcapping": null}),
+        ),
+        (
+            "gemma3_text",
+            json!({"sliding_window": 16, "rope_theta": 1e6, "query_pre_attn_scalar": 168}),
+        ),
+        (
+            "granite",
+            json!({"attention_bias": true, "residual_multiplier": 1}),
+        ),
+        ("granitemoehybrid", json!({"residual_multiplier": 1})),
+    ] {
+        let config = read(&with(family, changes)).unwrap();
+        let written = config.to_json(None);
+        assert_eq!(read(&written).unwrap(), config);
+        assert_eq!(written["torch_dtype"], "float32");
+        assert_eq!(written["rms_norm_eps"], json!(1e-5));
+    }
+    // An odd factor of what layers add is in the others.
+    let config = read(&with("granite", json!({"residual_multiplier": 0.22}))).unwrap();
+    assert_eq!(read(&config.to_json(None)).unwrap(), config);
+    // A file of transformers 5 keeps its own fields.
+    let mut new = config_json("llama");
+    new.as_object_mut().unwrap().shift_remove("torch_dtype");
+    new["dtype"] = json!("bfloat16");
+    let config = read(&new).unwrap();
+    let written = config.to_json(Some(&new));
+    new["dtype"] = json!("float32");
+    assert_eq!(written, new);
+}

@@ -1,0 +1,146 @@
+//! From a config to fields under the names that transformers 4 and 5 and vLLM all read.
+
+use super::super::config::Config;
+use super::super::family::{self, Family, Rotated, Scales, Windows};
+use super::super::rope::{Rope, RopeScaling};
+use super::{CAPS, shortest, spelling};
+use serde_json::{Map, Value, json};
+
+/// Writes what is known over what there is.
+pub fn write(config: &Config, fields: &mut Map<String, Value>) {
+    let family = family::of(&config.model_type).expect("a config is of a family");
+    let mut set = |key: &str, value: Value| {
+        fields.insert(key.to_owned(), value);
+    };
+    shape(config, family, &mut set);
+    layers(config, family, &mut set);
+    rotation(config, family, &mut set);
+    scales(config, family, &mut set);
+    windows(config, family, &mut set);
+}
+
+/// Takes a field.
+type Set<'a> = dyn FnMut(&str, Value) + 'a;
+
+fn shape(config: &Config, family: &Family, set: &mut Set) {
+    set("architectures", json!([family.architecture()]));
+    set("model_type", json!(config.model_type));
+    set("vocab_size", json!(config.vocab));
+    set("hidden_size", json!(config.hidden));
+    set("intermediate_size", json!(config.ffn));
+    set("num_hidden_layers", json!(config.layers));
+    set("num_attention_heads", json!(config.heads));
+    set("num_key_value_heads", json!(config.kv_heads));
+    set("head_dim", json!(config.head_dim));
+    set("max_position_embeddings", json!(config.context));
+    set("rms_norm_eps", shortest(config.norm_eps));
+    set("tie_word_embeddings", json!(config.tied));
+}
+
+/// What the layers are made of: experts, activation, biases.
+fn layers(config: &Config, family: &Family, set: &mut Set) {
+    if let (Some(mixture), Some(experts)) = (&family.mixture, config.experts) {
+        set(mixture.width, json!(config.ffn));
+        set(mixture.count, json!(experts.count));
+        set("num_experts_per_tok", json!(experts.used));
+        if mixture.asked {
+            set("norm_topk_prob", json!(experts.normed));
+        }
+    }
+    if family.hybrid {
+        set("shared_intermediate_size", json!(config.ffn));
+        set("num_local_experts", json!(0));
+        set("num_experts_per_tok", json!(0));
+        set("position_embedding_type", json!("rope"));
+        set("layer_types", json!(vec!["attention"; config.layers]));
+    }
+    let (key, activation) = spelling(family.activation);
+    set(key, json!(activation));
+    if family.attention_bias {
+        set("attention_bias", json!(config.qkv_bias));
+    }
+    if family.mlp_bias {
+        set("mlp_bias", json!(config.mlp_bias));
+    }
+}
+
+/// The rope of the layers that have a window, or of those that have none.
+fn rope_of(config: &Config, windowed: bool) -> Option<&Rope> {
+    let layers = config.windows.iter().zip(&config.ropes);
+    let mut found = layers.filter(|(window, _)| window.is_some() == windowed);
+    found.find_map(|(_, rope)| rope.as_ref())
+}
+
+/// Layers that see everything have the rope that scaling is for; those with a window another, where it has one.
+fn rotation(config: &Config, family: &Family, set: &mut Set) {
+    if family.partial {
+        let part = config.rotary_dim as f64 / config.head_dim as f64;
+        set("partial_rotary_factor", json!(part));
+    }
+    let Some(rope) = rope_of(config, false).or(rope_of(config, true)) else {
+        return;
+    };
+    set("rope_theta", shortest(rope.theta));
+    set("rope_scaling", rope.scaling_json());
+    if let RopeScaling::LongRope {
+        original_context,
+        context,
+        ..
+    } = rope.scaling
+    {
+        set("original_max_position_embeddings", json!(original_context));
+        set("max_position_embeddings", json!(context));
+    }
+}
+
+fn scales(config: &Config, family: &Family, set: &mut Set) {
+    match family.scales {
+        Scales::Plain | Scales::Embeddings => {}
+        Scales::Roots => {
+            let scalar = f64::from(config.attention_scale).powi(-2).round();
+            set("query_pre_attn_scalar", json!(scalar as u64));
+        }
+        Scales::Multipliers => {
+            // What the residual stream gains is multiplied by nothing: see [`Config::multiplied`].
+            set("embedding_multiplier", shortest(config.embed_scale));
+            set("attention_multiplier", shortest(config.attention_scale));
+            set("residual_multiplier", json!(1.0));
+            set("logits_scaling", shortest(1.0 / config.logit_scale));
+        }
+    }
+    if family.caps.is_some() {
+        for (key, cap) in CAPS
+            .into_iter()
+            .zip([config.attention_cap, config.logit_cap])
+        {
+            set(key, cap.map_or(Value::Null, shortest));
+        }
+    }
+}
+
+fn windows(config: &Config, family: &Family, set: &mut Set) {
+    let window = config.windows.iter().flatten().next();
+    match family.windows {
+        Windows::None => return,
+        Windows::All(_) => {}
+        Windows::Last => set("use_sliding_window", json!(window.is_some())),
+        Windows::Unrotated => {
+            set("use_sliding_window", json!(window.is_some()));
+            let rotates = config.ropes.iter().map(|rope| u8::from(rope.is_some()));
+            set("no_rope_layers", rotates.collect());
+        }
+        Windows::AllBut(_, rotated) => {
+            if let (Rotated::By(_), Some(rope)) = (rotated, rope_of(config, true)) {
+                set("rope_local_base_freq", shortest(rope.theta));
+            }
+        }
+    }
+    set("sliding_window", json!(window));
+    if !matches!(family.windows, Windows::All(_)) {
+        let kind = |window: &Option<usize>| match window {
+            Some(_) => "sliding_attention",
+            None => "full_attention",
+        };
+        set("layer_types", config.windows.iter().map(kind).collect());
+    }
+}
