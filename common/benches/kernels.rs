@@ -3,11 +3,12 @@
 //!
 //! `cargo bench -p common` prints for each shape the time and the rate in items/s; an item is one FLOP.
 
-use common::kernels::attention::{self, Heads, Layout};
+use common::kernels::attention;
 use common::kernels::decoding::{self, Format, value_stride};
 use common::kernels::gemm::{
     Aligned, Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, panel_width,
 };
+use common::kernels::layout::{Heads, Layout};
 use common::kernels::softmax;
 use divan::Bencher;
 use divan::counter::ItemsCount;

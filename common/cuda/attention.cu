@@ -1,5 +1,5 @@
 // Causal attention over a packed, prefix-shared batch: a block for a tile of queries and a head, passing over the keys
-// that any of its rows sees (FlashAttention-2, arXiv 2307.08691, on the layout of common/src/kernels/attention.rs).
+// that any of its rows sees (FlashAttention-2, arXiv 2307.08691, on the batches of common/src/kernels/layout.rs).
 //
 // Keys are numbered by position: those of the root first, then the segment's own. A tile of keys may hold both, so the
 // seam costs nothing, and tiles that nobody sees are never loaded.

@@ -4,8 +4,8 @@
 //! hundred rows by a few thousand words exist at a time, never those of a whole batch by the whole vocabulary. The
 //! backward pass makes each tile again.
 
-use crate::kernels::attention::Layout;
 use crate::kernels::gemm::{Left, Mat, Packed, PackedLeft, Threads, Write, matmul, multiply};
+use crate::kernels::layout::Layout;
 use crate::kernels::{cap, rows, softmax, team};
 use crate::model::{Decoder, Model};
 use anyhow::Result;

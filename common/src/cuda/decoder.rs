@@ -6,7 +6,7 @@ use super::device::{
 };
 use super::lora::LowRank;
 use super::optimizer::elements;
-use crate::kernels::attention::{Heads, Layout};
+use crate::kernels::layout::{Heads, Layout};
 use crate::model::{LayerNorms, LayerParams, Matrix, Params, Rotations, Source, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::{Result, ensure};
@@ -331,14 +331,7 @@ impl Decoder {
         };
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
             Ok(Layer {
-                heads: Heads {
-                    query: config.heads,
-                    kv: config.kv_heads,
-                    dim: config.head_dim,
-                    window: config.windows[i],
-                    scale: config.attention_scale,
-                    cap: config.attention_cap,
-                },
+                heads: config.heads_of(i),
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
                 qk_norms: p

@@ -17,7 +17,7 @@ use super::slots::{
     Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,
 };
 use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
-use crate::kernels::attention::Layout;
+use crate::kernels::layout::Layout;
 use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -111,9 +111,9 @@ impl Rows {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::attention::Heads;
     use crate::kernels::decoding::Format;
     use crate::kernels::gemm::Precision;
+    use crate::kernels::layout::Heads;
     use crate::kernels::testing::noise;
 
     /// Attention of one query head over keys and values given row by row, in float64.

@@ -4,9 +4,9 @@
 //! follows, 15 GB/s from pieces of a few kilobytes; so a layer's keys and values of one run of tokens lie in one piece, in
 //! the order in which they are read.
 
-use crate::kernels::attention::Heads;
 use crate::kernels::decoding::{AHEAD, Block, Format};
 use crate::kernels::gemm::{Aligned, panel_width};
+use crate::kernels::layout::Heads;
 
 /// One layer's keys and values of one run of tokens.
 pub struct LayerCache {

@@ -9,6 +9,7 @@ pub mod cap;
 pub mod decoding;
 pub mod gemm;
 pub mod isa;
+pub mod layout;
 pub mod norm;
 pub mod rope;
 pub mod softmax;

@@ -5,8 +5,9 @@ use super::gradients::Gradients;
 use super::params::{LayerParams, Matrix, Params, Span};
 use super::rotations::Rotations;
 use super::workspace::{Buffers, Kept, Workspace};
-use crate::kernels::attention::{self, Layout};
+use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
+use crate::kernels::layout::Layout;
 use crate::kernels::{activation, copy, fit, norm, rows};
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few

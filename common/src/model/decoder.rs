@@ -5,8 +5,9 @@ use super::experts::Routes;
 use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use super::rotations::Rotations;
-use crate::kernels::attention::{self, Heads, Layout};
+use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
+use crate::kernels::layout::{Heads, Layout};
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::{Config, Norms};
 use anyhow::Result;
@@ -206,14 +207,7 @@ impl Decoder {
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
             let linear = |matrix: &Matrix| Linear::new(source, matrix, precision);
             Ok(Layer {
-                heads: Heads {
-                    query: config.heads,
-                    kv: config.kv_heads,
-                    dim: config.head_dim,
-                    window: config.windows[i],
-                    scale: config.attention_scale,
-                    cap: config.attention_cap,
-                },
+                heads: config.heads_of(i),
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
                 qk_norms: p

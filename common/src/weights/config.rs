@@ -4,6 +4,7 @@ use super::family;
 use super::rope::Rope;
 use crate::gguf;
 use crate::kernels::activation::Activation;
+use crate::kernels::layout::Heads;
 use anyhow::{Result, ensure};
 
 /// Where a layer has RMS norms.
@@ -110,6 +111,18 @@ pub struct Config {
 }
 
 impl Config {
+    /// How the heads of a layer lie, what they see and how they score.
+    pub fn heads_of(&self, layer: usize) -> Heads {
+        Heads {
+            query: self.heads,
+            kv: self.kv_heads,
+            dim: self.head_dim,
+            window: self.windows[layer],
+            scale: self.attention_scale,
+            cap: self.attention_cap,
+        }
+    }
+
     /// Every tensor of the model by its Hugging Face name, with its shape (row-major, `[out, in]`
     /// for projections), in the order of transformers' state dict. `lm_head.weight` only if untied.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {

@@ -3,7 +3,7 @@
 use crate::device::{
     Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
 };
-use common::kernels::attention::{Heads, Layout};
+use common::kernels::layout::{Heads, Layout};
 
 #[derive(Clone, Copy)]
 #[repr(C)]

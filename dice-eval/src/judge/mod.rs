@@ -2,28 +2,28 @@
 
 mod coin;
 mod endpoint;
+mod job;
 mod journal;
+mod jury;
 mod outputs;
 mod scores;
 mod verdict;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use common::jsonl::{Opened, Output, To};
+use anyhow::{Context, Result, bail, ensure};
+use common::jsonl::{Opened, To};
 use common::program::Progress;
 use common::run::settings;
 use serde_json::{Map, Value, json};
 
 use crate::implicit::{Models, Scorer};
 use endpoint::{Endpoint, Patience};
+use job::{Counts, Job};
 use journal::Journal;
-use outputs::{Pair, generators};
-use verdict::Verdict;
+use jury::{Judged, Jury};
+use outputs::generators;
 
 /// Compare the outputs of two models, prompt by prompt, and write annotations for win-rate and compare
 ///
@@ -238,239 +238,6 @@ fn template(args: &Args) -> Result<String> {
         Some(file) => {
             std::fs::read_to_string(file).with_context(|| format!("--template {}", file.display()))
         }
-    }
-}
-
-/// What a judge says of a pair.
-#[derive(Clone, Debug, PartialEq)]
-struct Judged {
-    /// Probability that the second output is better.
-    win: Option<f64>,
-    /// The same of each order asked: the first output shown first, and shown second.
-    by_order: [Option<f64>; 2],
-    /// Whether the two orders have different winners.
-    turned: bool,
-    from: Option<String>,
-}
-
-impl Judged {
-    fn scored(win: Option<f64>) -> Self {
-        Self {
-            win,
-            by_order: [None; 2],
-            turned: false,
-            from: None,
-        }
-    }
-}
-
-/// A judge behind a server, with all that a question needs.
-struct Jury<'a> {
-    endpoint: Endpoint,
-    journal: Journal,
-    template: String,
-    labels: &'a [String; 2],
-    order: Order,
-    seed: u64,
-}
-
-impl Jury<'_> {
-    /// Judges all pairs, so many at a time; `each` gets them in their order. After an error, what came before the failed
-    /// pair has been given to `each`, and what came after is in the journal.
-    fn judge_all(
-        &self,
-        pairs: &[Pair],
-        at_a_time: usize,
-        mut each: impl FnMut(&Pair, Judged) -> Result<()>,
-    ) -> Result<()> {
-        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let (sender, results) = channel();
-        std::thread::scope(|threads| {
-            for _ in 0..at_a_time.min(pairs.len()) {
-                let sender = sender.clone();
-                threads.spawn(|| {
-                    let sender = sender;
-                    while !stop.load(Ordering::Relaxed) {
-                        let at = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(pair) = pairs.get(at) else { break };
-                        let judged = self.judge(pair);
-                        // What failed here would fail for the next pair too.
-                        stop.fetch_or(judged.is_err(), Ordering::Relaxed);
-                        if sender.send((at, judged)).is_err() {
-                            break;
-                        }
-                    }
-                });
-            }
-            drop(sender);
-            let mut early = BTreeMap::new();
-            let mut done = 0;
-            let mut failed = None;
-            for (at, judged) in results {
-                early.insert(at, judged);
-                while failed.is_none()
-                    && let Some(judged) = early.remove(&done)
-                {
-                    failed = judged.and_then(|judged| each(&pairs[done], judged)).err();
-                    done += 1;
-                }
-                stop.fetch_or(failed.is_some(), Ordering::Relaxed);
-            }
-            // A pair before a failed one may never have been asked: then the failure is still waiting.
-            let waiting = early.into_values().find_map(Result::err);
-            failed.or(waiting).map_or(Ok(()), Err)
-        })
-    }
-
-    fn judge(&self, pair: &Pair) -> Result<Judged> {
-        if pair.outputs[0] == pair.outputs[1] {
-            return Ok(Judged::scored(Some(0.5)));
-        }
-        let switched = match self.order {
-            Order::Both => vec![false, true],
-            Order::Seeded => vec![coin::is_switched(&pair.instruction(), self.seed)],
-        };
-        let (mut by_order, mut from) = ([None; 2], None);
-        for &switched in &switched {
-            let verdict = self.ask(pair, switched)?;
-            let win = verdict
-                .first
-                .map(|first| if switched { first } else { 1.0 - first });
-            by_order[usize::from(switched)] = win;
-            from = Some(verdict.from);
-        }
-        let wins: Vec<f64> = by_order.iter().flatten().copied().collect();
-        // One order alone would carry the judge's taste for a place.
-        let whole = wins.len() == switched.len();
-        Ok(Judged {
-            win: whole.then(|| wins.iter().sum::<f64>() / wins.len() as f64),
-            by_order,
-            turned: matches!(by_order, [Some(a), Some(b)] if (a - 0.5) * (b - 0.5) < 0.0),
-            from,
-        })
-    }
-
-    fn ask(&self, pair: &Pair, switched: bool) -> Result<Verdict> {
-        let message = self.message(pair, switched)?;
-        let question = self.endpoint.question(&message);
-        if let Some(known) = self.journal.get(&question) {
-            return Ok(known);
-        }
-        let verdict = self
-            .endpoint
-            .ask(&message)
-            .with_context(|| pair.rows[1].place.to_string())?;
-        self.journal.put(&question, &verdict)?;
-        Ok(verdict)
-    }
-
-    fn message(&self, pair: &Pair, switched: bool) -> Result<String> {
-        let [mut first, mut second] = [&pair.outputs[0], &pair.outputs[1]];
-        if switched {
-            (first, second) = (second, first);
-        }
-        let values = minijinja::context! {
-            instruction => pair.instruction(), first, second,
-            first_label => &self.labels[0], second_label => &self.labels[1],
-        };
-        let mut environment = minijinja::Environment::new();
-        // A misspelt name would ask about nothing.
-        environment.set_undefined_behavior(minijinja::UndefinedBehavior::Strict);
-        let rendered = environment.render_str(&self.template, values);
-        rendered.map_err(|err| anyhow!("--template: {err:#}"))
-    }
-}
-
-/// The writing side of a run.
-struct Job {
-    generators: [String; 2],
-    annotator: String,
-    progress: Progress,
-    output: Output,
-    counts: Counts,
-}
-
-#[derive(Default)]
-struct Counts {
-    /// Pairs judged in both orders, and those whose winner turned with the order.
-    both: u64,
-    turned: u64,
-}
-
-impl Job {
-    /// Checks that the rows of an interrupted run are those of these files; gives their number.
-    fn check_kept(&mut self, pairs: &[Pair]) -> Result<usize> {
-        let mut expected = pairs.iter();
-        for row in self.output.kept() {
-            let row = row?;
-            let same = expected.next().is_some_and(|pair| {
-                row.fields.get("output_1") == Some(&json!(pair.outputs[0]))
-                    && row.fields.get("output_2") == Some(&json!(pair.outputs[1]))
-                    && row.fields.get("annotator") == Some(&json!(self.annotator))
-            });
-            ensure!(
-                same,
-                "{}: not what this command would have written here; remove the file to start over",
-                row.place
-            );
-            let count = |name: &str| row.fields.get(name).is_some_and(Value::is_number);
-            let both = count("preference_shown_first") && count("preference_shown_second");
-            self.counts.both += u64::from(both);
-            self.counts.turned += u64::from(row.fields.get("turned") == Some(&json!(true)));
-        }
-        self.progress.kept(self.output.kept_rows());
-        Ok(self.output.kept_rows() as usize)
-    }
-
-    fn write(&mut self, pair: &Pair, judged: Judged) -> Result<()> {
-        let mut row: Map<String, Value> = Map::new();
-        row.insert("instruction".into(), json!(pair.instruction()));
-        let shared = pair.shared_fields();
-        row.extend(shared.map(|(name, value)| (name.clone(), value.clone())));
-        let preference = |win: Option<f64>| json!(win.map(|win| 1.0 + win));
-        for side in [0, 1] {
-            row.insert(format!("output_{}", side + 1), json!(pair.outputs[side]));
-            row.insert(
-                format!("generator_{}", side + 1),
-                json!(self.generators[side]),
-            );
-        }
-        row.insert("annotator".into(), json!(self.annotator));
-        row.insert("preference".into(), preference(judged.win));
-        if let [Some(_), Some(_)] = judged.by_order {
-            row.insert(
-                "preference_shown_first".into(),
-                preference(judged.by_order[1]),
-            );
-            row.insert(
-                "preference_shown_second".into(),
-                preference(judged.by_order[0]),
-            );
-            row.insert("turned".into(), json!(judged.turned));
-            self.counts.both += 1;
-            self.counts.turned += u64::from(judged.turned);
-        }
-        if let Some(from) = &judged.from {
-            row.insert("verdict_from".into(), json!(from));
-        }
-        if judged.win.is_none() {
-            self.progress.skip("no verdict (\"preference\" is null)", 1);
-        }
-        self.output.write(&row)?;
-        self.progress.add(1, 0);
-        self.output.flush()
-    }
-
-    fn finish(self) -> Result<()> {
-        let Counts { both, turned } = self.counts;
-        if both > 0 {
-            self.progress.note(format!(
-                "{turned} of {both} verdicts ({:.0}%) turned with the order of the outputs",
-                100.0 * turned as f64 / both as f64
-            ));
-        }
-        self.progress.finish();
-        self.output.finish()
     }
 }
 
