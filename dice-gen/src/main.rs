@@ -11,7 +11,7 @@ use common::program::{self, Progress};
 use common::records::{Prompt, Split};
 use common::run::settings;
 use serde_json::{Map, Value, json};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -144,6 +144,8 @@ fn run(args: Args) -> Result<()> {
         args: &args,
         output,
         waiting: Default::default(),
+        ids: Default::default(),
+        repeated: 0,
         progress: Progress::new("dice-gen", "rows", None),
     };
     job.output.begin(settings(json!({
@@ -155,6 +157,12 @@ fn run(args: Args) -> Result<()> {
     job.run(&jsonl::ahead(rows))?;
     job.progress
         .skip("not in --split", left_out.load(Ordering::Relaxed));
+    if job.repeated > 0 {
+        job.progress.note(format!(
+            "{} prompts with the id of one before, and so its draws",
+            job.repeated
+        ));
+    }
     job.progress.finish();
     job.output.finish()
 }
@@ -184,6 +192,9 @@ struct Job<'a> {
     output: Output,
     /// The rows of the prompts at work, in order.
     waiting: VecDeque<Row>,
+    /// The ids so far, and how often one came again.
+    ids: HashSet<String>,
+    repeated: u64,
     progress: Progress,
 }
 
@@ -312,6 +323,7 @@ impl Job<'_> {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
         row.fields.entry("id").or_insert_with(|| json!(id));
+        self.repeated += u64::from(!self.ids.insert(id.clone()));
         self.waiting.push_back(row);
         self.generator.push(Request {
             key: id,

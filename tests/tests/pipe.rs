@@ -545,6 +545,21 @@ fn help_and_wrong_usage() {
     }
 }
 
+/// A prompt that comes twice without an id of its own has the same responses twice, which is said.
+#[test]
+fn repeated_prompts_are_said() {
+    let world = World::new();
+    let rows = [json!({"prompt": "Say 1"}), json!({"prompt": "Say 1"})];
+    let run = world.generate(&[]).stdin(lines(&rows)).run().ok();
+    run.note("1 prompts with the id of one before");
+    let rows = run.rows();
+    let (first, second) = rows.split_at(rows.len() / 2);
+    assert_eq!(first, second);
+    let other = ["a", "b"].map(|id| json!({"prompt": "Say 1", "id": id}));
+    let run = world.generate(&[]).stdin(lines(&other)).run().ok();
+    assert!(!run.stderr.contains("id of one before"));
+}
+
 #[test]
 fn stdin_and_several_files_are_one_input() {
     let world = World::new();
