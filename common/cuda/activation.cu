@@ -1,18 +1,10 @@
 // The activation of a gated MLP on rows [gate | up], and its gradient in place.
+#include "activation.h"
 #include "kernels.h"
 
 namespace device {
 
 constexpr int ACTIVATION_COLUMNS = 1024;  // of a block
-
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-x * LOG2E)); }
-
-// The gate g becomes g·σ(v), v = c·g·(1 + a·g²).
-struct Curve {
-    float c, a;
-    __device__ float v(float g) const { return c * g * (1.0f + a * g * g); }
-    __device__ float slope(float g) const { return c * (1.0f + 3.0f * a * g * g); }
-};
 
 // Visits the block's part of a row.
 template <class F> __device__ inline void for_part(int ffn, F visit) {
@@ -36,10 +28,10 @@ template <class T> __device__ void activation_backward(T* gate_up, const T* dy, 
     for_part(ffn, [=](int c, auto few) {
         auto g = few.load(gate + c), u = few.load(gate + ffn + c), d = few.load(dy + row + c);
         for (int i = 0; i < int(sizeof few / 4); ++i) {
-            float x = g.at[i], s = sigmoid(curve.v(x)), up = u.at[i];
-            few.at[i] = x * s * up;
-            g.at[i] = d.at[i] * up * s * (1.0f + x * curve.slope(x) * (1.0f - s));
-            u.at[i] = d.at[i] * x * s;
+            Gated made(g.at[i], u.at[i], d.at[i], curve);
+            few.at[i] = made.out;
+            g.at[i] = made.d_gate;
+            u.at[i] = made.d_up;
         }
         g.store(gate + c);
         u.store(gate + ffn + c);

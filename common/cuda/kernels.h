@@ -97,6 +97,79 @@ ACTIVATION(activation_f16, f16);
 ACTIVATION_BACKWARD(activation_backward_f32, float);
 ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
 
+// ---- Mixtures of experts --------------------------------------------------------------------------------------------
+// A token's MLP is the weighted sum of `used` of `experts` MLPs, which a router chooses. A row is a token at one of its
+// experts: rows = count·used. The rows of an expert lie together, in the order of their tokens. Nothing of this is known to
+// the host, so that a step with it is a graph like any other.
+
+// Rows, and columns, of an expert that a block multiplies at a time; and the most experts that there are kernels for.
+constexpr int EXPERT_TILE = 128;
+constexpr int MOST_EXPERTS = 512;
+
+struct ExpertTile {
+    int expert;
+    int first; // its first row
+    int rows;  // 1 … EXPERT_TILE; 0: nothing to do
+};
+
+// `shares` [count, experts]: the router's logits become their soft-max. `chosen` [count, used]: the experts of the largest,
+// the best first, of equals the first; `worth` [count, used]: their shares, divided by their sum where `normed`.
+// Grid (ceil(count / 8)).
+KERNEL(256, route, float* shares, int* chosen, float* worth, int count, int experts, int used, int normed);
+
+// counts[e] = how many of `chosen` [rows] are e. Grid (experts).
+KERNEL(256, count_rows, const int* chosen, int* counts, int rows);
+
+// Where rows lie: starts[e] .. starts[e+1] are expert e's, `starts` [experts + 1]. `places` [count, used] is the row of each
+// of `chosen`; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles` [tile_count] cover all rows; there are
+// at most rows / EXPERT_TILE + min(experts, rows), and what is left of them gets no rows. Grid (experts).
+KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
+    float* weights, ExpertTile* tiles, int rows, int used, int tile_count);
+
+// y[r] = x[i]·W_eᵀ for the rows r of each expert e, with i = tokens[r] (or r where `tokens` is null): `x` [*, k], `y` [rows, n].
+// W_e [n, k] is at `weights` + e·stride. EXPERT_COLUMNS: y[r] = x[i]·W_e with W_e [k, n]. n, k and `stride` are multiples of 8,
+// and matrices begin where 16 bytes can be read. What a row becomes does not depend on its place.
+// Grid (ceil(n / EXPERT_TILE), tile_count). Shared: EXPERT_SHARED bytes.
+constexpr int EXPERT_SHARED = 4 * 2 * EXPERT_TILE * 80;
+#define EXPERT_PRODUCT(name, T) DENSE_KERNEL(256, 2, name, const T* x, const int* tokens, const T* weights, \
+    long long stride, const ExpertTile* tiles, T* y, int n, int k)
+EXPERT_PRODUCT(expert_rows_f32, float);
+EXPERT_PRODUCT(expert_rows_bf16, bf16);
+EXPERT_PRODUCT(expert_rows_f16, f16);
+EXPERT_PRODUCT(expert_columns_f32, float);
+EXPERT_PRODUCT(expert_columns_bf16, bf16);
+
+// The gradient of weights: G_e += Σ dy[i]ᵀ·x[j] over the rows r of each expert, i = dy_tokens[r] (or r where null), j likewise:
+// `dy` [*, m], `x` [*, n], G_e [m, n] float32 at `gradients` + e·stride.
+// Grid (ceil(n / EXPERT_TILE), ceil(m / EXPERT_TILE), experts). Shared: EXPERT_SHARED bytes.
+#define EXPERT_GRADIENT(name, T) DENSE_KERNEL(256, 2, name, const T* dy, const int* dy_tokens, const T* x, \
+    const int* x_tokens, const int* starts, float* gradients, long long stride, int m, int n)
+EXPERT_GRADIENT(expert_gradient_f32, float);
+EXPERT_GRADIENT(expert_gradient_bf16, bf16);
+
+// out[t] = (keep ? out[t] : 0) + scale·Σ weights[row]·given[row] over the token's rows places[t, 0 .. used], in that order;
+// `weights` null: of 1. `given` [rows, width] of the first type named, `out` [count, width] of the second. Grid (count).
+#define MIX(name, T, O) KERNEL(256, name, const T* given, const int* places, const float* weights, O* out, int width, \
+    int used, float scale, int keep)
+MIX(mix_f32_f32, float, float);
+MIX(mix_bf16_f32, bf16, float);
+MIX(mix_f16_f32, f16, float);
+MIX(mix_bf16_bf16, bf16, bf16);
+
+// As ACTIVATION_BACKWARD, of rows that count weights[r]: `dy` [rows, ffn] is the gradient of the output as if each counted 1,
+// and becomes weights[r]·output; d_weights[r] = Σ dy∘output. Grid (rows).
+#define EXPERT_ACTIVATION_BACKWARD(name, T) KERNEL(256, name, T* gate_up, T* dy, const float* weights, \
+    float* d_weights, int ffn, float c, float a)
+EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_f32, float);
+EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16);
+
+// The gradient of the router's logits, `d_logits` [count, experts], given that of each row's weight and what `route` and
+// `place_rows` made. Grid (ceil(count / 8)).
+#define ROUTE_BACKWARD(name, T) KERNEL(256, name, const float* shares, const int* chosen, const int* places, \
+    const float* weights, const float* d_weights, T* d_logits, int count, int experts, int used, int normed)
+ROUTE_BACKWARD(route_backward_f32, float);
+ROUTE_BACKWARD(route_backward_bf16, bf16);
+
 // ---- Queries, keys and values ---------------------------------------------------------------------------------------
 // A row of the fused projection is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.

@@ -10,6 +10,7 @@ mod kernels;
 mod attention;
 mod decode;
 mod device;
+mod experts;
 mod logprob;
 mod rows;
 mod sample;

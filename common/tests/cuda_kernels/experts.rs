@@ -1,0 +1,362 @@
+//! Mixtures of experts: who goes where, products of many experts' rows at once, and the way back.
+
+use crate::device::{
+    Element, assert_close, for_both, in_every_order, launch, noise, unwritten, wide,
+};
+use half::f16;
+
+const TILE: usize = 128;
+const SHARED: usize = 4 * 2 * TILE * 80;
+
+/// What `route`, `count_rows` and `place_rows` find.
+#[derive(Clone, Debug, PartialEq)]
+struct Routes {
+    shares: Vec<f32>,
+    chosen: Vec<i32>,
+    starts: Vec<i32>,
+    places: Vec<i32>,
+    tokens: Vec<i32>,
+    weights: Vec<f32>,
+    tiles: Vec<[i32; 3]>,
+}
+
+impl Routes {
+    fn new(logits: &[f32], experts: usize, used: usize, normed: bool) -> Self {
+        let count = logits.len() / experts;
+        let rows = count * used;
+        in_every_order(|| {
+            let mut found = Self {
+                shares: logits.to_vec(),
+                chosen: vec![-1; rows],
+                starts: vec![-1; experts + 1],
+                places: vec![-1; rows],
+                tokens: vec![-1; rows],
+                weights: unwritten(rows),
+                tiles: vec![[-1; 3]; rows / TILE + experts.min(rows)],
+            };
+            let (mut worth, mut counts): (Vec<f32>, _) = (unwritten(rows), vec![-1i32; experts]);
+            launch!("route", [count.div_ceil(8), 1, 1], 256, 0; &mut found.shares, &mut found.chosen, &mut worth,
+                count as i32, experts as i32, used as i32, i32::from(normed));
+            launch!("count_rows", [experts, 1, 1], 256, 0; &found.chosen, &mut counts, rows as i32);
+            let tiles = found.tiles.len();
+            launch!("place_rows", [experts, 1, 1], 256, 0; &found.chosen, &worth, &counts, &mut found.starts,
+                &mut found.places, &mut found.tokens, &mut found.weights, &mut found.tiles, rows as i32, used as i32,
+                tiles as i32);
+            found
+        })
+    }
+
+    /// The rows of an expert.
+    fn of(&self, expert: usize) -> std::ops::Range<usize> {
+        self.starts[expert] as usize..self.starts[expert + 1] as usize
+    }
+}
+
+/// Logits whose experts are wanted unevenly, one by nobody.
+fn logits(count: usize, experts: usize) -> Vec<f32> {
+    let mut logits: Vec<f32> = noise(count * experts, 5);
+    for row in logits.chunks_exact_mut(experts) {
+        row[0] += 1.5;
+        row[experts - 1] = -20.0;
+    }
+    logits
+}
+
+#[test]
+fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
+    for (count, experts, used, normed) in [
+        (1, 2, 1, false),
+        (9, 8, 2, true),
+        (300, 40, 8, false),
+        (33, 512, 5, true),
+    ] {
+        let logits = logits(count, experts);
+        let found = Routes::new(&logits, experts, used, normed);
+        let (mut shares, mut weights) = (vec![], vec![f64::NAN; count * used]);
+        for (token, logits) in logits.chunks_exact(experts).enumerate() {
+            let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            let share = |expert: usize| f64::from(logits[expert]).exp() / sum;
+            shares.extend((0..experts).map(share));
+            let best = &order[..used];
+            let all: f64 = if normed {
+                best.iter().map(|&expert| share(expert)).sum()
+            } else {
+                1.0
+            };
+            for (place, &expert) in (token * used..).zip(best) {
+                assert_eq!(found.chosen[place], expert as i32);
+                let row = found.places[place] as usize;
+                assert!(found.of(expert).contains(&row));
+                assert_eq!(found.tokens[row], token as i32);
+                weights[row] = share(expert) / all;
+            }
+        }
+        assert_close("shares", &found.shares, &shares, 20.0);
+        assert_close("weights", &found.weights, &weights, 20.0);
+        assert_eq!((found.starts[0], found.starts[experts]), (0, (count * used) as i32));
+        let mut tiles = found.tiles.iter();
+        for expert in 0..experts {
+            let rows = found.of(expert);
+            assert!(found.tokens[rows.clone()].is_sorted_by(|a, b| a < b), "in the order of tokens");
+            for first in rows.clone().step_by(TILE) {
+                let left = (rows.end - first).min(TILE) as i32;
+                assert_eq!(tiles.next(), Some(&[expert as i32, first as i32, left]));
+            }
+        }
+        assert!(tiles.all(|tile| *tile == [0; 3]), "no rows are left");
+    }
+}
+
+#[test]
+fn of_equals_the_first_is_chosen_and_numbers_that_are_none_choose_somebody() {
+    let found = Routes::new(&[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], 6, 4, false);
+    assert_eq!(found.chosen, [1, 2, 4, 0]);
+    // (They are not equal to themselves: one order of threads will do.)
+    let (mut shares, mut chosen, mut worth) = (vec![f32::NAN; 6], vec![-1i32; 4], vec![0f32; 4]);
+    launch!("route", [1, 1, 1], 256, 0; &mut shares, &mut chosen, &mut worth, 1i32, 6i32, 4i32, 1i32);
+    assert_eq!(chosen, [0, 1, 2, 3]);
+}
+
+/// The product of two matrices' rows, in float64.
+fn dot(a: &[f64], b: impl Iterator<Item = f64>) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Rows of experts beside the tiles' sizes, one without any.
+fn uneven() -> Routes {
+    let starts = [0, 129, 129, 130, 400, 416];
+    let rows = 416;
+    let mut tiles = vec![];
+    for (expert, ends) in starts.windows(2).enumerate() {
+        for first in (ends[0]..ends[1]).step_by(TILE) {
+            tiles.push([expert as i32, first, (ends[1] - first).min(TILE as i32)]);
+        }
+    }
+    tiles.push([0; 3]);
+    Routes {
+        shares: vec![],
+        chosen: vec![],
+        starts: starts.to_vec(),
+        places: vec![],
+        tokens: (0..rows).map(|row| row * 7 % 50).collect(),
+        weights: vec![],
+        tiles,
+    }
+}
+
+fn products_of<T: Element>(kinds: &[&str]) {
+    let routes = uneven();
+    let (experts, rows) = (routes.starts.len() - 1, routes.tokens.len());
+    for (n, k) in [(8, 8), (136, 40), (256, 176)] {
+        let stride = n * k + 64; // other weights lie between
+        let weights: Vec<T> = noise(experts * stride, 1);
+        for (kind, gathered) in kinds.iter().flat_map(|&kind| [(kind, true), (kind, false)]) {
+            let x: Vec<T> = noise(if gathered { 50 } else { rows } * k, 2);
+            let tokens = gathered.then_some(&routes.tokens);
+            let y = in_every_order(|| {
+                let mut y: Vec<T> = unwritten(rows * n);
+                launch!(format!("expert_{kind}_{}", T::NAME), [n.div_ceil(TILE), routes.tiles.len(), 1], 256, SHARED;
+                    &x, tokens, &weights, stride as i64, &routes.tiles, &mut y, n as i32, k as i32);
+                y
+            });
+            let (x, weights) = (wide(&x), wide(&weights));
+            let mut exact = vec![];
+            for expert in 0..experts {
+                let w = &weights[expert * stride..][..n * k];
+                for row in routes.of(expert) {
+                    let from = tokens.map_or(row, |tokens| tokens[row] as usize);
+                    let x = &x[from * k..][..k];
+                    exact.extend((0..n).map(|j| match kind {
+                        "rows" => dot(x, w[j * k..][..k].iter().copied()),
+                        _ => dot(x, (0..k).map(|i| w[i * n + j])),
+                    }));
+                }
+            }
+            assert_close(kind, &y, &exact, if size_of::<T>() == 2 { 1.0 } else { 60.0 });
+        }
+    }
+}
+
+fn products<T: Element>() {
+    products_of::<T>(&["rows", "columns"]);
+}
+
+#[test]
+fn products_in_half_precision() {
+    products_of::<f16>(&["rows"]);
+}
+
+/// What a row becomes does not depend on where it lies, nor on how many there are.
+#[test]
+fn a_row_is_the_same_wherever_it_lies() {
+    let (n, k) = (136, 72);
+    let weights: Vec<half::bf16> = noise(n * k, 1);
+    let x: Vec<half::bf16> = noise(200 * k, 2);
+    let product = |tokens: Vec<i32>| {
+        let rows = tokens.len() as i32;
+        let mut y: Vec<half::bf16> = unwritten(tokens.len() * n);
+        let tiles: Vec<[i32; 3]> = (0..rows)
+            .step_by(TILE)
+            .map(|first| [0, first, (rows - first).min(TILE as i32)])
+            .collect();
+        launch!("expert_rows_bf16", [n.div_ceil(TILE), tiles.len(), 1], 256, SHARED;
+            &x, &tokens, &weights, 0i64, &tiles, &mut y, n as i32, k as i32);
+        y
+    };
+    let all = product((0..200).collect());
+    for (row, expected) in all.chunks_exact(n).enumerate().step_by(13) {
+        assert_eq!(product(vec![row as i32]), expected, "row {row}");
+    }
+}
+
+fn gradients<T: Element>() {
+    let routes = uneven();
+    let (experts, rows) = (routes.starts.len() - 1, routes.tokens.len());
+    for (m, n) in [(8, 136), (176, 40)] {
+        let stride = m * n + 64;
+        for gathered in [true, false] {
+            // One side is of tokens, the other of rows.
+            let other = |turn: bool| if gathered == turn { 50 } else { rows };
+            let (dy, x): (Vec<T>, Vec<T>) = (noise(other(true) * m, 1), noise(other(false) * n, 2));
+            let tokens = |turn: bool| (gathered == turn).then_some(&routes.tokens);
+            let before: Vec<f32> = noise(experts * stride, 3);
+            let found = in_every_order(|| {
+                let mut gradients = before.clone();
+                let grid = [n.div_ceil(TILE), m.div_ceil(TILE), experts];
+                launch!(format!("expert_gradient_{}", T::NAME), grid, 256, SHARED; &dy, tokens(true), &x, tokens(false),
+                    &routes.starts, &mut gradients, stride as i64, m as i32, n as i32);
+                gradients
+            });
+            let (dy, x, mut exact) = (wide(&dy), wide(&x), wide(&before));
+            for expert in 0..experts {
+                for row in routes.of(expert) {
+                    let from = |turn: bool| tokens(turn).map_or(row, |tokens| tokens[row] as usize);
+                    for i in 0..m {
+                        for j in 0..n {
+                            exact[expert * stride + i * n + j] += dy[from(true) * m + i] * x[from(false) * n + j];
+                        }
+                    }
+                }
+            }
+            assert_close("gradients", &found, &exact, 100.0);
+        }
+    }
+}
+
+fn mixed<T: Element, O: Element>(weighted: bool) {
+    for (count, used, width) in [(1, 1, 8), (7, 3, 300), (2, 8, 33)] {
+        let rows = count * used;
+        let places: Vec<i32> = (0..rows).map(|i| ((i * 5 + 3) % rows) as i32).collect();
+        let (given, before): (Vec<T>, Vec<O>) = (noise(rows * width, 1), noise(count * width, 2));
+        let weights: Vec<f32> = noise(rows, 3);
+        for keep in [false, true] {
+            let out = in_every_order(|| {
+                let mut out = if keep { before.clone() } else { unwritten(count * width) };
+                launch!(format!("mix_{}_{}", T::NAME, O::NAME), [count, 1, 1], 256, 0; &given, &places,
+                    weighted.then_some(&weights), &mut out, width as i32, used as i32, 4.0f32, i32::from(keep));
+                out
+            });
+            let (given, before) = (wide(&given), wide(&before));
+            let exact: Vec<f64> = (0..count * width)
+                .map(|i| {
+                    let rows = &places[i / width * used..][..used];
+                    let parts = rows.iter().map(|&row| {
+                        let row = row as usize;
+                        let weight = if weighted { f64::from(weights[row]) } else { 1.0 };
+                        4.0 * weight * given[row * width + i % width]
+                    });
+                    parts.sum::<f64>() + if keep { before[i] } else { 0.0 }
+                })
+                .collect();
+            assert_close("mixed", &out, &exact, 5.0);
+        }
+    }
+}
+
+#[test]
+fn what_experts_give_is_brought_together() {
+    mixed::<f32, f32>(true);
+    mixed::<half::bf16, f32>(true);
+    mixed::<f16, f32>(true);
+    mixed::<half::bf16, half::bf16>(false);
+    mixed::<f32, f32>(false);
+}
+
+fn activations<T: Element>() {
+    let (rows, ffn) = (3, 1032);
+    let gate_up: Vec<T> = noise(rows * 2 * ffn, 1);
+    let dy: Vec<T> = noise(rows * ffn, 2);
+    let weights: Vec<f32> = noise(rows, 3);
+    let (d_gate_up, inner, d_weights) = in_every_order(|| {
+        let (mut d, mut inner, mut d_weights): (_, _, Vec<f32>) =
+            (gate_up.clone(), dy.clone(), unwritten(rows));
+        launch!(format!("expert_activation_backward_{}", T::NAME), [rows, 1, 1], 256, 0;
+            &mut d, &mut inner, &weights, &mut d_weights, ffn as i32, 1.0f32, 0.0f32);
+        (d, inner, d_weights)
+    });
+    let (mut d_exact, mut inner_exact, mut sums) = (vec![0.0; 2 * rows * ffn], vec![], vec![]);
+    for r in 0..rows {
+        let mut sum = 0.0;
+        for c in 0..ffn {
+            let at = r * 2 * ffn + c;
+            let (g, u) = (gate_up[at].to() as f64, gate_up[at + ffn].to() as f64);
+            let (s, d) = (1.0 / (1.0 + (-g).exp()), dy[r * ffn + c].to() as f64);
+            let weight = f64::from(weights[r]);
+            d_exact[at] = weight * d * u * s * (1.0 + g * (1.0 - s));
+            d_exact[at + ffn] = weight * d * g * s;
+            inner_exact.push(weight * g * s * u);
+            sum += d * g * s * u;
+        }
+        sums.push(sum);
+    }
+    assert_close("gate and up", &d_gate_up, &d_exact, 10.0);
+    assert_close("inner", &inner, &inner_exact, 10.0);
+    assert_close("weights", &d_weights, &sums, 100.0);
+}
+
+fn routers_gradients<T: Element>() {
+    let (count, experts, used) = (9, 40, 5);
+    for normed in [false, true] {
+        let logits = logits(count, experts);
+        let routes = Routes::new(&logits, experts, used, normed);
+        let d_weights: Vec<f32> = noise(count * used, 8);
+        let found = in_every_order(|| {
+            let mut d_logits: Vec<T> = unwritten(count * experts);
+            launch!(format!("route_backward_{}", T::NAME), [count.div_ceil(8), 1, 1], 256, 0; &routes.shares,
+                &routes.chosen, &routes.places, &routes.weights, &d_weights, &mut d_logits, count as i32,
+                experts as i32, used as i32, i32::from(normed));
+            d_logits
+        });
+        // Σ d_weights·weights by finite differences, the choice as it was.
+        let mut exact = vec![];
+        for token in 0..count {
+            let places = token * used..(token + 1) * used;
+            let loss = |logits: &[f64]| -> f64 {
+                let chosen = &routes.chosen[places.clone()];
+                let part = |e: i32| logits[e as usize].exp();
+                let all: f64 = if normed {
+                    chosen.iter().map(|&e| part(e)).sum()
+                } else {
+                    logits.iter().map(|x| x.exp()).sum()
+                };
+                let rows = &routes.places[places.clone()];
+                let terms = chosen.iter().zip(rows);
+                terms.map(|(&e, &row)| f64::from(d_weights[row as usize]) * part(e) / all).sum()
+            };
+            let own: Vec<f64> = wide(&logits[token * experts..][..experts].to_vec());
+            for expert in 0..experts {
+                let at = |step: f64| {
+                    let mut moved = own.clone();
+                    moved[expert] += step;
+                    loss(&moved)
+                };
+                exact.push((at(1e-4) - at(-1e-4)) / 2e-4);
+            }
+        }
+        assert_close("d_logits", &found, &exact, if size_of::<T>() == 2 { 1.0 } else { 100.0 });
+    }
+}
+
+for_both!(products, gradients, activations, routers_gradients);
