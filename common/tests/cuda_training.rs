@@ -16,7 +16,7 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    FAMILIES, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, open, settings,
+    STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open, settings,
     tiny_pairs,
 };
 use std::collections::BTreeMap;
@@ -134,7 +134,7 @@ fn off(a: &[f32], b: &[f32]) -> f64 {
 #[test]
 fn gradients_of_every_parameter_are_the_cpus() {
     let device = device();
-    for family in FAMILIES {
+    for family in on_gpus() {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let batch = refs(&pairs);
@@ -170,7 +170,7 @@ fn gradients_of_every_parameter_are_the_cpus() {
 #[test]
 fn gradients_of_adapters_are_the_cpus() {
     let device = device();
-    for family in ["llama-bias", "qwen3", "smollm"] {
+    for family in ["llama-bias", "qwen3", "smollm", "olmoe"] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let batch = refs(&pairs);
@@ -454,10 +454,10 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     let little = 100_000;
     // A part is at least that large, or a pair.
     let least = 256;
-    // Biases, norms of heads; norms of rows, and after what is added to the stream.
-    let families = ["llama-bias", "qwen3", "olmo3", "gemma2"];
-    // Each kind of settings with two of them.
-    let kinds = kinds().into_iter().flat_map(|kind| [kind.clone(), kind]);
+    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts.
+    let families = ["llama-bias", "qwen3", "olmo3", "gemma2", "olmoe"];
+    // Each kind of settings with three of them.
+    let kinds = kinds().into_iter().flat_map(|kind| vec![kind; 3]);
     for (family, (settings, precision)) in families.into_iter().cycle().zip(kinds) {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);

@@ -1,8 +1,9 @@
 //! The backward pass through the layers on the device: as `model/backward.rs`, kernel by kernel.
 
 use super::args;
-use super::decoder::{Decoder, Linear, Pass, Scores, Shape, THREADS, head_lanes, norm_rows};
+use super::decoder::{Decoder, Linear, Mlp, Pass, Scores, Shape, THREADS, head_lanes, norm_rows};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
+use super::experts::OnTheWay;
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
@@ -42,13 +43,13 @@ const BIAS_ROWS: usize = 64;
 
 /// A backward pass on its way.
 pub(super) struct Backward<'a> {
-    decoder: &'a Decoder,
-    gradients: Gradients<'a>,
-    shape: &'a Shape,
+    pub decoder: &'a Decoder,
+    pub gradients: Gradients<'a>,
+    pub shape: &'a Shape,
     /// The gradient of the residual stream, `[T, hidden]`, float32.
     pub dx: Buffer,
     /// The same in bfloat16, where that is multiplied.
-    dx_copy: Option<Buffer>,
+    pub dx_copy: Option<Buffer>,
     /// The gradient of what a sublayer gave, where there is a norm after it.
     d_given: Option<Buffer>,
     d_qkv: Buffer,
@@ -59,6 +60,8 @@ pub(super) struct Backward<'a> {
     delta: Buffer,
     /// Parts of sums.
     partial: Buffer,
+    /// What the way through a mixture of experts needs.
+    pub experts: Option<OnTheWay>,
 }
 
 /// A norm whose gradient is wanted.
@@ -101,6 +104,7 @@ impl<'a> Backward<'a> {
             delta: rows(heads.query, size_of::<f32>())?,
             partial: (decoder.device)
                 .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
+            experts: OnTheWay::new(decoder, count)?,
             decoder,
             gradients,
             shape,
@@ -120,17 +124,21 @@ impl<'a> Backward<'a> {
         let (ffn, [c, a]) = (config.ffn, config.activation.curve());
         let norm = (&layer.norms.after_mlp, &places.norms.after_mlp);
         let dy = self.given(norm, pass.down.as_ref())?;
-        self.input_gradient(&layer.down, dy, &pass.inner, pass)?;
+        let (gate_up, down) = match &layer.mlp {
+            Mlp::One { gate_up, down } => (gate_up, down),
+            Mlp::Experts(mixture) => return self.experts(i, mixture, dy, pass),
+        };
+        self.input_gradient(down, dy, &pass.inner, pass)?;
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("activation_backward"),
             Launch::plane(count, ffn.div_ceil(1024), THREADS),
             args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32, c, a],
         )?;
-        self.weight_gradient(&layer.down, &places.mlp().down, &pass.inner, dy, pass)?;
+        self.weight_gradient(down, &places.mlp().down, &pass.inner, dy, pass)?;
         self.given_bias_gradient(&places.mlp().down)?;
         let d_gate_up = self.operand(&pass.gate_up, 2 * ffn);
         self.read(
-            (&layer.gate_up, &places.mlp().gate_up),
+            (gate_up, &places.mlp().gate_up),
             (&layer.norms.before_mlp, &places.norms.before_mlp),
             d_gate_up,
             &pass.x,
@@ -422,7 +430,7 @@ impl<'a> Backward<'a> {
         self.operand(dx, self.decoder.config.hidden)
     }
 
-    fn operand(&self, buffer: &Buffer, cols: usize) -> Operand {
+    pub fn operand(&self, buffer: &Buffer, cols: usize) -> Operand {
         buffer.rows(0, cols, self.decoder.precision)
     }
 
@@ -433,7 +441,7 @@ impl<'a> Backward<'a> {
     }
 
     /// dx = `keep`·dx + dy·W.
-    fn add_input_gradient(
+    pub fn add_input_gradient(
         &self,
         linear: &Linear,
         dy: Operand,
@@ -461,7 +469,7 @@ impl<'a> Backward<'a> {
     }
 
     /// For y = x·Wᵀ: adds dyᵀ·x to the weight's gradient, or the like to the adapters'.
-    fn weight_gradient(
+    pub fn weight_gradient(
         &self,
         linear: &Linear,
         matrix: &Matrix,

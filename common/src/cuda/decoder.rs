@@ -4,6 +4,7 @@ use super::args;
 use super::device::{
     Address, Arg, Buffer, Device, Form, Launch, Operand, Plain, Precision, Product, bytes_of,
 };
+use super::experts::{self, Mixture, Routes, rows_each};
 use super::lora::LowRank;
 use super::optimizer::elements;
 use crate::kernels::layout::{Heads, Layout};
@@ -58,23 +59,32 @@ pub(super) struct Layer {
     pub qkv: Linear,
     pub qk_norms: Option<(Buffer, Buffer)>,
     pub output: Linear,
-    pub gate_up: Linear,
-    pub down: Linear,
+    pub mlp: Mlp,
+}
+
+/// What a layer has after attention.
+pub(super) enum Mlp {
+    One { gate_up: Linear, down: Linear },
+    Experts(Mixture),
 }
 
 impl Layer {
-    /// Its linear maps, in the order of the forward pass.
-    pub fn linears(&self) -> [&Linear; 4] {
-        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    /// The linear maps that adapters are for, in the order of the forward pass (see [`LayerParams::adapted`]).
+    pub fn adapted(&self) -> Vec<&Linear> {
+        let attention = [&self.qkv, &self.output];
+        match &self.mlp {
+            Mlp::One { gate_up, down } => [attention, [gate_up, down]].concat(),
+            Mlp::Experts(_) => attention.to_vec(),
+        }
     }
 
-    pub fn linears_mut(&mut self) -> [&mut Linear; 4] {
-        [
-            &mut self.qkv,
-            &mut self.output,
-            &mut self.gate_up,
-            &mut self.down,
-        ]
+    /// The same, to be changed.
+    pub fn adapted_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all = vec![&mut self.qkv, &mut self.output];
+        if let Mlp::One { gate_up, down } = &mut self.mlp {
+            all.extend([gate_up, down]);
+        }
+        all
     }
 }
 
@@ -234,10 +244,12 @@ pub struct Pass {
     pub lse: Buffer,
     /// What attention's output projection gives, float32, where there is a norm after it.
     pub output: Option<Buffer>,
-    /// `[gate | up]`.
+    /// `[gate | up]`; of experts `[rows, …]`, a row being a token at one of its experts.
     pub gate_up: Buffer,
-    /// The MLP's inner activation.
+    /// The MLP's inner activation, of as many rows.
     pub inner: Buffer,
+    /// Which experts the tokens went to, where there are several.
+    pub routes: Option<Routes>,
     /// What the MLP's output projection gives, float32, where there is a norm after it.
     pub down: Option<Buffer>,
     /// What adapters have between their factors, `[T, rank]`; none without adapters.
@@ -255,17 +267,12 @@ impl Decoder {
     /// Fails for models that there are no kernels for.
     ///
     /// # Errors
-    /// Mixtures of experts.
+    /// Experts that are too many, or of odd sizes.
     pub fn check(config: &Config) -> Result<()> {
-        ensure!(
-            config.experts.is_none(),
-            "{} is a mixture of experts, which runs on a CPU only: use --device cpu",
-            config.model_type
-        );
-        Ok(())
+        experts::check(config)
     }
 
-    /// Copies a model's weights to the device, span by span; the host never holds more than one.
+    /// Copies a model's weights to the device, tensor by tensor; the host never holds more than one.
     ///
     /// # Errors
     /// A tensor that is missing or of another shape; a device that has no room; heads that no kernel takes.
@@ -277,7 +284,14 @@ impl Decoder {
     ) -> Result<Self> {
         let put = |span: &Span, format| match source.bfloat16(span)? {
             Some(parts) if format == Precision::Bf16 => device.buffer_of_parts(&parts),
-            _ => device.buffer_in(&source.get(span)?, format),
+            _ => {
+                let buffer = device.allocate(span.range.len() * bytes_of(format))?;
+                for part in span.parts() {
+                    let first = part.range.start - span.range.start;
+                    buffer.write_in(first, &source.get(&part)?, format)?;
+                }
+                Ok(buffer)
+            }
         };
         Self::build(device, config, precision, put)
     }
@@ -286,7 +300,7 @@ impl Decoder {
     /// `masters` are float32, `working` the same in `precision`.
     ///
     /// # Errors
-    /// Heads that no kernel takes; sizes so odd that parameters do not begin where kernels can read four at once.
+    /// Heads or experts that no kernel takes; sizes so odd that parameters do not begin where kernels can read them.
     pub fn over(
         device: &Device,
         config: &Config,
@@ -295,9 +309,11 @@ impl Decoder {
         working: &Buffer,
     ) -> Result<Self> {
         Self::build(device, config, precision, |span, format| {
+            // Products of experts read 16 bytes, others four elements.
+            let whole = if config.experts.is_some() { 8 } else { 4 };
             ensure!(
-                span.range.start.is_multiple_of(4),
-                "{:?} does not begin at a multiple of 16 bytes, as training on a GPU wants it: use --device cpu",
+                span.range.start.is_multiple_of(whole),
+                "{:?} does not begin at a multiple of {whole} elements, as training on a GPU wants it: use --device cpu",
                 span.tensors[0].0
             );
             let flat = match format {
@@ -340,8 +356,16 @@ impl Decoder {
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 output: linear(&p.output)?,
-                gate_up: linear(&p.mlp().gate_up)?,
-                down: linear(&p.mlp().down)?,
+                mlp: match (config.experts, &p.router) {
+                    (Some(how), Some(router)) => {
+                        let weights = in_format(&experts::all_experts(p))?;
+                        Mlp::Experts(Mixture::new(how, linear(router)?, weights, p))
+                    }
+                    _ => Mlp::One {
+                        gate_up: linear(&p.mlp().gate_up)?,
+                        down: linear(&p.mlp().down)?,
+                    },
+                },
             })
         };
         Ok(Self {
@@ -376,9 +400,13 @@ impl Decoder {
     /// The bytes that a pass of such a model takes for each token.
     pub fn pass_bytes(c: &Config, precision: Precision) -> usize {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn;
+        let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn * rows_each(c);
         let streams = if c.norms == Norms::Before { 1 } else { 2 };
-        in_format * bytes_of(precision) + (streams * c.hidden + c.heads) * size_of::<f32>()
+        let (routes, given) = Routes::bytes(c, precision);
+        in_format * bytes_of(precision)
+            + (streams * c.hidden + c.heads) * size_of::<f32>()
+            + routes
+            + given
     }
 
     /// Room for the activations of so many tokens.
@@ -395,8 +423,9 @@ impl Decoder {
             attention: rows(heads.q_width(), self.size())?,
             lse: rows(heads.query, size_of::<f32>())?,
             output: given.clone(),
-            gate_up: rows(2 * c.ffn, self.size())?,
-            inner: rows(c.ffn, self.size())?,
+            gate_up: rows(2 * c.ffn * rows_each(c), self.size())?,
+            inner: rows(c.ffn * rows_each(c), self.size())?,
+            routes: Routes::new(self, tokens, None)?,
             down: given,
             low_rank: match self.rank() {
                 0 => None,
@@ -416,7 +445,7 @@ impl Decoder {
 
     /// The largest rank of its adapters; 0 where it has none.
     pub(super) fn rank(&self) -> usize {
-        let linears = self.layers.iter().flat_map(Layer::linears);
+        let linears = self.layers.iter().flat_map(Layer::adapted);
         let adapters = linears.flat_map(|linear| &linear.adapters);
         adapters.map(|adapter| adapter.rank).max().unwrap_or(0)
     }
@@ -677,8 +706,12 @@ impl Decoder {
             count,
             &pass.normed,
         )?;
-        self.product(&layer.gate_up, &pass.normed, &pass.gate_up, count, pass)?;
-        match &layer.gate_up.bias {
+        let gate_up = match &layer.mlp {
+            Mlp::One { gate_up, .. } => gate_up,
+            Mlp::Experts(mixture) => return self.to_experts(mixture, count, pass),
+        };
+        self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
+        match &gate_up.bias {
             Some(bias) => {
                 let width = 2 * self.config.ffn;
                 self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, width)
@@ -706,9 +739,10 @@ impl Decoder {
     /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
     pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
         let (ffn, [c, a]) = (self.config.ffn, self.config.activation.curve());
+        let rows = count * rows_each(&self.config);
         self.device.launch(
             &self.kernels.activation,
-            Launch::plane(count, ffn.div_ceil(1024), THREADS),
+            Launch::plane(rows, ffn.div_ceil(1024), THREADS),
             args![
                 &pass.gate_up,
                 &pass.inner,
@@ -718,7 +752,11 @@ impl Decoder {
                 self.inner_scale()
             ],
         )?;
-        let (down, scale) = (&self.layers[i].down, 1.0 / self.inner_scale());
+        let scale = 1.0 / self.inner_scale();
+        let down = match &self.layers[i].mlp {
+            Mlp::One { down, .. } => down,
+            Mlp::Experts(mixture) => return self.from_experts(mixture, count, pass, (x, scale)),
+        };
         self.give(
             down,
             (&pass.inner, scale),
@@ -862,7 +900,7 @@ impl Decoder {
         )
     }
 
-    fn multiply(
+    pub(super) fn multiply(
         &self,
         linear: &Linear,
         (x, scale): (&Buffer, f32),

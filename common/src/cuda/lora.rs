@@ -28,7 +28,7 @@ impl Decoder {
     pub fn adapt(&mut self, lora: &Lora, params: &Params, working: &Buffer) {
         let precision = self.precision;
         for (layer, places) in self.layers.iter_mut().zip(&params.layers) {
-            for (linear, matrix) in layer.linears_mut().into_iter().zip(places.matrices()) {
+            for (linear, matrix) in layer.adapted_mut().into_iter().zip(places.adapted()) {
                 let adapters = lora.of(matrix).iter();
                 linear.adapters = adapters
                     .map(|adapter| LowRank::new(adapter, lora, precision, working))

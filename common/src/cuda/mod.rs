@@ -11,6 +11,7 @@ mod device;
 mod driver;
 #[cfg(feature = "cuda-emulated")]
 mod emulated;
+mod experts;
 mod generator;
 #[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
 #[path = "../../cuda/kernels.rs"]

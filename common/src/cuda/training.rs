@@ -7,6 +7,7 @@ use super::args;
 use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
 use super::decoder::{Decoder, Pass, Shape, THREADS};
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
+use super::experts::{OnTheWay, Routes, rows_each};
 use super::optimizer::elements;
 use super::scoring::{Predicting, TargetLogps, tile};
 use crate::kernels::cap;
@@ -216,8 +217,8 @@ impl<'a> Forward<'a> {
 }
 
 impl Decoder {
-    /// Room for the activations that a layer's backward pass reads. With `shared`, `normed`, `inner` and `low_rank`, which
-    /// it makes again, are that pass's.
+    /// Room for the activations that a layer's backward pass reads. With `shared`, `normed`, `inner`, `low_rank` and what experts
+    /// give, which it makes again, are that pass's.
     fn training_pass(&self, tokens: usize, shared: Option<&Pass>) -> Result<Pass> {
         let (c, heads) = (&self.config, self.heads(0));
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
@@ -233,14 +234,15 @@ impl Decoder {
             lse: rows(heads.query, float)?,
             output: self.room_for_given(tokens)?,
             down: self.room_for_given(tokens)?,
-            gate_up: rows(2 * c.ffn, size)?,
+            gate_up: rows(2 * c.ffn * rows_each(c), size)?,
+            routes: Routes::new(self, tokens, shared.and_then(|pass| pass.routes.as_ref()))?,
             normed: match shared {
                 Some(pass) => pass.normed.clone(),
                 None => rows(c.hidden, size)?,
             },
             inner: match shared {
                 Some(pass) => pass.inner.clone(),
-                None => rows(c.ffn, size)?,
+                None => rows(c.ffn * rows_each(c), size)?,
             },
             low_rank: match (shared, self.rank()) {
                 (Some(pass), _) => pass.low_rank.clone(),
@@ -340,9 +342,12 @@ impl Footprint<'_> {
         };
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
-        let shared = (c.hidden + c.ffn + self.rank) * size;
-        let gradients =
-            (c.hidden + c.heads + 2 * q) * float + c.hidden * copied + (2 * q + 2 * kv) * size;
+        let (_, given) = Routes::bytes(c, self.precision);
+        let shared = (c.hidden + c.ffn * rows_each(c) + self.rank) * size + given;
+        let gradients = (c.hidden + c.heads + 2 * q) * float
+            + c.hidden * copied
+            + (2 * q + 2 * kv) * size
+            + OnTheWay::bytes(c, self.precision);
         let numbers = 4 * float; // tokens, positions, the order of rows
         let of_tokens = tokens * (streams + shared + gradients + numbers);
         // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.
@@ -362,7 +367,9 @@ impl Footprint<'_> {
         let qkv = q + 2 * c.kv_heads * c.head_dim;
         let raw = if c.qk_norm.is_some() { qkv } else { 0 };
         let streams = if c.norms == Norms::Before { 1 } else { 3 };
-        (streams * c.hidden + c.heads) * float + (raw + qkv + q + 2 * c.ffn) * size
+        let (routes, _) = Routes::bytes(c, self.precision);
+        let in_format = raw + qkv + q + 2 * c.ffn * rows_each(c);
+        (streams * c.hidden + c.heads) * float + in_format * size + routes
     }
 
     /// The most tokens that a part may have in `free` bytes, all of them targets and all activations made again.

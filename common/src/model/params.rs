@@ -17,6 +17,19 @@ pub struct Span {
 }
 
 impl Span {
+    /// Its tensors, each as a span of its own.
+    pub fn parts(&self) -> impl Iterator<Item = Self> {
+        let mut at = self.range.start;
+        self.tensors.iter().map(move |tensor| {
+            let start = at;
+            at += tensor.1.iter().product::<usize>();
+            Self {
+                range: start..at,
+                tensors: vec![tensor.clone()],
+            }
+        })
+    }
+
     /// Some rows of the matrix that lies here, `cols` wide, as they are multiplied in training: rounded with
     /// [`Mat::dithered`], where the precision rounds.
     pub fn rows<'a>(&self, flat: &'a [f32], rows: Range<usize>, cols: usize) -> Mat<'a> {
@@ -127,7 +140,7 @@ impl LayerParams {
         attention.chain(&self.router).chain(mlps)
     }
 
-    /// The MLP of a layer that is no mixture of experts.
+    /// The MLP of a layer that is no mixture of experts; of one that is, the first expert's.
     pub fn mlp(&self) -> &MlpParams {
         &self.mlps[0]
     }

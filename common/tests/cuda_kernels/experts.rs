@@ -95,11 +95,17 @@ fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
         }
         assert_close("shares", &found.shares, &shares, 20.0);
         assert_close("weights", &found.weights, &weights, 20.0);
-        assert_eq!((found.starts[0], found.starts[experts]), (0, (count * used) as i32));
+        assert_eq!(
+            (found.starts[0], found.starts[experts]),
+            (0, (count * used) as i32)
+        );
         let mut tiles = found.tiles.iter();
         for expert in 0..experts {
             let rows = found.of(expert);
-            assert!(found.tokens[rows.clone()].is_sorted_by(|a, b| a < b), "in the order of tokens");
+            assert!(
+                found.tokens[rows.clone()].is_sorted_by(|a, b| a < b),
+                "in the order of tokens"
+            );
             for first in rows.clone().step_by(TILE) {
                 let left = (rows.end - first).min(TILE) as i32;
                 assert_eq!(tiles.next(), Some(&[expert as i32, first as i32, left]));
@@ -174,7 +180,12 @@ fn products_of<T: Element>(kinds: &[&str]) {
                     }));
                 }
             }
-            assert_close(kind, &y, &exact, if size_of::<T>() == 2 { 1.0 } else { 60.0 });
+            assert_close(
+                kind,
+                &y,
+                &exact,
+                if size_of::<T>() == 2 { 1.0 } else { 60.0 },
+            );
         }
     }
 }
@@ -235,7 +246,8 @@ fn gradients<T: Element>() {
                     let from = |turn: bool| tokens(turn).map_or(row, |tokens| tokens[row] as usize);
                     for i in 0..m {
                         for j in 0..n {
-                            exact[expert * stride + i * n + j] += dy[from(true) * m + i] * x[from(false) * n + j];
+                            exact[expert * stride + i * n + j] +=
+                                dy[from(true) * m + i] * x[from(false) * n + j];
                         }
                     }
                 }
@@ -253,7 +265,11 @@ fn mixed<T: Element, O: Element>(weighted: bool) {
         let weights: Vec<f32> = noise(rows, 3);
         for keep in [false, true] {
             let out = in_every_order(|| {
-                let mut out = if keep { before.clone() } else { unwritten(count * width) };
+                let mut out = if keep {
+                    before.clone()
+                } else {
+                    unwritten(count * width)
+                };
                 launch!(format!("mix_{}_{}", T::NAME, O::NAME), [count, 1, 1], 256, 0; &given, &places,
                     weighted.then_some(&weights), &mut out, width as i32, used as i32, 4.0f32, i32::from(keep));
                 out
@@ -264,7 +280,11 @@ fn mixed<T: Element, O: Element>(weighted: bool) {
                     let rows = &places[i / width * used..][..used];
                     let parts = rows.iter().map(|&row| {
                         let row = row as usize;
-                        let weight = if weighted { f64::from(weights[row]) } else { 1.0 };
+                        let weight = if weighted {
+                            f64::from(weights[row])
+                        } else {
+                            1.0
+                        };
                         4.0 * weight * given[row * width + i % width]
                     });
                     parts.sum::<f64>() + if keep { before[i] } else { 0.0 }
@@ -343,7 +363,9 @@ fn routers_gradients<T: Element>() {
                 };
                 let rows = &routes.places[places.clone()];
                 let terms = chosen.iter().zip(rows);
-                terms.map(|(&e, &row)| f64::from(d_weights[row as usize]) * part(e) / all).sum()
+                terms
+                    .map(|(&e, &row)| f64::from(d_weights[row as usize]) * part(e) / all)
+                    .sum()
             };
             let own: Vec<f64> = wide(&logits[token * experts..][..experts].to_vec());
             for expert in 0..experts {
@@ -355,7 +377,12 @@ fn routers_gradients<T: Element>() {
                 exact.push((at(1e-4) - at(-1e-4)) / 2e-4);
             }
         }
-        assert_close("d_logits", &found, &exact, if size_of::<T>() == 2 { 1.0 } else { 100.0 });
+        assert_close(
+            "d_logits",
+            &found,
+            &exact,
+            if size_of::<T>() == 2 { 1.0 } else { 100.0 },
+        );
     }
 }
 

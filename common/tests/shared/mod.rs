@@ -9,7 +9,7 @@ use common::weights::Weights;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Every family that decodes on all devices.
+/// Every family without experts.
 pub const FAMILIES: [&str; 21] = [
     "llama",
     "llama3",
@@ -34,8 +34,18 @@ pub const FAMILIES: [&str; 21] = [
     "granite4",
 ];
 
-/// Mixtures of experts, which the CPU alone runs.
-pub const MIXTURES: [&str; 4] = ["olmoe", "qwen3-moe", "mixtral", "granite-moe"];
+/// Mixtures of experts.
+pub const MIXTURES: [&str; 4] = ["olmoe", "mixtral", "granite-moe", ODD_MIXTURE];
+
+/// The one among them whose experts are of a size that the GPU's kernels do not take.
+pub const ODD_MIXTURE: &str = "qwen3-moe";
+
+/// Every family that GPUs run.
+#[cfg(feature = "cuda-emulated")]
+pub fn on_gpus() -> impl Iterator<Item = &'static str> {
+    let all = FAMILIES.into_iter().chain(MIXTURES);
+    all.filter(|family| *family != ODD_MIXTURE)
+}
 
 /// A file of golden figures.
 pub fn golden(file: &str) -> PathBuf {
