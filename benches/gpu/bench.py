@@ -10,6 +10,7 @@ and this file's folder to the GPU machine, in as many trips as its door asks for
     python3 benches/gpu/bench.py large              # ~1 minute: a random Llama-3-8B: generate, score
     python3 benches/gpu/bench.py large-train        # ~1 minute: its full-parameter DPO and LoRA at 2 x 2048 tokens a pair
     python3 benches/gpu/bench.py small-peers large-peers  # ~2 minutes: transformers on the same rows
+    python3 benches/gpu/bench.py experts            # ~1 minute: a random mixture of OLMoE's shape: generate, score, train LoRA
     python3 benches/gpu/bench.py table              # the tables, in Markdown, with the floors
 
 (The model is for `small` and `figures` alone. On $DICE_GPU in memory, /dev/shm, an 8B model is there in seconds.)
@@ -46,7 +47,7 @@ from pathlib import Path
 HOME = Path(os.environ.get("DICE_GPU", "/tmp/dice-gpu"))
 RESULTS = HOME / "results.json"
 SMALL = HOME / "SmolLM2-135M-Instruct.gguf"
-LARGE = HOME / "llama-8b"
+LARGE, EXPERTS = HOME / "llama-8b", HOME / "olmoe"
 K = 16
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -92,9 +93,9 @@ def environment():
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(folders + ([old] if old else []))}
 
 
-def gpu_used():
-    """GB in use on the first GPU."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+def gpu_memory(which):
+    """GB of the first GPU: `used` or `total`."""
+    query = ["nvidia-smi", f"--query-gpu=memory.{which}", "--format=csv,noheader,nounits", "-i", "0"]
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024 * 1.073741824
 
 
@@ -103,11 +104,11 @@ class Peak(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.before, self.most, self.going = gpu_used(), 0.0, True
+        self.before, self.most, self.going = gpu_memory("used"), 0.0, True
 
     def run(self):
         while self.going:
-            self.most = max(self.most, gpu_used())
+            self.most = max(self.most, gpu_memory("used"))
             time.sleep(0.1)
 
     def stop(self):
@@ -149,22 +150,25 @@ def write(path, rows):
 
 
 class Shape:
-    """What a model costs: FLOPs of a token in the layers and in the LM head, and its weights."""
+    """A model's sizes, and what it costs: FLOPs of a token in the layers and in the LM head, and the weights that a step reads
+    (of experts all: there are more sequences)."""
 
-    def __init__(self, hidden, layers, heads, kv, dim, ffn, vocab, tied):
+    def __init__(self, hidden, layers, heads, kv, dim, ffn, vocab, experts=1, used=1):
+        self.hidden, self.layers, self.heads, self.kv, self.dim, self.ffn, self.vocab = hidden, layers, heads, kv, dim, ffn, vocab
+        self.experts, self.used = experts, used
         attention = hidden * dim * (heads + 2 * kv) + heads * dim * hidden
-        per_layer = attention + 3 * hidden * ffn
-        self.weights = layers * per_layer + vocab * hidden
-        self.parameters = self.weights + (0 if tied else vocab * hidden)
-        self.layer_flops, self.head_flops = 2 * layers * per_layer, 2 * vocab * hidden
+        mlp = 3 * hidden * ffn
+        self.weights = layers * (attention + experts * mlp) + vocab * hidden
+        self.layer_flops, self.head_flops = 2 * layers * (attention + used * mlp), 2 * vocab * hidden
 
     def flops(self, prompt, response):
         return self.layer_flops * (prompt + response) + self.head_flops * response
 
 
 SHAPES = {
-    "small": Shape(576, 30, 9, 3, 64, 1536, 49152, True),
-    "large": Shape(4096, 32, 32, 8, 128, 14336, 128256, False),
+    "small": Shape(576, 30, 9, 3, 64, 1536, 49152),
+    "large": Shape(4096, 32, 32, 8, 128, 14336, 128256),
+    "experts": Shape(2048, 16, 16, 16, 128, 1024, 50304, experts=64, used=8),
 }
 
 
@@ -339,7 +343,7 @@ def small(args):
 
 
 def large(args):
-    random_8b()
+    random_model("large", LARGE)
     # Up to 128 or so the products wait for the weights, and the floor is one.
     stages("large", LARGE, "bf16", 4 if args.quick else 64, 32 if args.quick else 128, (64, 128, 512))
 
@@ -354,10 +358,19 @@ def long_pairs(count):
     return write(HOME / "long-pairs.jsonl", rows)
 
 
+def experts(args):
+    random_model("experts", EXPERTS)
+    stages("experts", EXPERTS, "bf16", 4 if args.quick else 64, 32 if args.quick else 128, (64, 512))
+    pairs = long_pairs(16 if args.quick else 24)
+    train("experts", EXPERTS, "bf16", pairs, "--lora-rank", 16, label="train LoRA")
+
+
 def large_train(args):
-    random_8b()
+    random_model("large", LARGE)
     pairs = long_pairs(16 if args.quick else 24)
     train("large", LARGE, "bf16", pairs, "--lora-rank", 16, "--memory-budget", "22G", label="train LoRA")
+    if gpu_memory("total") < 135:
+        return print("large train: all weights take 130 GB, which this card does not have", file=sys.stderr)
     # With float32 moments an 8B model would need 18 bytes a parameter: 144 GB before the first activation.
     train("large", LARGE, "bf16", pairs, "--optimizer", "adamw-bf16")
 
@@ -402,31 +415,36 @@ def peers(name, model, pairs):
             note(f"peer {name} {found['stage']}", found)
 
 
-# ---- A random 8B model -----------------------------------------------------------------------------------------------
+# ---- A random model --------------------------------------------------------------------------------------------------
 
 
-def random_8b():
-    """A folder with the shape of Llama-3-8B, bfloat16, normal weights, and a tokenizer of bytes."""
-    if (LARGE / "config.json").exists():
+def random_model(name, folder):
+    """A folder with a model of Llama's or OLMoE's kind in such a shape: bfloat16, normal weights, and a tokenizer of bytes."""
+    if (folder / "config.json").exists():
         return
     try:
         import torch
     except ImportError:
-        sys.exit("torch is needed to make the random 8B model")
-    LARGE.mkdir(exist_ok=True)
-    hidden, ffn, vocab, layers, kv = 4096, 14336, 128256, 32, 1024
+        sys.exit("torch is needed to make a random model")
+    folder.mkdir(exist_ok=True)
+    shape = SHAPES[name]
+    hidden, vocab = shape.hidden, shape.vocab
+    q, kv = shape.heads * shape.dim, shape.kv * shape.dim
+    mlp = {"gate_proj": [shape.ffn, hidden], "up_proj": [shape.ffn, hidden], "down_proj": [hidden, shape.ffn]}
+    layer = {"self_attn.q_proj": [q, hidden], "self_attn.k_proj": [kv, hidden], "self_attn.v_proj": [kv, hidden],
+             "self_attn.o_proj": [hidden, q], "input_layernorm": [hidden], "post_attention_layernorm": [hidden]}
+    if shape.experts > 1:
+        layer |= {"self_attn.q_norm": [q], "self_attn.k_norm": [kv], "mlp.gate": [shape.experts, hidden]}
+        layer |= {f"mlp.experts.{e}.{part}": size for e in range(shape.experts) for part, size in mlp.items()}
+    else:
+        layer |= {f"mlp.{part}": size for part, size in mlp.items()}
     shapes = {"model.embed_tokens.weight": [vocab, hidden], "model.norm.weight": [hidden], "lm_head.weight": [vocab, hidden]}
-    for i in range(layers):
-        at = f"model.layers.{i}."
-        shapes |= {at + "self_attn.q_proj.weight": [hidden, hidden], at + "self_attn.k_proj.weight": [kv, hidden],
-                   at + "self_attn.v_proj.weight": [kv, hidden], at + "self_attn.o_proj.weight": [hidden, hidden],
-                   at + "mlp.gate_proj.weight": [ffn, hidden], at + "mlp.up_proj.weight": [ffn, hidden],
-                   at + "mlp.down_proj.weight": [hidden, ffn], at + "input_layernorm.weight": [hidden],
-                   at + "post_attention_layernorm.weight": [hidden]}
+    shapes |= {f"model.layers.{i}.{part}.weight": size for i in range(shape.layers) for part, size in layer.items()}
     block = memoryview((torch.randn(1 << 27) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy())
-    ones = torch.ones(hidden, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    ones = torch.ones(max(hidden, q), dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
     names, index, writers = list(shapes), {}, []
-    shards = [names[i : i + 40] for i in range(0, len(names), 40)]
+    each = -(-len(names) // 8)
+    shards = [names[i : i + each] for i in range(0, len(names), each)]
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
@@ -437,13 +455,13 @@ def random_8b():
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
 
-        def fill(path=LARGE / file, shard=shard, text=text, header=header, start=2_000_006 * number):
+        def fill(path=folder / file, shard=shard, text=text, header=header, start=2_000_006 * number):
             with open(path, "wb") as out:
                 out.write(len(text).to_bytes(8, "little") + text)
                 for name in shard:
                     left = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
                     if len(shapes[name]) == 1:
-                        out.write(ones)
+                        out.write(ones[:left])
                         continue
                     while left:
                         start = (start + 7_777_778) % (len(block) // 2)  # even, so that numbers stay whole
@@ -455,14 +473,18 @@ def random_8b():
         writers[-1].start()
     for writer in writers:
         writer.join()
-    (LARGE / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    tokenizer(LARGE, vocab)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
-              "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8,
-              "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-              "tie_word_embeddings": False, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "bos_token_id": 256,
-              "eos_token_id": 257}
-    (LARGE / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    tokenizer(folder, vocab)
+    config = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": shape.ffn, "num_hidden_layers": shape.layers,
+              "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv, "hidden_act": "silu",
+              "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 500000.0,
+              "torch_dtype": "bfloat16", "bos_token_id": 256, "eos_token_id": 257}
+    if shape.experts > 1:
+        config |= {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "num_experts": shape.experts,
+                   "num_experts_per_tok": shape.used, "norm_topk_prob": False}
+    else:
+        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": shape.dim}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def tokenizer(folder, vocab):
@@ -502,7 +524,7 @@ def table(_):
     print("| model | stage | dtype | tokens/s | share of the floor | asked for | peak GB | transformers, tokens/s | ratio |")
     print("|---|---|---|--:|--:|--:|--:|--:|--:|")
     asked = {"generate": "60%", "score": "50%", "train": "45%"}
-    for name in ("small", "large"):
+    for name in SHAPES:
         for key, value in kept.items():
             part = key.split()
             if part[0] != name:
@@ -522,6 +544,7 @@ def table(_):
 
 
 STEPS = {"rates": rates, "tests": tests, "figures": figures, "small": small, "large": large, "large-train": large_train,
+         "experts": experts,
          "small-peers": small_peers, "large-peers": large_peers, "table": table}
 
 

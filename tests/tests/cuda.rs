@@ -1,12 +1,16 @@
 //! The tools with `--device cuda`, beside themselves on the CPU: on a GPU where there is one, else on the emulated one of
 //! a build with `--features common/cuda-emulated`, else skipped.
 
-use dice_tests::{Fields, Tiny, Tool, lines, number, text};
+use dice_tests::{Family, Fields, Tiny, Tool, lines, number, text};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Two models, if the tools have a GPU to run on.
 fn world() -> Option<TempDir> {
+    world_of(Tiny::default())
+}
+
+fn world_of(models: Tiny) -> Option<TempDir> {
     let run = Tool::new("dice-gen", ["--device", "cuda", "--model", "nowhere"]).run();
     let line = run.error_line();
     if !line.contains("nowhere") {
@@ -15,7 +19,7 @@ fn world() -> Option<TempDir> {
     }
     let folder = tempfile::tempdir().unwrap();
     for (name, seed) in [("pi", 1), ("ref", 2)] {
-        Tiny::default().write(&folder.path().join(name), seed);
+        models.write(&folder.path().join(name), seed);
     }
     Some(folder)
 }
@@ -65,6 +69,38 @@ fn assert_near(ours: &[Fields], theirs: &[Fields], field: &str, relative: f64) {
 #[test]
 fn samples_and_rewards_are_the_cpus() {
     let Some(folder) = world() else { return };
+    assert_samples_and_rewards_are_the_cpus(&folder);
+}
+
+#[test]
+fn a_round_of_a_mixture_of_experts() {
+    let mixture = Tiny {
+        family: Family::Mixture,
+        ..Tiny::default()
+    };
+    let Some(folder) = world_of(mixture) else {
+        return;
+    };
+    assert_samples_and_rewards_are_the_cpus(&folder);
+    let pair = json!({"prompt": "Say it.", "chosen": "It.", "rejected": "No, never."});
+    let steps = |device: &str| {
+        let [pi, next] = ["pi", device].map(|name| text(&folder.path().join(name)));
+        let args = ["--model", &pi, "--output", &next, "--learning-rate", "1e-3"];
+        let run = Tool::new("dice-train", args).args(["--device", device, "--max-steps", "3"]);
+        run.args(["--epochs", "3"])
+            .stdin(lines(std::slice::from_ref(&pair)))
+            .run()
+            .ok()
+            .rows()
+    };
+    let (gpu, cpu) = (steps("cuda"), steps("cpu"));
+    assert_eq!(gpu.len(), 3);
+    for field in ["loss", "grad_norm", "rewards/margins"] {
+        assert_near(&gpu, &cpu, field, 1e-4);
+    }
+}
+
+fn assert_samples_and_rewards_are_the_cpus(folder: &TempDir) {
     for more in [
         &[][..],
         &["--top-k", "9", "--repetition-penalty", "1.2"],
@@ -72,7 +108,7 @@ fn samples_and_rewards_are_the_cpus() {
     ] {
         let on = |device| {
             let more = [&["--device", device, "--dtype", "f32"], more].concat();
-            generate(&folder, &more)
+            generate(folder, &more)
         };
         let (gpu, cpu) = (on("cuda"), on("cpu"));
         assert_eq!(gpu.len(), 12);
@@ -92,14 +128,14 @@ fn samples_and_rewards_are_the_cpus() {
             assert_near(&gpu, &cpu, "logp", 1e-4);
         }
     }
-    let mut rows = generate(&folder, &["--device", "cpu", "--dtype", "f32"]);
+    let mut rows = generate(folder, &["--device", "cpu", "--dtype", "f32"]);
     for row in &mut rows {
         row.shift_remove("logp"); // or the policy would not be run
     }
-    let cpu = score(&folder, &rows, &["--device", "cpu", "--dtype", "f32"]);
+    let cpu = score(folder, &rows, &["--device", "cpu", "--dtype", "f32"]);
     // Log-probs of a dozen tokens of random weights: bfloat16 shows more than in real models' (the CPU's is 0.7% off).
     for (dtype, relative) in [("f32", 1e-4), ("f16", 4e-3), ("bf16", 3e-2)] {
-        let gpu = score(&folder, &rows, &["--device", "cuda", "--dtype", dtype]);
+        let gpu = score(folder, &rows, &["--device", "cuda", "--dtype", dtype]);
         for field in ["policy_logps", "ref_logps"] {
             assert_near(&gpu, &cpu, field, relative);
         }

@@ -708,7 +708,7 @@ impl Decoder {
         )?;
         let gate_up = match &layer.mlp {
             Mlp::One { gate_up, .. } => gate_up,
-            Mlp::Experts(mixture) => return self.to_experts(mixture, count, pass),
+            Mlp::Experts(mixture) => return self.send_to_experts(mixture, count, pass),
         };
         self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &gate_up.bias {
@@ -755,7 +755,7 @@ impl Decoder {
         let scale = 1.0 / self.inner_scale();
         let down = match &self.layers[i].mlp {
             Mlp::One { down, .. } => down,
-            Mlp::Experts(mixture) => return self.from_experts(mixture, count, pass, (x, scale)),
+            Mlp::Experts(mixture) => return self.mix_experts(mixture, count, pass, (x, scale)),
         };
         self.give(
             down,

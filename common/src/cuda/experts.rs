@@ -317,7 +317,12 @@ impl<'a> AtWork<'a> {
 
 impl Decoder {
     /// What `pass.normed` has goes to its experts: `pass.routes`, and `pass.gate_up` of their rows.
-    pub(super) fn to_experts(&self, mixture: &Mixture, count: usize, pass: &Pass) -> Result<()> {
+    pub(super) fn send_to_experts(
+        &self,
+        mixture: &Mixture,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
         let work = AtWork::new(self, mixture, count, pass);
         let logits = (work.routes.shares).rows(0, mixture.how.count, Precision::F32);
         self.multiply(
@@ -335,7 +340,7 @@ impl Decoder {
 
     /// From `pass.inner` of the experts' rows to their mixture times `scale`: `pass.down`, where there is a norm after it; else the
     /// residual stream `x` gains it.
-    pub(super) fn from_experts(
+    pub(super) fn mix_experts(
         &self,
         mixture: &Mixture,
         count: usize,
@@ -452,7 +457,9 @@ impl Backward<'_> {
         let (router, place) = (&work.mixture.router, places.router.as_ref());
         let place = place.expect("experts have a router");
         self.weight_gradient(router, place, &pass.normed, d_logits, pass)?;
-        let norm = (&layer.norms.before_mlp)
+        let norm = layer
+            .norms
+            .before_mlp
             .as_ref()
             .zip(places.norms.before_mlp.as_ref());
         let (to, keep) = match norm {

@@ -367,7 +367,7 @@ fn routers_gradients<T: Element>() {
                     .map(|(&e, &row)| f64::from(d_weights[row as usize]) * part(e) / all)
                     .sum()
             };
-            let own: Vec<f64> = wide(&logits[token * experts..][..experts].to_vec());
+            let own: Vec<f64> = wide(&logits[token * experts..][..experts]);
             for expert in 0..experts {
                 let at = |step: f64| {
                     let mut moved = own.clone();
