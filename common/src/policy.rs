@@ -452,11 +452,14 @@ pub const REJECTED: Response = Response {
     finish_reason: "rejected_finish_reason",
 };
 
-/// Which responses a row holds: a pair's two, or a sample's one.
+/// The responses of a pair row.
+pub const PAIR: [Response; 2] = [CHOSEN, REJECTED];
+
+/// Which responses a row holds: a sample's one, or a pair's two. Samples for the prompts of pairs have those pairs' fields, too.
 pub fn responses(row: &Row) -> &'static [Response] {
-    let pair = row.fields.contains_key("chosen") && row.fields.contains_key("rejected");
-    if pair {
-        &[CHOSEN, REJECTED]
+    let has = |field| row.fields.contains_key(field);
+    if !has("response") && has("chosen") && has("rejected") {
+        &PAIR
     } else {
         &[RESPONSE]
     }
@@ -564,17 +567,17 @@ impl RewardModel {
         self.place.dtype()
     }
 
-    /// The token ids of rows of one prompt: one response per sample row, two per pair row.
+    /// The token ids of rows of one prompt, and of the responses that each row is to have (see [`responses`]).
     ///
     /// # Errors
     /// A row that cannot be encoded; or ([`TooLong`]) that does not fit both models' contexts or the memory.
-    pub fn encode(&self, rows: &[Row]) -> Result<Group> {
+    pub fn encode(&self, rows: &[Row], of: impl Fn(&Row) -> &'static [Response]) -> Result<Group> {
         let mut group = Group {
             prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
             responses: vec![],
         };
         for row in rows {
-            for names in responses(row) {
+            for names in of(row) {
                 let ids = self.policy.response_ids(row, *names)?;
                 self.check_length(row, names.text, group.prompt.len(), ids.len())?;
                 group.responses.push(ids);

@@ -12,6 +12,22 @@ pub enum Prompt {
     Messages(Vec<Map<String, Value>>),
 }
 
+/// The fields of a row that are about one response to its prompt, as the tools write them.
+pub const SAMPLE_FIELDS: [&str; 12] = [
+    "sample",
+    "response",
+    "finish_reason",
+    "token_ids",
+    "logp",
+    "model",
+    "dtype",
+    "policy_logps",
+    "ref_logps",
+    "reward",
+    "policy",
+    "ref",
+];
+
 /// A part of a data set. Every prompt lies in one of the first three for good, by its hash: the same in every tool, file and
 /// order, so that what chose a setting is never what judges it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -27,6 +43,11 @@ pub enum Split {
 }
 
 impl Split {
+    /// As flags and manifests have it.
+    pub fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+
     /// Whether a prompt is in this part.
     pub fn holds(self, prompt: &Prompt) -> bool {
         self == Split::All || self == prompt.split()

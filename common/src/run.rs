@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -136,8 +137,13 @@ impl Manifest {
 }
 
 /// Writes a file in one piece, with the manifest of this process beside it; an older one is replaced. A device or a named
-/// pipe gets none.
-pub fn write_with_manifest(file: &Path, content: &[u8]) -> Result<()> {
+/// pipe gets none; no file, or `-`, is stdout.
+pub fn write_whole(file: Option<&Path>, content: &[u8]) -> Result<()> {
+    let Some(file) = file.filter(|file| *file != Path::new("-")) else {
+        let mut stdout = std::io::stdout().lock();
+        let written = stdout.write_all(content).and_then(|()| stdout.flush());
+        return written.context("cannot write to stdout");
+    };
     if !is_stream(file) {
         Manifest::new(Map::new()).write(&beside(file))?;
     }

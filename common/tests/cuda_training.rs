@@ -322,6 +322,7 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
             reference: "start".into(),
             pairs: "pairs".into(),
             dtype: "f32".into(),
+            asked: Default::default(),
             settings: settings.clone(),
             date: None,
         };

@@ -183,7 +183,12 @@ impl Annotation {
         Ok(Self {
             place: row.place.clone(),
             key: key(row, position)?,
-            prompt_id: row.opt_number("prompt_id")?.map(|id| id as usize),
+            prompt_id: match row.opt_number("prompt_id")? {
+                Some(id) if id < 0.0 || id.fract() != 0.0 => {
+                    return Err(row.error("prompt_id", "must be a whole number from 0"));
+                }
+                id => id.map(|id| id as usize),
+            },
             category: row
                 .fields
                 .contains_key(by)

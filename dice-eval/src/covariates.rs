@@ -326,12 +326,28 @@ impl<'a> Table<'a> {
     }
 
     fn number(&self, record: &'a csv::StringRecord, column: &str) -> Result<f64> {
+        self.parse(record, column, "a number", |n: &f64| n.is_finite())
+    }
+
+    /// The number of a prompt. pandas may have made floats of them.
+    fn index(&self, record: &'a csv::StringRecord, column: &str) -> Result<usize> {
+        let whole = |n: &f64| *n >= 0.0 && n.fract() == 0.0 && *n < 1e15;
+        let number = self.parse(record, column, "a whole number from 0", whole)?;
+        Ok(number as usize)
+    }
+
+    fn parse(
+        &self,
+        record: &'a csv::StringRecord,
+        column: &str,
+        what: &str,
+        fits: impl Fn(&f64) -> bool,
+    ) -> Result<f64> {
         let text = self.text(record, column)?;
-        let number = text.parse().ok().filter(|n: &f64| n.is_finite());
-        number.ok_or_else(|| {
+        text.parse().ok().filter(fits).ok_or_else(|| {
             let line = record.position().map_or(0, csv::Position::line);
             anyhow!(
-                "{}:{line}: column \"{column}\" must be a number, not {text:?}",
+                "{}:{line}: column \"{column}\" must be {what}, not {text:?}",
                 self.file.display()
             )
         })
@@ -341,10 +357,14 @@ impl<'a> Table<'a> {
 fn difficulties(file: &Path) -> Result<HashMap<usize, f64>> {
     let table = Table::read(file).context("--difficulty")?;
     // pandas writes an index without a name.
-    let index = if table.has("index") { "index" } else { "" };
+    let index = if table.has("") && !table.has("index") {
+        ""
+    } else {
+        "index"
+    };
     let mut found = HashMap::new();
     for record in &table.records {
-        let at = table.number(record, index)? as usize;
+        let at = table.index(record, index)?;
         let difficulty = table.number(record, "instruction_difficulty")?;
         let before = found.insert(at, difficulty);
         ensure!(
@@ -370,7 +390,7 @@ fn regularisers(file: &Path, difficulties: &HashMap<usize, f64>) -> Result<Vec<R
     };
     let rows = table.records.iter().zip(deltas);
     rows.map(|(record, std_delta_len)| {
-        let index = table.number(record, "index")? as usize;
+        let index = table.index(record, "index")?;
         let difficulty = difficulties
             .get(&index)
             .with_context(|| format!("{}: index {index} has no difficulty", file.display()))?;

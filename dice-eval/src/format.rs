@@ -1,11 +1,10 @@
 //! Figures as JSON rows, as a Markdown table or as CSV: one table, whose rows are groups.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use common::metrics::{Estimate, Spread};
-use common::run::write_with_manifest;
+use common::run::write_whole;
 use serde_json::{Map, Value};
 
 /// Where figures go, and in which form.
@@ -44,12 +43,7 @@ impl To {
             Format::Markdown => markdown(lines),
             Format::Csv => csv(lines)?,
         };
-        match &self.output {
-            Some(file) => write_with_manifest(file, text.as_bytes()),
-            None => std::io::stdout()
-                .write_all(text.as_bytes())
-                .context("cannot write to stdout"),
-        }
+        write_whole(self.output.as_deref(), text.as_bytes())
     }
 }
 
@@ -120,7 +114,7 @@ fn cell(value: &Value) -> String {
 }
 
 /// What stands where there is no figure.
-const NONE: &str = "–";
+pub const NONE: &str = "–";
 
 /// A share with its interval, in percent.
 pub fn percent(share: Option<Estimate>) -> String {

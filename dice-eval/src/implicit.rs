@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use common::flags;
 use common::jsonl::Row;
 use common::logprob::Group;
-use common::policy::{Compute, Logps, OnNan, RewardModel, TooLong};
+use common::policy::{Compute, Logps, OnNan, PAIR, RewardModel, TooLong};
 use common::program;
 use common::run::settings;
 use serde_json::{Map, Value, json};
@@ -87,19 +87,13 @@ impl Scorer {
         if let (true, Ok(logps)) = (theirs, given(&row)) {
             return Ok(vec![(row, Some(logps))]);
         }
-        let group = match models.encode(std::slice::from_ref(&row)) {
+        let group = match models.encode(std::slice::from_ref(&row), |_| &PAIR) {
             Err(err) if TooLong::is(&err) => {
                 program::say(format_args!("{err}; left out"));
                 None
             }
             encoded => Some(encoded?),
         };
-        ensure!(
-            group
-                .as_ref()
-                .is_none_or(|group| group.responses.len() == 2),
-            row.error("chosen", "or \"rejected\" is missing")
-        );
         let tokens = group.as_ref().map_or(0, Group::tokens);
         let ready = if self.tokens + tokens > self.limit {
             self.finish()?

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json, to_value};
 
 use crate::annotations::Annotations;
 use crate::covariates::{Covariates, LengthControl, Prepared};
-use crate::format::{Line, To, number, points};
+use crate::format::{Line, NONE, To, number, points};
 use crate::lists::or_stdin;
 use crate::weights;
 
@@ -237,7 +237,7 @@ impl Fitted {
             ("judged", raw.map_or(0, |r| r.n_total).to_string()),
             (
                 "average length",
-                raw.map_or(0, |r| r.avg_length).to_string(),
+                raw.map_or_else(|| NONE.to_owned(), |r| r.avg_length.to_string()),
             ),
         ];
         Ok(Line { json, cells })

@@ -110,7 +110,7 @@ fn run(args: Args) -> Result<()> {
     let output = match args.files.open(settings(json!({
         "k": args.k, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "min_p": args.min_p, "repetition_penalty": args.repetition_penalty, "max_tokens": args.max_tokens,
-        "stop": args.stop, "system": args.system, "seed": args.seed,
+        "stop": args.stop, "system": args.system, "seed": args.seed, "split": args.split.name(),
     })))? {
         Opened::Ready(output) => output,
         Opened::AlreadyDone(done) => {
@@ -225,6 +225,9 @@ impl Job<'_> {
                     expected.as_ref().map_or("none", |(id, _)| id),
                     self.fingerprint
                 );
+                if number == 0 {
+                    self.ids.insert(prompt.0);
+                }
             }
         }
         self.progress.kept(self.output.kept_rows());
@@ -319,7 +322,7 @@ impl Job<'_> {
             }
             encoded => encoded?,
         };
-        if self.args.system.is_some() {
+        if self.args.system.is_some() || !row.fields.contains_key("prompt") {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
         row.fields.entry("id").or_insert_with(|| json!(id));

@@ -184,7 +184,7 @@ fn run_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
         "min_samples": args.min_samples, "min_chars": args.min_chars, "max_chars": args.max_chars,
         "keep_truncated": args.keep_truncated,
         "gamma": replay.map(|_| args.gamma), "seed": replay.map(|_| args.seed),
-        "replay_split": replay.map(|_| format!("{:?}", args.replay_split).to_lowercase()),
+        "replay_split": replay.map(|_| args.replay_split.name()),
     }))
 }
 

@@ -167,15 +167,19 @@ impl Job {
 
     /// Whether a row may have been left out.
     fn leaves_out(&self, row: &Row) -> bool {
-        let alone = self.models.encode(std::slice::from_ref(row));
+        let alone = self.encode_alone(row);
         self.on_nan == OnNan::Skip || alone.is_err_and(|err| TooLong::is(&err))
+    }
+
+    fn encode_alone(&self, row: &Row) -> Result<Group> {
+        self.models.encode(std::slice::from_ref(row), responses)
     }
 
     /// The rows of a prompt as token ids, without those that are too long; none where all are.
     fn encode(&self, mut rows: Vec<Row>) -> Result<Option<Encoded>> {
-        let mut group = self.models.encode(&rows);
+        let mut group = self.models.encode(&rows, responses);
         if group.as_ref().is_err_and(TooLong::is) {
-            rows.retain(|row| match self.models.encode(std::slice::from_ref(row)) {
+            rows.retain(|row| match self.encode_alone(row) {
                 Err(err) if TooLong::is(&err) => {
                     self.progress.leave_out("too long", err);
                     false
@@ -185,7 +189,7 @@ impl Job {
             if rows.is_empty() {
                 return Ok(None);
             }
-            group = self.models.encode(&rows);
+            group = self.models.encode(&rows, responses);
         }
         let group = group?;
         Ok(Some(Encoded {

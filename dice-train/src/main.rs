@@ -19,7 +19,7 @@ use common::program::{self, Progress};
 use common::records::Split;
 use common::run;
 use data::{Pairs, open_reference};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tensorboard::EventFile;
@@ -86,8 +86,8 @@ pub struct Args {
     #[arg(long)]
     max_steps: Option<u64>,
     /// Passes over the pairs
-    #[arg(long, alias = "num-train-epochs", default_value_t = 1)]
-    epochs: u64,
+    #[arg(long, alias = "num-train-epochs", default_value_t = 1, value_parser = flags::count)]
+    epochs: usize,
     /// Pairs per step; gradients are accumulated inside it, memory does not grow with it
     #[arg(long, default_value_t = 32, value_parser = flags::count)]
     batch_size: usize,
@@ -164,14 +164,15 @@ fn run(args: Args) -> Result<()> {
         let models = open_models(&args);
         let prints = models.and_then(|(model, reference)| fingerprints(&model, reference.as_ref()));
         let ours = match prints {
-            Ok((model, reference)) => {
-                json!({"settings": known_settings(&args), "model": model, "ref": reference})
-            }
+            Ok((model, reference)) => json!({"model": model, "ref": reference}),
             // Models that are gone by now cannot be compared, and need not be there.
-            Err(_) => json!({"settings": known_settings(&args)}),
+            Err(_) => json!({}),
         };
+        let mut ours = run::settings(ours);
+        ours.insert("settings".into(), known_settings(&args).into());
+        ours.insert("asked".into(), asked(&args).into());
         let inputs: Vec<_> = args.files.iter().map(PathBuf::as_path).collect();
-        let log = finished(&args.output, &run::settings(ours), &inputs)?;
+        let log = finished(&args.output, &ours, &inputs)?;
         program::say(format_args!(
             "{} is already there, nothing to do",
             args.output.display()
@@ -220,6 +221,7 @@ fn run(args: Args) -> Result<()> {
         pairs: pairs.hash(),
         dtype: place.dtype().to_owned(),
         date: model.chat.date(),
+        asked: asked(&args),
         settings: settings.clone(),
     };
     program::say(format_args!("{}: computing in {place}", args.model));
@@ -263,8 +265,16 @@ fn fingerprints(model: &Checkpoint, reference: Option<&Checkpoint>) -> Result<(S
     Ok((of(model)?, of(reference.unwrap_or(model))?))
 }
 
+/// What the command says beside the trainer's settings (see [`Run::asked`]).
+fn asked(args: &Args) -> Map<String, Value> {
+    let epochs = args.max_steps.is_none().then_some(args.epochs);
+    run::settings(json!({
+        "split": args.split.name(), "max_length": args.max_length, "epochs": epochs, "merge": args.merge,
+    }))
+}
+
 /// The settings that are known before the pairs are read.
-fn known_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
+fn known_settings(args: &Args) -> Map<String, Value> {
     let mut known = run::settings(settings(args, 0));
     if args.max_steps.is_none() {
         known.remove("total_steps");
@@ -284,7 +294,7 @@ fn settings(args: &Args, pairs: usize) -> Settings {
         learning_rate: args.learning_rate,
         scheduler: args.scheduler,
         warmup_steps: args.warmup_steps,
-        total_steps: args.max_steps.unwrap_or(args.epochs * per_epoch),
+        total_steps: args.max_steps.unwrap_or(args.epochs as u64 * per_epoch),
         batch_size: args.batch_size,
         max_grad_norm: args.max_grad_norm,
         weight_decay: args.weight_decay,
@@ -359,16 +369,17 @@ fn train(
         let due = args.save_steps > 0
             && trainer.steps().is_multiple_of(args.save_steps)
             && trainer.steps() < total;
-        if due || program::interrupted() {
+        let going = program::check();
+        if due || going.is_err() {
             writer.save(trainer, &log)?;
         }
-        program::check()?;
+        going?;
     }
     writer.finish(trainer, &log, args.merge)?;
     if let (Some(first), Some(last)) = (log.first(), log.last()) {
         progress.note(format!(
-            "loss {:.4} at step 1, {:.4} at the last",
-            first.loss, last.loss
+            "loss {:.4} at step {}, {:.4} at the last",
+            first.loss, first.step, last.loss
         ));
     }
     progress.finish();

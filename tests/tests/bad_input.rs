@@ -63,17 +63,6 @@ fn good(i: usize) -> Value {
     json!({"prompt": format!("Say {i}"), "response": format!("It is {i}."), "reward": i, "chosen": "Yes, well.", "rejected": "No."})
 }
 
-/// The same for scoring, where a pair is another kind of row.
-fn good_for(tool: &str, i: usize) -> Value {
-    let mut row = good(i);
-    if tool == "dice-score" {
-        row.as_object_mut()
-            .unwrap()
-            .retain(|field, _| field != "chosen" && field != "rejected");
-    }
-    row
-}
-
 /// How many rows a tool has written for `n` good ones before a bad one. (Pairs and training need all input first.)
 fn written(tool: &str, n: usize) -> usize {
     match tool {
@@ -93,12 +82,7 @@ fn check(run: &Finished, expected: &[&str]) {
 
 /// Two good rows, then a bad line.
 fn check_line(world: &World, tool: &str, bad: &[u8], expected: &[&str]) {
-    let input = [
-        lines(&[good_for(tool, 1), good_for(tool, 2)]).as_bytes(),
-        bad,
-        b"\n",
-    ]
-    .concat();
+    let input = [lines(&[good(1), good(2)]).as_bytes(), bad, b"\n"].concat();
     fs::write(world.path("rows.jsonl"), input).unwrap();
     let run = world.tool(tool, "rows.jsonl").run();
     let place = format!("{}:3: ", world.arg("rows.jsonl"));
@@ -118,7 +102,7 @@ fn check_line(world: &World, tool: &str, bad: &[u8], expected: &[&str]) {
         let kept = fs::read_to_string(world.path("out.part")).unwrap();
         assert_eq!(kept.lines().count(), written(tool, 2));
         // The line mended, the rest is done.
-        let mended = lines(&[good_for(tool, 1), good_for(tool, 2), good_for(tool, 3)]);
+        let mended = lines(&[good(1), good(2), good(3)]);
         fs::write(world.path("rows.jsonl"), mended).unwrap();
         world
             .tool(tool, "rows.jsonl")
@@ -153,14 +137,18 @@ fn lines_that_are_no_rows() {
 #[test]
 fn missing_and_mistyped_fields() {
     let world = World::new();
-    let with = |tool: &str, field: &str, value: Value| {
-        let mut row = good_for(tool, 3);
+    let with = |field: &str, value: Value| {
+        let mut row = good(3);
         row[field] = value;
         row.to_string()
     };
-    let without = |tool: &str, field: &str| {
-        let mut row = good_for(tool, 3);
-        row.as_object_mut().unwrap().remove(field);
+    let without = |field: &str| {
+        let mut row = good(3);
+        let fields = row.as_object_mut().unwrap();
+        fields.remove(field);
+        if field == "response" {
+            fields.remove("chosen"); // a pair would be scored
+        }
         row.to_string()
     };
     for tool in TOOLS {
@@ -168,7 +156,7 @@ fn missing_and_mistyped_fields() {
         check_line(
             &world,
             tool,
-            without(tool, "prompt").as_bytes(),
+            without("prompt").as_bytes(),
             &[prompt, "is missing"],
         );
         for wrong in [
@@ -180,17 +168,12 @@ fn missing_and_mistyped_fields() {
             json!([{"content": "x"}]),
             json!(["x"]),
         ] {
-            check_line(
-                &world,
-                tool,
-                with(tool, "prompt", wrong).as_bytes(),
-                &[prompt],
-            );
+            check_line(&world, tool, with("prompt", wrong).as_bytes(), &[prompt]);
         }
         check_line(
             &world,
             tool,
-            with(tool, "prompt", json!("")).as_bytes(),
+            with("prompt", json!("")).as_bytes(),
             &[prompt, "empty"],
         );
         // Training does not ask for it.
@@ -200,7 +183,7 @@ fn missing_and_mistyped_fields() {
         check_line(
             &world,
             tool,
-            with(tool, "id", json!([1])).as_bytes(),
+            with("id", json!([1])).as_bytes(),
             &["field \"id\"", "must be"],
         );
     }
@@ -215,13 +198,13 @@ fn missing_and_mistyped_fields() {
         check_line(
             &world,
             tool,
-            without(tool, field).as_bytes(),
+            without(field).as_bytes(),
             &[&named, "is missing"],
         );
         check_line(
             &world,
             tool,
-            with(tool, field, json!(["x"])).as_bytes(),
+            with(field, json!(["x"])).as_bytes(),
             &[&named, "must be"],
         );
     }
@@ -274,7 +257,7 @@ fn missing_and_mistyped_fields() {
         check_line(
             &world,
             tool,
-            with(tool, field, value).as_bytes(),
+            with(field, value).as_bytes(),
             &[&named, message],
         );
     }
@@ -392,11 +375,7 @@ fn a_hub_id_that_is_not_to_be_had() {
 fn a_full_disk_is_said() {
     let world = World::new();
     for tool in TOOLS {
-        fs::write(
-            world.path("rows.jsonl"),
-            lines(&[good_for(tool, 1), good_for(tool, 2)]),
-        )
-        .unwrap();
+        fs::write(world.path("rows.jsonl"), lines(&[good(1), good(2)])).unwrap();
         // Two samples of one prompt, to make a pair of.
         if tool == "dice-pairs" {
             let samples = [1, 2]
@@ -500,11 +479,7 @@ fn odd_tokenizers_are_said() {
         fs::write(path, tokenizer.to_string()).unwrap();
     };
     world.spoiled("swapped", swapped);
-    fs::write(
-        world.path("rows.jsonl"),
-        lines(&[good_for("dice-score", 1)]),
-    )
-    .unwrap();
+    fs::write(world.path("rows.jsonl"), lines(&[good(1)])).unwrap();
     let rows = world.arg("rows.jsonl");
     let said = |policy: &str, reference: &str| {
         let [policy, reference] = [policy, reference].map(|name| world.arg(name));

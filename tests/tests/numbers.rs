@@ -63,18 +63,6 @@ fn row(prompt: &str, response: &str) -> Value {
     json!({"prompt": prompt, "response": response, "chosen": response, "rejected": "No."})
 }
 
-/// The rows of a tool's kind: dice-score scores samples here.
-fn of(tool: &str, mut rows: Vec<Value>) -> Vec<Value> {
-    for row in &mut rows {
-        if tool == "dice-score" {
-            row.as_object_mut()
-                .unwrap()
-                .retain(|field, _| field != "chosen" && field != "rejected");
-        }
-    }
-    rows
-}
-
 /// What a tool made, without what differs although nothing is wrong: the step and the epoch of a training.
 fn made(run: &Finished) -> Vec<Fields> {
     let mut rows = run.rows();
@@ -98,8 +86,8 @@ fn a_row_that_is_too_long_is_left_out_and_named() {
         ("dice-eval", row(&long, "x"), "prompt"),
         ("dice-eval", row("Say 1", &long), "chosen"),
     ] {
-        let without = world.tool(tool, "pi", &of(tool, good.to_vec())).run().ok();
-        let rows = of(tool, vec![good[0].clone(), bad, good[1].clone()]);
+        let without = world.tool(tool, "pi", &good).run().ok();
+        let rows = vec![good[0].clone(), bad, good[1].clone()];
         let run = world.tool(tool, "pi", &rows).run().ok();
         assert_eq!(
             made(&run),
@@ -134,7 +122,6 @@ fn rows_are_left_out_of_resumed_runs_too() {
         })
         .collect();
     for tool in ["dice-gen", "dice-score"] {
-        let rows = of(tool, rows.clone());
         let straight = world.tool(tool, "pi", &rows).run().ok().stdout;
         let ends: Vec<usize> = straight.match_indices('\n').map(|(at, _)| at + 1).collect();
         for &end in &ends {
@@ -187,11 +174,8 @@ fn numbers_that_are_none_stop_the_run_or_are_left_out() {
     let good = [row("Say 1", "It is 1."), row("Say 3", "It is 3.")];
     let bad = row("Say Z", "Zero.");
     for tool in TOOLS {
-        let without = world
-            .tool(tool, "broken", &of(tool, good.to_vec()))
-            .run()
-            .ok();
-        let rows = of(tool, vec![good[0].clone(), bad.clone(), good[1].clone()]);
+        let without = world.tool(tool, "broken", &good).run().ok();
+        let rows = vec![good[0].clone(), bad.clone(), good[1].clone()];
         let run = world.tool(tool, "broken", &rows).run();
         let line = run.error_line();
         assert!(
@@ -218,10 +202,7 @@ fn numbers_that_are_none_stop_the_run_or_are_left_out() {
     }
     // With the reference in the rows, it is the step that shows it.
     let fingerprint = {
-        let run = world
-            .tool("dice-score", "broken", &of("dice-score", good.to_vec()))
-            .run()
-            .ok();
+        let run = world.tool("dice-score", "broken", &good).run().ok();
         run.rows()[0]["policy"].clone()
     };
     let mut rows = [good[0].clone(), bad, good[1].clone()];
@@ -260,7 +241,7 @@ fn a_model_of_no_numbers_makes_nothing() {
     });
     let rows = [row("Say 1", "It is 1.")];
     for tool in TOOLS {
-        let run = world.tool(tool, "broken", &of(tool, rows.to_vec())).run();
+        let run = world.tool(tool, "broken", &rows).run();
         let line = run.error_line();
         assert!(
             line.contains("rows.jsonl:1: ") && line.contains("not a number"),
@@ -379,7 +360,7 @@ fn control_tokens_in_rows_are_text() {
                 &pick(response, &["Yes", texts[1]]),
             )];
             TOOLS.map(|tool| {
-                let run = world.tool(tool, "pi", &of(tool, rows.to_vec())).run().ok();
+                let run = world.tool(tool, "pi", &rows).run().ok();
                 match tool {
                     "dice-train" => number(&run.rows()[0], "num_tokens"),
                     "dice-score" => {
@@ -431,7 +412,6 @@ fn a_memory_budget_makes_it_slower_not_other() {
     let mut rows: Vec<Value> = (0..12).map(|i| prompt(i, 500)).collect();
     rows.insert(6, prompt(99, 7500));
     for tool in TOOLS {
-        let rows = of(tool, rows.clone());
         let run = |budget: &str| {
             let more = match tool {
                 "dice-train" => vec!["--max-length", "99999"],

@@ -156,6 +156,52 @@ fn a_round_of_a_mixture_of_experts() {
     assert_eq!(world.pipe(again).run().ok().rows().len(), 2 * PROMPTS);
 }
 
+/// The prompts of preference pairs are as good as any: what is sampled for them is scored and paired, not those pairs again.
+#[test]
+fn pairs_are_prompts_too() {
+    let world = World::new();
+    let answer = |text: &str| json!({"role": "assistant", "content": text});
+    let pair = |i: usize| {
+        let question = json!({"role": "user", "content": format!("Offline {i}")});
+        match i % 2 {
+            0 => {
+                json!({"prompt": format!("Offline {i}"), "chosen": "yes", "rejected": "no", "chosen_token_ids": [1],
+                "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "ref": "another", "chosen_by": "hand"})
+            }
+            _ => json!({"chosen": [question, answer("yes")], "rejected": [question, answer("no")]}),
+        }
+    };
+    fs::write(
+        world.path("own.jsonl"),
+        lines(&(0..6).map(pair).collect::<Vec<_>>()),
+    )
+    .unwrap();
+    let script = "dice-gen --model pi --k 4 --max-tokens 24 own.jsonl | tee samples.jsonl \
+        | sed 's/\"token_ids\":[^]]*],\"logp\":[^,]*,//' | dice-score --policy pi --ref ref | tee scored.jsonl \
+        | dice-pairs --min-samples 2 --keep-truncated";
+    let pairs = world.pipe(script).run().ok().rows();
+    let scored = world.rows("scored.jsonl");
+    assert_eq!(scored.len(), 24);
+    assert!(
+        scored
+            .iter()
+            .all(|row| row.contains_key("prompt") && row.contains_key("reward"))
+    );
+    assert_eq!(pairs.len(), 6);
+    for pair in &pairs {
+        let of_prompt = |row: &&Fields| row["prompt"] == pair["prompt"];
+        for side in ["chosen", "rejected"] {
+            let own = |row: &Fields| row["response"] == pair[side];
+            let found = scored.iter().filter(of_prompt).find(|row| own(row));
+            let found = found.expect("a sample of this prompt");
+            assert_eq!(pair[&format!("ref_{side}_logps")], found["policy_logps"]);
+            assert!(!pair.contains_key(&format!("{side}_token_ids")), "{pair:?}");
+        }
+        assert_ne!(pair["ref"], "another");
+    }
+    assert_eq!(pairs[0]["chosen_by"], "hand");
+}
+
 fn check_samples(samples: &[Fields], prompts: &[Value]) {
     assert_eq!(samples.len(), PROMPTS * K);
     for (i, row) in samples.iter().enumerate() {

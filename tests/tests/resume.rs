@@ -3,7 +3,7 @@
 use dice_tests::world::{
     Made, Moment, ROW_TOOLS, TOOLS, World, newest_checkpoint, pairs, prompts, samples, signal,
 };
-use dice_tests::{Finished, Tool, copy_folder, lines, parse_rows};
+use dice_tests::{Finished, Tool, copy_folder, lines, parse_rows, text};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::json;
@@ -196,7 +196,7 @@ fn waiting_for_input(world: &World) -> Child {
     child
 }
 
-/// A program hears a signal also while it waits for its neighbour's next row.
+/// A program hears a signal also while it waits for its neighbour's next row,
 #[test]
 fn a_signal_ends_the_wait_for_input() {
     let world = World::new();
@@ -207,6 +207,23 @@ fn a_signal_ends_the_wait_for_input() {
     assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
     drop(stdin);
     world.check_no_part_left();
+}
+
+/// and while a judge that is a command of its own takes its time.
+#[test]
+fn a_signal_ends_the_wait_for_a_judge() {
+    let world = World::new();
+    let begun = world.path("begun");
+    let command = format!("echo > {}; exec sleep 600", text(&begun));
+    let [a, b] = ["a.jsonl", "samples.jsonl"].map(|name| world.arg(name));
+    let judge = ["judge", "--a", &a, "--b", &b, "--command", &command];
+    let mut child = Tool::new("dice-eval", judge)
+        .args(["--output", &world.arg("out")])
+        .start();
+    Moment::Bytes(begun, 1).wait(&mut child);
+    signal(&child, "TERM");
+    let stopped = Finished::new("dice-eval", child.wait_with_output().unwrap());
+    assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
 }
 
 #[test]
@@ -348,6 +365,25 @@ fn work_is_neither_overwritten_nor_done_twice() {
             );
             fs::remove_dir_all(world.path("pi")).unwrap();
             fs::rename(world.path("gone"), world.path("pi")).unwrap();
+        }
+        let others: &[&str] = match tool {
+            "dice-gen" => &["--split test"],
+            "dice-train" => &[
+                "--split test",
+                "--epochs 3",
+                "--max-length 64",
+                "--lora-rank 2 --merge",
+            ],
+            _ => &[],
+        };
+        for other in others {
+            let run = world.tool(tool, "out").args(["--resume"]);
+            let run = run.args(other.split(' ')).run();
+            let line = run.error_line();
+            assert!(
+                line.contains("the run that made it was another one"),
+                "{tool} {other}: {line}"
+            );
         }
         let input = World::input(tool);
         let rows = fs::read_to_string(world.path(input)).unwrap();

@@ -36,6 +36,10 @@ pub struct Run {
     /// The day that the chat template writes into prompts, if it writes one.
     #[serde(default)]
     pub date: Option<String>,
+    /// What the pairs were taken by, for how many epochs, and whether adapters are folded in: what the command says beside the
+    /// trainer's settings.
+    #[serde(default)]
+    pub asked: Map<String, Value>,
     /// All settings.
     pub settings: Settings,
 }

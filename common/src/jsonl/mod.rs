@@ -4,10 +4,12 @@
 //! blank lines, bounds, flushing, outputs that appear whole or not at all, and going on after a kill.
 
 mod output;
+mod patient;
 mod read;
 mod row;
 
 pub use output::{Done, Opened, Output};
+pub use patient::Patient;
 pub use read::{MAX_LINE_BYTES, Rows, ahead, groups, rows, rows_of};
 pub use row::{FinishReason, Place, Row};
 

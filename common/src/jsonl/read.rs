@@ -5,12 +5,12 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
 
+use super::patient::Patient;
 use super::row::{Place, Row};
 use crate::run::{self, Input};
 use crate::{pipe, program};
@@ -121,7 +121,7 @@ impl Lines {
     fn open(path: &Path) -> Result<Self> {
         if path == Path::new("-") {
             let source = io::stdin().as_fd().try_clone_to_owned();
-            let reader = Box::new(BufReader::new(Stdin::start()));
+            let reader = Box::new(BufReader::new(Patient::start(|| io::stdin().lock())));
             return Ok(Self::new(
                 "stdin".into(),
                 reader,
@@ -311,59 +311,6 @@ impl<I: Iterator<Item = Result<Row>>> Iterator for Groups<I> {
             }
         }
         Some(Ok(group))
-    }
-}
-
-/// stdin through a thread of its own, so that a signal ends the wait for a slow neighbour in the pipe:
-/// a blocking read would go on until the next row.
-struct Stdin {
-    chunks: Receiver<io::Result<Vec<u8>>>,
-    chunk: Vec<u8>,
-    taken: usize,
-}
-
-impl Stdin {
-    fn start() -> Self {
-        let (sender, chunks) = sync_channel(4);
-        std::thread::spawn(move || {
-            let mut stdin = io::stdin().lock();
-            loop {
-                let chunk = stdin.fill_buf().map(<[u8]>::to_vec);
-                match &chunk {
-                    Ok(bytes) if bytes.is_empty() => return,
-                    Ok(bytes) => stdin.consume(bytes.len()),
-                    Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
-                    Err(_) => {}
-                }
-                let failed = chunk.is_err();
-                if sender.send(chunk).is_err() || failed {
-                    return;
-                }
-            }
-        });
-        Self {
-            chunks,
-            chunk: Vec::new(),
-            taken: 0,
-        }
-    }
-}
-
-impl Read for Stdin {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        while self.taken == self.chunk.len() {
-            match self.chunks.recv_timeout(Duration::from_millis(50)) {
-                Ok(chunk) => (self.chunk, self.taken) = (chunk?, 0),
-                Err(RecvTimeoutError::Disconnected) => return Ok(0),
-                Err(RecvTimeoutError::Timeout) => {
-                    program::check().map_err(io::Error::other)?;
-                }
-            }
-        }
-        let n = into.len().min(self.chunk.len() - self.taken);
-        into[..n].copy_from_slice(&self.chunk[self.taken..self.taken + n]);
-        self.taken += n;
-        Ok(n)
     }
 }
 

@@ -69,6 +69,14 @@ impl Row {
         }
     }
 
+    /// The prompt as a row of its own has it: the field as it is, or the messages before the answer of "chosen".
+    pub fn prompt_value(&self) -> Result<Value> {
+        match self.fields.get("prompt") {
+            Some(value) => Ok(value.clone()),
+            None => Ok(Value::from_iter(self.prompt()?.messages())),
+        }
+    }
+
     /// A response: a string, or a list of messages that ends with the assistant's (TRL's conversational form), before which
     /// there may be the prompt's once more, and no others.
     pub fn response(&self, field: &str) -> Result<&str> {

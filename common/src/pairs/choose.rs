@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::spool::Kept;
 use super::{Pair, Skipped, Spool};
 use crate::jsonl::{FinishReason, Place, Row};
+use crate::records::SAMPLE_FIELDS;
 use crate::reward::{Balance, MAX_REWARD, Point, balance_lengths, best_and_worst, shaped};
 
 /// The unit of a response's length |y|.
@@ -34,22 +35,23 @@ pub struct Rules {
     pub keep_truncated: bool,
 }
 
-/// Fields of a sample that say nothing about its prompt; of all others, those that agree go to the pair.
-const OF_THE_SAMPLE: [&str; 13] = [
-    "id",
-    "prompt",
-    "sample",
-    "response",
-    "finish_reason",
-    "token_ids",
-    "logp",
-    "model",
-    "policy_logps",
-    "ref_logps",
-    "reward",
-    "policy",
-    "ref",
-];
+/// Whether a sample's field goes to the pair, where all samples agree on it: it says something about the prompt, and is none
+/// that a pair has itself. (The prompt may have been taken from another pair.)
+fn passes(field: &str) -> bool {
+    const OF_A_SIDE: [&str; 7] = [
+        "*",
+        "score_*",
+        "*_token_ids",
+        "*_finish_reason",
+        "ref_*_logps",
+        "policy_*_logps",
+        "reward_*",
+    ];
+    let side = field
+        .replacen("chosen", "*", 1)
+        .replacen("rejected", "*", 1);
+    !SAMPLE_FIELDS.contains(&field) && !OF_A_SIDE.contains(&side.as_str())
+}
 
 /// Scored samples, gathered by prompt in whatever order they come. Memory holds numbers and hashes of the fit ones; their
 /// texts are in the spool.
@@ -149,7 +151,6 @@ impl Samples {
     fn prompt_of(&mut self, row: &Row) -> Result<usize> {
         let id = row.id()?;
         let prompt = row.prompt()?;
-        let unknown = |(field, _): &(&String, &Value)| !OF_THE_SAMPLE.contains(&field.as_str());
         if let Some(&index) = self.index.get(&id) {
             let known = &mut self.prompts[index];
             if known.key != prompt.key() {
@@ -173,7 +174,7 @@ impl Samples {
                 .retain(|field, value| row.fields.get(field) == Some(value));
             return Ok(index);
         }
-        let common = row.fields.iter().filter(unknown);
+        let common = row.fields.iter().filter(|(field, _)| passes(field));
         let common = common.map(|(f, v)| (f.clone(), v.clone())).collect();
         self.index.insert(id.clone(), self.prompts.len());
         self.prompts.push(OnePrompt {
@@ -182,7 +183,7 @@ impl Samples {
             key: prompt.key(),
             models: [row.opt_string("policy")?, row.opt_string("ref")?]
                 .map(|model| model.map(str::to_owned)),
-            prompt: self.spool.put(&row.fields["prompt"])?,
+            prompt: self.spool.put(&row.prompt_value()?)?,
             common,
             seen: HashSet::new(),
             samples: Vec::new(),

@@ -42,10 +42,6 @@ impl Replay {
         let chosen = row.response("chosen")?;
         let rejected = row.response("rejected")?;
         let prompt = row.prompt()?;
-        let value = match row.fields.get("prompt") {
-            Some(value) => value.clone(),
-            None => Value::from_iter(prompt.messages()),
-        };
         let id = match row.fields.get("id") {
             Some(id) if !id.is_null() => row.id()?,
             _ => prompt.derived_id(),
@@ -61,7 +57,7 @@ impl Replay {
         }
         let mut fields = Map::from_iter([
             ("id".to_owned(), Value::from(id)),
-            ("prompt".to_owned(), value),
+            ("prompt".to_owned(), row.prompt_value()?),
             ("chosen".to_owned(), Value::from(chosen)),
             ("rejected".to_owned(), Value::from(rejected)),
             ("source".to_owned(), Value::from("replay")),

@@ -140,8 +140,8 @@ impl Shards {
         let name = &*self.names.stored(&place.name);
         let file = self.file_of(name).with_context(|| {
             format!(
-                "{}: the index names no file for the tensor {name:?}",
-                self.files[0].mapped.path.display()
+                "{}: names no file for the tensor {name:?}",
+                self.files[0].mapped.path.with_file_name(INDEX).display()
             )
         })?;
         let path = file.mapped.path.display();

@@ -31,7 +31,7 @@ use outputs::generators;
 /// them by prompt and has every pair judged: by a model behind an OpenAI-compatible server (--endpoint, --judge), by the
 /// implicit reward of two models (--policy, --ref), or by any command that scores rows (--command). "preference" is 1 where
 /// a's output is better, 2 where b's is, and between as far as the judge is unsure; "output_1" is a's, the baseline's.
-/// Equal outputs are draws and are not asked about.
+/// Equal outputs are draws, about which a server is not asked.
 ///
 /// A server is asked for the log-probs of its first token, which weigh the two labels; where it gives none, its text decides.
 /// Each pair is shown in both orders and the preferences are averaged: judges favour one place. The share of pairs whose

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use common::jsonl::Row;
 use common::program;
-use common::records::Prompt;
+use common::records::{Prompt, SAMPLE_FIELDS};
 use serde_json::{Map, Value};
 
 use crate::lists::list_or_lines;
@@ -121,20 +121,12 @@ impl Pair {
 
     /// The fields that both rows have alike, but for those of a single sample.
     pub fn shared_fields(&self) -> impl Iterator<Item = (&String, &Value)> {
-        const OF_A_SAMPLE: [&str; 9] = [
-            "prompt",
-            "instruction",
-            "response",
-            "output",
-            "token_ids",
-            "finish_reason",
-            "sample",
-            "logp",
-            "model",
-        ];
+        const SHOWN: [&str; 3] = ["prompt", "instruction", "output"];
         let [one, other] = &self.rows;
         one.fields.iter().filter(move |(name, value)| {
-            !OF_A_SAMPLE.contains(&name.as_str()) && other.fields.get(*name) == Some(*value)
+            let name = name.as_str();
+            let own = SHOWN.contains(&name) || SAMPLE_FIELDS.contains(&name);
+            !own && other.fields.get(name) == Some(*value)
         })
     }
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use common::jsonl::Patient;
 use common::policy::Logps;
 use common::program;
 use common::reward::implicit_reward;
@@ -88,7 +89,8 @@ pub fn command(
             }
             let _ = to.flush();
         });
-        let judged = read_scores(BufReader::new(stdout), pairs.len(), &mut each);
+        let answers = BufReader::new(Patient::start(|| BufReader::new(stdout)));
+        let judged = read_scores(answers, pairs.len(), &mut each);
         if judged.is_err() {
             // Lets the writer go.
             let _ = child.kill();
@@ -110,14 +112,14 @@ fn read_scores(
         .lines()
         .filter(|line| !line.as_ref().is_ok_and(|line| line.trim().is_empty()))
         .zip(1..)
-        .map(|(line, number)| {
-            program::check()?;
-            score(&line?).with_context(|| format!("row {number} of its output"))
-        });
+        .map(|(line, number)| score(&line?).with_context(|| format!("row {number} of its output")));
     for done in 0..pairs {
         let mut next = || {
+            let next = scores.next();
+            // A signal that both of us got is why there are no more.
+            program::check()?;
             let missing = || anyhow!("it gave {} scores for {} outputs", 2 * done, 2 * pairs);
-            scores.next().ok_or_else(missing)?
+            next.ok_or_else(missing)?
         };
         each(Some(preference([next()?, next()?])))?;
     }

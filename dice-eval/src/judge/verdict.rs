@@ -59,14 +59,16 @@ fn first_tokens(choice: &Value) -> Option<Vec<(&str, f64)>> {
     Some(pairs.collect())
 }
 
-/// The label that the text starts with, whatever quotes or stars are around it: 1 for the first, 0 for the second. What a
-/// model thought before does not count.
+/// The label that the text starts with, whatever quotes or stars are around it (unless they are the label's own): 1 for the
+/// first, 0 for the second. What a model thought before does not count.
 fn named(text: &str, labels: &[String; 2]) -> Option<f64> {
     let answer = text.rsplit("</think>").next().unwrap_or_default();
-    let text = answer.trim_start_matches(|c: char| !c.is_alphanumeric());
+    let bare = answer.trim_start_matches(|c: char| !c.is_alphanumeric());
     let starts = |label: &String| {
-        let rest = text.strip_prefix(label.as_str());
-        rest.is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+        [answer.trim_start(), bare].iter().any(|text| {
+            let rest = text.strip_prefix(label.as_str());
+            rest.is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+        })
     };
     match [starts(&labels[0]), starts(&labels[1])] {
         [true, false] => Some(1.0),
@@ -122,5 +124,13 @@ mod tests {
             assert_eq!(got.from == "none", expected.is_none());
         }
         assert_eq!(read(&json!({"error": "overloaded"}), &labels()), None);
+        let labels = ["[[A]]".into(), "[[B]]".into()];
+        for (text, expected) in [("[[A]]", Some(1.0)), (" [[B]].", Some(0.0)), ("A", None)] {
+            assert_eq!(
+                read(&reply(text, &[]), &labels).unwrap().first,
+                expected,
+                "{text}"
+            );
+        }
     }
 }

@@ -6,11 +6,10 @@ mod plot;
 mod rounds;
 mod texts;
 
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use common::run::write_with_manifest;
+use anyhow::Result;
+use common::run::write_whole;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use rounds::Round;
@@ -36,12 +35,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let rounds = rounds::read(&args.run)?;
     let page = page(&args.run.display().to_string(), &rounds)?.into_string();
-    match &args.output {
-        Some(file) if file.as_os_str() != "-" => write_with_manifest(file, page.as_bytes()),
-        _ => std::io::stdout()
-            .write_all(page.as_bytes())
-            .context("cannot write to stdout"),
-    }
+    write_whole(args.output.as_deref(), page.as_bytes())
 }
 
 fn page(name: &str, rounds: &[Round]) -> Result<Markup> {

@@ -136,7 +136,12 @@ impl Round {
                 .filter(|path| path.is_file())
                 .map(|path| json(&path))
                 .transpose()?,
-            commands: file("commands.sh").map(fs::read_to_string).transpose()?,
+            commands: file("commands.sh")
+                .map(|path| {
+                    let text = fs::read_to_string(&path);
+                    text.with_context(|| format!("cannot read {}", path.display()))
+                })
+                .transpose()?,
             samples: scored,
         })
     }
