@@ -6,8 +6,11 @@
 // whether the rows in a pipe are all there
 pub mod pipe;
 
-// how every tool starts, reports and ends
+// how every tool starts and ends
 pub mod program;
+
+// what a tool says of its work: a bar, and a line at the end
+pub mod progress;
 
 // what a number in a flag may be
 pub mod flags;

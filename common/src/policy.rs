@@ -371,7 +371,7 @@ impl Checkpoint {
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
-            .prompt_ids(prompt)
+            .prompt_ids_with(prompt, &row.template_variables()?)
             .map_err(|err| row.error("prompt", format!("{err:#}")))?;
         if ids.is_empty() {
             return Err(row.error(

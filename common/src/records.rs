@@ -91,12 +91,8 @@ impl Prompt {
 
     /// Whether it is these messages, whichever form it has.
     pub fn is(&self, messages: &[Value]) -> bool {
-        let own = self.messages();
-        own.len() == messages.len()
-            && own
-                .iter()
-                .zip(messages)
-                .all(|(own, m)| m.as_object() == Some(own))
+        let theirs: Option<Vec<_>> = messages.iter().map(|m| m.as_object().cloned()).collect();
+        theirs.is_some_and(|theirs| hash_json(&theirs) == self.key())
     }
 
     /// What makes two prompts the same one, whichever form they have: the hash of their messages.
@@ -117,7 +113,8 @@ impl Prompt {
         }
     }
 
-    /// A stable id: the first 16 hex digits of the BLAKE3 hash of the text, or of the messages' compact JSON.
+    /// A stable id: the first 16 hex digits of the BLAKE3 hash of the text, or of the messages' compact JSON (of each the role,
+    /// the content, then other fields by name).
     pub fn derived_id(&self) -> String {
         let hash = match self {
             Self::Text(text) => blake3::hash(text.as_bytes()),
@@ -141,8 +138,22 @@ pub fn turn(role: &str, content: &str) -> Map<String, Value> {
     ])
 }
 
+/// The hash of messages whatever order their fields come in, and whether what is not there is left out or null.
 fn hash_json(messages: &[Map<String, Value>]) -> blake3::Hash {
-    let text = serde_json::to_string(messages).expect("JSON values always serialise");
+    let ordered: Vec<Map<String, Value>> = messages
+        .iter()
+        .map(|message| {
+            let there = message.iter().filter(|(_, value)| !value.is_null());
+            let mut fields: Vec<_> = there.map(|(k, v)| (k.clone(), v.clone())).collect();
+            fields.sort_by_key(|(name, _)| match name.as_str() {
+                "role" => (0, name.clone()),
+                "content" => (1, name.clone()),
+                _ => (2, name.clone()),
+            });
+            fields.into_iter().collect()
+        })
+        .collect();
+    let text = serde_json::to_string(&ordered).expect("JSON values always serialise");
     blake3::hash(text.as_bytes())
 }
 
@@ -162,6 +173,18 @@ fn message(value: &Value) -> Result<Map<String, Value>> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_prompt_is_the_same_whatever_order_its_messages_fields_have() {
+        let of = |message: Value| Prompt::from_value(&json!([message])).unwrap();
+        let one = of(json!({"role": "user", "content": "Why?"}));
+        let same = of(json!({"content": "Why?", "role": "user", "tool_calls": null}));
+        assert_eq!((one.key(), one.split()), (same.key(), same.split()));
+        assert_eq!(one.derived_id(), same.derived_id());
+        assert_eq!(one.key(), Prompt::Text("Why?".into()).key());
+        let other = of(json!({"role": "user", "content": "Why?", "name": "Ada"}));
+        assert_ne!(one.key(), other.key());
+    }
 
     #[test]
     fn splits_are_stable_and_of_their_sizes() {

@@ -183,12 +183,11 @@ impl Annotation {
         Ok(Self {
             place: row.place.clone(),
             key: key(row, position)?,
-            prompt_id: match row.opt_number("prompt_id")? {
-                Some(id) if id < 0.0 || id.fract() != 0.0 => {
-                    return Err(row.error("prompt_id", "must be a whole number from 0"));
-                }
-                id => id.map(|id| id as usize),
-            },
+            // Data sets have ids of other kinds under this name, too.
+            prompt_id: (row.fields.get("prompt_id"))
+                .and_then(Value::as_f64)
+                .filter(|id| *id >= 0.0 && id.fract() == 0.0)
+                .map(|id| id as usize),
             category: row
                 .fields
                 .contains_key(by)

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use common::jsonl::{Place, Row, rows, rows_of};
@@ -70,12 +70,4 @@ fn list(name: &str, reader: &mut impl Read) -> Result<Box<dyn Iterator<Item = Re
         found.push(Ok(Row { fields, place }));
     }
     Ok(Box::new(found.into_iter()))
-}
-
-/// The files that a command was given; stdin where it was given none.
-pub fn or_stdin(files: &[PathBuf]) -> Vec<PathBuf> {
-    match files {
-        [] => vec![PathBuf::from("-")],
-        files => files.to_vec(),
-    }
 }

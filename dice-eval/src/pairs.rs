@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use common::jsonl::rows;
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::Split;
 
 use crate::format::To;
@@ -42,7 +43,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let progress = Progress::new("dice-eval", "pairs", None);
+    let progress = Progress::new("pairs", None);
     let mut scorer = Scorer::open(&args.models)?;
     let mut groups = Groups::by(&args.by);
     let mut take = |scored: Vec<Scored>| -> Result<()> {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use common::jsonl::{Row, rows};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::Split;
 use serde_json::json;
 
@@ -44,7 +45,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let progress = Progress::new("dice-eval", "pairs", None);
+    let progress = Progress::new("pairs", None);
     let with_implicit = args.models.policy.is_some() || args.score.is_empty();
     let mut scorer = Scorer::open(&args.models)?;
     let mut implicit = Groups::by(&args.by);

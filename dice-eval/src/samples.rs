@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use common::jsonl::{Row, rows};
 use common::metrics::{Sample, SampleSet};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use serde_json::{Map, Value, to_value};
 
 use crate::format::{Line, To, average, estimate, number, percent};
@@ -32,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let progress = Progress::new("dice-eval", "rows", None);
+    let progress = Progress::new("rows", None);
     let mut groups: Vec<(String, SampleSet)> = vec![];
     for row in rows(&args.files) {
         let row = row?;

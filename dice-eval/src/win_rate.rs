@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use common::metrics::bootstrap::{interval, resample};
 use common::metrics::length_control::{Form, Weights, controlled, is_extreme};
 use common::metrics::win_rate::{Judged, WinRate, win_rate};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use serde_json::{Map, Value, json, to_value};
 
 use crate::annotations::Annotations;
 use crate::covariates::{Covariates, LengthControl, Prepared};
 use crate::format::{Line, NONE, To, number, points};
-use crate::lists::or_stdin;
 use crate::weights;
 
 /// Win rate and length-controlled win rate of a model, as AlpacaEval publishes them
@@ -56,11 +56,17 @@ pub fn run(args: Args) -> Result<()> {
     if let Some(file) = &args.weights {
         return args.to.write(&weights::lines(file, &covariates)?);
     }
-    let progress = Progress::new("dice-eval", "annotations", None);
+    let progress = Progress::new("annotations", None);
     let mut lines = vec![];
-    for file in or_stdin(&args.files) {
+    let stdin = [PathBuf::from("-")];
+    let files = if args.files.is_empty() {
+        &stdin[..]
+    } else {
+        &args.files
+    };
+    for file in files {
         program::check()?;
-        let annotations = Annotations::read(&file, by)?;
+        let annotations = Annotations::read(file, by)?;
         progress.add(annotations.rows.len() as u64, 0);
         let mut groups = vec![Group::all(&annotations)];
         if args.by.is_some() {

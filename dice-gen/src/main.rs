@@ -3,11 +3,12 @@
 use anyhow::{Result, ensure};
 use clap::Parser;
 use common::flags;
-use common::generate::{Finish, Generate, Request, Sample, Sampling};
-use common::jsonl::{self, Files, Opened, Output, Row};
+use common::generate::{Generate, Request, Sample, Sampling};
+use common::jsonl::{self, Files, FinishReason, Opened, Output, Row};
 use common::kernels::decoding::Format;
 use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Stage, TooLong, sampling_dtype};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::{Prompt, Split};
 use common::run::settings;
 use serde_json::{Map, Value, json};
@@ -146,7 +147,7 @@ fn run(args: Args) -> Result<()> {
         waiting: Default::default(),
         ids: Default::default(),
         repeated: 0,
-        progress: Progress::new("dice-gen", "rows", None),
+        progress: Progress::new("rows", None),
     };
     job.output.begin(settings(json!({
         "model": job.fingerprint, "dtype": job.dtype, "date": model.chat.date(),
@@ -363,27 +364,22 @@ impl Job<'_> {
         let chat = &self.model.chat;
         row.insert("sample".into(), json!(number));
         let text = chat.decode(&sample.token_ids)?;
-        let finish = if sample.finish == Finish::Stop {
-            "stop"
-        } else {
-            "length"
-        };
-        match stop_at(self.model, &self.args.stop, &sample.token_ids) {
-            // The text is shorter than the tokens are: those of the text go into the row, whose log-prob is unknown.
+        // Where the text is shorter than the tokens are, those of the text go into the row, whose log-prob is unknown.
+        let (text, finish, ids, logp) = match stop_at(&self.args.stop, &text) {
             Some(at) => {
-                row.insert("response".into(), json!(text[..at]));
-                row.insert("finish_reason".into(), json!("stop"));
-                row.insert(
-                    "token_ids".into(),
-                    json!(chat.response_ids(&text[..at], false)?),
-                );
+                let ids = chat.response_ids(&text[..at], false)?;
+                (&text[..at], FinishReason::Stop, ids, None)
             }
             None => {
-                row.insert("response".into(), json!(text));
-                row.insert("finish_reason".into(), json!(finish));
-                row.insert("token_ids".into(), json!(sample.token_ids));
-                row.insert("logp".into(), json!(sample.logp));
+                let logp = Some(sample.logp);
+                (&text[..], sample.finish, sample.token_ids, logp)
             }
+        };
+        row.insert("response".into(), json!(text));
+        row.insert("finish_reason".into(), json!(finish.as_str()));
+        row.insert("token_ids".into(), json!(ids));
+        if let Some(logp) = logp {
+            row.insert("logp".into(), json!(logp));
         }
         row.insert("model".into(), json!(self.fingerprint));
         row.insert("dtype".into(), json!(self.dtype));
@@ -396,21 +392,16 @@ impl Job<'_> {
 fn stops(model: &Checkpoint, stops: &[String], ids: &[u32]) -> bool {
     /// What a tokenizer may do to the first token of a text, it does to these.
     const MORE: usize = 8;
-    let longest = stops.iter().map(String::len).max().unwrap_or(0);
-    stop_at(
-        model,
-        stops,
-        &ids[ids.len().saturating_sub(longest + MORE)..],
-    )
-    .is_some()
+    let Some(longest) = stops.iter().map(String::len).max() else {
+        return false;
+    };
+    let tail = &ids[ids.len().saturating_sub(longest + MORE)..];
+    let text = model.chat.decode(tail);
+    text.is_ok_and(|text| stop_at(stops, &text).is_some())
 }
 
 /// Where the first of the stop texts begins in a response, bytes.
-fn stop_at(model: &Checkpoint, stops: &[String], ids: &[u32]) -> Option<usize> {
-    if stops.is_empty() {
-        return None;
-    }
-    let text = model.chat.decode(ids).ok()?;
+fn stop_at(stops: &[String], text: &str) -> Option<usize> {
     stops
         .iter()
         .filter_map(|stop| text.find(stop.as_str()))

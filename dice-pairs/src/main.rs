@@ -10,7 +10,8 @@ use common::files::{parent, write_aside};
 use common::flags;
 use common::jsonl::{Files, Opened, Output, rows};
 use common::pairs::{Length, Mix, Replay, Rules, Samples, Spool, mix};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::Split;
 use common::run::settings;
 use serde_json::json;
@@ -124,7 +125,7 @@ fn run(args: Args) -> Result<()> {
         }
     };
     output.begin(serde_json::Map::new())?;
-    let progress = Progress::new("dice-pairs", "pairs", None);
+    let progress = Progress::new("pairs", None);
     let output_file = args
         .files
         .to
@@ -180,7 +181,7 @@ fn run(args: Args) -> Result<()> {
 fn run_settings(args: &Args) -> serde_json::Map<String, serde_json::Value> {
     let replay = args.replay.as_ref();
     settings(json!({
-        "alpha": args.alpha.0, "length": format!("{:?}", args.length).to_lowercase(),
+        "alpha": args.alpha.0, "length": args.length.name(),
         "min_samples": args.min_samples, "min_chars": args.min_chars, "max_chars": args.max_chars,
         "keep_truncated": args.keep_truncated,
         "gamma": replay.map(|_| args.gamma), "seed": replay.map(|_| args.seed),

@@ -66,10 +66,7 @@ impl Stats {
             skipped: skipped.map(|(r, n)| (r.clone(), (*n).into())).collect(),
             alpha: chosen.alpha,
             alpha_from: if auto { "auto" } else { "given" },
-            length: match length {
-                Length::Chars => "chars",
-                Length::Tokens => "tokens",
-            },
+            length: length.name(),
             gap_at_zero: chosen.balance.gap_at_zero,
             gap: steps[at].1,
             curve: thinned(steps, at),

@@ -6,7 +6,8 @@ use common::flags;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
 use common::policy::{Compute, Logps, OnNan, Response, RewardModel, TooLong, responses};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::reward::implicit_reward;
 use common::run::settings;
 use serde_json::json;
@@ -15,8 +16,9 @@ use std::process::ExitCode;
 /// Give every response its implicit reward: beta * (log pi(y|x) - log pi_ref(y|x))
 ///
 /// Reads rows with "prompt" and "response" and adds policy_logps, ref_logps (nats, summed over the response's tokens),
-/// reward, and the fingerprints policy and ref. A row's token_ids are scored as they are; without them the text is
-/// tokenised. A row without finish_reason counts as finished: its end-of-turn token is scored too. Where dice-gen ran this
+/// reward, and the fingerprints policy and ref. A row's token_ids are scored as they are (a finished one
+/// without an end token gets it); without them the text is tokenised. A row without finish_reason counts as finished: its
+/// end-of-turn token is scored too. Where dice-gen ran this
 /// very policy in the same --dtype, its log-probs are taken from the rows.
 ///
 /// Rows with "chosen" and "rejected" instead (preference pairs) get policy_chosen_logps, policy_rejected_logps,
@@ -65,7 +67,7 @@ fn run(args: Args) -> Result<()> {
     };
     let models = open()?;
     let (policy, reference) = models.fingerprints()?;
-    let progress = Progress::new("dice-score", "rows", None);
+    let progress = Progress::new("rows", None);
     let mut job = Job {
         limit: models.tokens_at_once()?,
         models,

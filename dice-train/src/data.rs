@@ -6,7 +6,8 @@ use common::dpo::Pair;
 use common::jsonl::{Place, Row};
 use common::logprob::Group;
 use common::policy::{CHOSEN, Checkpoint, OnNan, REJECTED, TooLong};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::Prompt;
 
 /// The pairs of the input, and where the reference's log-probs are still missing.

@@ -15,7 +15,8 @@ use common::flags;
 use common::jsonl::Output;
 use common::kernels::gemm::Precision;
 use common::policy::{Checkpoint, Compute, OnNan, Stage};
-use common::program::{self, Progress};
+use common::program;
+use common::progress::Progress;
 use common::records::Split;
 use common::run;
 use data::{Pairs, open_reference};
@@ -200,7 +201,7 @@ fn run(args: Args) -> Result<()> {
         bail!("--lora-rank: {} is {why}; add --merge", args.model)
     }
     let (model_print, reference_print) = fingerprints(&model, reference.as_ref())?;
-    let reading = Progress::new("dice-train: pairs", "pairs", None);
+    let reading = Progress::new("pairs", None);
     // In bfloat16 a margin needs policy and reference rounded alike, which those of another program are not.
     let exact = place.full_range_precision() == Precision::F32;
     let given_by = exact.then_some(reference_print.as_str());
@@ -327,7 +328,7 @@ fn train(
         .as_ref()
         .map(|folder| EventFile::create(folder, trainer.steps() + 1))
         .transpose()?;
-    let progress = Progress::new("dice-train", "steps", Some(total));
+    let progress = Progress::new("steps", Some(total));
     progress.kept(trainer.steps());
     let n = pairs.pairs.len();
     let per_epoch = n.div_ceil(args.batch_size) as u64;

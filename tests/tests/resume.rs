@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::json;
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -224,6 +225,29 @@ fn a_signal_ends_the_wait_for_a_judge() {
     signal(&child, "TERM");
     let stopped = Finished::new("dice-eval", child.wait_with_output().unwrap());
     assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
+
+    // A server that never answers.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", server.local_addr().unwrap());
+    let judge = [
+        "judge",
+        "--a",
+        &a,
+        "--b",
+        &b,
+        "--endpoint",
+        &url,
+        "--judge",
+        "j",
+    ];
+    let child = Tool::new("dice-eval", judge)
+        .args(["--output", &world.arg("asked")])
+        .start();
+    let asked = server.accept().unwrap();
+    signal(&child, "TERM");
+    let stopped = Finished::new("dice-eval", child.wait_with_output().unwrap());
+    assert_eq!(stopped.code, Some(143), "{}", stopped.stderr);
+    drop(asked);
 }
 
 #[test]

@@ -30,7 +30,15 @@ const KEPT: [&str; 10] = [
 ];
 
 /// The names under which HF passes special tokens to a template.
-pub const SPECIALS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+pub const SPECIALS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
 
 /// Reads what a folder says about text.
 pub fn read(dir: &Path) -> Result<Parts> {

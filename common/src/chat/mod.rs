@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer;
 
 use crate::gguf::{Arrays, Header, Value};
@@ -132,10 +133,15 @@ impl Chat {
     /// Ids of a prompt, ready for the response to follow: rendered once by the template with the generation
     /// prompt, or, without a template, the text as the tokenizer begins a document (BOS if it adds one).
     pub fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
-        contained(|| self.encode_prompt(prompt))
+        self.prompt_ids_with(prompt, &Map::new())
     }
 
-    fn encode_prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+    /// The same with more variables for the template.
+    pub fn prompt_ids_with(&self, prompt: &Prompt, more: &Map<String, Json>) -> Result<Vec<u32>> {
+        contained(|| self.encode_prompt(prompt, more))
+    }
+
+    fn encode_prompt(&self, prompt: &Prompt, more: &Map<String, Json>) -> Result<Vec<u32>> {
         let Some(template) = &self.template else {
             return match prompt {
                 Prompt::Text(text) => self.encoder.document(text),
@@ -146,10 +152,14 @@ impl Chat {
         };
         let messages = prompt.messages();
         match self.encoder.guard(&messages)? {
-            None => self.encoder.rendered(&template.render(&messages, true)?),
-            Some(guarded) => self
-                .encoder
-                .guarded(&template.render(&guarded.messages, true)?, &guarded),
+            None => {
+                let text = template.render_with(&messages, true, more)?;
+                self.encoder.rendered(&text)
+            }
+            Some(guarded) => {
+                let text = template.render_with(&guarded.messages, true, more)?;
+                self.encoder.guarded(&text, &guarded)
+            }
         }
     }
 

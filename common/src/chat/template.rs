@@ -43,6 +43,8 @@ impl Template {
                 source.len()
             );
         }
+        // As Jinja reads lines.
+        let source = &source.replace("\r\n", "\n").replace('\r', "\n");
         let mut environment = Environment::new();
         environment.set_syntax(
             SyntaxConfig::builder()
@@ -55,6 +57,7 @@ impl Template {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", to_json);
+        environment.add_test("sequence", is_sequence);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         for (name, text) in specials {
@@ -80,11 +83,18 @@ impl Template {
         messages: &[Map<String, Json>],
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let size: usize = messages
-            .iter()
-            .flat_map(|message| message.values())
-            .map(text_bytes)
-            .sum();
+        self.render_with(messages, add_generation_prompt, &Map::new())
+    }
+
+    /// The same with more variables, such as `tools` or `enable_thinking`.
+    pub fn render_with(
+        &self,
+        messages: &[Map<String, Json>],
+        add_generation_prompt: bool,
+        more: &Map<String, Json>,
+    ) -> Result<String> {
+        let values = messages.iter().flat_map(|message| message.values());
+        let size: usize = values.chain(more.values()).map(text_bytes).sum();
         let extra = size.saturating_mul(PER_BYTE);
         // Fuel is the environment's, so a render with a large input works on its own copy of it.
         let mut environment = self.environment.clone();
@@ -93,11 +103,17 @@ impl Template {
             bytes: Vec::new(),
             limit: BASE_OUTPUT.saturating_add(extra),
         };
+        // Absent, these two are none, not undefined.
+        let given = |name: &str| {
+            more.get(name)
+                .map_or(Value::from(()), |v| Value::from(Serde(v)))
+        };
         let context = minijinja::context! {
             messages => Value::from(Serde(messages)),
-            tools => Value::from(()),
-            documents => Value::from(()),
+            tools => given("tools"),
+            documents => given("documents"),
             add_generation_prompt => add_generation_prompt,
+            ..Value::from(Serde(more))
         };
         let result = environment.get_template(NAME).and_then(|template| {
             template
@@ -109,6 +125,12 @@ impl Template {
             Err(error) => Err(explain(&error)),
         }
     }
+}
+
+/// What Jinja takes for a sequence: whatever has a length and elements, texts and mappings too.
+fn is_sequence(value: &Value) -> bool {
+    use minijinja::value::ValueKind::{Map, Seq, String};
+    matches!(value.kind(), Map | Seq | String)
 }
 
 /// Total length of the texts inside a JSON value.

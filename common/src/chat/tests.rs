@@ -386,3 +386,26 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn rows_may_give_the_template_more_variables() {
+    let source = "{{ messages[0].content }}{% if tools is none %} no tools{% else %} {{ tools[0].name }}{% endif %}\
+                  {% if enable_thinking is defined and not enable_thinking %} quick{% endif %}";
+    let template = Template::new(source, &BTreeMap::new()).unwrap();
+    let render = |more: serde_json::Value| {
+        let more = more.as_object().unwrap();
+        template
+            .render_with(&[turn("user", "x")], true, more)
+            .unwrap()
+    };
+    assert_eq!(render(json!({})), "x no tools");
+    let more = json!({"tools": [{"name": "clock"}], "enable_thinking": false, "messages": []});
+    assert_eq!(render(more), "x clock quick");
+}
+
+#[test]
+fn lines_and_sequences_are_jinjas() {
+    let source = "{%- if messages[0].content is sequence %}\r\nyes\r\n{%- endif %}";
+    let template = Template::new(source, &BTreeMap::new()).unwrap();
+    assert_eq!(template.render(&[turn("user", "x")], true).unwrap(), "yes");
+}

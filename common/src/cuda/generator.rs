@@ -16,7 +16,8 @@ use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence,
     Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,
 };
-use crate::generate::{Finish, Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
+use crate::generate::{Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
+use crate::jsonl::FinishReason;
 use crate::kernels::layout::Layout;
 use anyhow::Result;
 use std::collections::HashMap;
@@ -477,16 +478,16 @@ impl<'a> Generator<'a> {
             running.token_ids.push(tokens[slot] as u32);
             running.logp += f64::from(f32::from_bits(logps[slot] as u32));
             if finished[slot] == END_TOKEN || stopped(&running.token_ids) {
-                self.retire(slot, Finish::Stop)?;
+                self.retire(slot, FinishReason::Stop)?;
             } else if finished[slot] != 0 {
-                self.retire(slot, Finish::Length)?;
+                self.retire(slot, FinishReason::Length)?;
             }
         }
         Ok(())
     }
 
     /// Ends a sequence; its slot and pages are free.
-    fn retire(&mut self, slot: usize, finish: Finish) -> Result<()> {
+    fn retire(&mut self, slot: usize, finish: FinishReason) -> Result<()> {
         let running = self.slots[slot].take().expect("it runs");
         let sample = Sample {
             token_ids: running.token_ids,

@@ -5,6 +5,7 @@ use super::logits::{Logits, Row};
 use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
+use crate::jsonl::FinishReason;
 use crate::kernels::decoding::Format;
 use crate::kernels::layout::Layout;
 use crate::kernels::team;
@@ -30,22 +31,13 @@ pub struct Request {
     pub k: usize,
 }
 
-/// Why a response ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// An end token, or the caller's stop rule.
-    Stop,
-    /// The limit on tokens, or the end of the context.
-    Length,
-}
-
 /// A response.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     /// Its tokens, the end token included.
     pub token_ids: Vec<u32>,
-    /// Why it ended.
-    pub finish: Finish,
+    /// Why it ended: an end token or the caller's stop rule, or the limit on tokens or the end of the context.
+    pub finish: FinishReason,
     /// Σ log p over its tokens under the model itself, nats.
     pub logp: f64,
 }
@@ -296,22 +288,22 @@ impl<'a> Generator<'a> {
         (layers.map(|i| LayerCache::bytes(self.shape(i), tokens))).sum()
     }
 
-    fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<Finish> {
+    fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<FinishReason> {
         let last = sequence.token_ids.last().expect("a token was drawn");
         let prompt = &self.groups.group(sequence.group).request.prompt;
         let length = prompt.len() + sequence.token_ids.len();
         if self.end_ids.contains(last) || stopped(&sequence.token_ids) {
-            Some(Finish::Stop)
+            Some(FinishReason::Stop)
         } else if sequence.token_ids.len() >= self.how.max_tokens
             || length >= self.decoder.config.context
         {
-            Some(Finish::Length)
+            Some(FinishReason::Length)
         } else {
             None
         }
     }
 
-    fn retire(&mut self, sequence: Sequence, finish: Finish) {
+    fn retire(&mut self, sequence: Sequence, finish: FinishReason) {
         let sample = Sample {
             token_ids: sequence.token_ids,
             finish,
@@ -601,7 +593,7 @@ mod tests {
                     .collect();
                 let (last, before) = ends.split_last().unwrap();
                 assert!(!before.contains(&true), "an end token inside a response");
-                assert_eq!(*last, sample.finish == Finish::Stop);
+                assert_eq!(*last, sample.finish == FinishReason::Stop);
                 assert!(sample.token_ids.len() <= 45);
             }
         }

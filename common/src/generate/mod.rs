@@ -12,7 +12,7 @@ mod queue;
 mod sampler;
 mod step;
 
-pub use engine::{Finish, Generate, Generator, Limits, Request, Sample, Stopped};
+pub use engine::{Generate, Generator, Limits, Request, Sample, Stopped};
 pub(crate) use queue::Queue;
 pub use sampler::Sampling;
 pub(crate) use sampler::stream_key;

@@ -299,9 +299,7 @@ impl<I: Iterator<Item = Result<Row>>> Iterator for Groups<I> {
         while group.len() < self.max {
             match self.take_next() {
                 None => break,
-                Some(Ok((next, row)))
-                    if next == id && row.prompt().ok() == group[0].prompt().ok() =>
-                {
+                Some(Ok((next, row))) if next == id && is_of_one_prompt(&row, &group[0]) => {
                     group.push(row);
                 }
                 other => {
@@ -312,6 +310,12 @@ impl<I: Iterator<Item = Result<Row>>> Iterator for Groups<I> {
         }
         Some(Ok(group))
     }
+}
+
+/// Whether both begin with the same tokens.
+fn is_of_one_prompt(one: &Row, other: &Row) -> bool {
+    one.prompt().ok() == other.prompt().ok()
+        && one.template_variables().ok() == other.template_variables().ok()
 }
 
 #[cfg(test)]
@@ -435,6 +439,19 @@ mod tests {
             .map(|g| g.map(|g| g.len()).unwrap_or(0))
             .collect();
         assert_eq!(sizes, [1, 1, 1, 1, 1, 1, 1, 0]);
+    }
+
+    #[test]
+    fn rows_of_one_prompt_and_other_variables_are_apart() {
+        let world = World::new();
+        let row = |more: &str| format!("{{\"id\":\"a\",\"prompt\":\"x\"{more}}}\n");
+        let quick = row(",\"chat_template_kwargs\":{\"enable_thinking\":false}");
+        let text = row("") + &row("") + &quick + &quick + &row(",\"tools\":[]");
+        let file = world.file("rows", text);
+        let sizes: Vec<usize> = groups(rows(&[file]), 10)
+            .map(|group| group.unwrap().len())
+            .collect();
+        assert_eq!(sizes, [2, 2, 1]);
     }
 
     proptest! {

@@ -33,9 +33,9 @@ pub struct Row {
 /// How a response ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// With the end-of-turn token, or unknown: the row does not say.
+    /// With an end-of-turn token or a stop text, or unknown: the row does not say.
     Stop,
-    /// Cut at the token limit; no end-of-turn token.
+    /// Cut at the limit on tokens or at the end of the context; no end-of-turn token.
     Length,
 }
 
@@ -77,6 +77,21 @@ impl Row {
         }
     }
 
+    /// What the row gives the chat template besides the prompt: `tools`, and the fields of `chat_template_kwargs`.
+    pub fn template_variables(&self) -> Result<Map<String, Value>> {
+        let mut found = match self.fields.get("chat_template_kwargs") {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(given)) => given.clone(),
+            Some(_) => return Err(self.error("chat_template_kwargs", "must be an object")),
+        };
+        match self.fields.get("tools") {
+            None | Some(Value::Null) => {}
+            Some(tools @ Value::Array(_)) => drop(found.insert("tools".to_owned(), tools.clone())),
+            Some(_) => return Err(self.error("tools", "must be a list")),
+        }
+        Ok(found)
+    }
+
     /// A response: a string, or a list of messages that ends with the assistant's (TRL's conversational form), before which
     /// there may be the prompt's once more, and no others.
     pub fn response(&self, field: &str) -> Result<&str> {
@@ -114,6 +129,12 @@ impl Row {
             Some(_) => Err(self.error("id", "must be a non-empty string or a number")),
             None => Ok(self.prompt()?.derived_id()),
         }
+    }
+
+    /// The id as a row of its own has it: as it is there, or derived.
+    pub fn id_value(&self) -> Result<Value> {
+        let derived = self.id()?;
+        Ok(self.present("id").cloned().unwrap_or(derived.into()))
     }
 
     /// A field that must be a string.

@@ -12,17 +12,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-/// The projections that are adapted: all linear maps of the layers, but of a mixture of experts attention's alone.
-pub const PROJECTIONS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
 /// The adapter of one projection. A is `[rank, cols]`, B `[rows, rank]`.
 #[derive(Clone, Debug)]
 pub struct Adapter {
@@ -49,7 +38,7 @@ pub struct Lora {
     pub rank: usize,
     /// α.
     pub alpha: f32,
-    /// In the order of the layers and of [`PROJECTIONS`].
+    /// In the order of the layers and of their projections in the forward pass (see `LayerParams::adapted`).
     pub adapters: Vec<Adapter>,
     /// The length of the flat buffer.
     pub len: usize,

@@ -12,7 +12,7 @@ mod workspace;
 pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
 pub use gradients::Gradients;
-pub use lora::{Adapter, Lora, PROJECTIONS};
+pub use lora::{Adapter, Lora};
 pub use params::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
 pub use rotations::Rotations;
 pub use workspace::{Kept, Workspace};

@@ -21,6 +21,16 @@ pub enum Length {
     Tokens,
 }
 
+impl Length {
+    /// As flags and manifests have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chars => "chars",
+            Self::Tokens => "tokens",
+        }
+    }
+}
+
 /// What is fit to be chosen from, and how the choice weighs length.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -66,7 +76,7 @@ pub struct Samples {
 
 /// The samples of a prompt.
 struct OnePrompt {
-    id: String,
+    id: Value,
     first: Place,
     key: blake3::Hash,
     /// Who gave the rewards: the fingerprints of policy and reference, where rows have them.
@@ -176,9 +186,9 @@ impl Samples {
         }
         let common = row.fields.iter().filter(|(field, _)| passes(field));
         let common = common.map(|(f, v)| (f.clone(), v.clone())).collect();
-        self.index.insert(id.clone(), self.prompts.len());
+        self.index.insert(id, self.prompts.len());
         self.prompts.push(OnePrompt {
-            id,
+            id: row.id_value()?,
             first: row.place.clone(),
             key: prompt.key(),
             models: [row.opt_string("policy")?, row.opt_string("ref")?]
@@ -293,7 +303,7 @@ impl OnePrompt {
                 fields.insert(field.to_owned(), value);
             }
         };
-        put("id", Some(self.id.into()));
+        put("id", Some(self.id));
         put("prompt", Some(self.prompt.get()?));
         put("chosen", Some(chosen.response.as_str().into()));
         put("rejected", Some(rejected.response.as_str().into()));

@@ -42,10 +42,6 @@ impl Replay {
         let chosen = row.response("chosen")?;
         let rejected = row.response("rejected")?;
         let prompt = row.prompt()?;
-        let id = match row.fields.get("id") {
-            Some(id) if !id.is_null() => row.id()?,
-            _ => prompt.derived_id(),
-        };
         if chosen == rejected {
             self.skipped.add("replay pairs without a difference", 1);
             return Ok(());
@@ -56,7 +52,7 @@ impl Replay {
             return Ok(());
         }
         let mut fields = Map::from_iter([
-            ("id".to_owned(), Value::from(id)),
+            ("id".to_owned(), row.id_value()?),
             ("prompt".to_owned(), row.prompt_value()?),
             ("chosen".to_owned(), Value::from(chosen)),
             ("rejected".to_owned(), Value::from(rejected)),
@@ -219,7 +215,7 @@ mod tests {
             got.pairs[2].fields().unwrap()["prompt"],
             json!([turn("user", "r")])
         );
-        assert_eq!(got.pairs[2].fields().unwrap()["id"], "3");
+        assert_eq!(got.pairs[2].fields().unwrap()["id"], 3);
         assert_eq!(got.len(), 3);
     }
 

@@ -126,14 +126,21 @@ impl Hub {
     }
 
     #[cfg(feature = "hub")]
-    fn fetch_dataset_file(&self, name: &str, file: &str) -> Result<PathBuf> {
-        use hf_hub::{Cache, Repo, RepoType, api::sync::ApiBuilder};
-        let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
+    fn api(&self) -> Result<hf_hub::api::sync::Api> {
+        let cache = hf_hub::Cache::new(self.cache.clone());
+        let builder = hf_hub::api::sync::ApiBuilder::from_cache(cache)
             .with_endpoint(self.endpoint.clone())
             .with_token(self.token.clone())
-            .with_retries(3)
-            .build()?;
-        let repository = api.repo(Repo::new(name.to_owned(), RepoType::Dataset));
+            .with_retries(3);
+        Ok(builder.build()?)
+    }
+
+    #[cfg(feature = "hub")]
+    fn fetch_dataset_file(&self, name: &str, file: &str) -> Result<PathBuf> {
+        use hf_hub::{Repo, RepoType};
+        let repository = self
+            .api()?
+            .repo(Repo::new(name.to_owned(), RepoType::Dataset));
         repository
             .get(file)
             .with_context(|| format!("data set {name}: {} does not give {file}", self.endpoint))
@@ -167,7 +174,7 @@ impl Hub {
 
     #[cfg(feature = "hub")]
     fn fetch(&self, id: &HubId, cached: Option<PathBuf>) -> Result<PathBuf> {
-        use hf_hub::{Cache, Repo, RepoType, api::sync::ApiBuilder};
+        use hf_hub::{Cache, Repo, RepoType};
         if let Some(folder) = cached.as_ref().filter(|_| is_commit(&id.revision)) {
             return Ok(folder.clone());
         }
@@ -175,11 +182,7 @@ impl Hub {
             Repo::with_revision(id.name.clone(), RepoType::Model, revision.to_owned())
         };
         let cache = Cache::new(self.cache.clone());
-        let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
-            .with_retries(3)
-            .build()?;
+        let api = self.api()?;
         let info = match (api.repo(at(&id.revision)).info(), cached) {
             (Ok(info), _) => info,
             (Err(_), Some(folder)) => return Ok(folder),

@@ -111,6 +111,12 @@ impl Weights {
         for (name, shape) in config.stored_parameters() {
             shards.check(&Place::whole(&name, &shape))?;
         }
+        if config.tied {
+            let shape = [config.vocab, config.hidden];
+            shards
+                .check_tied(&shape)
+                .with_context(|| path.display().to_string())?;
+        }
         let source = Source::Safetensors(shards);
         Ok(Self::new(config, folder, original, source))
     }

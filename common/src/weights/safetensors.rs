@@ -135,6 +135,21 @@ impl Shards {
         self.find(place).map(|_| ())
     }
 
+    /// Fails where a head that should be the embedding lies beside it as another matrix: transformers would take that one.
+    pub(super) fn check_tied(&self, shape: &[usize]) -> Result<()> {
+        let find = |name| self.find(&Place::whole(name, shape));
+        let (Ok(head), Ok(embedding)) = (find("lm_head.weight"), find("model.embed_tokens.weight"))
+        else {
+            return Ok(());
+        };
+        ensure!(
+            head.0 != embedding.0 || head.1 == embedding.1,
+            "tie_word_embeddings says that the embedding is the LM head, but lm_head.weight is there and another matrix: \
+             set it to false"
+        );
+        Ok(())
+    }
+
     /// The bytes of the rows of a tensor.
     fn find(&self, place: &Place) -> Result<(Dtype, &[u8])> {
         let name = &*self.names.stored(&place.name);

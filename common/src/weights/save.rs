@@ -17,9 +17,9 @@ pub(super) type Named = (String, Vec<usize>);
 /// A tensor, or why it is not there.
 pub type Given<'a> = Result<(String, Vec<usize>, Cow<'a, [f32]>)>;
 
-/// Writes `config.json`, `generation_config.json` (where `original` has one) and the weights into the folder `dir`, which exists.
+/// Writes `config.json` (with the fields that `original` had besides ours) and the weights into the folder `dir`, which exists.
 /// `tensors` must come in the order of [`Config::parameters`] and is drained one by one, so memory
-/// holds one tensor at a time. Each file is synced; making the folder appear whole is the caller's business.
+/// holds one tensor at a time. Syncing the folder and making it appear whole is the caller's business.
 ///
 /// # Errors
 /// A tensor out of order, of another shape, missing or too many; the disk's own.
@@ -49,9 +49,6 @@ pub(super) fn save_sharded<'a>(
     });
     let json = config.to_json(original.map(|weights| &weights.original));
     write_json(&dir.join("config.json"), &json)?;
-    if let Some(original) = original {
-        save_generation_config(dir, original)?;
-    }
     let shards = shards(config.stored_parameters(), limit);
     let mut map = Map::new();
     for (number, shard) in shards.iter().enumerate() {
@@ -74,22 +71,6 @@ pub(super) fn save_sharded<'a>(
         write_json(&dir.join(INDEX), &index)?;
     }
     Ok(())
-}
-
-/// The origin's `generation_config.json`, or for a GGUF its special tokens: what ends a turn must not be lost.
-fn save_generation_config(dir: &Path, original: &Weights) -> Result<()> {
-    let path = dir.join("generation_config.json");
-    if let Ok(text) = std::fs::read(original.path.join("generation_config.json")) {
-        return write_synced(&path, &text);
-    }
-    let ids: Map<_, _> = ["bos_token_id", "eos_token_id", "pad_token_id"]
-        .into_iter()
-        .filter_map(|key| Some((key.to_owned(), original.original.get(key)?.clone())))
-        .collect();
-    match ids.contains_key("eos_token_id") {
-        true => write_json(&path, &Value::Object(ids)),
-        false => Ok(()),
-    }
 }
 
 fn bytes(shape: &[usize]) -> usize {
@@ -198,10 +179,9 @@ impl Writer {
         written.with_context(|| self.path.display().to_string())
     }
 
-    fn finish(self) -> Result<()> {
-        let at = || self.path.display().to_string();
-        let file = self.file.into_inner().map_err(|error| error.into_error());
-        file.with_context(at)?.sync_all().with_context(at)
+    fn finish(mut self) -> Result<()> {
+        let written = self.file.flush();
+        written.with_context(|| self.path.display().to_string())
     }
 }
 
@@ -224,14 +204,5 @@ fn header(layout: &[Named], metadata: Option<Value>) -> Vec<u8> {
 }
 
 pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
-    write_synced(path, format!("{value:#}\n").as_bytes())
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().with_context(|| path.display().to_string())
+    std::fs::write(path, format!("{value:#}\n")).with_context(|| path.display().to_string())
 }

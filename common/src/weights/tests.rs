@@ -20,20 +20,16 @@ fn what_is_saved_is_what_opens() {
 }
 
 #[test]
-fn a_saved_folder_keeps_its_own_config_fields_and_generation_config() {
+fn a_saved_folder_keeps_its_own_config_fields() {
     let (folder, config, tensors) = checkpoint("qwen3");
     let mut json = config_json("qwen3");
     json["transformers_version"] = json!("4.51.0");
     fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
-    let generation = "{\"eos_token_id\": [2, 3]}";
-    fs::write(folder.path().join("generation_config.json"), generation).unwrap();
     let weights = open(folder.path()).unwrap();
     let next = tempfile::tempdir().unwrap();
     save(next.path(), &config, Some(&weights), borrowed(&tensors)).unwrap();
     json["torch_dtype"] = json!("float32");
     assert_eq!(read_json(&next.path().join("config.json")).unwrap(), json);
-    let copied = fs::read_to_string(next.path().join("generation_config.json")).unwrap();
-    assert_eq!(copied, generation);
 }
 
 #[test]
@@ -728,4 +724,36 @@ fn the_default_models_tensors_match_pythons() {
     }
     // The conversion of this file to a folder by Python has the same one.
     assert_eq!(weights.fingerprint().unwrap(), "9fccf05a252b2a2d");
+}
+
+#[test]
+fn a_head_beside_a_tied_embedding_is_that_embedding() {
+    let folder = tempfile::tempdir().unwrap();
+    let untied = config("llama");
+    let tied = Config {
+        tied: true,
+        ..untied.clone()
+    };
+    let tensors = random_tensors(&tied, 7);
+    let embedding = tensors[0].clone();
+    for change in [0.0, 1.0] {
+        let mut head = embedding.clone();
+        head.0 = "lm_head.weight".to_owned();
+        head.2[5] += change;
+        let both = [tensors.clone(), vec![head]].concat();
+        save(folder.path(), &untied, None, borrowed(&both)).unwrap();
+        let mut json = read_json(&folder.path().join("config.json")).unwrap();
+        json["tie_word_embeddings"] = json!(true);
+        fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+        match change {
+            0.0 => assert_holds(&open(folder.path()).unwrap(), &tensors),
+            _ => {
+                let line = error(folder.path());
+                assert!(
+                    line.contains("lm_head.weight is there and another"),
+                    "{line}"
+                );
+            }
+        }
+    }
 }

@@ -1,11 +1,14 @@
 //! A judge behind an OpenAI-compatible server: one question, one reply, however often the server has to be asked.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use common::program;
 use serde_json::{Value, json};
+use time::format_description::well_known::Rfc2822;
 use ureq::Agent;
 
 use super::verdict::{self, Verdict};
@@ -27,6 +30,8 @@ pub struct Endpoint {
     labels: [String; 2],
     patience: Patience,
     form: Mutex<Form>,
+    /// Whether it has ever answered.
+    answered: AtomicBool,
 }
 
 /// How a question is put: everything that one would like, until the server refuses a part of it.
@@ -91,6 +96,8 @@ pub struct Patience {
 enum Failure {
     /// Worth another try, after the time that the server asked for.
     Passing(anyhow::Error, Option<Duration>),
+    /// This question is refused, such as for its length; others may not be.
+    Refused(anyhow::Error),
     Final(anyhow::Error),
 }
 
@@ -117,6 +124,7 @@ impl Endpoint {
             labels,
             patience,
             form: Mutex::new(Form::WHOLE),
+            answered: AtomicBool::new(false),
         }
     }
 
@@ -129,17 +137,25 @@ impl Endpoint {
             .to_string()
     }
 
-    /// Asks until there is a reply.
+    /// Asks until there is a reply. A question that is refused, of a server that has answered others, gets none: the verdict says
+    /// so, and a line on stderr why.
     ///
     /// # Errors
-    /// A refusal (4xx but 408 and 429), a failure that outlives all retries, a signal.
+    /// A refusal of everything (4xx but 408 and 429), a failure that outlives all retries, a signal.
     pub fn ask(&self, message: &str) -> Result<Verdict> {
         let mut wait = self.patience.wait;
         for attempt in 0.. {
             program::check()?;
             match self.once(message) {
-                Ok(verdict) => return Ok(verdict),
-                Err(Failure::Final(err)) => return Err(err),
+                Ok(verdict) => {
+                    self.answered.store(true, Ordering::Relaxed);
+                    return Ok(verdict);
+                }
+                Err(Failure::Refused(err)) if self.answered.load(Ordering::Relaxed) => {
+                    program::say(format_args!("{err:#}; left without a verdict"));
+                    return Ok(Verdict::refused());
+                }
+                Err(Failure::Refused(err) | Failure::Final(err)) => return Err(err),
                 Err(Failure::Passing(err, _)) if attempt == self.patience.retries => {
                     return Err(err.context(format!("gave up after {} attempts", attempt + 1)));
                 }
@@ -180,6 +196,7 @@ impl Endpoint {
         let what = anyhow!("{}: status {status}: {}", self.url, excerpt(&text));
         Err(match status {
             408 | 429 | 500.. => Failure::Passing(what, wait),
+            400 | 413 | 422 => Failure::Refused(what),
             _ => Failure::Final(what),
         })
     }
@@ -208,27 +225,53 @@ impl Endpoint {
         body
     }
 
-    /// Status, `Retry-After` in seconds, text.
-    fn post(&self, body: &Value) -> Result<(u16, Option<Duration>, String)> {
-        let mut request = self
-            .agent
-            .post(&self.url)
-            .header("content-type", "application/json");
-        if let Some(key) = &self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
+    /// Sends a question from a thread of its own, since a signal is to be heard while a server thinks.
+    fn post(&self, body: &Value) -> Result<Reply> {
+        let (agent, url) = (self.agent.clone(), self.url.clone());
+        let (key, body) = (self.key.clone(), body.to_string());
+        let (sender, reply) = channel();
+        std::thread::spawn(move || {
+            // Where nobody waits any more, nobody needs it.
+            let _ = sender.send(post(&agent, &url, key, body));
+        });
+        loop {
+            match reply.recv_timeout(Duration::from_millis(50)) {
+                Ok(reply) => return reply,
+                Err(RecvTimeoutError::Timeout) => program::check()?,
+                Err(RecvTimeoutError::Disconnected) => bail!("the request ended without a reply"),
+            }
         }
-        let mut response = request.send(body.to_string())?;
-        let wait = response.headers().get("retry-after");
-        let wait = wait
-            .and_then(|seconds| seconds.to_str().ok()?.parse().ok())
-            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        let text = response
-            .body_mut()
-            .with_config()
-            .limit(MAX_REPLY_BYTES)
-            .read_to_string()
-            .context("the reply broke off")?;
-        Ok((response.status().as_u16(), wait, text))
+    }
+}
+
+/// Status, what `Retry-After` asks for, text.
+type Reply = (u16, Option<Duration>, String);
+
+fn post(agent: &Agent, url: &str, key: Option<String>, body: String) -> Result<Reply> {
+    let mut request = agent.post(url).header("content-type", "application/json");
+    if let Some(key) = key {
+        request = request.header("authorization", format!("Bearer {key}"));
+    }
+    let mut response = request.send(body)?;
+    let wait = response.headers().get("retry-after");
+    let wait = wait.and_then(|wait| retry_after(wait.to_str().ok()?, SystemTime::now()));
+    let text = response
+        .body_mut()
+        .with_config()
+        .limit(MAX_REPLY_BYTES)
+        .read_to_string()
+        .context("the reply broke off")?;
+    Ok((response.status().as_u16(), wait, text))
+}
+
+/// Seconds, or a date (RFC 9110, section 10.2.3).
+fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    match value.trim().parse() {
+        Ok(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        Err(_) => {
+            let then = time::OffsetDateTime::parse(value.trim(), &Rfc2822).ok()?;
+            SystemTime::from(then).duration_since(now).ok()
+        }
     }
 }
 
@@ -257,4 +300,19 @@ fn sleep(time: Duration) -> Result<()> {
         std::thread::sleep(left.min(Duration::from_millis(50)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_says_when_to_ask_again_in_seconds_or_by_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_735_689_599);
+        let seconds = |value| retry_after(value, now).map(|wait| wait.as_secs());
+        assert_eq!(seconds("3"), Some(3));
+        assert_eq!(seconds("Wed, 01 Jan 2025 00:00:06 GMT"), Some(7));
+        assert_eq!(seconds("Tue, 31 Dec 2024 00:00:00 GMT"), None);
+        assert_eq!(seconds("soon"), None);
+    }
 }

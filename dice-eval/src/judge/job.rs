@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use common::jsonl::Output;
-use common::program::Progress;
+use common::progress::Progress;
 use serde_json::{Map, Value, json};
 
 use super::jury::Judged;

@@ -131,7 +131,10 @@ impl Jury<'_> {
             .endpoint
             .ask(&message)
             .with_context(|| pair.rows[1].place.to_string())?;
-        self.journal.put(&question, &verdict)?;
+        // What was refused may be taken another time.
+        if verdict != Verdict::refused() {
+            self.journal.put(&question, &verdict)?;
+        }
         Ok(verdict)
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use common::jsonl::{Opened, To};
-use common::program::Progress;
+use common::progress::Progress;
 use common::run::settings;
 use serde_json::{Map, Value, json};
 
@@ -33,7 +33,8 @@ use outputs::generators;
 /// a's output is better, 2 where b's is, and between as far as the judge is unsure; "output_1" is a's, the baseline's.
 /// Equal outputs are draws, about which a server is not asked.
 ///
-/// A server is asked for the log-probs of its first token, which weigh the two labels; where it gives none, its text decides.
+/// A server is asked for the log-probs of its first token, which weigh the two labels, if that is one of them; else its text
+/// decides. A question that it refuses (400, 413, 422), though it has answered others, has no verdict: "preference" is null.
 /// Each pair is shown in both orders and the preferences are averaged: judges favour one place. The share of pairs whose
 /// verdict turned with the order is said at the end. What fails for now (429, 5xx, time-outs, broken replies) is asked again,
 /// after longer and longer waits. Answers go to a journal at once: a killed run asks nothing twice.
@@ -149,7 +150,7 @@ fn judge(args: Args, [wait, longest_wait]: [Duration; 2]) -> Result<()> {
     let mut job = Job {
         generators: generators([&args.a, &args.b], &pairs),
         annotator: annotator(&args),
-        progress: Progress::new("dice-eval", "pairs", Some(pairs.len() as u64)),
+        progress: Progress::new("pairs", Some(pairs.len() as u64)),
         output,
         counts: Counts::default(),
     };
@@ -392,6 +393,23 @@ mod tests {
         );
         let message = format!("{:#}", rows.unwrap_err());
         assert!(message.contains("timeout"), "{message}");
+    }
+
+    /// Such as a prompt that is too long for it.
+    #[test]
+    fn a_question_that_is_refused_costs_itself_alone() {
+        let acts = [Act::Weigh, Act::Weigh, Act::Status(400), Act::Weigh];
+        let (server, rows) = ask(&acts, &["--in-flight", "1"]);
+        let rows = rows.unwrap();
+        assert_eq!((server.asked(), rows.len()), (22, 12));
+        let wins: Vec<_> = rows.iter().map(|row| row["preference"].as_f64()).collect();
+        assert!(
+            wins[1].is_none() && wins.iter().flatten().count() == 11,
+            "{wins:?}"
+        );
+        // A server that takes none is another matter.
+        let (_, rows) = ask(&[Act::Status(400)], &["--in-flight", "1"]);
+        assert!(format!("{:#}", rows.unwrap_err()).contains("status 400"));
     }
 
     #[test]

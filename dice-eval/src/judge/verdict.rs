@@ -8,12 +8,23 @@ use serde_json::Value;
 pub struct Verdict {
     /// Probability that the output shown first is better; `None` where the reply names neither.
     pub first: Option<f64>,
-    /// Where that was read: "logprobs", "text", or "none".
+    /// Where that was read: "logprobs", "text", or "none"; "refused" where the question was.
     pub from: String,
 }
 
-/// Reads a chat completion. The first token's log-probs decide, where the server gives them: p = P(first label) over
-/// P(first label) + P(second label), as AlpacaEval 2 weighs preferences. Else the text does: 1 or 0.
+impl Verdict {
+    /// That of a question which the server does not take.
+    pub fn refused() -> Self {
+        Self {
+            first: None,
+            from: "refused".to_owned(),
+        }
+    }
+}
+
+/// Reads a chat completion. The first token's log-probs decide, where the server gives them and it is a label more likely than
+/// not: p = P(first label) over P(first label) + P(second label), as AlpacaEval 2 weighs preferences. Else (a judge may think
+/// aloud first) the text does: 1 or 0.
 /// `None` where it is no chat completion at all.
 pub fn read(reply: &Value, labels: &[String; 2]) -> Option<Verdict> {
     let choice = reply.pointer("/choices/0")?;
@@ -41,7 +52,7 @@ fn weighed(choice: &Value, labels: &[String; 2]) -> Option<f64> {
             .filter(|(token, _)| token.trim() == labels[side]);
         of_label.map(|(_, logprob)| logprob.exp()).sum::<f64>()
     });
-    (first + second > 0.0).then(|| first / (first + second))
+    (first + second >= 0.5).then(|| first / (first + second))
 }
 
 /// (token, log-prob) as OpenAI's chat API has them, or as the older completions API does.
@@ -97,12 +108,14 @@ mod tests {
     #[test]
     fn log_probs_weigh_the_verdict() {
         let of = |tokens: &[(&str, f64)]| read(&reply("M", tokens), &labels()).unwrap();
-        let got = of(&[("m", 0.2), (" m", 0.1), ("M", 0.1), ("x", 0.5)]);
+        let got = of(&[("m", 0.4), (" m", 0.2), ("M", 0.2), ("x", 0.1)]);
         assert!((got.first.unwrap() - 0.75).abs() < 1e-12);
         assert_eq!(got.from, "logprobs");
         assert_eq!(of(&[("M", 0.5)]).first, Some(0.0));
-        // Neither label among the tokens: the text decides.
+        // No label, or hardly: the text decides.
         assert_eq!(of(&[("x", 0.9)]).first, Some(0.0));
+        let thinking = of(&[("<think>", 0.99), ("m", 1e-6)]);
+        assert_eq!((thinking.first, &*thinking.from), (Some(0.0), "text"));
         let older = json!({"choices": [{"message": {"content": "x"}, "logprobs": {"top_logprobs": [{"m": 0.0, "M": -100.0}]}}]});
         assert!(read(&older, &labels()).unwrap().first.unwrap() > 0.999);
     }

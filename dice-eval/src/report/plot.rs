@@ -242,7 +242,8 @@ fn moving_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 
 /// From the least to the greatest value, with a little air; never empty.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    let finite = values.filter(|v| v.is_finite());
+    // An axis is as long as the difference, which must be a number, too.
+    let finite = values.filter(|v| v.abs() < 1e300);
     let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| {
         (low.min(v), high.max(v))
     });
@@ -311,6 +312,20 @@ pub fn histogram(names: [&str; 2], sides: &[Vec<f64>; 2], over: &[f64]) -> Vec<S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_beyond_all_axes_do_not_hold_it_up() {
+        for far in [1.7e308, 1e308, f64::INFINITY, f64::NAN] {
+            let course = Mark::Course(vec![(0.0, 1.0), (1.0, far), (2.0, -far)]);
+            let plot = Plot {
+                title: "t",
+                axes: ["x", "y"],
+                series: vec![Series::new(0, "s", course)],
+                note: String::new(),
+            };
+            plot.markup().unwrap();
+        }
+    }
 
     #[test]
     fn every_mark_is_drawn_in_the_pages_ink() {
