@@ -64,7 +64,7 @@ pub fn left_beside(budget: Option<usize>, models: usize) -> Result<usize> {
 /// What `budget` leaves beyond the bytes that the models take.
 ///
 /// # Errors
-/// Nothing.
+/// A budget of which they leave nothing.
 pub fn beyond(budget: usize, models: usize) -> Result<usize> {
     match budget.checked_sub(models) {
         Some(left) if left > 0 => Ok(left),

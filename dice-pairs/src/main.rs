@@ -140,7 +140,12 @@ fn run(args: Args) -> Result<()> {
         bail!("the input has no rows; pairs of --replay alone are made by --gamma 1");
     }
 
-    let mut stats = stats::Stats::new(&chosen, args.length, args.alpha.0.is_none());
+    let mut stats = stats::Stats::new(
+        &chosen,
+        replay.skipped(),
+        args.length,
+        args.alpha.0.is_none(),
+    );
     for (reason, n) in chosen.skipped.0.iter().chain(&replay.skipped().0) {
         progress.skip(reason, *n);
     }

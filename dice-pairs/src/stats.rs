@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use common::pairs::{Chosen, Length, Mix};
+use common::pairs::{Chosen, Length, Mix, Skipped};
 use common::reward::Point;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -18,7 +18,7 @@ pub struct Stats {
     rows: u64,
     prompts: u64,
     compared_prompts: u64,
-    /// By reason: responses, or prompts where the reason says so.
+    /// By reason: responses, or prompts or offline pairs where the reason says so.
     skipped: Map<String, Value>,
     alpha: f64,
     /// Whether α was found ("auto") or given.
@@ -54,11 +54,11 @@ struct Mixed {
 }
 
 impl Stats {
-    pub fn new(chosen: &Chosen, length: Length, auto: bool) -> Self {
+    pub fn new(chosen: &Chosen, replay: &Skipped, length: Length, auto: bool) -> Self {
         let steps = &chosen.balance.steps;
         // The last step that has begun at α; the first is at 0.
         let at = steps.partition_point(|(from, _)| *from <= chosen.alpha) - 1;
-        let skipped = chosen.skipped.0.iter();
+        let skipped = chosen.skipped.0.iter().chain(&replay.0);
         Self {
             rows: chosen.rows,
             prompts: chosen.prompts,

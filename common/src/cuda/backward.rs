@@ -1,9 +1,12 @@
 //! The backward pass through the layers on the device: as `model/backward.rs`, kernel by kernel.
 
 use super::args;
-use super::decoder::{Decoder, Linear, Mlp, Pass, Scores, Shape, THREADS, head_lanes, norm_rows};
+use super::batch::Shape;
+use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
+use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::pass::Pass;
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;

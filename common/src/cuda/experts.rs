@@ -3,8 +3,10 @@
 
 use super::args;
 use super::backward::{Backward, Norm};
-use super::decoder::{Decoder, Linear, Pass, THREADS};
+use super::decoder::{Decoder, Linear};
 use super::device::{Address, Buffer, Device, Launch, Operand, Precision, bytes_of};
+use super::launches::THREADS;
+use super::pass::Pass;
 use crate::model::{LayerParams, Span};
 use crate::weights::{Config, Experts};
 use anyhow::{Result, ensure};

@@ -10,8 +10,11 @@
 mod admission;
 
 use super::args;
-use super::decoder::{CacheRows, Decoder, Rotation, Scores, THREADS};
+use super::batch::Rotation;
+use super::decoder::Decoder;
 use super::device::{Arg, Buffer, Graph, Launch, Precision};
+use super::launches::{Scores, THREADS};
+use super::pass::CacheRows;
 use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence,
     Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,

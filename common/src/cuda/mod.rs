@@ -5,6 +5,7 @@
 //! numbers of a sampler are those of the CPU. The residual stream, sums, norms and logits are float32 in both formats.
 
 mod backward;
+mod batch;
 mod decoder;
 mod device;
 #[cfg(feature = "cuda")]
@@ -17,21 +18,25 @@ mod generator;
 #[path = "../../cuda/kernels.rs"]
 #[allow(dead_code)] // each backend, and the kernels' own tests, use some of it
 mod images;
+mod launches;
 mod lora;
 mod optimizer;
+mod pass;
 mod reward;
 mod scoring;
 mod slots;
 mod training;
 
 pub use backward::Gradients;
-pub use decoder::{Decoder, Pass, Shape};
+pub use batch::Shape;
+pub use decoder::Decoder;
 pub use device::{
     Address, Arg, Buffer, Device, Form, Graph, Launch, Memory, Operand, Plain, Precision, Product,
     bytes_of,
 };
 pub use generator::Generator;
 pub use optimizer::{Flat, Rates, Trained};
+pub use pass::Pass;
 pub use reward::{Choice, rewards};
 pub use scoring::{most_tokens, score, score_all, target_logps};
 pub use training::{Footprint, Forward};

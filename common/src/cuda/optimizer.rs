@@ -2,8 +2,8 @@
 //! All are flat; one launch passes over all of them, and the gradient's norm is taken in another.
 
 use super::args;
-use super::decoder::THREADS;
 use super::device::{Buffer, Device, Launch, Plain, Precision, bytes_of};
+use super::launches::THREADS;
 use anyhow::{Context, Result};
 use std::ops::Range;
 

@@ -1,8 +1,8 @@
 //! Implicit rewards of a whole batch of prompts, and the best and worst response of each, on the device.
 
 use super::args;
-use super::decoder::THREADS;
 use super::device::{Device, Launch};
+use super::launches::THREADS;
 use anyhow::{Result, ensure};
 
 /// The rewards of a prompt's responses, and which of them a length price chooses.

@@ -2,8 +2,9 @@
 //! it a tile of the vocabulary at a time.
 
 use super::args;
-use super::decoder::{Decoder, THREADS};
+use super::decoder::Decoder;
 use super::device::{Buffer, Device, Launch, Precision, bytes_of};
+use super::launches::THREADS;
 use crate::logprob::{Batch, Group, PassLimits, in_parts};
 use crate::weights::Config;
 use anyhow::Result;

@@ -1,7 +1,8 @@
 //! What sequences have on the device while they are generated, and how its memory is shared out among them.
 
-use super::decoder::{CacheRows, Decoder, Pass};
+use super::decoder::Decoder;
 use super::device::{Address, Buffer, Plain};
+use super::pass::{CacheRows, Pass};
 use crate::generate::Sampling;
 use anyhow::{Result, bail};
 

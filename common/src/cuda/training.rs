@@ -5,10 +5,13 @@
 
 use super::args;
 use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
-use super::decoder::{Decoder, Pass, Shape, THREADS};
+use super::batch::Shape;
+use super::decoder::Decoder;
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{OnTheWay, Routes, rows_each};
+use super::launches::THREADS;
 use super::optimizer::elements;
+use super::pass::Pass;
 use super::scoring::{Predicting, TargetLogps, tile};
 use crate::kernels::cap;
 use crate::logprob::Batch;

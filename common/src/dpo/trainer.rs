@@ -285,7 +285,7 @@ pub struct Trainer {
     part_tokens: usize,
     params: Params,
     trained: Trained,
-    /// Zero between steps.
+    /// Storage: between steps it holds what the last one left.
     gradient: Vec<f32>,
     optimizer: AdamW,
     decoder: Decoder,

@@ -1,0 +1,519 @@
+//! The forward pass of a packed, prefix-shared batch, layer by layer.
+
+use super::args;
+use super::batch::{Rotation, Shape};
+use super::decoder::{Decoder, Linear, Mlp};
+use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
+use super::experts::{Routes, rows_each};
+use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::optimizer::elements;
+use crate::weights::{Config, Norms, QkNorm};
+use anyhow::Result;
+
+/// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
+#[derive(Clone)]
+pub struct Pass {
+    /// The residual stream, float32.
+    pub x: Buffer,
+    /// A norm's output.
+    pub normed: Buffer,
+    /// The fused projection before its norms and rotation, where it is to be kept; else `qkv` has it meanwhile.
+    pub qkv_raw: Option<Buffer>,
+    /// `[q | k | v]` after bias, norms and rotation.
+    pub qkv: Buffer,
+    /// Attention's result.
+    pub attention: Buffer,
+    /// Log-sum-exp of the scores, `[T, heads]`, float32.
+    pub lse: Buffer,
+    /// What attention's output projection gives, float32, where there is a norm after it.
+    pub output: Option<Buffer>,
+    /// `[gate | up]`; of experts `[rows, …]`, a row being a token at one of its experts.
+    pub gate_up: Buffer,
+    /// The MLP's inner activation, of as many rows.
+    pub inner: Buffer,
+    /// Which experts the tokens went to, where there are several.
+    pub routes: Option<Routes>,
+    /// What the MLP's output projection gives, float32, where there is a norm after it.
+    pub down: Option<Buffer>,
+    /// What adapters have between their factors, `[T, rank]`; none without adapters.
+    pub low_rank: Option<Buffer>,
+}
+
+/// Where keys and values go beside the batch: a layer's cache, and the row of it that each row of the batch has, int32.
+#[derive(Clone, Copy)]
+pub(super) struct CacheRows<'a> {
+    pub cache: Address,
+    pub rows: &'a Buffer,
+}
+
+impl Decoder {
+    /// The bytes that a pass of such a model takes for each token.
+    pub fn pass_bytes(c: &Config, precision: Precision) -> usize {
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn * rows_each(c);
+        let streams = if c.norms == Norms::Before { 1 } else { 2 };
+        let (routes, given) = Routes::bytes(c, precision);
+        in_format * bytes_of(precision)
+            + (streams * c.hidden + c.heads) * size_of::<f32>()
+            + routes
+            + given
+    }
+
+    /// Room for the activations of so many tokens.
+    pub fn pass(&self, tokens: usize) -> Result<Pass> {
+        let (c, heads) = (&self.config, self.heads(0));
+        let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        // Both sublayers are done with it before the next begins.
+        let given = self.room_for_given(tokens)?;
+        Ok(Pass {
+            x: rows(c.hidden, size_of::<f32>())?,
+            normed: rows(c.hidden, self.size())?,
+            qkv_raw: None,
+            qkv: rows(heads.qkv_width(), self.size())?,
+            attention: rows(heads.q_width(), self.size())?,
+            lse: rows(heads.query, size_of::<f32>())?,
+            output: given.clone(),
+            gate_up: rows(2 * c.ffn * rows_each(c), self.size())?,
+            inner: rows(c.ffn * rows_each(c), self.size())?,
+            routes: Routes::new(self, tokens, None)?,
+            down: given,
+            low_rank: match self.rank() {
+                0 => None,
+                rank => Some(rows(rank, self.size())?),
+            },
+        })
+    }
+
+    /// Room for what a sublayer gives, where there is a norm after it.
+    pub(super) fn room_for_given(&self, tokens: usize) -> Result<Option<Buffer>> {
+        let bytes = tokens * self.config.hidden * size_of::<f32>();
+        match self.config.norms {
+            Norms::Before => Ok(None),
+            Norms::After | Norms::Around => self.device.allocate(bytes).map(Some),
+        }
+    }
+
+    /// The rows of the embedding of `tokens` (int32), `count` of them, into the residual stream.
+    pub(super) fn embed(&self, tokens: &Buffer, count: usize, x: &Buffer) -> Result<()> {
+        let width = self.config.hidden as i32;
+        self.device.launch(
+            &self.kernels.embed,
+            Launch::row(count, THREADS),
+            args![&self.embedding, tokens, self.config.embed_scale, x, width],
+        )
+    }
+
+    /// The residual stream after the last layer is left in `pass.x`. `cache` says where a layer's keys and values go
+    /// beside the pass.
+    pub(super) fn forward<'c>(
+        &self,
+        shape: &Shape,
+        tokens: &[u32],
+        pass: &Pass,
+        cache: impl Fn(usize) -> Option<CacheRows<'c>>,
+    ) -> Result<()> {
+        assert_eq!(shape.tokens, tokens.len());
+        let tokens = self.device.buffer_of(tokens)?;
+        self.embed(&tokens, shape.tokens, &pass.x)?;
+        for i in 0..self.layers.len() {
+            self.project(i, shape, pass, cache(i))?;
+            self.attend(i, shape, pass)?;
+            self.finish(i, shape.tokens, pass)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn project(
+        &self,
+        i: usize,
+        shape: &Shape,
+        pass: &Pass,
+        cache: Option<CacheRows>,
+    ) -> Result<()> {
+        self.project_rows(
+            i,
+            shape.tokens,
+            &shape.positions,
+            &shape.rotary,
+            pass,
+            cache,
+        )
+    }
+
+    /// The part of layer `i` before attention: from `pass.x` to `pass.qkv`, each row at its position.
+    pub(super) fn project_rows(
+        &self,
+        i: usize,
+        count: usize,
+        positions: &Buffer,
+        rotary: &Rotation,
+        pass: &Pass,
+        cache: Option<CacheRows>,
+    ) -> Result<()> {
+        let (layer, heads, eps) = (&self.layers[i], self.heads(i), self.config.norm_eps);
+        let norm = layer.norms.before_attention.as_ref();
+        self.read(&pass.x, norm, count, &pass.normed)?;
+        let raw = match self.config.qk_norm {
+            Some(QkNorm::Rows) => &pass.qkv,
+            _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
+        };
+        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
+        let mut bias = layer.qkv.bias.as_ref();
+        let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
+            (Some((q, k)), Some(QkNorm::Heads)) => (q.address(), k.address()),
+            (Some(norms), Some(QkNorm::Rows)) => {
+                self.norm_queries_and_keys(i, norms, bias.take(), count, pass)?;
+                (0, 0)
+            }
+            _ => (0, 0),
+        };
+        let (cos, sin) = rotary.of(i);
+        let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
+        self.device.launch(
+            &self.kernels.qkv_rope,
+            Launch::row(
+                (count * (heads.query + 2 * heads.kv) * head_lanes(heads.dim)).div_ceil(THREADS),
+                THREADS,
+            ),
+            args![
+                raw,
+                &pass.qkv,
+                bias,
+                q_norm,
+                k_norm,
+                eps,
+                cos,
+                sin,
+                positions,
+                cache,
+                cache_rows,
+                count as i32,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+            ],
+        )
+    }
+
+    /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
+    fn norm_queries_and_keys(
+        &self,
+        i: usize,
+        (q, k): &(Buffer, Buffer),
+        bias: Option<&Buffer>,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (heads, stride) = (self.heads(i), self.heads(i).qkv_width());
+        if let Some(bias) = bias {
+            self.bias(&self.kernels.add_bias, &pass.qkv, bias, count, stride)?;
+        }
+        if let Some(raw) = &pass.qkv_raw {
+            raw.copy_from(&pass.qkv, raw.bytes())?;
+        }
+        for (first, width, weight) in [
+            (0, heads.q_width(), q),
+            (heads.q_width(), heads.kv_width(), k),
+        ] {
+            self.device.launch(
+                &self.kernels.of_format("rms_norm_part"),
+                Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+                args![
+                    pass.qkv.element(first, self.size()),
+                    weight,
+                    self.config.norm_eps,
+                    count as i32,
+                    width as i32,
+                    stride as i32,
+                ],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`.
+    pub fn attend(&self, i: usize, shape: &Shape, pass: &Pass) -> Result<()> {
+        let (heads, tiles) = (self.heads(i), self.attention_tiles());
+        let launch = Launch::plane(heads.query, shape.tile_count, tiles.threads)
+            .shared(3 * tiles.rows * tiles.pitch + tiles.extra);
+        self.device.launch(
+            &self.kernels.attention,
+            launch,
+            args![
+                &pass.qkv,
+                &pass.attention,
+                &pass.lse,
+                &shape.tiles,
+                heads.query as i32,
+                heads.kv as i32,
+                heads.dim as i32,
+                heads.window.unwrap_or(0) as i32,
+                Arg::plain(Scores::of(heads)),
+            ],
+        )
+    }
+
+    /// The part of layer `i` after attention: `pass.x` gains the output projection and the MLP.
+    pub(super) fn finish(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        self.widen(i, count, pass)?;
+        self.narrow(i, count, pass, &pass.x)
+    }
+
+    /// `pass.x` gains attention's output projection; from it to `pass.gate_up`.
+    pub(super) fn widen(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        let layer = &self.layers[i];
+        self.give(
+            &layer.output,
+            (&pass.attention, 1.0),
+            pass.output.as_ref(),
+            &pass.x,
+            count,
+            pass,
+        )?;
+        self.gain(
+            &layer.norms.after_attention,
+            pass.output.as_ref(),
+            &pass.x,
+            count,
+        )?;
+        self.read(
+            &pass.x,
+            layer.norms.before_mlp.as_ref(),
+            count,
+            &pass.normed,
+        )?;
+        let gate_up = match &layer.mlp {
+            Mlp::One { gate_up, .. } => gate_up,
+            Mlp::Experts(mixture) => return self.send_to_experts(mixture, count, pass),
+        };
+        self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
+        match &gate_up.bias {
+            Some(bias) => {
+                let width = 2 * self.config.ffn;
+                self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, width)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The residual stream `x` gains the MLP of `pass.gate_up`.
+    pub(super) fn narrow(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
+        let given = pass.down.as_ref();
+        self.give_mlp(i, count, pass, x)?;
+        self.gain(&self.layers[i].norms.after_mlp, given, x, count)
+    }
+
+    /// What the MLP's inner activation is stored times: in half precision its largest numbers would not be far from the end of
+    /// the range (3,000 of 65,504 in SmolLM2).
+    fn inner_scale(&self) -> f32 {
+        match self.precision {
+            Precision::F32 | Precision::Bf16 => 1.0,
+            Precision::F16 => 1.0 / 64.0,
+        }
+    }
+
+    /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
+    pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
+        let (ffn, [c, a]) = (self.config.ffn, self.config.activation.curve());
+        let rows = count * rows_each(&self.config);
+        self.device.launch(
+            &self.kernels.activation,
+            Launch::plane(rows, ffn.div_ceil(1024), THREADS),
+            args![
+                &pass.gate_up,
+                &pass.inner,
+                ffn as i32,
+                c,
+                a,
+                self.inner_scale()
+            ],
+        )?;
+        let scale = 1.0 / self.inner_scale();
+        let down = match &self.layers[i].mlp {
+            Mlp::One { down, .. } => down,
+            Mlp::Experts(mixture) => return self.mix_experts(mixture, count, pass, (x, scale)),
+        };
+        self.give(
+            down,
+            (&pass.inner, scale),
+            pass.down.as_ref(),
+            x,
+            count,
+            pass,
+        )
+    }
+
+    /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.
+    pub fn final_norm(
+        &self,
+        x: &Buffer,
+        rows: Option<&Buffer>,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        self.norm(x, rows, &self.norm, count, out)
+    }
+
+    /// Logits of rows after the last norm for words `first …` of the vocabulary: `logits` `[count, words]`, float32, without
+    /// gaps.
+    pub fn logits(
+        &self,
+        normed: Operand,
+        count: usize,
+        (first, words): (usize, usize),
+        logits: Operand,
+    ) -> Result<()> {
+        let hidden = self.config.hidden;
+        self.device.multiply(Product {
+            form: Form::RowsByRows,
+            m: count,
+            n: words,
+            k: hidden,
+            a: normed,
+            b: self.head().rows(first, hidden, self.precision),
+            c: logits,
+            scale: self.config.logit_scale,
+            keep: 0.0,
+        })?;
+        let Some(cap) = self.config.logit_cap else {
+            return Ok(());
+        };
+        debug_assert_eq!(logits.stride, words);
+        let n = count * words;
+        (self.device).launch("soft_cap", elements(n), args![logits.at, n as u64, cap])
+    }
+
+    /// What a linear map reads of the residual stream: normed, or, where there is no norm, as it is, in the decoder's format.
+    pub(super) fn read(
+        &self,
+        x: &Buffer,
+        norm: Option<&Buffer>,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        let n = count * self.config.hidden;
+        match (norm, self.precision) {
+            (Some(norm), _) => self.norm(x, None, norm, count, out),
+            (None, Precision::F32) => out.copy_from(x, n * size_of::<f32>()),
+            (None, Precision::Bf16) => {
+                let args = args![x, out, n as u64, 0u64, 0];
+                self.device.launch("round_bf16", elements(n), args)
+            }
+            (None, Precision::F16) => {
+                let args = args![x, out, n as u64];
+                self.device.launch("round_f16", elements(n), args)
+            }
+        }
+    }
+
+    pub(super) fn norm(
+        &self,
+        x: &Buffer,
+        rows: Option<&Buffer>,
+        weight: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
+        let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
+        self.device.launch(
+            &self.kernels.rms_norm,
+            Launch::row(count.div_ceil(norm_rows(self.config.hidden)), THREADS),
+            args![x, rows, weight, eps, out, count as i32, width],
+        )
+    }
+
+    /// y = x·Wᵀ; the bias is left to whoever comes next.
+    fn product(
+        &self,
+        linear: &Linear,
+        x: &Buffer,
+        y: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let y = y.rows(0, linear.rows, self.precision);
+        self.multiply(linear, (x, 1.0), y, count, 0.0, pass)
+    }
+
+    /// `given` is scale·x·Wᵀ + b; without such room, the residual stream gains it.
+    fn give(
+        &self,
+        linear: &Linear,
+        (x, scale): (&Buffer, f32),
+        given: Option<&Buffer>,
+        stream: &Buffer,
+        count: usize,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (y, keep) = match given {
+            Some(given) => (given, 0.0),
+            None => (stream, 1.0),
+        };
+        let rows = y.rows(0, linear.rows, Precision::F32);
+        self.multiply(linear, (x, scale), rows, count, keep, pass)?;
+        match &linear.bias {
+            Some(bias) => self.bias("add_bias_f32", y, bias, count, linear.rows),
+            None => Ok(()),
+        }
+    }
+
+    /// The residual stream gains what was given, normed; nothing more where there is no norm.
+    fn gain(
+        &self,
+        norm: &Option<Buffer>,
+        given: Option<&Buffer>,
+        stream: &Buffer,
+        count: usize,
+    ) -> Result<()> {
+        let (Some(norm), Some(given)) = (norm, given) else {
+            return Ok(());
+        };
+        let (eps, width) = (self.config.norm_eps, self.config.hidden);
+        self.device.launch(
+            "rms_norm_add",
+            Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+            args![given, norm, eps, stream, count as i32, width as i32],
+        )
+    }
+
+    pub(super) fn multiply(
+        &self,
+        linear: &Linear,
+        (x, scale): (&Buffer, f32),
+        y: Operand,
+        count: usize,
+        keep: f32,
+        pass: &Pass,
+    ) -> Result<()> {
+        let x = x.rows(0, linear.cols, self.precision);
+        self.device.multiply(Product {
+            form: Form::RowsByRows,
+            m: count,
+            n: linear.rows,
+            k: linear.cols,
+            a: x,
+            b: linear.weight.rows(0, linear.cols, self.precision),
+            c: y,
+            scale,
+            keep,
+        })?;
+        for adapter in &linear.adapters {
+            let between = pass.low_rank.as_ref().expect("made with the adapters");
+            adapter.add(&self.device, x, y, count, between)?;
+        }
+        Ok(())
+    }
+
+    fn bias(
+        &self,
+        kernel: &str,
+        x: &Buffer,
+        bias: &Buffer,
+        count: usize,
+        width: usize,
+    ) -> Result<()> {
+        let launch = Launch::row(count, THREADS);
+        self.device
+            .launch(kernel, launch, args![x, bias, width as i32])
+    }
+}
