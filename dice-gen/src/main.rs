@@ -22,7 +22,8 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 ///
 /// Reads rows with a "prompt" (a string, or a list of {"role", "content"} messages) and writes K rows for each: the
 /// prompt's fields, and sample, response, finish_reason, token_ids, logp (nats, at temperature 1), model, dtype. The rows of a
-/// prompt leave together, in the order of the prompts, as soon as they are done.
+/// prompt leave together, in the order of the prompts, as soon as they are done. A row's "tools" and "chat_template_kwargs"
+/// ({"enable_thinking": false}) go to the chat template, here and in the stages after this one.
 ///
 /// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
 /// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)

@@ -1,5 +1,6 @@
 //! The tools in pipes, as the README shows them, on tiny checkpoints.
 
+use dice_tests::world::set_template;
 use dice_tests::{
     Family, Fields, Finished, Tiny, Tool, bin_folder, lines, names, number, parse_rows, pipe,
     read_rows, text,
@@ -200,6 +201,71 @@ fn pairs_are_prompts_too() {
         assert_ne!(pair["ref"], "another");
     }
     assert_eq!(pairs[0]["chosen_by"], "hand");
+}
+
+/// What a row gives the template besides its prompt decides what is sampled, scored and trained.
+#[test]
+fn templates_get_the_rows_variables() {
+    let world = World::new();
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not enable_thinking %} at once{% endif %}\
+                    {% for tool in tools or [] %} {{ tool.name }}{% endfor %}:";
+    for model in ["pi", "ref"] {
+        set_template(&world.path(model), template);
+    }
+    let row = |more: Value| {
+        let mut row =
+            json!({"prompt": "Why?", "response": "So.", "chosen": "So.", "rejected": "No."});
+        row.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        row
+    };
+    let rows = [
+        row(json!({})),
+        row(json!({"chat_template_kwargs": {"enable_thinking": true}})),
+        row(json!({"tools": [{"name": "clock"}]})),
+        row(json!({"chat_template_kwargs": null, "tools": null})),
+    ];
+    let args = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")].map(str::to_owned);
+    let scored = Tool::new("dice-score", &args)
+        .stdin(lines(&rows))
+        .run()
+        .ok()
+        .rows();
+    let logps = |i: usize| number(&scored[i], "policy_logps");
+    assert_eq!(logps(0), logps(3));
+    assert!(logps(0) != logps(1) && logps(0) != logps(2) && logps(1) != logps(2));
+    let wrong = [row(json!({"tools": "clock"}))];
+    let refused = Tool::new("dice-score", &args).stdin(lines(&wrong)).run();
+    assert!(
+        refused
+            .error_line()
+            .contains("stdin:1: field \"tools\" must be a list")
+    );
+    // One pair of each kind a step: what the reference says of it is what the policy says before it has moved.
+    let (pi, next) = (world.arg("pi"), world.arg("next"));
+    let how = [
+        "--model",
+        &pi,
+        "--output",
+        &next,
+        "--batch-size",
+        "1",
+        "--no-shuffle",
+        "--learning-rate",
+        "0",
+    ];
+    let steps = Tool::new("dice-train", how)
+        .stdin(lines(&rows))
+        .run()
+        .ok()
+        .rows();
+    for (i, step) in steps.iter().enumerate() {
+        assert!(
+            (number(step, "logps/chosen") - logps(i)).abs() < 1e-4,
+            "{step:?}"
+        );
+    }
 }
 
 fn check_samples(samples: &[Fields], prompts: &[Value]) {

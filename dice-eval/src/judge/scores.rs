@@ -47,10 +47,15 @@ pub fn implicit(
             ("chosen_finish_reason", finish(b)),
             ("rejected_finish_reason", finish(a)),
         ];
-        let row = common::jsonl::Row {
+        let mut row = common::jsonl::Row {
             fields: Map::from_iter(fields.map(|(name, value)| (name.to_owned(), value))),
             place: a.place.clone(),
         };
+        for of_template in ["tools", "chat_template_kwargs"] {
+            if let Some(value) = a.fields.get(of_template) {
+                row.fields.insert(of_template.to_owned(), value.clone());
+            }
+        }
         take(scorer.push(row)?)?;
     }
     take(scorer.finish()?)
