@@ -616,6 +616,12 @@ mod tests {
         let _running = Running(child);
         let dir = tempfile::tempdir().unwrap();
         let url = format!("http://127.0.0.1:{port}/v1");
+        // Whom so small a model prefers is no matter, but that it names a label.
+        let template = dir.path().join("question.txt");
+        let question = "Which comes first in the alphabet, {{ first_label }} or {{ second_label }}? Reply with {{ first_label }} \
+                        or {{ second_label }} alone.";
+        std::fs::write(&template, question).unwrap();
+        let template = template.display().to_string();
         // While it loads its model, it refuses connections: the first question waits for it.
         let words = [
             "--endpoint",
@@ -624,6 +630,8 @@ mod tests {
             "smollm2",
             "--labels",
             "A,B",
+            "--template",
+            &template,
             "--in-flight",
             "1",
             "--retries",

@@ -22,9 +22,9 @@ impl Verdict {
     }
 }
 
-/// Reads a chat completion. The first token's log-probs decide, where the server gives them and it is a label more likely than
-/// not: p = P(first label) over P(first label) + P(second label), as AlpacaEval 2 weighs preferences. Else (a judge may think
-/// aloud first) the text does: 1 or 0.
+/// Reads a chat completion. The first token's log-probs decide, where the server gives them and the likeliest is a label: p =
+/// P(first label) over P(first label) + P(second label), as AlpacaEval 2 weighs preferences. Else (a judge may think aloud
+/// first) the text does: 1 or 0.
 /// `None` where it is no chat completion at all.
 pub fn read(reply: &Value, labels: &[String; 2]) -> Option<Verdict> {
     let choice = reply.pointer("/choices/0")?;
@@ -46,13 +46,15 @@ pub fn read(reply: &Value, labels: &[String; 2]) -> Option<Verdict> {
 /// From the likeliest tokens of the first position. Spaces around a label are part of some tokenizers' tokens.
 fn weighed(choice: &Value, labels: &[String; 2]) -> Option<f64> {
     let likeliest = first_tokens(choice)?;
+    let (top, _) = likeliest.iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
+    labels.iter().find(|label| *label == top.trim())?;
     let [first, second] = [0, 1].map(|side| {
         let of_label = likeliest
             .iter()
             .filter(|(token, _)| token.trim() == labels[side]);
         of_label.map(|(_, logprob)| logprob.exp()).sum::<f64>()
     });
-    (first + second >= 0.5).then(|| first / (first + second))
+    Some(first / (first + second))
 }
 
 /// (token, log-prob) as OpenAI's chat API has them, or as the older completions API does.
@@ -108,11 +110,11 @@ mod tests {
     #[test]
     fn log_probs_weigh_the_verdict() {
         let of = |tokens: &[(&str, f64)]| read(&reply("M", tokens), &labels()).unwrap();
-        let got = of(&[("m", 0.4), (" m", 0.2), ("M", 0.2), ("x", 0.1)]);
+        let got = of(&[("x", 0.3), ("m", 0.4), (" m", 0.2), ("M", 0.2)]);
         assert!((got.first.unwrap() - 0.75).abs() < 1e-12);
         assert_eq!(got.from, "logprobs");
         assert_eq!(of(&[("M", 0.5)]).first, Some(0.0));
-        // No label, or hardly: the text decides.
+        // Another token is likelier: the text decides.
         assert_eq!(of(&[("x", 0.9)]).first, Some(0.0));
         let thinking = of(&[("<think>", 0.99), ("m", 1e-6)]);
         assert_eq!((thinking.first, &*thinking.from), (Some(0.0), "text"));
