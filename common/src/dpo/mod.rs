@@ -1,6 +1,7 @@
 //! DPO (arXiv 2305.18290): the losses as pure functions, the optimiser, and the trainer that ties them to the decoder.
 
 pub mod checkpoint;
+mod cpu;
 mod cuda;
 mod loss;
 mod memory;
@@ -8,6 +9,7 @@ mod optimizer;
 mod step;
 mod trainer;
 
+pub use cpu::Trainer;
 pub use cuda::{CudaTrainer, resident_bytes};
 pub use loss::{LossType, Objective, PairLogps, PairLoss};
 pub use memory::Memory;
@@ -17,7 +19,7 @@ pub(crate) use step::Forward;
 pub use step::{Pair, StateBytes, Sums};
 pub use trainer::{
     Kept, LoraSettings, Moments, NotFinite, Progress, Settings, State, StepMetrics, Take, Train,
-    Trainer, order,
+    order,
 };
 
 use crate::policy::Place;
