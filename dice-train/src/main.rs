@@ -157,28 +157,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     if args.output.exists() {
-        ensure!(
-            args.resume,
-            "{} is already there: remove it, or name another --output",
-            args.output.display()
-        );
-        let models = open_models(&args);
-        let prints = models.and_then(|(model, reference)| fingerprints(&model, reference.as_ref()));
-        let ours = match prints {
-            Ok((model, reference)) => json!({"model": model, "ref": reference}),
-            // Models that are gone by now cannot be compared, and need not be there.
-            Err(_) => json!({}),
-        };
-        let mut ours = run::settings(ours);
-        ours.insert("settings".into(), known_settings(&args).into());
-        ours.insert("asked".into(), asked(&args).into());
-        let inputs: Vec<_> = args.files.iter().map(PathBuf::as_path).collect();
-        let log = finished(&args.output, &ours, &inputs)?;
-        program::say(format_args!(
-            "{} is already there, nothing to do",
-            args.output.display()
-        ));
-        return Report(Some(Output::stdout())).write(&log);
+        return already_made(&args);
     }
     let part = part_path(&args.output);
     if holds_work(&part) && !args.resume {
@@ -250,6 +229,32 @@ fn run(args: Args) -> Result<()> {
         base: &args.model,
     };
     train(&args, &mut *trainer, &pairs, &writer, log)
+}
+
+/// The result is there: it is compared with what was asked for, and its steps are said again.
+fn already_made(args: &Args) -> Result<()> {
+    ensure!(
+        args.resume,
+        "{} is already there: remove it, or name another --output",
+        args.output.display()
+    );
+    let models = open_models(args);
+    let prints = models.and_then(|(model, reference)| fingerprints(&model, reference.as_ref()));
+    let ours = match prints {
+        Ok((model, reference)) => json!({"model": model, "ref": reference}),
+        // Models that are gone by now cannot be compared, and need not be there.
+        Err(_) => json!({}),
+    };
+    let mut ours = run::settings(ours);
+    ours.insert("settings".into(), known_settings(args).into());
+    ours.insert("asked".into(), asked(args).into());
+    let inputs: Vec<_> = args.files.iter().map(PathBuf::as_path).collect();
+    let log = finished(&args.output, &ours, &inputs)?;
+    program::say(format_args!(
+        "{} is already there, nothing to do",
+        args.output.display()
+    ));
+    Report(Some(Output::stdout())).write(&log)
 }
 
 /// The policy, and the reference if it is another model.
