@@ -1,6 +1,7 @@
 //! What a row is about, whatever stage it passes: the prompt, and the id derived from it.
 
 use anyhow::{Result, bail};
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 /// A prompt as rows carry it: plain text, or TRL's conversational form.
@@ -138,21 +139,30 @@ pub fn turn(role: &str, content: &str) -> Map<String, Value> {
     ])
 }
 
-/// The hash of messages whatever order their fields come in, and whether what is not there is left out or null.
+/// A message's fields in one order, whatever order they came in, and without those that are null.
+struct Ordered<'a>(Vec<(&'a String, &'a Value)>);
+
+impl<'a> Ordered<'a> {
+    fn new(message: &'a Map<String, Value>) -> Self {
+        let rank = |name: &str| match name {
+            "role" => 0,
+            "content" => 1,
+            _ => 2,
+        };
+        let mut fields: Vec<_> = message.iter().filter(|(_, v)| !v.is_null()).collect();
+        fields.sort_by_key(|&(name, _)| (rank(name), name));
+        Self(fields)
+    }
+}
+
+impl Serialize for Ordered<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
+}
+
 fn hash_json(messages: &[Map<String, Value>]) -> blake3::Hash {
-    let ordered: Vec<Map<String, Value>> = messages
-        .iter()
-        .map(|message| {
-            let there = message.iter().filter(|(_, value)| !value.is_null());
-            let mut fields: Vec<_> = there.map(|(k, v)| (k.clone(), v.clone())).collect();
-            fields.sort_by_key(|(name, _)| match name.as_str() {
-                "role" => (0, name.clone()),
-                "content" => (1, name.clone()),
-                _ => (2, name.clone()),
-            });
-            fields.into_iter().collect()
-        })
-        .collect();
+    let ordered: Vec<_> = messages.iter().map(Ordered::new).collect();
     let text = serde_json::to_string(&ordered).expect("JSON values always serialise");
     blake3::hash(text.as_bytes())
 }
