@@ -262,10 +262,10 @@ round: seed
             echo
             for split in validation test; do
                 for of in $policy $next; do
-                    dice-eval pairs --policy \$of --ref {{ base }} --beta {{ beta }} --split \$split \\
+                    dice-eval reward --policy \$of --ref {{ base }} --beta {{ beta }} --split \$split \\
                         --name "\$of, \$split" --format markdown {{ preferences }}
                 done
-            done | awk 'NR <= 2 || !/^\\| pairs of|^\\|---/'
+            done | awk 'NR <= 2 || !/^\\| reward \\||^\\|---/'
         fi
         echo
         echo "## Training"

@@ -7,7 +7,6 @@ mod format;
 mod implicit;
 mod judge;
 mod lists;
-mod pairs;
 mod preference;
 mod report;
 mod reward;
@@ -32,7 +31,6 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    Pairs(pairs::Args),
     Reward(reward::Args),
     Samples(samples::Args),
     WinRate(win_rate::Args),
@@ -47,7 +45,6 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     match args.command {
-        Command::Pairs(args) => pairs::run(args),
         Command::Reward(args) => reward::run(args),
         Command::Samples(args) => samples::run(args),
         Command::WinRate(args) => win_rate::run(args),

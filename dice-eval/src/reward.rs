@@ -22,7 +22,10 @@ use crate::preference::{Groups, Pair};
 /// accuracy where the chosen response is the longer and where it is the shorter. A reward that only counts characters has a
 /// "length-balanced" accuracy, the mean of those two, of 0.5.
 ///
-/// Example: dice-eval reward --policy ./next --ref ./base --score judge --format markdown preferences.jsonl
+/// With --policy and --ref the pairs are scored, but for those that dice-score scored with these very models. Without, every
+/// row must bring its log-probs (policy_chosen_logps, ref_chosen_logps, ... as dice-score writes them), unless there is a --score.
+///
+/// Example: dice-eval reward --policy ./next --ref ./base --split test --format markdown preferences.jsonl
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -37,6 +40,9 @@ pub struct Args {
     /// Take only the pairs whose prompt is in this part (by a stable hash, the same in every tool)
     #[arg(long, value_enum, default_value_t = Split::All)]
     split: Split,
+    /// What to call all pairs in the output, where tables of several runs are put together
+    #[arg(long, value_name = "TEXT", default_value = "all")]
+    name: String,
     #[command(flatten)]
     to: To,
     /// Files of pairs (JSON Lines), read one after the other; `-` or none reads stdin
@@ -79,29 +85,33 @@ pub fn run(args: Args) -> Result<()> {
     progress.finish();
     let mut lines = vec![];
     if with_implicit {
-        lines.extend(named("implicit", implicit)?);
+        lines.extend(of_reward("implicit", &args.name, implicit)?);
     }
-    for (name, groups) in args.score.iter().zip(external) {
-        lines.extend(named(name, groups)?);
+    for (score, groups) in args.score.iter().zip(external) {
+        lines.extend(of_reward(score, &args.name, groups)?);
     }
     args.to.write(&lines)
 }
 
-/// The lines of one reward, under its name.
-fn named(reward: &str, groups: Groups) -> Result<Vec<Line>> {
+/// The lines of one reward: of all pairs, called `name`, and of their groups.
+fn of_reward(reward: &str, name: &str, groups: Groups) -> Result<Vec<Line>> {
     let mean = groups.mean_accuracy();
-    let mut lines = groups.lines("all")?;
-    for (at, line) in lines.iter_mut().enumerate() {
+    let mut lines = groups.lines(name)?;
+    for line in &mut lines {
         line.json.shift_insert(0, "reward".into(), json!(reward));
         line.cells.insert(0, ("reward", reward.to_owned()));
-        let of_all = mean.filter(|_| at == 0);
-        line.cells.push((
-            "mean accuracy of groups",
-            of_all.map_or(String::new(), |m| percent(Some(m))),
-        ));
-        if at == 0 {
-            line.json
-                .insert("accuracy_mean_of_groups".into(), json!(mean));
+    }
+    lines[0]
+        .json
+        .insert("accuracy_mean_of_groups".into(), json!(mean));
+    if mean.is_some() {
+        for (at, line) in lines.iter_mut().enumerate() {
+            let cell = if at == 0 {
+                percent(mean)
+            } else {
+                String::new()
+            };
+            line.cells.push(("mean accuracy of groups", cell));
         }
     }
     Ok(lines)
@@ -221,6 +231,42 @@ mod tests {
             message.contains("p.jsonl:1: --score x: there is neither"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn accuracy_and_margin_overall_and_by_a_field() {
+        let pair = |source: &str, logps: [f64; 4]| {
+            json!({"prompt": format!("{logps:?}"), "chosen": "four", "rejected": "sixsix", "source": source,
+                "policy_chosen_logps": logps[0], "ref_chosen_logps": logps[1],
+                "policy_rejected_logps": logps[2], "ref_rejected_logps": logps[3]})
+        };
+        let rows = [
+            pair("replay", [-1.0, -3.0, -5.0, -5.0]),
+            pair("replay", [-2.0, -2.0, -5.0, -6.0]),
+            pair("generated", [-1.0, -2.0, -1.0, -2.0]),
+        ];
+        let flags = ["--beta", "0.5", "--by", "source", "--name", "round 1"];
+        let got = reward(&rows, &flags).unwrap();
+        let named: Vec<_> = got.iter().map(|g| g["group"].as_str().unwrap()).collect();
+        assert_eq!(named, ["round 1", "generated", "replay"]);
+        // Margins 1, -0.5 and 0: a tie counts half.
+        assert_eq!(got[0]["accuracy"]["value"], 0.5);
+        assert!((got[0]["margin"]["value"].as_f64().unwrap() - 0.5 / 3.0).abs() < 1e-12);
+        assert_eq!(got[2]["rewards/chosen"]["value"], 0.5);
+        assert_eq!(got[2]["chars_rejected"]["mean"], 6.0);
+        assert_eq!(got[2]["chosen_longer"]["value"], 0.0);
+    }
+
+    #[test]
+    fn a_split_takes_its_prompts_only() {
+        let row = |i: u32| json!({"prompt": i.to_string(), "chosen": "a", "rejected": "b"});
+        let rows: Vec<_> = (0..50).map(row).collect();
+        let pairs = |split: &str| {
+            let got = reward(&rows, &["--score", "length", "--split", split]).unwrap();
+            got[0]["pairs"].as_u64().unwrap()
+        };
+        assert_eq!(pairs("train") + pairs("validation") + pairs("test"), 50);
+        assert!(pairs("train") > 30, "{}", pairs("train"));
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl World {
         let args = match name {
             "dice-gen" => vec!["--model", &model, "--k", "2", "--max-tokens", "8"],
             "dice-score" => vec!["--policy", &model, "--ref", &reference],
-            "dice-eval" => vec!["pairs", "--policy", &model, "--ref", &reference],
+            "dice-eval" => vec!["reward", "--policy", &model, "--ref", &reference],
             _ => vec![
                 "--model",
                 &model,

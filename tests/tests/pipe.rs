@@ -992,15 +992,15 @@ fn conversational_pairs_are_read_by_every_tool() {
                 &next,
             ],
         );
-        let pairs = run("dice-eval", &[&["pairs"], &models[..]].concat());
-        let reward = run("dice-eval", &["reward", "--score", "length"]);
+        let implicit = run("dice-eval", &[&["reward"], &models[..]].concat());
+        let length = run("dice-eval", &["reward", "--score", "length"]);
         let rewards = ["reward_chosen", "reward_rejected"].map(|side| {
             scored
                 .iter()
                 .map(|row| number(row, side))
                 .collect::<Vec<_>>()
         });
-        made.push((rewards, trained.stdout, pairs.stdout, reward.stdout));
+        made.push((rewards, trained.stdout, implicit.stdout, length.stdout));
     }
     assert!(made[0] == made[1] && made[1] == made[2], "{made:#?}");
 }
