@@ -158,6 +158,21 @@ model:
     fi
     cp "$cached" "$model.part" && mv "$model.part" "$model"
 
+# Fetch vocabularies and chat templates of published models, to test ours by (77 MB, once; kept in the user's cache)
+published:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    home="{{ cache }}/published"
+    [ -d "$home" ] && exit 0
+    mkdir -p "{{ cache }}"
+    work=$(mktemp -d "{{ cache }}/fetch.XXXXXX")
+    trap 'rm -rf "$work"' EXIT
+    # llama.cpp's sources have them, and this package has those.
+    python3 -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$work" llama-cpp-python==0.3.36
+    mkdir "$work/models"
+    tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work/models" --strip-components=4 --wildcards '*/models/ggml-vocab-*' '*/models/templates/*'
+    mv "$work/models" "$home"
+
 [private]
 base-model:
     @if [ "{{ base }}" = "{{ default_model }}" ]; then just model; fi

@@ -163,11 +163,13 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
         "llama-bpe" | "llama3" | "llama-v3" => (Json::Null, split(LLAMA3), true, true),
         "dbrx" | "smaug-bpe" => (Json::Null, split(LLAMA3), false, false),
         "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
+        // GPT-NeoX's: OLMoE has it, too.
+        "olmo" => (json!({"type": "NFC"}), bytes_step(true), false, false),
         "tekken" => (Json::Null, split(TEKKEN), true, true),
         "gpt-4o" => (Json::Null, split(O200K), false, false),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, dbrx, smaug-bpe, qwen2, tekken, gpt-4o): use the model's HF folder"
+             refact, llama-bpe, dbrx, smaug-bpe, qwen2, olmo, tekken, gpt-4o): use the model's HF folder"
         ),
     })
 }

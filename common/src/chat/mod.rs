@@ -7,6 +7,8 @@ mod contained;
 mod encoder;
 mod folder;
 mod gguf_tokenizer;
+#[cfg(test)]
+mod published;
 mod save;
 mod strftime;
 mod template;

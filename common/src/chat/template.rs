@@ -58,6 +58,7 @@ impl Template {
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", to_json);
         environment.add_test("sequence", is_sequence);
+        environment.add_test("iterable", is_iterable);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         for (name, text) in specials {
@@ -131,6 +132,11 @@ impl Template {
 fn is_sequence(value: &Value) -> bool {
     use minijinja::value::ValueKind::{Map, Seq, String};
     matches!(value.kind(), Map | Seq | String)
+}
+
+/// What Jinja can go through: none is not of it.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
 }
 
 /// Total length of the texts inside a JSON value.

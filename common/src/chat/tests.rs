@@ -408,4 +408,9 @@ fn lines_and_sequences_are_jinjas() {
     let source = "{%- if messages[0].content is sequence %}\r\nyes\r\n{%- endif %}";
     let template = Template::new(source, &BTreeMap::new()).unwrap();
     assert_eq!(template.render(&[turn("user", "x")], true).unwrap(), "yes");
+
+    let source = "{{ tools is iterable }} {{ messages is iterable }} {{ messages[0].content is iterable }} {{ x is iterable }}";
+    let template = Template::new(source, &BTreeMap::new()).unwrap();
+    let text = template.render(&[turn("user", "x")], true).unwrap();
+    assert_eq!(text, "False True True True");
 }
