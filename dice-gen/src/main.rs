@@ -9,7 +9,7 @@ use common::kernels::decoding::Format;
 use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Stage, TooLong, sampling_dtype};
 use common::program;
 use common::progress::Progress;
-use common::records::{Prompt, Split};
+use common::records::{Prompt, SAMPLE_FIELDS, Split};
 use common::run::settings;
 use serde_json::{Map, Value, json};
 use std::collections::{HashSet, VecDeque};
@@ -315,7 +315,7 @@ impl Job<'_> {
     }
 
     fn push(&mut self, mut row: Row) -> Result<()> {
-        let id = row.id()?;
+        let (id, id_value) = (row.id()?, row.id_value()?);
         self.progress.read(1);
         let (prompt, ids) = match self.encode(&row) {
             Err(err) if TooLong::is(&err) => {
@@ -324,10 +324,13 @@ impl Job<'_> {
             }
             encoded => encoded?,
         };
-        if self.args.system.is_some() || !row.fields.contains_key("prompt") {
+        if self.args.system.is_some() || row.present("prompt").is_none() {
             row.fields.insert("prompt".into(), json!(prompt.messages()));
         }
-        row.fields.entry("id").or_insert_with(|| json!(id));
+        row.fields.insert("id".into(), id_value);
+        // What a prompt brings of another response to it is not of these.
+        row.fields
+            .retain(|field, _| !SAMPLE_FIELDS.contains(&field.as_str()));
         self.repeated += u64::from(!self.ids.insert(id.clone()));
         self.waiting.push_back(row);
         self.generator.push(Request {

@@ -232,6 +232,8 @@ fn report_mix(progress: &Progress, mix: &Mix, ours: usize, theirs: usize, gamma:
         "{} generated and {} replayed",
         mix.generated, mix.replayed
     ));
+    let ours = ours - mix.repeated;
+    progress.skip("generated pairs of a repeated prompt", mix.repeated as u64);
     let left_out = (ours - mix.generated) as u64;
     progress.skip("generated pairs left out to keep --gamma", left_out);
     // A share of n rows is met to within half a row.

@@ -163,7 +163,9 @@ fn answer(stream: TcpStream, act: Act, state: &State) -> Option<(TcpStream, Vec<
 fn better(body: &Value) -> &'static str {
     let message = body["messages"][0]["content"].as_str().unwrap();
     let count = |label: &str| {
-        let after = message.split(&format!("<answer {label}>")).nth(1).unwrap();
+        // There are none where it is asked whether it answers at all.
+        let after = message.split(&format!("<answer {label}>")).nth(1);
+        let after = after.unwrap_or_default();
         after.split("</answer").next().unwrap().matches('!').count()
     };
     if count("m") > count("M") { "m" } else { "M" }

@@ -113,15 +113,17 @@ impl Encoder {
         pieces(&self.full, text)
     }
 
-    /// The messages with control tokens in their texts replaced by stand-ins; none if there is nothing to
+    /// What a row gives the template, with control tokens in its texts replaced by stand-ins; none if there is nothing to
     /// replace, which is nearly always.
-    pub fn guard(&self, messages: &[Map<String, Json>]) -> Result<Option<Guarded>> {
+    pub fn guard(
+        &self,
+        messages: &[Map<String, Json>],
+        more: &Map<String, Json>,
+    ) -> Result<Option<Guarded>> {
         let mut taken = HashSet::new();
         let mut found = false;
-        for message in messages {
-            for value in message.values() {
-                self.inspect(value, &mut taken, &mut found);
-            }
+        for map in messages.iter().chain([more]) {
+            self.inspect_map(map, &mut taken, &mut found);
         }
         if !found {
             return Ok(None);
@@ -131,17 +133,10 @@ impl Encoder {
             next: FIRST_STAND_IN,
             pairs: Vec::new(),
         };
-        let messages = messages
-            .iter()
-            .map(|message| {
-                message
-                    .iter()
-                    .map(|(key, value)| Ok((key.clone(), self.replace(value, &mut stand_ins)?)))
-                    .collect::<Result<_>>()
-            })
-            .collect::<Result<_>>()?;
+        let mut replaced = |map| self.replace_map(map, &mut stand_ins);
         Ok(Some(Guarded {
-            messages,
+            messages: messages.iter().map(&mut replaced).collect::<Result<_>>()?,
+            more: replaced(more)?,
             pairs: stand_ins.pairs,
         }))
     }
@@ -218,47 +213,66 @@ impl Encoder {
 
     fn inspect(&self, value: &Json, taken: &mut HashSet<char>, found: &mut bool) {
         match value {
-            Json::String(text) => {
-                *found |= self.pieces(text).iter().any(|(_, id)| self.is_control(*id));
-                taken.extend(text.chars().filter(|c| *c as u32 >= FIRST_STAND_IN));
-            }
+            Json::String(text) => self.inspect_text(text, taken, found),
             Json::Array(items) => {
                 items
                     .iter()
                     .for_each(|item| self.inspect(item, taken, found));
             }
-            Json::Object(map) => map
-                .values()
-                .for_each(|item| self.inspect(item, taken, found)),
+            Json::Object(map) => self.inspect_map(map, taken, found),
             _ => {}
         }
     }
 
+    fn inspect_map(&self, map: &Map<String, Json>, taken: &mut HashSet<char>, found: &mut bool) {
+        for (key, item) in map {
+            self.inspect_text(key, taken, found);
+            self.inspect(item, taken, found);
+        }
+    }
+
+    fn inspect_text(&self, text: &str, taken: &mut HashSet<char>, found: &mut bool) {
+        *found |= self.pieces(text).iter().any(|(_, id)| self.is_control(*id));
+        taken.extend(text.chars().filter(|c| *c as u32 >= FIRST_STAND_IN));
+    }
+
     fn replace(&self, value: &Json, stand_ins: &mut StandIns) -> Result<Json> {
         Ok(match value {
-            Json::String(text) => {
-                let mut out = String::new();
-                for (piece, id) in self.pieces(text) {
-                    if self.is_control(id) {
-                        out.push(stand_ins.of(piece)?);
-                    } else {
-                        out.push_str(&piece);
-                    }
-                }
-                out.into()
-            }
+            Json::String(text) => self.replace_text(text, stand_ins)?.into(),
             Json::Array(items) => items
                 .iter()
                 .map(|item| self.replace(item, stand_ins))
                 .collect::<Result<Vec<_>>>()?
                 .into(),
-            Json::Object(map) => map
-                .iter()
-                .map(|(key, item)| Ok((key.clone(), self.replace(item, stand_ins)?)))
-                .collect::<Result<Map<_, _>>>()?
-                .into(),
+            Json::Object(map) => self.replace_map(map, stand_ins)?.into(),
             other => other.clone(),
         })
+    }
+
+    /// Keys, too: a template may write the names of a tool's parameters.
+    fn replace_map(
+        &self,
+        map: &Map<String, Json>,
+        stand_ins: &mut StandIns,
+    ) -> Result<Map<String, Json>> {
+        map.iter()
+            .map(|(key, item)| {
+                let key = self.replace_text(key, stand_ins)?;
+                Ok((key, self.replace(item, stand_ins)?))
+            })
+            .collect()
+    }
+
+    fn replace_text(&self, text: &str, stand_ins: &mut StandIns) -> Result<String> {
+        let mut out = String::new();
+        for (piece, id) in self.pieces(text) {
+            if self.is_control(id) {
+                out.push(stand_ins.of(piece)?);
+            } else {
+                out.push_str(&piece);
+            }
+        }
+        Ok(out)
     }
 
     fn is_control(&self, id: Option<u32>) -> bool {
@@ -266,9 +280,10 @@ impl Encoder {
     }
 }
 
-/// Messages safe to render, and what each stand-in character means.
+/// Messages and other variables safe to render, and what each stand-in character means.
 pub struct Guarded {
     pub messages: Vec<Map<String, Json>>,
+    pub more: Map<String, Json>,
     pairs: Vec<(char, String)>,
 }
 

@@ -153,13 +153,13 @@ impl Chat {
             };
         };
         let messages = prompt.messages();
-        match self.encoder.guard(&messages)? {
+        match self.encoder.guard(&messages, more)? {
             None => {
                 let text = template.render_with(&messages, true, more)?;
                 self.encoder.rendered(&text)
             }
             Some(guarded) => {
-                let text = template.render_with(&guarded.messages, true, more)?;
+                let text = template.render_with(&guarded.messages, true, &guarded.more)?;
                 self.encoder.guarded(&text, &guarded)
             }
         }

@@ -57,7 +57,7 @@ impl Row {
     /// The `prompt` field: a non-empty string or list of messages. A pair row without it may hold it in `chosen`: the messages
     /// before the answer (TRL's implicit prompt).
     pub fn prompt(&self) -> Result<Prompt> {
-        match (self.fields.get("prompt"), self.fields.get("chosen")) {
+        match (self.present("prompt"), self.present("chosen")) {
             (None, Some(Value::Array(messages))) => {
                 let (before, _) = self.conversation("chosen", messages)?;
                 if before.is_empty() {
@@ -71,7 +71,7 @@ impl Row {
 
     /// The prompt as a row of its own has it: the field as it is, or the messages before the answer of "chosen".
     pub fn prompt_value(&self) -> Result<Value> {
-        match self.fields.get("prompt") {
+        match self.present("prompt") {
             Some(value) => Ok(value.clone()),
             None => Ok(Value::from_iter(self.prompt()?.messages())),
         }
@@ -199,8 +199,8 @@ impl Row {
             .ok_or_else(|| self.error(field, "is missing"))
     }
 
-    /// `null` is how many writers say "none".
-    fn present(&self, field: &str) -> Option<&Value> {
+    /// A field that is there: `null` is how many writers say "none".
+    pub fn present(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|value| !value.is_null())
     }
 }
@@ -278,6 +278,9 @@ mod tests {
         let prompt = pair.prompt().unwrap();
         assert_eq!(prompt, Prompt::from_value(&json!(question)).unwrap());
         assert_eq!(pair.id().unwrap(), prompt.derived_id());
+        let null = row(json!({"prompt": null, "chosen": whole}));
+        assert_eq!(null.prompt().unwrap(), prompt);
+        assert_eq!(null.prompt_value().unwrap(), json!(question));
         let explicit = row(json!({"prompt": "p", "chosen": whole}));
         assert_eq!(explicit.prompt().unwrap(), Prompt::Text("p".into()));
 

@@ -23,6 +23,8 @@ pub struct Mix {
     pub pairs: Vec<Pair>,
     pub generated: usize,
     pub replayed: usize,
+    /// Generated pairs of a prompt that had one already, under another id: left out.
+    pub repeated: usize,
 }
 
 impl Replay {
@@ -85,8 +87,11 @@ impl Replay {
 /// half a pair, and in which no prompt occurs twice. Where one side has nothing, the other is kept whole, for there
 /// is no share to hold. Which pairs are taken depends on the seed and their prompts alone, not on their order.
 pub fn mix(generated: Vec<Pair>, replay: Replay, gamma: f64, seed: u64) -> Mix {
-    let offline = replay.pairs;
-    let ours: HashSet<_> = generated.iter().map(|pair| pair.prompt).collect();
+    let (mut generated, offline) = (generated, replay.pairs);
+    let mut ours = HashSet::new();
+    let all = generated.len();
+    generated.retain(|pair| ours.insert(pair.prompt));
+    let repeated = all - generated.len();
     let shared = |pair: &Pair| ours.contains(&pair.prompt);
     let both = offline.iter().filter(|pair| shared(pair)).count();
     let distinct = generated.len() + offline.len() - both;
@@ -124,6 +129,7 @@ pub fn mix(generated: Vec<Pair>, replay: Replay, gamma: f64, seed: u64) -> Mix {
         pairs,
         generated: n_generated,
         replayed: n_replayed,
+        repeated,
     }
 }
 
@@ -327,6 +333,18 @@ mod tests {
         backward[25..].reverse();
         assert_eq!(a, backward);
         assert_ne!(a, prompts(mix(generated(0..50), offline(0..50), 0.5, 8)));
+    }
+
+    #[test]
+    fn a_prompt_under_two_ids_counts_once() {
+        let twice = || generated([0, 1, 2]).into_iter().chain(generated([0, 1]));
+        for gamma in [0.0, 0.5, 1.0] {
+            let got = mix(twice().collect(), offline([0, 7]), gamma, 1);
+            let prompts: HashSet<_> = got.pairs.iter().map(|pair| pair.prompt).collect();
+            assert_eq!(prompts.len(), got.pairs.len());
+            assert_eq!(got.generated + got.replayed, got.pairs.len());
+            assert_eq!(got.repeated, 2);
+        }
     }
 
     proptest! {

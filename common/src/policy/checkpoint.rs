@@ -260,7 +260,7 @@ pub const PAIR: [Response; 2] = [CHOSEN, REJECTED];
 
 /// Which responses a row holds: a sample's one, or a pair's two. Samples for the prompts of pairs have those pairs' fields, too.
 pub fn responses(row: &Row) -> &'static [Response] {
-    let has = |field| row.fields.contains_key(field);
+    let has = |field| row.present(field).is_some();
     if !has("response") && has("chosen") && has("rejected") {
         &PAIR
     } else {

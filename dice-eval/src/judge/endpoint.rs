@@ -137,7 +137,7 @@ impl Endpoint {
             .to_string()
     }
 
-    /// Asks until there is a reply. A question that is refused, of a server that has answered others, gets none: the verdict says
+    /// Asks until there is a reply. A question that is refused, of a server that answers others, gets none: the verdict says
     /// so, and a line on stderr why.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl Endpoint {
                     self.answered.store(true, Ordering::Relaxed);
                     return Ok(verdict);
                 }
-                Err(Failure::Refused(err)) if self.answered.load(Ordering::Relaxed) => {
+                Err(Failure::Refused(err)) if self.answers() => {
                     program::say(format_args!("{err:#}; left without a verdict"));
                     return Ok(Verdict::refused());
                 }
@@ -168,6 +168,15 @@ impl Endpoint {
             wait = (wait * 2).min(self.patience.longest_wait);
         }
         unreachable!("the loop has no end but the returns")
+    }
+
+    /// Whether it answers anything: it has, or it does now.
+    fn answers(&self) -> bool {
+        let does = || self.once("Say yes.").is_ok();
+        if !self.answered.load(Ordering::Relaxed) && does() {
+            self.answered.store(true, Ordering::Relaxed);
+        }
+        self.answered.load(Ordering::Relaxed)
     }
 
     fn once(&self, message: &str) -> Result<Verdict, Failure> {

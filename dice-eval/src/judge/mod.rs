@@ -34,7 +34,7 @@ use outputs::generators;
 /// Equal outputs are draws, about which a server is not asked.
 ///
 /// A server is asked for the log-probs of its first token, which weigh the two labels, if that is one of them; else its text
-/// decides. A question that it refuses (400, 413, 422), though it has answered others, has no verdict: "preference" is null.
+/// decides. A question that it refuses (400, 413, 422), though it answers others, has no verdict: "preference" is null.
 /// Each pair is shown in both orders and the preferences are averaged: judges favour one place. The share of pairs whose
 /// verdict turned with the order is said at the end. What fails for now (429, 5xx, time-outs, broken replies) is asked again,
 /// after longer and longer waits. Answers go to a journal at once: a killed run asks nothing twice.
@@ -407,6 +407,12 @@ mod tests {
             wins[1].is_none() && wins.iter().flatten().count() == 11,
             "{wins:?}"
         );
+        // The first one, too: then it is asked whether it answers at all.
+        let acts = [Act::Status(413), Act::Weigh];
+        let (server, rows) = ask(&acts, &["--in-flight", "1"]);
+        let nulls = |row: &&Value| row["preference"].is_null();
+        assert_eq!(rows.unwrap().iter().filter(nulls).count(), 1);
+        assert_eq!(server.asked(), 23);
         // A server that takes none is another matter.
         let (_, rows) = ask(&[Act::Status(400)], &["--in-flight", "1"]);
         assert!(format!("{:#}", rows.unwrap_err()).contains("status 400"));
