@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use common::flags;
 use common::jsonl::Row;
 use common::logprob::Group;
-use common::policy::{Compute, Logps, OnNan, PAIR, RewardModel, TooLong};
+use common::policy::{Compute, Logps, OnNan, PAIR, RewardModel, TooLong, is_of_prompt};
 use common::program;
 use common::run::settings;
 use serde_json::{Map, Value, json};
@@ -82,11 +82,6 @@ impl Scorer {
             })?;
             return Ok(vec![(row, Some(logps))]);
         };
-        let theirs =
-            row.opt_string("policy")? == Some(policy) && row.opt_string("ref")? == Some(reference);
-        if let (true, Ok(logps)) = (theirs, given(&row)) {
-            return Ok(vec![(row, Some(logps))]);
-        }
         let group = match models.encode(std::slice::from_ref(&row), |_| &PAIR) {
             Err(err) if TooLong::is(&err) => {
                 program::say(format_args!("{err}; left out"));
@@ -94,6 +89,13 @@ impl Scorer {
             }
             encoded => Some(encoded?),
         };
+        let prompt = group.as_ref().map_or(&[][..], |group| &group.prompt);
+        let theirs = row.opt_string("policy")? == Some(policy)
+            && row.opt_string("ref")? == Some(reference)
+            && is_of_prompt(&row, prompt)?;
+        if let (true, Ok(logps)) = (theirs, given(&row)) {
+            return Ok(vec![(row, Some(logps))]);
+        }
         let tokens = group.as_ref().map_or(0, Group::tokens);
         let ready = if self.tokens + tokens > self.limit {
             self.finish()?

@@ -6,7 +6,9 @@ use common::flags;
 use common::generate::{Generate, Request, Sample, Sampling};
 use common::jsonl::{self, Files, FinishReason, Opened, Output, Row};
 use common::kernels::decoding::Format;
-use common::policy::{Checkpoint, Compute, KvCacheDtype, OnNan, Stage, TooLong, sampling_dtype};
+use common::policy::{
+    Checkpoint, Compute, KvCacheDtype, OnNan, Stage, TooLong, name_prompt, sampling_dtype,
+};
 use common::program;
 use common::progress::Progress;
 use common::records::{Prompt, SAMPLE_FIELDS, Split};
@@ -118,7 +120,15 @@ fn run(args: Args) -> Result<()> {
         Opened::AlreadyDone(done) => {
             let model = || {
                 let model = Checkpoint::open(&args.model)?;
-                Ok(settings(json!({"model": model.weights.fingerprint()?})))
+                let mut known = settings(json!({"model": model.weights.fingerprint()?}));
+                if let Some(dtype) = args.compute.named_dtype() {
+                    let cache = match args.kv_cache_dtype {
+                        KvCacheDtype::Auto => "",
+                        KvCacheDtype::Int8 => "+kv-int8",
+                    };
+                    known.insert("dtype".into(), json!(dtype + cache));
+                }
+                Ok(known)
             };
             return done.confirm(model, &args.files.inputs());
         }
@@ -331,6 +341,7 @@ impl Job<'_> {
         // What a prompt brings of another response to it is not of these.
         row.fields
             .retain(|field, _| !SAMPLE_FIELDS.contains(&field.as_str()));
+        name_prompt(&mut row, &ids);
         self.repeated += u64::from(!self.ids.insert(id.clone()));
         self.waiting.push_back(row);
         self.generator.push(Request {

@@ -5,7 +5,9 @@ use clap::Parser;
 use common::flags;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
-use common::policy::{Compute, Logps, OnNan, Response, RewardModel, TooLong, responses};
+use common::policy::{
+    Compute, Logps, OnNan, Response, RewardModel, TooLong, name_prompt, responses,
+};
 use common::program;
 use common::progress::Progress;
 use common::reward::implicit_reward;
@@ -238,6 +240,7 @@ impl Job {
                 }
                 row.fields.insert("policy".into(), json!(self.policy));
                 row.fields.insert("ref".into(), json!(self.reference));
+                name_prompt(&mut row, &group.prompt);
                 self.output.write(&row.fields)?;
                 written += 1;
             }

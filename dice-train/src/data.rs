@@ -5,7 +5,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use common::dpo::Pair;
 use common::jsonl::{Place, Row};
 use common::logprob::Group;
-use common::policy::{CHOSEN, Checkpoint, OnNan, REJECTED, TooLong};
+use common::policy::{CHOSEN, Checkpoint, OnNan, REJECTED, TooLong, is_of_prompt};
 use common::program;
 use common::progress::Progress;
 use common::records::Prompt;
@@ -51,12 +51,15 @@ impl Pairs {
             };
             if pair.chosen == pair.rejected {
                 progress.skip("chosen equals rejected", 1);
+            } else if pair.chosen.is_empty() || pair.rejected.is_empty() {
+                // Nothing to raise or to lower, and no length to divide by.
+                progress.skip("a response without tokens", 1);
             } else if pair.length() > args.max_length {
                 progress.skip("longer than --max-length", 1);
             } else {
                 match reference.map(|r| given(&row, r)).transpose()?.flatten() {
-                    Some(logps) => pair.reference = logps,
-                    None => found.missing.push(found.pairs.len()),
+                    Some(logps) if is_of_prompt(&row, &pair.prompt)? => pair.reference = logps,
+                    _ => found.missing.push(found.pairs.len()),
                 }
                 found.pairs.push(pair);
                 found.places.push(row.place);

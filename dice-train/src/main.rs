@@ -248,6 +248,9 @@ fn already_made(args: &Args) -> Result<()> {
     let mut ours = run::settings(ours);
     ours.insert("settings".into(), known_settings(args).into());
     ours.insert("asked".into(), asked(args).into());
+    if let Some(dtype) = args.compute.named_dtype() {
+        ours.insert("dtype".into(), dtype.into());
+    }
     let inputs: Vec<_> = args.files.iter().map(PathBuf::as_path).collect();
     let log = finished(&args.output, &ours, &inputs)?;
     program::say(format_args!(

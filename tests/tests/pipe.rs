@@ -203,6 +203,30 @@ fn pairs_are_prompts_too() {
     assert_eq!(pairs[0]["chosen_by"], "hand");
 }
 
+/// So are those of samples: what is known of another response to them does not come along.
+#[test]
+fn samples_are_prompts_too() {
+    let world = World::new();
+    let row = json!({"id": null, "prompt": "Why?", "response": "So.", "reward": 7, "policy_logps": -1, "ref_logps": -2,
+        "policy": "p", "ref": "r", "logp": -1, "topic": "x"});
+    fs::write(world.path("own.jsonl"), lines(&[row])).unwrap();
+    let script = "dice-gen --model pi --k 2 --max-tokens 8 --stop e --system Be --output out.jsonl own.jsonl";
+    world.pipe(script).run().ok();
+    let made = world.rows("out.jsonl");
+    assert_eq!(made.len(), 2);
+    for row in &made {
+        let old = ["reward", "policy_logps", "ref_logps", "policy", "ref"];
+        assert!(old.iter().all(|field| !row.contains_key(*field)), "{row:?}");
+        assert_ne!(row.get("logp"), Some(&json!(-1)));
+        assert_eq!(row["topic"], "x");
+        // The input's own, without the system turn: a run that was killed is recognised by it.
+        assert!(row["id"].is_string());
+    }
+    fs::rename(world.path("out.jsonl"), world.path("out.jsonl.part")).unwrap();
+    world.pipe(&format!("{script} --resume")).run().ok();
+    assert_eq!(world.rows("out.jsonl"), made);
+}
+
 /// What a row gives the template besides its prompt decides what is sampled, scored and trained.
 #[test]
 fn templates_get_the_rows_variables() {
@@ -280,6 +304,7 @@ fn check_samples(samples: &[Fields], prompts: &[Value]) {
             );
         }
         let own = [
+            "prompt_hash",
             "sample",
             "response",
             "finish_reason",
@@ -483,15 +508,19 @@ fn training_takes_the_reference_from_the_rows_of_its_own_model_only() {
     }
     let (reward, _) = train(&rows, "b");
     assert!((reward - 0.2).abs() < 1e-4, "{reward} is not beta * 2");
-    for row in &mut rows {
-        row["ref"] = json!("0123456789abcdef");
+    // Of another model, or of a prompt that a template wrote otherwise.
+    for (field, output) in [("ref", "c"), ("prompt_hash", "d")] {
+        let mut rows = rows.clone();
+        for row in &mut rows {
+            row[field] = json!("0123456789abcdef");
+        }
+        let (reward, stderr) = train(&rows, output);
+        assert!(
+            reward.abs() < 1e-4,
+            "{field}: foreign log-probs were taken: {reward}"
+        );
+        assert!(stderr.contains("; 0 with reference log-probs"), "{stderr}");
     }
-    let (reward, stderr) = train(&rows, "c");
-    assert!(
-        reward.abs() < 1e-4,
-        "log-probs of a foreign model were taken: {reward}"
-    );
-    assert!(stderr.contains("; 0 with reference log-probs"), "{stderr}");
 }
 
 /// The sampler's log-probs are the policy's only of the tokens that it drew, of its own weights and number format.
@@ -537,6 +566,7 @@ fn the_samplers_log_probs_are_taken_only_where_they_hold() {
         ("dtype", json!("bf16")),
         ("dtype", json!("f32+kv-int8")),
         ("model", json!("0123456789abcdef")),
+        ("prompt_hash", json!("0123456789abcdef")),
     ] {
         let (anew, said) = score(&|row: &mut Fields| {
             row[field] = value.clone();
@@ -798,26 +828,28 @@ fn a_pipe_fails_with_any_of_its_stages_and_makes_no_checkpoint() {
     }
 }
 
-/// The first rows of a sampler that is killed (by the memory's guard, say) while it waits for its next prompt, in a pipe.
+/// The first rows of a scorer that is killed (by the memory's guard, say) while it waits for its next row, in a pipe.
 fn cut_short(world: &World) -> PipeReader {
     let (mut reader, writer) = std::io::pipe().unwrap();
-    let args = ["--model", &world.arg("pi"), "--k", "2", "--max-tokens", "8"];
-    let mut sampler = Command::new(bin_folder().join("dice-gen"))
+    let args = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")];
+    let mut scorer = Command::new(bin_folder().join("dice-score"))
         .args(args)
         .stdin(Stdio::piped())
         .stdout(writer)
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let mut stdin = sampler.stdin.take().unwrap();
-    let row = json!({"prompt": "Say 1", "chosen": "Yes, gladly.", "rejected": "No.", "reward": 1});
-    stdin.write_all(lines(&[row]).as_bytes()).unwrap();
+    let mut stdin = scorer.stdin.take().unwrap();
+    // More than it gathers for a forward pass.
+    let row = |i: usize| json!({"prompt": format!("Say {i}"), "response": "x".repeat(100), "chosen": "Yes.", "rejected": "No."});
+    let rows: Vec<Value> = (0..20).map(row).collect();
+    stdin.write_all(lines(&rows).as_bytes()).unwrap();
     // Its rows are on their way, the first character is here: the rest is for the next program.
     let mut first = [0];
     reader.read_exact(&mut first).unwrap();
     assert_eq!(&first, b"{");
-    sampler.kill().unwrap();
-    sampler.wait().unwrap();
+    scorer.kill().unwrap();
+    scorer.wait().unwrap();
     reader
 }
 
@@ -912,6 +944,7 @@ fn scored_replay_pairs_need_no_reference() {
             "reward_rejected",
             "policy",
             "ref",
+            "prompt_hash",
         ]);
         assert_eq!(names(row), expected);
         let gap = number(row, "policy_chosen_logps") - number(row, "ref_chosen_logps");

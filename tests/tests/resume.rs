@@ -391,11 +391,12 @@ fn work_is_neither_overwritten_nor_done_twice() {
             fs::rename(world.path("gone"), world.path("pi")).unwrap();
         }
         let others: &[&str] = match tool {
-            "dice-gen" => &["--split test"],
+            "dice-gen" => &["--split test", "--dtype bf16"],
             "dice-train" => &[
                 "--split test",
                 "--epochs 3",
                 "--max-length 64",
+                "--dtype bf16",
                 "--lora-rank 2 --merge",
             ],
             _ => &[],

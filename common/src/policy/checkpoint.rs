@@ -258,6 +258,26 @@ pub const REJECTED: Response = Response {
 /// The responses of a pair row.
 pub const PAIR: [Response; 2] = [CHOSEN, REJECTED];
 
+/// The field with the hash of a prompt's tokens.
+const PROMPT_HASH: &str = "prompt_hash";
+
+/// Says in a row of which tokens its log-probs are: another chat template, or another date in it, makes others of the same
+/// prompt.
+pub fn name_prompt(row: &mut Row, ids: &[u32]) {
+    row.fields.insert(PROMPT_HASH.into(), hash(ids).into());
+}
+
+/// Whether the log-probs that a row brings can be of a prompt of these tokens: a row that does not say is believed.
+pub fn is_of_prompt(row: &Row, ids: &[u32]) -> Result<bool> {
+    let named = row.opt_string(PROMPT_HASH)?;
+    Ok(named.is_none_or(|named| named == hash(ids)))
+}
+
+fn hash(ids: &[u32]) -> String {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    blake3::hash(&bytes).to_hex()[..16].to_owned()
+}
+
 /// Which responses a row holds: a sample's one, or a pair's two. Samples for the prompts of pairs have those pairs' fields, too.
 pub fn responses(row: &Row) -> &'static [Response] {
     let has = |field| row.present(field).is_some();

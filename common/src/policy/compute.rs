@@ -110,6 +110,13 @@ fn device(text: &str) -> Result<String, String> {
 }
 
 impl Compute {
+    /// The number format that was asked for by name, as settings of a run have it; none where it is left to the machine.
+    pub fn named_dtype(&self) -> Option<String> {
+        use clap::ValueEnum;
+        let name = self.dtype.to_possible_value()?.get_name().to_owned();
+        (self.dtype != Dtype::Auto).then_some(name)
+    }
+
     /// Settles where and in which number format to compute. `auto` takes the first GPU where this build can use one.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ mod rewards;
 
 pub use checkpoint::{
     CHOSEN, Checkpoint, Engine, PAIR, REJECTED, RESPONSE, Response, TOKENS_AT_ONCE, TooLong,
-    responses,
+    is_of_prompt, name_prompt, responses,
 };
 pub use compute::{Compute, Dtype, KvCacheDtype, OnNan, Place, Stage, sampling_dtype};
 pub use rewards::{Logps, RewardModel};

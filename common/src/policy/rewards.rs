@@ -1,6 +1,8 @@
 //! Two models that are a reward: log-probs of responses under both, side by side in memory or in turns.
 
-use super::checkpoint::{Checkpoint, Engine, RESPONSE, Response, TOKENS_AT_ONCE, TooLong};
+use super::checkpoint::{
+    Checkpoint, Engine, RESPONSE, Response, TOKENS_AT_ONCE, TooLong, is_of_prompt,
+};
 use super::compute::{Compute, Place, Stage};
 use crate::budget;
 use crate::cuda;
@@ -200,7 +202,8 @@ impl RewardModel {
             .zip(&group.responses)
             .map(|(row, response)| {
                 // A row that calls a cut response finished is scored with an end that the sampler did not draw.
-                let same = row.opt_string("model")? == Some(fingerprint)
+                let same = is_of_prompt(row, &group.prompt)?
+                    && row.opt_string("model")? == Some(fingerprint)
                     && row.opt_string("dtype")? == Some(self.place.dtype())
                     && row.opt_ids(RESPONSE.token_ids)?.as_ref() == Some(response);
                 Ok(row.opt_number("logp")?.filter(|_| same))
