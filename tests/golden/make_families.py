@@ -23,6 +23,7 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -280,6 +281,17 @@ FAMILIES = {
     "gemma": (
         GemmaConfig,
         dict(tie_word_embeddings=True, head_dim=16, hidden_act="gelu", rope_parameters=rope(10000.0)),
+        {},
+    ),
+    # A window on every second layer; as Mistral's own file of it has it, "mistral" with layer_types.
+    "ministral": (
+        MinistralConfig,
+        dict(
+            sliding_window=8,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=rope(10000.0),
+        ),
         {},
     ),
 }

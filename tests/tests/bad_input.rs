@@ -225,7 +225,7 @@ fn missing_and_mistyped_fields() {
             "dice-score",
             "token_ids",
             json!([5, 264]),
-            "holds 264, but the model has 264 tokens",
+            "holds the token 264, but the model has 264 tokens",
         ),
         (
             "dice-pairs",

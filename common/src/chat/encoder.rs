@@ -24,6 +24,7 @@ pub struct Encoder {
     plain: Tokenizer,
     controls: HashSet<u32>,
     vocab_size: usize,
+    base_size: usize,
 }
 
 /// A piece of text, and the added token that it is, if it is one.
@@ -48,16 +49,17 @@ impl Encoder {
             ))
             .map_err(tokenizer_error)?;
         plain.set_encode_special_tokens(true);
-        let vocab_size = full
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |id| *id as usize + 1);
+        let size = |with_added| {
+            let vocabulary = full.get_vocab(with_added);
+            vocabulary.values().max().map_or(0, |id| *id as usize + 1)
+        };
+        let (vocab_size, base_size) = (size(true), size(false));
         Ok(Self {
             full,
             plain,
             controls,
             vocab_size,
+            base_size,
         })
     }
 
@@ -67,6 +69,11 @@ impl Encoder {
 
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// The same of the vocabulary without added tokens.
+    pub fn base_size(&self) -> usize {
+        self.base_size
     }
 
     /// Ids of a string that the template alone wrote: control tokens are ids, nothing is put before or after.

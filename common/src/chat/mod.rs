@@ -210,7 +210,14 @@ impl Chat {
             .find(|(_, [ours, theirs])| ours != theirs)
     }
 
-    /// One more than the largest token id. A model's embedding may have more rows (padding), never fewer.
+    /// Rows that a model's embedding must have: for the vocabulary and the end of a turn. (More are usual, padding; tokens that
+    /// were added behind the vocabulary may have none, such as that for images of the Gemma 3 that reads none.)
+    pub fn least_rows(&self) -> usize {
+        let end = self.end_of_turn as usize + 1;
+        self.encoder.base_size().max(end)
+    }
+
+    /// One more than the largest token id.
     pub fn vocab_size(&self) -> usize {
         self.encoder.vocab_size()
     }

@@ -112,7 +112,7 @@ impl Checkpoint {
     pub fn open(model: &str) -> Result<Self> {
         let weights = Weights::open(model)?;
         let chat = Chat::open(weights.path())?;
-        weights.check_tokenizer(chat.vocab_size())?;
+        weights.check_tokenizer(chat.least_rows())?;
         if !chat.has_template() {
             program::say(format_args!(
                 "{model}: it has no chat template: prompts are taken as plain text, as a base model reads it"
@@ -170,7 +170,8 @@ impl Checkpoint {
     /// The rendered prompt of a row.
     ///
     /// # Errors
-    /// A prompt that is missing, that the template refuses, or ([`TooLong`]) that leaves no room for a response.
+    /// A prompt that is missing, that the template refuses, that holds a token which the model has not, or ([`TooLong`]) that
+    /// leaves no room for a response.
     pub fn prompt_ids(&self, row: &Row, prompt: &Prompt) -> Result<Vec<u32>> {
         let ids = self
             .chat
@@ -182,6 +183,7 @@ impl Checkpoint {
                 "has no token: the chat template writes nothing of it",
             ));
         }
+        self.check_tokens(row, "prompt", &ids)?;
         let context = self.weights.config.context;
         if ids.len() >= context {
             let message = format!(
@@ -193,6 +195,20 @@ impl Checkpoint {
         Ok(ids)
     }
 
+    /// Fails on a token that the model has no weights for.
+    fn check_tokens(&self, row: &Row, field: &str, ids: &[u32]) -> Result<()> {
+        let vocab = self.weights.config.vocab;
+        match ids.iter().find(|&&id| id as usize >= vocab) {
+            None => Ok(()),
+            Some(id) => {
+                let message = format!(
+                    "holds the token {id}, but the model has {vocab} tokens: is it of another model?"
+                );
+                Err(row.error(field, message))
+            }
+        }
+    }
+
     /// The tokens of a response: the row's ids where it has them, else its text's; ended by the end-of-turn token
     /// where it is finished. The names are those of the row's fields.
     ///
@@ -202,18 +218,12 @@ impl Checkpoint {
         let text = row.response(names.text)?;
         let finished = row.finish_reason(names.finish_reason)? == FinishReason::Stop;
         let Some(mut ids) = row.opt_ids(names.token_ids)? else {
-            return self
-                .chat
-                .response_ids(text, finished)
-                .map_err(|err| row.error(names.text, format!("{err:#}")));
+            let ids = self.chat.response_ids(text, finished);
+            let ids = ids.map_err(|err| row.error(names.text, format!("{err:#}")))?;
+            self.check_tokens(row, names.text, &ids)?;
+            return Ok(ids);
         };
-        let vocab = self.weights.config.vocab;
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            let message = format!(
-                "holds {id}, but the model has {vocab} tokens: was it sampled by another model?"
-            );
-            return Err(row.error(names.token_ids, message));
-        }
+        self.check_tokens(row, names.token_ids, &ids)?;
         if finished
             && !ids
                 .last()

@@ -689,6 +689,12 @@ mod tests {
             json!(adapter.path()),
         );
         assert!(error(adapter.path()).contains("is an adapter itself"));
+        // A model beside it: perhaps the merged one, which the adapter is not for.
+        let (base, _, adapter) = adapted();
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(base.path().join(file), adapter.path().join(file)).unwrap();
+        }
+        assert!(error(adapter.path()).contains("holds a model and an adapter"));
         let (_base, _, adapter) = adapted();
         fs::remove_file(adapter.path().join(WEIGHTS)).unwrap();
         assert!(error(adapter.path()).contains("adapter_model.safetensors: missing"));

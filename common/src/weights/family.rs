@@ -107,8 +107,10 @@ pub(super) enum Scales {
 pub(super) enum Windows {
     /// None.
     None,
-    /// All, if there is a `sliding_window`, which is this where the file has none.
-    All(Option<usize>),
+    /// All, if there is a `sliding_window`.
+    All,
+    /// All, if there is a `sliding_window`, which is 4096 where the file has none; or those that `layer_types` names.
+    Typed,
     /// With `use_sliding_window`, those from `max_window_layers` on, or those that `layer_types` names.
     Last,
     /// With `use_sliding_window`, those that do not rotate, or those that `layer_types` names; `no_rope_layers` says which
@@ -214,17 +216,19 @@ const GEMMA2: Family = Family {
     ..GEMMA
 };
 
-const FAMILIES: [Family; 17] = [
+const MISTRAL: Family = Family {
+    model_type: "mistral",
+    class: "Mistral",
+    kv_heads: Some(8),
+    attention_bias: false,
+    mlp_bias: false,
+    windows: Windows::Typed,
+    ..LLAMA
+};
+
+const FAMILIES: [Family; 18] = [
     LLAMA,
-    Family {
-        model_type: "mistral",
-        class: "Mistral",
-        kv_heads: Some(8),
-        attention_bias: false,
-        mlp_bias: false,
-        windows: Windows::All(Some(4096)),
-        ..LLAMA
-    },
+    MISTRAL,
     Family {
         model_type: "qwen2",
         class: "Qwen2",
@@ -285,7 +289,7 @@ const FAMILIES: [Family; 17] = [
         norm_eps: 1e-5,
         attention_bias: false,
         mlp_bias: false,
-        windows: Windows::All(None),
+        windows: Windows::All,
         permuted: false,
         partial: true,
         fused: &[
@@ -345,7 +349,7 @@ const FAMILIES: [Family; 17] = [
         theta: 1_000_000.0,
         attention_bias: false,
         mlp_bias: false,
-        windows: Windows::All(None),
+        windows: Windows::All,
         mixture: Some(Mixture {
             count: "num_local_experts",
             asked: false,
@@ -371,6 +375,12 @@ const FAMILIES: [Family; 17] = [
             ..MIXTURE
         }),
         ..GRANITE
+    },
+    // What transformers makes of a Mistral with `layer_types`.
+    Family {
+        model_type: "ministral",
+        class: "Ministral",
+        ..MISTRAL
     },
 ];
 

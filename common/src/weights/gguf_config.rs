@@ -55,8 +55,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let shared = fields
         .whole("expert_shared_feed_forward_length")?
         .unwrap_or(0);
+    // Of a Granite 4 without experts it is the MLP's width once more.
     ensure!(
-        shared == 0,
+        shared == 0 || experts == 0,
         "expert_shared_feed_forward_length: experts for all tokens are not supported"
     );
     let embedding = gguf
@@ -288,24 +289,26 @@ fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling
             let key = "rope.scaling.factor";
             let factor = positive(key, fields.real(key)?.unwrap_or(1.0))?;
             let original = "rope.scaling.original_context_length";
-            for (key, only) in [
-                ("yarn_ext_factor", 1.0),
-                ("attn_factor", 1.0),
-                ("yarn_attn_factor", 1.0),
-            ] {
-                let value = fields.real(&format!("rope.scaling.{key}"))?.unwrap_or(only);
+            for key in ["yarn_ext_factor", "attn_factor"] {
+                let value = fields.real(&format!("rope.scaling.{key}"))?.unwrap_or(1.0);
                 ensure!(
-                    value == only,
-                    "rope.scaling.{key}: {value} is not supported, only {only}"
+                    value == 1.0,
+                    "rope.scaling.{key}: {value} is not supported, only 1"
                 );
             }
+            // The config's `attention_factor`, as llama.cpp's converter writes it; its reader has the usual one in any case.
+            let key = "rope.scaling.yarn_attn_factor";
+            let attention_factor = match fields.real(key)?.filter(|&factor| factor != 1.0) {
+                Some(factor) => positive(key, factor)?,
+                None => yarn_growth(factor),
+            };
             let beta = |key: &str| fields.real(&format!("rope.scaling.yarn_{key}"));
             Ok(RopeScaling::Yarn {
                 factor,
                 original_context: fields.size(original)? as f32,
                 beta_fast: beta("beta_fast")?.unwrap_or(32.0) as f32,
                 beta_slow: beta("beta_slow")?.unwrap_or(1.0) as f32,
-                attention_factor: yarn_growth(factor),
+                attention_factor,
             })
         }
         _ => bail!(

@@ -28,7 +28,7 @@ use hub::{Hub, HubId};
 use layout::Place;
 use rayon::prelude::*;
 use safetensors::Shards;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -104,10 +104,22 @@ impl Weights {
     }
 
     fn open_folder(folder: &Path) -> Result<Self> {
+        // transformers puts the adapter on the model, which may be the merged one.
+        ensure!(
+            !folder.join(adapter::WEIGHTS).is_file(),
+            "{}: holds a model and an adapter ({}): which of them is meant? Move the other elsewhere",
+            folder.display(),
+            adapter::WEIGHTS
+        );
         let path = folder.join("config.json");
-        let original = text_part::config_of(read_json(&path)?);
-        let config = Config::from_json(&original, &path)?;
+        let mut original = text_part::config_of(read_json(&path)?);
+        let mut config = Config::from_json(&original, &path)?;
         let shards = Shards::open_folder(folder)?;
+        // Configs of a whole and its part do not agree on it; a head that is not there is the embedding.
+        if shards.is_text_part() && !shards.has("lm_head.weight") {
+            original["tie_word_embeddings"] = json!(true);
+            config = Config::from_json(&original, &path)?;
+        }
         for (name, shape) in config.stored_parameters() {
             shards.check(&Place::whole(&name, &shape))?;
         }

@@ -109,6 +109,11 @@ impl Shards {
         self.names != Names::Plain
     }
 
+    /// Whether there is a tensor, which is called so in a model of text alone.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.shape(&self.names.stored(name)).is_some()
+    }
+
     fn file_of(&self, name: &str) -> Option<&File> {
         let file = match self.index.is_empty() {
             true => 0,
@@ -143,9 +148,9 @@ impl Shards {
             return Ok(());
         };
         ensure!(
-            head.0 != embedding.0 || head.1 == embedding.1,
-            "tie_word_embeddings says that the embedding is the LM head, but lm_head.weight is there and another matrix: \
-             set it to false"
+            head == embedding,
+            "tie_word_embeddings says that the embedding is the LM head, but lm_head.weight is there and another matrix, or \
+             in another format: set it to false"
         );
         Ok(())
     }

@@ -226,7 +226,7 @@ fn shard_names_stay_in_their_folder() {
 fn gguf_opens_under_hugging_face_names_with_rows_in_their_order() {
     let folder = tempfile::tempdir().unwrap();
     // These have no name of their own there.
-    let known = |family: &&str| !["mistral", "granitemoehybrid"].contains(family);
+    let known = |family: &&str| !["mistral", "ministral", "granitemoehybrid"].contains(family);
     for family in families().filter(known) {
         for dtype in [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16] {
             let (path, config, tensors) = gguf(folder.path(), family, dtype);
@@ -419,6 +419,8 @@ fn a_gguf_says_which_layers_have_a_window_and_how_others_rotate() {
     };
     let first_full = of(["full_attention", "sliding_attention"]);
     let tensors = as_gguf(&first_full, "olmo2", &random_tensors(&first_full, 5));
+    // As the converter writes the config's attention_factor, here the usual one.
+    let growth = F32(1.0 + 0.1 * 8f32.ln());
     let write = |pattern| {
         let mut metadata = gguf_metadata(&first_full, "olmo2");
         for (key, value) in [
@@ -427,6 +429,7 @@ fn a_gguf_says_which_layers_have_a_window_and_how_others_rotate() {
             ("rope.scaling.type", String("yarn".into())),
             ("rope.scaling.factor", F32(8.0)),
             ("rope.scaling.original_context_length", U32(32)),
+            ("rope.scaling.yarn_attn_factor", growth.clone()),
         ] {
             metadata.push((format!("olmo2.{key}"), value));
         }
@@ -473,7 +476,8 @@ fn a_gemma_2_gguf_is_read_as_llama_cpp_knows_it() {
     }
 }
 
-/// As llama.cpp's converter writes Granite 4: a number of key/value heads for each layer.
+/// As llama.cpp's converter writes Granite 4: a number of key/value heads for each layer, and the MLP's width as that of an
+/// expert for all tokens, although there are none.
 #[test]
 fn a_granite_gguf_has_its_multipliers() {
     use gguf_file::Value::{Array, F32, U32};
@@ -491,6 +495,7 @@ fn a_granite_gguf_has_its_multipliers() {
         ("attention.scale", F32(0.3)),
         ("residual_scale", F32(0.5)),
         ("logit_scale", F32(6.0)),
+        ("expert_shared_feed_forward_length", U32(64)),
     ] {
         metadata.push((format!("granite.{key}"), value));
     }

@@ -43,7 +43,17 @@ fn text_of(config: &Value) -> Option<Value> {
             text.insert(key.into(), json!(value));
         }
     }
-    text.insert("architectures".into(), json!([family.architecture()]));
+    // A classifier or a reward model of that kind has no LM head to speak of.
+    let generates = |name: &Value| {
+        let name = name.as_str().unwrap_or_default();
+        name.ends_with("ForConditionalGeneration") || name.ends_with("ForCausalLM")
+    };
+    let architectures = whole.get("architectures").and_then(Value::as_array);
+    if architectures.is_none_or(|names| names.is_empty() || names.iter().any(generates)) {
+        text.insert("architectures".into(), json!([family.architecture()]));
+    } else {
+        text.insert("architectures".into(), whole["architectures"].clone());
+    }
     Some(Value::Object(text))
 }
 
@@ -54,16 +64,23 @@ pub(super) enum Names {
     Plain,
     /// `language_model.` before all of that, as most checkpoints have it.
     Before,
-    /// `model.language_model.` for `model.`, as transformers 4.52 and later have it in memory.
-    Within,
+    /// This after `model.`: `language_model.`, as transformers 4.52 and later have it in memory, or `text_model.` (Idefics,
+    /// SmolVLM).
+    Within(&'static str),
 }
+
+/// What the tensors of a text part are told by.
+const WITHIN: [&str; 2] = ["language_model.", "text_model."];
 
 impl Names {
     /// The names that a folder has, by whether a tensor is in it.
     pub fn of(has: impl Fn(&str) -> bool) -> Self {
         let embedding = "model.embed_tokens.weight";
-        let others = [Self::Before, Self::Within].into_iter();
-        let mut found = others.filter(|names| has(&names.stored(embedding)));
+        let within = WITHIN.into_iter().map(Self::Within);
+        let mut found = [Self::Before]
+            .into_iter()
+            .chain(within)
+            .filter(|names| has(&names.stored(embedding)));
         found.next().unwrap_or(Self::Plain)
     }
 
@@ -71,24 +88,27 @@ impl Names {
     pub fn stored(self, name: &str) -> Cow<'_, str> {
         match (self, name.strip_prefix("model.")) {
             (Self::Before, _) => format!("language_model.{name}").into(),
-            (Self::Within, Some(rest)) => format!("model.language_model.{rest}").into(),
-            (Self::Plain, _) | (Self::Within, None) => name.into(),
+            (Self::Within(part), Some(rest)) => format!("model.{part}{rest}").into(),
+            (Self::Plain, _) | (Self::Within(_), None) => name.into(),
         }
     }
 }
 
 /// A name as a model of text alone has it, whichever way it is written.
 pub(super) fn plain(name: &str) -> Cow<'_, str> {
-    match name.split_once("language_model.") {
-        Some(("", rest)) => rest.into(),
-        Some(("model.", rest)) => format!("model.{rest}").into(),
-        _ => name.into(),
+    for part in WITHIN {
+        match name.split_once(part) {
+            Some(("", rest)) => return rest.into(),
+            Some(("model.", rest)) => return format!("model.{rest}").into(),
+            _ => {}
+        }
     }
+    name.into()
 }
 
 /// Whether a name of a model with images is one of its text part.
 pub(super) fn is_in(name: &str) -> bool {
-    name.contains("language_model.")
+    WITHIN.iter().any(|part| name.contains(part))
 }
 
 #[cfg(test)]
@@ -130,7 +150,11 @@ mod tests {
         let (folder, _, tensors) = checkpoint("gemma3_text");
         let alone = open(folder.path()).unwrap();
         assert!(!alone.is_text_part());
-        for names in [Names::Before, Names::Within] {
+        for names in [
+            Names::Before,
+            Names::Within(WITHIN[0]),
+            Names::Within(WITHIN[1]),
+        ] {
             let whole = wrapped(folder.path(), names);
             let part = open(whole.path()).unwrap();
             assert!(part.is_text_part());
@@ -182,9 +206,39 @@ mod tests {
         assert!(error.contains("quantization_config"), "{error}");
     }
 
+    /// A tied head is stored with none of them, whatever their configs say of the whole and of the part.
+    #[test]
+    fn a_text_part_without_a_head_is_tied() {
+        let (folder, _, tensors) = checkpoint("gemma3_text");
+        let whole = wrapped(folder.path(), Names::Before);
+        let bytes = std::fs::read(whole.path().join("model.safetensors")).unwrap();
+        let stored = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let head = "language_model.lm_head.weight";
+        let rest = stored.iter().filter(|(name, _)| *name != head);
+        let file = safetensors::serialize(rest, None).unwrap();
+        std::fs::write(whole.path().join("model.safetensors"), file).unwrap();
+        let part = open(whole.path()).unwrap();
+        assert!(part.config.tied && !open(folder.path()).unwrap().config.tied);
+        assert_eq!(part.original["tie_word_embeddings"], json!(true));
+        let tensors = tensors
+            .into_iter()
+            .filter(|(name, ..)| name != "lm_head.weight");
+        assert_holds(&part, &tensors.collect());
+    }
+
+    #[test]
+    fn a_reward_model_is_none_of_text() {
+        let judge = json!({"model_type": "gemma3", "architectures": ["Gemma3ForSequenceClassification"],
+            "text_config": config_json("gemma3_text")});
+        let error = Config::from_json(&config_of(judge), Path::new("config.json"));
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("is not a causal language model"), "{error}");
+    }
+
     #[test]
     fn names_go_there_and_back() {
-        for names in [Names::Plain, Names::Before, Names::Within] {
+        let within = WITHIN.map(Names::Within);
+        for names in [Names::Plain, Names::Before].into_iter().chain(within) {
             for name in ["model.layers.3.mlp.up_proj", "lm_head.weight"] {
                 assert_eq!(plain(&names.stored(name)), name, "{names:?}");
             }

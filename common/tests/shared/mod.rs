@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 21] = [
+pub const FAMILIES: [&str; 22] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -18,6 +18,7 @@ pub const FAMILIES: [&str; 21] = [
     "llama-bf16-sharded",
     "smollm",
     "mistral",
+    "ministral",
     "qwen2",
     "qwen2-sliding",
     "qwen3",

@@ -28,9 +28,14 @@ pub fn positions(
     let asked = || fields.flag("use_sliding_window");
     match family.windows {
         Windows::None => Ok((vec![None; layers], everywhere()?)),
-        Windows::All(unsaid) => {
-            let window = sliding_window(fields, unsaid)?;
+        Windows::All => {
+            let window = sliding_window(fields, None)?;
             Ok((vec![window; layers], everywhere()?))
+        }
+        Windows::Typed => {
+            let window = sliding_window(fields, Some(4096))?;
+            let windows = typed_windows(fields, window, layers, |_| true)?;
+            Ok((windows, everywhere()?))
         }
         Windows::Last => {
             let window = match asked()?.unwrap_or(false) {

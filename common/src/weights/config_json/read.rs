@@ -183,10 +183,12 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
         fields.present("quantization_config").is_none(),
         "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
     );
-    ensure!(
-        !fields.flag("use_bidirectional_attention")?.unwrap_or(false),
-        "use_bidirectional_attention: this is not a causal language model"
-    );
+    for (key, causal) in [("use_bidirectional_attention", false), ("is_causal", true)] {
+        ensure!(
+            fields.flag(key)?.unwrap_or(causal) == causal,
+            "{key}: this is not a causal language model"
+        );
+    }
     if family.hybrid {
         refuse_other_hybrids(fields)?;
     }

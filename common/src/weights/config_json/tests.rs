@@ -137,6 +137,11 @@ fn windows_follow_each_familys_rules() {
         windows("mistral", json!({"sliding_window": null})),
         [None, None]
     );
+    let types =
+        json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]});
+    for mistral in ["mistral", "ministral"] {
+        assert_eq!(windows(mistral, types.clone()), [None, Some(16)]);
+    }
     for qwen in ["qwen2", "qwen3"] {
         assert_eq!(
             windows(qwen, json!({"sliding_window": 16, "max_window_layers": 0})),
@@ -361,6 +366,10 @@ fn what_cannot_be_run_is_named_with_its_file() {
         (
             json!({"quantization_config": {"bits": 4}}),
             "quantization_config",
+        ),
+        (
+            json!({"is_causal": false}),
+            "is_causal: this is not a causal language model",
         ),
         (
             json!({"architectures": ["LlamaForSequenceClassification"]}),

@@ -122,7 +122,7 @@ fn windows(config: &Config, family: &Family, set: &mut Set) {
     let window = config.windows.iter().flatten().next();
     match family.windows {
         Windows::None => return,
-        Windows::All(_) => {}
+        Windows::All | Windows::Typed => {}
         Windows::Last => set("use_sliding_window", json!(window.is_some())),
         Windows::Unrotated => {
             set("use_sliding_window", json!(window.is_some()));
@@ -136,7 +136,13 @@ fn windows(config: &Config, family: &Family, set: &mut Set) {
         }
     }
     set("sliding_window", json!(window));
-    if !matches!(family.windows, Windows::All(_)) {
+    let by_type = match family.windows {
+        Windows::All => false,
+        // With `layer_types` transformers takes it for another model.
+        Windows::Typed => config.windows.iter().any(|w| w.as_ref() != window),
+        _ => true,
+    };
+    if by_type {
         let kind = |window: &Option<usize>| match window {
             Some(_) => "sliding_attention",
             None => "full_attention",
