@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 pub enum Prompt {
     /// One user turn.
     Text(String),
-    /// Objects with a string `role` and a string `content`, in order; other keys are the template's business.
+    /// Objects with a string `role` and a string `content` (there may be none where there are `tool_calls`), in order; other keys
+    /// are the template's business.
     Messages(Vec<Map<String, Value>>),
 }
 
@@ -92,8 +93,8 @@ impl Prompt {
 
     /// Whether it is these messages, whichever form it has.
     pub fn is(&self, messages: &[Value]) -> bool {
-        let theirs: Option<Vec<_>> = messages.iter().map(|m| m.as_object().cloned()).collect();
-        theirs.is_some_and(|theirs| hash_json(&theirs) == self.key())
+        let theirs = Self::from_value(&Value::from(messages));
+        theirs.is_ok_and(|theirs| theirs.key() == self.key())
     }
 
     /// What makes two prompts the same one, whichever form they have: the hash of their messages.
@@ -171,12 +172,38 @@ fn message(value: &Value) -> Result<Map<String, Value>> {
     let Value::Object(message) = value else {
         bail!("holds a message that is not an object")
     };
-    for field in ["role", "content"] {
-        if !message.get(field).is_some_and(Value::is_string) {
-            bail!("holds a message without a string \"{field}\"");
-        }
+    if !message.get("role").is_some_and(Value::is_string) {
+        bail!("holds a message without a string \"role\"");
     }
-    Ok(message.clone())
+    let mut message = message.clone();
+    match (text_of(value), message.get("content")) {
+        (Some(text), Some(Value::Array(_))) => drop(message.insert("content".into(), text.into())),
+        (Some(_), _) => {}
+        (None, None | Some(Value::Null)) if calls_tools(value) => {}
+        (None, Some(Value::Array(_))) => {
+            bail!("holds a message whose \"content\" is more than one part of text")
+        }
+        (None, _) => bail!("holds a message without a string \"content\""),
+    }
+    Ok(message)
+}
+
+/// A message's text: its `content`, or the only part of that (`[{"type": "text", "text": "…"}]`).
+pub fn text_of(message: &Value) -> Option<&str> {
+    match message.get("content")? {
+        Value::String(text) => Some(text),
+        Value::Array(parts) => match &parts[..] {
+            [part] if part.get("type")? == "text" => part.get("text")?.as_str(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// Whether a message has tool calls.
+pub fn calls_tools(message: &Value) -> bool {
+    let calls = message.get("tool_calls").and_then(Value::as_array);
+    calls.is_some_and(|calls| !calls.is_empty())
 }
 
 #[cfg(test)]
@@ -194,6 +221,25 @@ mod tests {
         assert_eq!(one.key(), Prompt::Text("Why?".into()).key());
         let other = of(json!({"role": "user", "content": "Why?", "name": "Ada"}));
         assert_ne!(one.key(), other.key());
+    }
+
+    #[test]
+    fn content_is_a_text_or_one_part_of_text_or_there_are_tool_calls() {
+        let of = |message: Value| Prompt::from_value(&json!([message]));
+        let part = json!({"type": "text", "text": "Why?"});
+        let parts = of(json!({"role": "user", "content": [part]})).unwrap();
+        assert_eq!(parts.key(), Prompt::Text("Why?".into()).key());
+        let call =
+            json!({"role": "assistant", "content": null, "tool_calls": [{"type": "function"}]});
+        assert!(of(call).is_ok());
+        for (content, wanted) in [
+            (json!([part, part]), "more than one part of text"),
+            (json!([{"type": "image"}]), "more than one part of text"),
+            (json!(null), "without a string \"content\""),
+        ] {
+            let message = of(json!({"role": "user", "content": content})).unwrap_err();
+            assert!(message.to_string().contains(wanted), "{message}");
+        }
     }
 
     #[test]

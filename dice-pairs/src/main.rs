@@ -135,11 +135,6 @@ fn run(args: Args) -> Result<()> {
     let spool = Spool::new(output_file.map(parent));
     let replay = read_replay(&args, &spool)?;
     let chosen = read_samples(&args, &spool, &progress)?.choose()?;
-    // A stage that is killed as it starts leaves an empty pipe: no reason to train on offline pairs alone.
-    if chosen.rows == 0 && args.replay.is_some() && args.gamma < 1.0 {
-        bail!("the input has no rows; pairs of --replay alone are made by --gamma 1");
-    }
-
     let mut stats = stats::Stats::new(
         &chosen,
         replay.skipped(),
@@ -148,6 +143,23 @@ fn run(args: Args) -> Result<()> {
     );
     for (reason, n) in chosen.skipped.0.iter().chain(&replay.skipped().0) {
         progress.skip(reason, *n);
+    }
+    // A stage that is killed as it starts leaves an empty pipe, and one whose responses were all cut nothing to choose from: no
+    // reason to train on offline pairs alone.
+    if args.replay.is_some() && args.gamma < 1.0 && chosen.pairs.is_empty() {
+        let reasons = chosen
+            .skipped
+            .0
+            .iter()
+            .map(|(reason, n)| format!("{reason} {n}"));
+        let why = match chosen.rows {
+            0 => "the input has no rows".to_owned(),
+            _ => format!(
+                "no prompt gave a pair ({})",
+                reasons.collect::<Vec<_>>().join(", ")
+            ),
+        };
+        bail!("{why}; pairs of --replay alone are made by --gamma 1");
     }
     progress.note(format!(
         "alpha {}, mean length gap {:.2} (at alpha 0: {:.2})",
@@ -238,10 +250,8 @@ fn report_mix(progress: &Progress, mix: &Mix, ours: usize, theirs: usize, gamma:
     progress.skip("generated pairs left out to keep --gamma", left_out);
     // A share of n rows is met to within half a row.
     if (mix.replayed as f64 - gamma * total as f64).abs() > 0.5 {
-        let side = if theirs == 0 { "--replay" } else { "the input" };
         progress.say(format_args!(
-            "--gamma {gamma} cannot be met: {side} has no usable pair; {} of {total} pairs are replayed",
-            mix.replayed
+            "--gamma {gamma} cannot be met: --replay has no usable pair"
         ));
     } else if left_out > 0 && mix.replayed == theirs && gamma < 1.0 {
         progress.say(format_args!(

@@ -244,7 +244,7 @@ fn missing_and_mistyped_fields() {
             "dice-train",
             "rejected_token_ids",
             json!([999]),
-            "holds 999",
+            "holds the token 999",
         ),
         (
             "dice-train",
@@ -444,6 +444,36 @@ fn a_tokenizer_that_does_not_fit_the_weights() {
             "the tokenizer has 261 tokens, the weights only 256",
         ],
     );
+}
+
+/// As Gemma 3's of text alone has one for images: what is no text of a row needs no weights.
+#[test]
+fn tokens_added_behind_the_vocabulary_need_no_weights() {
+    let world = World::new();
+    let tiny = Tiny {
+        vocab: 261,
+        ..Tiny::default()
+    };
+    tiny.write(&world.path("narrow"), 1);
+    edit_json(&world.path("narrow/tokenizer.json"), |tokenizer| {
+        let added = |id: u32, special: bool| {
+            json!({"id": id, "content": format!("<{id}>"), "special": special, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false})
+        };
+        let tokens = tokenizer["added_tokens"].as_array_mut().unwrap();
+        tokens.extend([added(261, true), added(262, false)]);
+    });
+    let score = |response: &str| {
+        let row = json!({"prompt": "Why?", "response": response});
+        let model = world.arg("narrow");
+        let run = Tool::new("dice-score", ["--policy", &model, "--ref", &model]);
+        run.stdin(lines(&[row])).run()
+    };
+    assert_eq!(score("So <261>.").ok().rows().len(), 1);
+    let run = score("So <262>.");
+    let line = run.error_line();
+    let wanted = "field \"response\" holds the token 262, but the model has 261 tokens";
+    assert!(line.contains(wanted), "{line}");
 }
 
 #[test]

@@ -227,6 +227,27 @@ fn samples_are_prompts_too() {
     assert_eq!(world.rows("out.jsonl"), made);
 }
 
+/// An answer as text follows the prompt for an answer; where the template would put a thought between them, it is said.
+#[test]
+fn answers_as_text_on_templates_that_open_them_are_spoken_of() {
+    let world = World::new();
+    let pair = json!({"prompt": "Why?", "chosen": "So.<|im_end|>", "rejected": "No."});
+    let said = |output: &str| {
+        let args = ["--model", &world.arg("pi"), "--output", &world.arg(output)];
+        let run = Tool::new("dice-train", args).stdin(lines(std::slice::from_ref(&pair)));
+        run.run().ok().stderr
+    };
+    let stderr = said("a");
+    assert!(!stderr.contains("opens an answer"), "{stderr}");
+    let ends = "stdin:1: field \"chosen\" ends with \"<|im_end|>\" written out";
+    assert!(stderr.contains(ends), "{stderr}");
+    let template = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %}\
+        {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    set_template(&world.path("pi"), template);
+    let stderr = said("b");
+    assert_eq!(stderr.matches("opens an answer").count(), 1, "{stderr}");
+}
+
 /// What a row gives the template besides its prompt decides what is sampled, scored and trained.
 #[test]
 fn templates_get_the_rows_variables() {
@@ -756,6 +777,13 @@ fn no_input_is_no_output() {
         |gamma| ["--replay", &world.arg("offline.jsonl"), "--gamma", gamma].map(str::to_owned);
     let mixed = Tool::new("dice-pairs", replay("0.5")).run();
     assert!(mixed.error_line().contains("the input has no rows"));
+    let same = json!({"prompt": "p", "response": "same", "reward": 1});
+    fs::write(world.path("same.jsonl"), lines(&[same])).unwrap();
+    let mixed = world
+        .pipe("dice-pairs --replay offline.jsonl same.jsonl")
+        .run();
+    assert!(mixed.error_line().contains("no prompt gave a pair"));
+    assert!(mixed.stdout.is_empty());
     let replayed = Tool::new("dice-pairs", replay("1")).run().ok();
     assert_eq!(replayed.stdout.lines().count(), offline().len());
     let train = Tool::new(

@@ -38,6 +38,7 @@ pub struct Chat {
     specials: BTreeMap<String, String>,
     end_of_turn: u32,
     end_ids: Vec<u32>,
+    opens_answers: bool,
     /// Original files by name, empty for a GGUF.
     files: BTreeMap<String, Vec<u8>>,
 }
@@ -112,6 +113,7 @@ impl Chat {
         if let Some(template) = &template {
             turn_marks.extend(turn_tokens(template, &tokenizer));
         }
+        let opens_answers = template.as_ref().is_some_and(opens_answers);
         let encoder = Encoder::new(tokenizer, &turn_marks)?;
         if let Some(id) = end_ids
             .iter()
@@ -128,6 +130,7 @@ impl Chat {
             specials,
             end_of_turn,
             end_ids,
+            opens_answers,
             files,
         })
     }
@@ -183,6 +186,18 @@ impl Chat {
     /// The token with which the template ends an assistant's turn; without a template, EOS.
     pub fn end_of_turn(&self) -> u32 {
         self.end_of_turn
+    }
+
+    /// Whether the template puts something between what it asks for an answer with and an answer, such as an empty thought: an
+    /// answer that is given as text, and tokenised by itself, lacks it.
+    pub fn opens_answers(&self) -> bool {
+        self.opens_answers
+    }
+
+    /// The text of the token that ends a turn.
+    pub fn end_text(&self) -> String {
+        let tokenizer = self.encoder.tokenizer();
+        tokenizer.id_to_token(self.end_of_turn).unwrap_or_default()
     }
 
     /// Text of ids without special and end-of-turn tokens; no clean-up of spaces. Bytes that are not UTF-8
@@ -250,6 +265,15 @@ fn turn_end(template: &Template, tokenizer: &Tokenizer) -> Option<u32> {
         .into_iter()
         .find(|(text, _)| !text.trim().is_empty())
         .and_then(|(_, id)| id)
+}
+
+/// See [`Chat::opens_answers`].
+fn opens_answers(template: &Template) -> bool {
+    let [user, answer] = [turn("user", "Hello"), turn("assistant", SENTINEL)];
+    let asked = template.render(std::slice::from_ref(&user), true);
+    let answered = template.render(&[user, answer], false);
+    // Templates that do not take these say nothing about it.
+    asked.is_ok_and(|asked| answered.is_ok_and(|all| !all.starts_with(&(asked + SENTINEL))))
 }
 
 /// Added tokens that a template writes around the turns of a past exchange: its turn marks. (In a past turn,

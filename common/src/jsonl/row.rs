@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value};
 
-use crate::records::Prompt;
+use crate::records::{Prompt, calls_tools, text_of};
 
 /// Where a row was read; shown as `FILE:LINE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,10 +115,21 @@ impl Row {
         messages: &'a [Value],
     ) -> Result<(&'a [Value], &'a str)> {
         let is_answer = |m: &&Value| m.get("role").and_then(Value::as_str) == Some("assistant");
-        let text = |m: &'a Value| m.get("content")?.as_str();
-        (messages.split_last())
-            .and_then(|(last, before)| Some((before, Some(last).filter(is_answer).and_then(text)?)))
-            .ok_or_else(|| self.error(field, NO_RESPONSE))
+        let (answer, before) = (messages.split_last())
+            .filter(|(last, _)| is_answer(last))
+            .ok_or_else(|| self.error(field, NO_RESPONSE))?;
+        // Trained without them, the model would learn to say less than the row has.
+        let more = ["reasoning_content", "reasoning", "thinking"];
+        let has = |name: &&str| answer.get(*name).is_some_and(|more| !more.is_null());
+        let more = more.iter().copied().find(has);
+        if let Some(name) = more.or(calls_tools(answer).then_some("tool_calls")) {
+            let message = format!(
+                "has an answer with {name:?}: answers are text alone; write into it what the model is to say"
+            );
+            return Err(self.error(field, message));
+        }
+        let text = text_of(answer).ok_or_else(|| self.error(field, NO_RESPONSE))?;
+        Ok((before, text))
     }
 
     /// The `id` field (a string, or a number as written); without one, derived from the prompt's text.
@@ -295,6 +306,15 @@ mod tests {
             message(text.response("rejected")),
             format!("in.jsonl:7: field \"rejected\" {OTHER_TURNS}")
         );
+        for (more, value) in [
+            ("tool_calls", json!([{"function": {}}])),
+            ("reasoning_content", json!("so")),
+        ] {
+            let mut answer = turn("assistant", "b");
+            answer[more] = value;
+            let pair = row(json!({"prompt": "r", "chosen": [answer]}));
+            assert!(message(pair.response("chosen")).contains(more));
+        }
         let goes_on =
             row(json!({"prompt": "r", "chosen": [turn("assistant", "a"), turn("user", "?")]}));
         assert!(message(goes_on.response("chosen")).ends_with(NO_RESPONSE));

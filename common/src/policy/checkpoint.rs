@@ -13,6 +13,7 @@ use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
 use anyhow::Result;
+use std::sync::Once;
 
 /// A row that is sound, but longer than the model or the memory takes: left out, and no reason to fail.
 #[derive(Debug)]
@@ -209,6 +210,30 @@ impl Checkpoint {
         }
     }
 
+    /// Says, once, how an answer that is given as text differs from what the template would make of it.
+    fn note_texts(&self, row: &Row, field: &str, text: &str) {
+        static OPENED: Once = Once::new();
+        static ENDED: Once = Once::new();
+        let place = &row.place;
+        if self.chat.opens_answers() {
+            OPENED.call_once(|| {
+                program::say(format_args!(
+                    "{place}: the chat template opens an answer (with an empty thought, say) otherwise than it asks for one: \
+                     answers given as text, such as {field:?} here, are taken as what follows the prompt for an answer"
+                ));
+            });
+        }
+        let end = self.chat.end_text();
+        if !end.is_empty() && text.trim_end().ends_with(&end) {
+            ENDED.call_once(|| {
+                program::say(format_args!(
+                    "{place}: field {field:?} ends with {end:?} written out: it is read as text, and the token follows; \
+                     take it off the text"
+                ));
+            });
+        }
+    }
+
     /// The tokens of a response: the row's ids where it has them, else its text's; ended by the end-of-turn token
     /// where it is finished. The names are those of the row's fields.
     ///
@@ -221,6 +246,7 @@ impl Checkpoint {
             let ids = self.chat.response_ids(text, finished);
             let ids = ids.map_err(|err| row.error(names.text, format!("{err:#}")))?;
             self.check_tokens(row, names.text, &ids)?;
+            self.note_texts(row, names.text, text);
             return Ok(ids);
         };
         self.check_tokens(row, names.token_ids, &ids)?;
