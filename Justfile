@@ -248,9 +248,10 @@ round: seed
     dice-train --model $policy {{ training }} {{ steps }} --log-dir $dir --output $next --resume $dir/pairs.jsonl > $dir/steps.jsonl
 
     say "before and after"
-    # Prompts after those of the round, which no training saw (of a file without more, its first ones).
+    # Prompts after those of the round; of a file without more, its first ones.
+    what="prompts that no training here saw"
     sed -n "$(({{ count }} + 1)),$(({{ count }} + {{ check }}))p" {{ prompts }} > $dir/check-prompts.jsonl
-    [ -s $dir/check-prompts.jsonl ] || head -n {{ check }} {{ prompts }} > $dir/check-prompts.jsonl
+    [ -s $dir/check-prompts.jsonl ] || { head -n {{ check }} {{ prompts }} > $dir/check-prompts.jsonl; what="prompts of the round itself"; }
     dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/before-samples.jsonl --resume $dir/check-prompts.jsonl
     dice-gen --model $next --k {{ k }} {{ sampling }} --seed $seed --output $dir/after-samples.jsonl --resume $dir/check-prompts.jsonl
     for which in before after; do
@@ -262,7 +263,7 @@ round: seed
     {
         echo "# Round $t: $policy → $next"
         echo
-        echo "## Responses to other prompts; reward: $policy against $reference"
+        echo "## Responses to \$what; reward: $policy against $reference"
         echo
         dice-eval samples --format markdown $dir/before.jsonl $dir/after.jsonl
         if [ -f $dir/judged.jsonl ]; then
@@ -273,7 +274,7 @@ round: seed
         fi
         if [ -n "{{ preferences }}" ]; then
             echo
-            echo "## Preference pairs that no training saw; reward: each policy against {{ base }}"
+            echo "## Preference pairs that no training here saw; reward: each policy against {{ base }}"
             echo
             for split in validation test; do
                 for of in $policy $next; do

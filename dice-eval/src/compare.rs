@@ -19,11 +19,11 @@ use crate::win_rate::Fitted;
 ///
 /// Reads two files of annotations (see `dice-eval win-rate --help`), joins them by prompt and gives B minus A, in points,
 /// for the raw and the length-controlled win rate. The 95% intervals are of the difference itself: prompts are resampled for
-/// both models at once and both length models are fitted again. "verdict" says "better" or "worse" of B only where an interval
-/// leaves 0 out, else "undecided": a difference that other prompts might turn round.
-///
-/// Example: dice-eval compare round-1.jsonl round-2.jsonl
+/// both models at once and both length models are fitted again. "win_rate_verdict" and "length_controlled_verdict" say
+/// "better" or "worse" of B only where an interval leaves 0 out, else "undecided": a difference that other prompts might
+/// turn round.
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  dice-eval compare round-1.jsonl round-2.jsonl")]
 pub struct Args {
     #[command(flatten)]
     control: LengthControl,

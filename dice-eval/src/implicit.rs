@@ -21,7 +21,7 @@ pub struct Models {
     /// Scale of the implicit reward
     #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     pub beta: f64,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Machine")]
     pub compute: Compute,
 }
 

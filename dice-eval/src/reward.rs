@@ -24,9 +24,10 @@ use crate::preference::{Groups, Pair};
 ///
 /// With --policy and --ref the pairs are scored, but for those that dice-score scored with these very models. Without, every
 /// row must bring its log-probs (policy_chosen_logps, ref_chosen_logps, ... as dice-score writes them), unless there is a --score.
-///
-/// Example: dice-eval reward --policy ./next --ref ./base --split test --format markdown preferences.jsonl
 #[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  dice-eval reward --policy ./next --ref ./base --split test --format markdown preferences.jsonl"
+)]
 pub struct Args {
     #[command(flatten)]
     models: Models,

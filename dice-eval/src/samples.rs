@@ -18,9 +18,8 @@ use crate::format::{Line, To, average, estimate, number, percent};
 /// compare files of equal numbers of samples. distinct_responses is 1 where no sample repeats another of its prompt.
 ///
 /// Memory: numbers and hashes of every row, no texts.
-///
-/// Example: dice-eval samples --format markdown runs/round-*/scored.jsonl
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  dice-eval samples --format markdown runs/round-*/scored.jsonl")]
 pub struct Args {
     /// Group by this field of the rows instead of by file
     #[arg(long, value_name = "FIELD")]

@@ -21,16 +21,15 @@ use crate::weights;
 /// "output_1", "output_2" (or their lengths in characters, "len_1" and "len_2"), "generator_1" (the baseline), "generator_2"
 /// (the model) and "preference", from 1 (the baseline wins) to 2 (the model wins). Gives one row per file under the
 /// leaderboard's column names, in percent, with 95% bootstrap intervals over prompts. The intervals refit the length model;
-/// lc_standard_error, the leaderboard's, leaves the uncertainty of that fit out and is far too small.
+/// lc_standard_error, the leaderboard's, ignores that fit's uncertainty and is far too small.
 ///
 /// The leaderboard's figure needs the instruction difficulties and the two regularisation baselines of the data set
 /// tatsu-lab/alpaca_eval: --alpaca-eval fetches them, --difficulty and --baselines name files. On other prompts the rate is
 /// controlled for length only ("lc_form": "length_controlled_minimal").
 ///
 /// With --weights, predicts the rates of models of which only the three fitted weights are known.
-///
-/// Example: dice-eval win-rate --alpaca-eval annotations.json
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  dice-eval win-rate --alpaca-eval annotations.json")]
 pub struct Args {
     #[command(flatten)]
     control: LengthControl,

@@ -27,61 +27,63 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 /// prompt leave together, in the order of the prompts, as soon as they are done. A row's "tools" and "chat_template_kwargs"
 /// ({"enable_thinking": false}) go to the chat template, here and in the stages after this one.
 ///
-/// A response depends on the seed, the prompt's id, its sample's number and the model alone: batch size, order, sharding
-/// and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
+/// A response depends on the seed, the prompt's id, its sample's number, the model, the sampling flags and the number format
+/// (--dtype auto is the machine's choice): batch size, order, sharding and resuming do not change it. (On a GPU another --batch-size may round differently, and a draw change now and then.)
 /// Memory: the model (2 bytes a weight in bf16, and in f32 where the checkpoint is bfloat16; else 4), and keys and values of
 /// --batch-size responses, or of as many as --memory-budget has room for. A prompt that is longer than the context or the
 /// memory is left out, named and counted.
-///
-/// Example: dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(
+    after_help = "Example:\n  dice-gen --model ./policy --k 16 prompts.jsonl | dice-score --policy ./policy --ref ./base > scored.jsonl",
+    version,
+    max_term_width = 100
+)]
 struct Args {
     /// The policy: a Hugging Face folder, a .gguf file, or a hub id org/name[@revision]
     #[arg(long)]
     model: String,
     /// Responses per prompt (the paper takes 16)
-    #[arg(long, alias = "n", default_value_t = 16, value_parser = flags::count)]
+    #[arg(long, visible_alias = "n", default_value_t = 16, value_parser = flags::count, help_heading = "Sampling")]
     k: usize,
     /// Softmax temperature; 0 is greedy
-    #[arg(long, default_value_t = 0.9, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.9, value_parser = temperature, help_heading = "Sampling")]
     temperature: f64,
     /// Keep the most probable tokens whose probabilities reach this sum
-    #[arg(long, default_value_t = 1.0, value_parser = top_p)]
+    #[arg(long, default_value_t = 1.0, value_parser = top_p, help_heading = "Sampling")]
     top_p: f64,
     /// Keep so many most probable tokens; 0 keeps all
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Sampling")]
     top_k: usize,
     /// Drop tokens less probable than this fraction of the most probable one; before --top-k and --top-p, as in vLLM
-    #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f64>)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::share::<f64>, help_heading = "Sampling")]
     min_p: f64,
     /// Divide the logits of tokens that occurred already; 1 changes nothing
-    #[arg(long, default_value_t = 1.0, value_parser = flags::positive::<f64>)]
+    #[arg(long, default_value_t = 1.0, value_parser = flags::positive::<f64>, help_heading = "Sampling")]
     repetition_penalty: f64,
-    /// Longest response, tokens
-    #[arg(long, default_value_t = 2048, value_parser = flags::count)]
+    /// Longest response, tokens; dice-pairs leaves out what was cut here
+    #[arg(long, default_value_t = 2048, value_parser = flags::count, help_heading = "Sampling")]
     max_tokens: usize,
-    /// End a response where this text appears (the text itself is left out); may be given more than once
-    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    /// End a response where this text appears (the text itself is left out, and the row has no logp); may be given more than
+    /// once
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new(), help_heading = "Sampling")]
     stop: Vec<String>,
     /// A system turn for prompts that have none; it becomes part of the rows' prompt
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompts")]
     system: Option<String>,
     /// Take only the prompts in this part (by a stable hash, the same in every tool)
-    #[arg(long, value_enum, default_value_t = Split::All)]
+    #[arg(long, value_enum, default_value_t = Split::All, help_heading = "Prompts")]
     split: Split,
     /// Seed of all random numbers
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Sampling")]
     seed: u64,
     /// Responses that run at the same time: 128 on a CPU and as many as memory holds, up to 1024, on a GPU, unless given
-    #[arg(long, value_parser = flags::count)]
+    #[arg(long, value_parser = flags::count, help_heading = "Machine")]
     batch_size: Option<usize>,
-    /// Number format of keys and values while responses are at work: long ones spend most of their time reading them. What 8
-    /// bits change of a log-prob is little more than what bf16 does; dtype then ends in +kv-int8, and dice-score computes the
-    /// policy's log-probs itself
-    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto)]
+    /// Number format of the cache of keys and values, which long responses spend most of their time reading. int8 changes
+    /// log-probs little more than bf16 does; dtype then ends in +kv-int8, and dice-score computes the policy's log-probs itself
+    #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto, help_heading = "Machine")]
     kv_cache_dtype: KvCacheDtype,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Machine")]
     compute: Compute,
     #[command(flatten)]
     files: Files,

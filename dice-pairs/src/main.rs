@@ -22,15 +22,14 @@ mod stats;
 ///
 /// Reads what dice-score writes (rows with `prompt`, `response`, `reward`) and writes one row per prompt: its best
 /// response as `chosen`, its worst as `rejected`, by the score r − α|y|: the reward r less a price α for each
-/// character (or token) of length |y|. A policy's own reward tends to favour long answers; the default α is the
-/// least one at which chosen and rejected are, on average, most nearly of one length. It is found exactly, whatever
-/// the scale of the rewards.
+/// character (or token) of length |y|. A policy's own reward tends to favour long answers; the default is the smallest
+/// α ≥ 0 that brings chosen and rejected closest in mean length, found exactly at any scale of the rewards.
 ///
 /// Left out, and counted on stderr by reason: truncated, too short and too long responses, repeated responses,
 /// prompts with too few responses left, prompts whose best and worst score the same.
 ///
-/// All input is read before anything is written, because α depends on all of it: memory holds numbers of every response
-/// that is left; the texts wait in a nameless temporary file beside --output (else in TMPDIR). The rows of a prompt (same `id`, else same `prompt`) may come in any order.
+/// All input is read before anything is written, because α depends on all of it: memory holds only numbers for each
+/// response that is kept; texts wait in an unnamed temporary file beside --output (else in TMPDIR). The rows of a prompt (same `id`, else same `prompt`) may come in any order.
 ///
 /// Output: `id`, `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected` (r − α|y|), `source` ("generated"
 /// or "replay"), the samples' token ids and finish reasons, and the fields that all samples of the prompt agree on.
@@ -63,7 +62,7 @@ struct Args {
     replay_split: Split,
 
     /// Share of the output, from 0 to 1, that comes from --replay; the output is the largest that keeps this share
-    /// and repeats no prompt
+    /// and repeats no prompt. (Where no offline pair can be used, all generated ones are written, with a warning)
     #[arg(long, default_value_t = 0.5, requires = "replay", value_parser = flags::share::<f64>)]
     gamma: f64,
 

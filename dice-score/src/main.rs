@@ -31,10 +31,12 @@ use std::process::ExitCode;
 /// of those tokens; --memory-budget bounds it. A row that is longer than the models' context or the memory is left out,
 /// named and counted. Where memory does not hold both models, they take turns, over tens of thousands of tokens each
 /// (millions on a GPU).
-///
-/// Example: dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(
+    after_help = "Example:\n  dice-gen --model ./policy prompts.jsonl | dice-score --policy ./policy --ref ./base | dice-pairs > pairs.jsonl",
+    version,
+    max_term_width = 100
+)]
 struct Args {
     /// The tuned model pi: a Hugging Face folder, a .gguf file, or a hub id org/name[@revision]
     #[arg(long)]
@@ -45,7 +47,7 @@ struct Args {
     /// Scale of the reward
     #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     beta: f64,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Machine")]
     compute: Compute,
     #[command(flatten)]
     files: Files,

@@ -29,7 +29,7 @@ use tensorboard::EventFile;
 ///
 /// Reads rows with "prompt", "chosen" and "rejected" (text, or lists of messages) and writes the trained model to the
 /// folder --output (config, safetensors, tokenizer, chat template, generation config: transformers and vLLM load it as it
-/// is). The optimiser's state is in checkpoints alone. One row per step goes to stdout, under TRL's names: loss,
+/// is; with --lora-rank and no --merge, a PEFT adapter). The optimiser's state is in checkpoints alone. One row per step goes to stdout, under TRL's names: loss,
 /// rewards/chosen, grad_norm, ...
 ///
 /// The reference is the starting policy unless --ref names another. Its log-probs are taken from the rows where they
@@ -38,98 +38,111 @@ use tensorboard::EventFile;
 /// reference are rounded alike.
 ///
 /// All pairs are read before training starts. Memory: float32 weights, gradients and two moments (16 bytes a parameter),
-/// a packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations; up to half of what memory is
-/// left, or --memory-budget leaves, for a pair of more than 1024 tokens, which is quicker so. With --lora-rank, the
+/// a packed copy of the weights (4 more, or 2 in bf16), and some 500 MB for activations; for speed, a pair of more than
+/// 1024 tokens may use half of the memory that is left (or that --memory-budget leaves). With --lora-rank, the
 /// packed copy, and the weights as they are: 4 bytes, or 2 where the checkpoint is bfloat16. A pair that is longer than
-/// the context or the memory is left out, named and counted. On a GPU (--device cuda) what is multiplied takes nothing
-/// more in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with --lora-rank there are the
+/// the context or the memory is left out, named and counted; so is one of two equal responses. On a GPU (--device cuda) the
+/// working copy adds nothing in float32, 2 bytes in bf16; moments in bfloat16 (--optimizer adamw-bf16) save 4; with --lora-rank there are the
 /// weights alone, 2 bytes in bf16. Activations take what is left, and less if they must. A killed run goes on with
 /// --resume, to the same weights as without the kill, on whichever device.
 ///
-/// Example: dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl
+/// Beside TRL: a response ends with its end-of-turn token, and what the template writes after that (a line's end, say) is no
+/// part of it, which losses per token (IPO, RPO) notice; an answer that is given as text follows the prompt for an answer,
+/// without the empty thought that some templates put before it; mixtures of experts train without their routers' auxiliary
+/// loss; num_tokens counts a prompt once for a pair.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(
+    after_help = "Examples:\n  dice-train --model ./policy --output ./next pairs.jsonl > steps.jsonl\n  dice-train --model ./policy --output ./next --lora-rank 16 --merge --dtype bf16 pairs.jsonl > steps.jsonl",
+    version,
+    max_term_width = 100
+)]
 pub struct Args {
     /// The policy to start from: a Hugging Face folder, a .gguf file, or a hub id org/name[@revision]
-    #[arg(long)]
+    #[arg(long, help_heading = "Input and output")]
     model: String,
     /// Folder for the result; it appears only when whole (until then: DIR.part)
-    #[arg(long, short, alias = "output-dir", value_name = "DIR")]
+    #[arg(
+        long,
+        short,
+        visible_alias = "output-dir",
+        value_name = "DIR",
+        help_heading = "Input and output"
+    )]
     output: PathBuf,
     /// Go on from the newest checkpoint in DIR.part; nothing to do where DIR exists
-    #[arg(long)]
+    #[arg(long, help_heading = "Input and output")]
     resume: bool,
     /// The reference, if it is not the starting policy
-    #[arg(long = "ref", value_name = "MODEL")]
+    #[arg(long = "ref", value_name = "MODEL", help_heading = "Loss")]
     reference: Option<String>,
-    /// How far the policy may move: the scale of the implicit reward
-    #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
+    /// Scale of the implicit reward: the larger, the closer the policy stays to the reference
+    #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>, help_heading = "Loss")]
     beta: f64,
     /// The preference loss
-    #[arg(long, alias = "loss-type", value_enum, default_value_t = LossType::Sigmoid)]
+    #[arg(long, visible_alias = "loss-type", value_enum, default_value_t = LossType::Sigmoid, help_heading = "Loss")]
     loss: LossType,
-    /// Probability that a label is wrong (sigmoid: conservative DPO; robust)
-    #[arg(long, default_value_t = 0.0, value_parser = label_smoothing)]
+    /// Probability that a label is wrong (sigmoid: conservative DPO, which TRL 1.16 leaves out; robust)
+    #[arg(long, default_value_t = 0.0, value_parser = label_smoothing, help_heading = "Loss")]
     label_smoothing: f64,
     /// Weight of the chosen responses' negative log-likelihood per token (RPO)
-    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>, help_heading = "Loss")]
     rpo_alpha: f64,
     /// Peak learning rate
-    #[arg(long, default_value_t = 5e-7, value_parser = flags::not_negative::<f64>)]
+    #[arg(long, default_value_t = 5e-7, value_parser = flags::not_negative::<f64>, help_heading = "Optimisation")]
     learning_rate: f64,
     /// Course of the learning rate after the warm-up
-    #[arg(long, alias = "lr-scheduler-type", value_enum, default_value_t = Scheduler::Constant)]
+    #[arg(long, visible_alias = "lr-scheduler-type", value_enum, default_value_t = Scheduler::Constant, help_heading = "Optimisation")]
     scheduler: Scheduler,
-    /// Steps over which the learning rate rises from 0
-    #[arg(long, default_value_t = 0)]
+    /// Steps over which the learning rate rises from 0, under every scheduler
+    #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
     warmup_steps: u64,
-    /// Stop after so many steps, whatever --epochs says
-    #[arg(long)]
+    /// Stop after so many steps, whatever --epochs says: pairs are gone through again where they run out
+    #[arg(long, help_heading = "Optimisation")]
     max_steps: Option<u64>,
     /// Passes over the pairs
-    #[arg(long, alias = "num-train-epochs", default_value_t = 1, value_parser = flags::count)]
+    #[arg(long, visible_alias = "num-train-epochs", default_value_t = 1, value_parser = flags::count, help_heading = "Optimisation")]
     epochs: usize,
     /// Pairs per step; gradients are accumulated inside it, memory does not grow with it
-    #[arg(long, default_value_t = 32, value_parser = flags::count)]
+    #[arg(long, default_value_t = 32, value_parser = flags::count, help_heading = "Optimisation")]
     batch_size: usize,
     /// Pairs with more tokens (prompt and longer response) are left out and counted
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, help_heading = "Input and output")]
     max_length: usize,
     /// Clip the gradient's global norm; 0 does not
-    #[arg(long, default_value_t = 1.0, value_parser = flags::not_negative::<f64>)]
+    #[arg(long, default_value_t = 1.0, value_parser = flags::not_negative::<f64>, help_heading = "Optimisation")]
     max_grad_norm: f64,
     /// AdamW's weight decay, on matrices only
-    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>)]
+    #[arg(long, default_value_t = 0.0, value_parser = flags::not_negative::<f64>, help_heading = "Optimisation")]
     weight_decay: f64,
     /// Take only the pairs whose prompt is in this part (by a stable hash, the same in every tool)
-    #[arg(long, value_enum, default_value_t = Split::All)]
+    #[arg(long, value_enum, default_value_t = Split::All, help_heading = "Input and output")]
     split: Split,
     /// Take the pairs in their order
-    #[arg(long)]
+    #[arg(long, help_heading = "Input and output")]
     no_shuffle: bool,
     /// The optimiser
-    #[arg(long, value_enum, default_value_t = Optimizer::Adamw)]
+    #[arg(long, value_enum, default_value_t = Optimizer::Adamw, help_heading = "Optimisation")]
     optimizer: Optimizer,
     /// Train low-rank adapters of this rank on all linear maps of the layers (of mixtures of experts on attention's alone),
     /// saved in PEFT's layout
-    #[arg(long, value_name = "RANK", value_parser = flags::count)]
+    #[arg(long, value_name = "RANK", value_parser = flags::count, help_heading = "Adapters")]
     lora_rank: Option<usize>,
     /// The adapters' scale is ALPHA / RANK
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, value_parser = flags::positive::<f32>)]
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, value_parser = flags::positive::<f32>, help_heading = "Adapters")]
     lora_alpha: f32,
-    /// Fold the adapters into the weights of the result
-    #[arg(long, requires = "lora_rank")]
+    /// Fold the adapters into the weights of the result; without it the result is an adapter
+    #[arg(long, requires = "lora_rank", help_heading = "Adapters")]
     merge: bool,
     /// Steps between checkpoints; 0 writes none (SIGINT and SIGTERM always do)
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, help_heading = "Checkpoints and logs")]
     save_steps: u64,
     /// Write the steps to DIR for TensorBoard, too; a resumed run goes on with the curves of the one before
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "Checkpoints and logs")]
     log_dir: Option<PathBuf>,
     /// Seed of the pairs' order and the adapters' start
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
     seed: u64,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Machine")]
     compute: Compute,
     /// Files of pairs (JSON Lines), read one after the other; `-` or none reads stdin
     #[arg(value_name = "FILE")]

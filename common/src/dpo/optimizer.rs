@@ -136,6 +136,7 @@ pub fn clip_factor(norm: f64, limit: f64) -> f32 {
 #[serde(rename_all = "lowercase")]
 pub enum Scheduler {
     /// Constant after the warm-up.
+    #[value(alias = "constant_with_warmup")]
     Constant,
     /// Falling to 0 at the last step.
     Linear,

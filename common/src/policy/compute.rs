@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 /// Where and in which number format a tool computes; `#[command(flatten)]` it.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Compute {
-    /// Where to compute: auto, cpu, cuda or cuda:N
+    /// Where to compute: auto (the first GPU that can be used, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_parser = device)]
     pub device: String,
 
@@ -20,8 +20,8 @@ pub struct Compute {
     pub dtype: Dtype,
 
     /// Most memory to use (8G, 512M): batches are made to fit, and a row that does not fit even alone is left out and
-    /// named. Without it, three quarters of what the machine has left when the models are loaded. On a GPU: of its memory,
-    /// models included; without it, all that is free there
+    /// named. Without it, three quarters of what the machine has left when the models are loaded. On a GPU it limits the
+    /// GPU's memory, models included (without it: all that is free)
     #[arg(long, value_name = "SIZE", value_parser = budget::size)]
     pub memory_budget: Option<usize>,
 
@@ -42,13 +42,13 @@ pub enum OnNan {
 /// A choice of number format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dtype {
-    /// What suits the stage on this machine; said on stderr
+    /// For sampling bf16 where the machine is fast at it, else f32; for scoring and training f32. Said on stderr
     Auto,
     /// Float32
     F32,
     /// Bfloat16 operands, float32 sums
     Bf16,
-    /// Half-precision operands, float32 sums: for scoring on a GPU, of bf16's size and eight times as fine
+    /// Half-precision operands, float32 sums: of bf16's size, eight times as fine; for scoring on a GPU alone
     #[value(alias = "fp16")]
     F16,
 }

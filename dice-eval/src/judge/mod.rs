@@ -33,16 +33,16 @@ use outputs::generators;
 /// a's output is better, 2 where b's is, and between as far as the judge is unsure; "output_1" is a's, the baseline's.
 /// Equal outputs are draws, about which a server is not asked.
 ///
-/// A server is asked for the log-probs of its first token, which weigh the two labels, if that is one of them; else its text
-/// decides. A question that it refuses (400, 413, 422), though it answers others, has no verdict: "preference" is null.
+/// If the server's first token is a label, its log-probs weigh the two labels; otherwise the reply's text decides. A question that it refuses (400, 413, 422), though it answers others, has no verdict: "preference" is null.
 /// Each pair is shown in both orders and the preferences are averaged: judges favour one place. The share of pairs whose
 /// verdict turned with the order is said at the end. What fails for now (429, 5xx, time-outs, broken replies) is asked again,
 /// after longer and longer waits. Answers go to a journal at once: a killed run asks nothing twice.
-///
-/// Example: dice-eval judge --a round-1.jsonl --b round-2.jsonl --endpoint http://127.0.0.1:8000/v1 --judge llama -o judged.jsonl
 #[derive(clap::Args)]
 #[group(skip)]
 #[command(group(clap::ArgGroup::new("by").required(true).args(["endpoint", "policy", "command"])))]
+#[command(
+    after_help = "Example:\n  dice-eval judge --a round-1.jsonl --b round-2.jsonl --endpoint http://127.0.0.1:8000/v1 --judge llama -o judged.jsonl"
+)]
 pub struct Args {
     /// Samples of the baseline
     #[arg(long, value_name = "FILE")]
@@ -51,47 +51,76 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     b: PathBuf,
     /// Ask this server: the address before /chat/completions, such as https://api.openai.com/v1
-    #[arg(long, value_name = "URL", requires = "judge")]
+    #[arg(
+        long,
+        value_name = "URL",
+        requires = "judge",
+        help_heading = "A judge behind a server"
+    )]
     endpoint: Option<String>,
     /// The judge's name: the model to ask at --endpoint, and "annotator" in the output
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "A judge behind a server")]
     judge: Option<String>,
     /// Environment variable that holds the server's key; not set, no key is sent
-    #[arg(long, value_name = "NAME", default_value = "OPENAI_API_KEY")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "OPENAI_API_KEY",
+        help_heading = "A judge behind a server"
+    )]
     key_env: String,
     /// The question, a Jinja template of instruction, first, second, first_label and second_label; the default asks for
     /// the better answer, length apart
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "A judge behind a server")]
     template: Option<PathBuf>,
     /// What the judge calls the output shown first and the one shown second
-    #[arg(long, value_name = "FIRST,SECOND", default_value = "m,M", value_parser = labels)]
+    #[arg(long, value_name = "FIRST,SECOND", default_value = "m,M", value_parser = labels, help_heading = "A judge behind a server")]
     labels: Labels,
     /// In which order the outputs are shown
-    #[arg(long, value_enum, default_value_t = Order::Both)]
+    #[arg(long, value_enum, default_value_t = Order::Both, help_heading = "A judge behind a server")]
     order: Order,
     /// Seed of the order, for --order seeded
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "A judge behind a server")]
     seed: u64,
     /// Most tokens of a reply; a judge that thinks before it answers wants some thousand
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 8,
+        help_heading = "A judge behind a server"
+    )]
     max_tokens: u32,
     /// Requests in flight at a time
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024), help_heading = "A judge behind a server")]
     in_flight: u64,
     /// How often a failed request is repeated
-    #[arg(long, value_name = "N", default_value_t = 6)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 6,
+        help_heading = "A judge behind a server"
+    )]
     retries: u32,
     /// Time for one request
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 120,
+        help_heading = "A judge behind a server"
+    )]
     timeout: u64,
     /// Keep answers in FILE, across runs; without it, beside --output (FILE.journal) or nowhere
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "A judge behind a server")]
     journal: Option<PathBuf>,
     /// Score with this shell command: it reads rows with `prompt` and `response`, and answers each with a row that has a
     /// `reward` or `score`
-    #[arg(long, value_name = "COMMAND")]
+    #[arg(
+        long,
+        value_name = "COMMAND",
+        help_heading = "A judge that is a command"
+    )]
     command: Option<String>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "A judge that is an implicit reward")]
     models: Models,
     #[command(flatten)]
     to: To,

@@ -20,9 +20,8 @@ use rounds::Round;
 /// after.jsonl (check prompts), pairs.jsonl, pairs.stats.json (dice-pairs --stats), steps.jsonl (dice-train's stdout),
 /// win-rate.jsonl (rows of dice-eval win-rate) and commands.sh (shown as it is); beside them policy-1, policy-2, ... with
 /// trainer_state.json. What is missing is left out. The file opens offline and runs no script.
-///
-/// Example: dice-eval report runs > report.html
 #[derive(clap::Args)]
+#[command(after_help = "Example:\n  dice-eval report runs > report.html")]
 pub struct Args {
     /// Write to FILE instead of stdout; an existing FILE is replaced
     #[arg(long, short, value_name = "FILE")]
