@@ -68,14 +68,17 @@ default:
     @just --list --unsorted
 
 # Build all tools
+[group('rounds')]
 build:
     cargo build --release --workspace
 
 # Build all tools with NVIDIA GPUs; the same binaries run where there is none
+[group('rounds')]
 build-cuda:
     cargo build --release --workspace --features {{ on_gpus }}
 
 # Fetch nvcc (105 MB, once; kept in the user's cache): no GPU, driver or root needed
+[group('rounds')]
 cuda-toolkit:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -92,17 +95,20 @@ cuda-toolkit:
     mv "$work/nvidia/cu13" "$home"
 
 # Run every test, those on the real model and on the emulated GPU included; kernels with lesser instructions, too
+[group('development')]
 test: model
     cargo build --release --workspace --features common/cuda-emulated
     cargo test --release --workspace --features common/cuda-emulated
     for isa in avx512 avx2 portable; do DICE_ISA=$isa cargo test --release --workspace --features common/cuda-emulated --lib; done
 
 # The GPU's kernels on the emulated device under AddressSanitizer and UBSan (g++): all that they read and write, undefined arithmetic
+[group('development')]
 test-sanitized:
     DICE_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 cargo test --release -p common --features cuda-emulated \
         --test cuda_kernels --test cuda --test cuda_training
 
 # The arithmetic, weights and whole models on emulated 64-bit ARM (gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
+[group('development')]
 test-arm:
     rustup target add aarch64-unknown-linux-gnu
     CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc \
@@ -111,35 +117,42 @@ test-arm:
         cargo test --release --target aarch64-unknown-linux-gnu -p common --lib --test families
 
 # Formatting and lints, as CI checks them
+[group('development')]
 lint:
     cargo fmt --all --check
     cargo clippy --release --workspace --all-targets --features common/cuda-emulated -- -D warnings
 
 # Licences, sources and versions of what we depend on; its known holes too, where their data base is to be had
+[group('development')]
 deny:
     cargo deny check licenses bans sources
     if cargo deny fetch db 2> /dev/null; then cargo deny check --disable-fetch advisories; else echo "advisories: not to be had here" >&2; fi
 
 # Throw bytes at a reader of untrusted files (rows, folder, gguf, tokenizer, template)
+[group('development')]
 fuzz target="rows" seconds="60":
     mkdir -p fuzz/corpus/{{ target }}
     cd fuzz && cargo +nightly fuzz run --release {{ target }} corpus/{{ target }} seeds/{{ target }} -- \
         -max_total_time={{ seconds }} -rss_limit_mb=2048 -malloc_limit_mb=1024 -timeout=10
 
 # A million rows through dice-score (tiny models), dice-pairs and dice-eval: time and memory
+[group('development')]
 million rows="1000000": build
     DICE_ROWS={{ rows }} cargo test --release -p dice-tests --test streaming -- --nocapture
 
 # So many SIGKILLs at random moments of every tool
+[group('development')]
 kills number="100": build
     DICE_KILLS={{ number }} cargo test --release -p dice-tests --test resume killed
 
 # Rounds and an endless pipe for so many minutes, with their memory watched (figures in runs/soak.tsv)
+[group('development')]
 soak minutes="30": build base-model
     mkdir -p {{ runs }}
     python3 tests/soak.py {{ bin }} {{ base }} {{ prompts }} {{ preferences }} {{ runs }}/soak.tsv {{ minutes }}
 
 # Fetch the default model (93 MB, once; kept in the user's cache)
+[group('rounds')]
 model:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -159,6 +172,7 @@ model:
     cp "$cached" "$model.part" && mv "$model.part" "$model"
 
 # Fetch vocabularies and chat templates of published models, to test ours by (77 MB, once; kept in the user's cache)
+[group('development')]
 published:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -191,6 +205,7 @@ begun folder settings file="settings.txt":
     fi
 
 # The seed policy: DPO from the base model on the example preferences, so that policy and reference differ
+[group('rounds')]
 seed: build base-model
     #!/usr/bin/env bash
     set -euo pipefail
@@ -204,6 +219,7 @@ seed: build base-model
     fi
 
 # One DICE round from the last policy: samples, scores, pairs, DPO, report. Interrupted, it goes on where it was
+[group('rounds')]
 round: seed
     #!/usr/bin/env bash
     set -euo pipefail

@@ -182,7 +182,7 @@ __device__ inline float block_max(float x) {
     return warp_max(lane() < int(blockDim.x) / WARP ? parts[lane()] : -INFINITY);
 }
 
-// Bits that look random, from an element's number: the noise of `Mat::dithered` in common/src/kernels/gemm.rs.
+// Bits that look random, from an element's number: the noise of `Mat::dithered` in common/src/kernels/gemm/pack.
 __device__ inline uint32_t sixteen_bits(uint32_t number) {
     uint32_t x = (number ^ (number >> 16)) * 0x7feb352du;
     x = (x ^ (x >> 15)) * 0x846ca68bu;

@@ -11,7 +11,7 @@ struct Aligned<B: ?Sized>(B);
 /// The images for GPUs, to be loaded one and all. Each holds machine code for sm_80 and sm_90, and PTX for what comes
 /// after; the driver chooses.
 #[cfg(feature = "cuda")]
-pub fn for_capability(_: (i32, i32)) -> impl Iterator<Item = &'static [u8]> {
+pub fn all() -> impl Iterator<Item = &'static [u8]> {
     static IMAGES: &[&Aligned<[u8]>] = &include!(concat!(env!("OUT_DIR"), "/images.rs"));
     IMAGES.iter().map(|image| &image.0)
 }

@@ -109,23 +109,37 @@ mod tests {
             .collect()
     }
 
-    /// What follows `crate::` in code, by itself or in a list.
+    /// What follows `crate::` in code, by itself or in a list, which may hold others.
     fn used_modules(code: &str) -> impl Iterator<Item = &str> {
         code.split("crate::").skip(1).flat_map(|after| {
-            let names = match after.strip_prefix('{') {
-                Some(list) => list.split('}').next().unwrap(),
-                None => after.split(',').next().unwrap(),
-            };
+            let mut depth = 0;
+            let mut starts = vec![0];
+            for (at, c) in after.char_indices() {
+                match c {
+                    '{' => depth += 1,
+                    '}' => depth -= 1,
+                    _ => {}
+                }
+                if depth == 1 && (c == '{' && at == 0 || c == ',') {
+                    starts.push(at + 1);
+                }
+                if depth <= 0 {
+                    break;
+                }
+            }
             let ends = |c: char| !c.is_alphanumeric() && c != '_';
-            (names.split(',')).map(move |name| name.trim().split(ends).next().unwrap())
+            let named = move |at: usize| after[at..].trim_start().split(ends).next().unwrap();
+            starts.into_iter().map(named)
         })
     }
 
     #[test]
     fn every_way_to_use_a_module_is_seen() {
-        let code = "use crate::a;\nuse crate::{b, c::{D, E}};\nlet x = crate::f::g(crate::h);";
+        let code =
+            "use crate::a;\nuse crate::{b, c::{D, E}, i};\nlet x = crate::f::g(crate::h, j);";
         let used: Vec<&str> = used_modules(code).collect();
-        for module in ["a", "b", "c", "f", "h"] {
+        assert!(!used.contains(&"j") && !used.contains(&"E"));
+        for module in ["a", "b", "c", "f", "h", "i"] {
             assert!(used.contains(&module), "{module} in {used:?}");
         }
     }

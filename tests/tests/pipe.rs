@@ -269,6 +269,7 @@ fn templates_get_the_rows_variables() {
         row(json!({})),
         row(json!({"chat_template_kwargs": {"enable_thinking": true}})),
         row(json!({"tools": [{"name": "clock"}]})),
+        row(json!({"tools": "[{\"name\": \"clock\"}]"})),
         row(json!({"chat_template_kwargs": null, "tools": null})),
     ];
     let args = ["--policy", &world.arg("pi"), "--ref", &world.arg("ref")].map(str::to_owned);
@@ -278,7 +279,8 @@ fn templates_get_the_rows_variables() {
         .ok()
         .rows();
     let logps = |i: usize| number(&scored[i], "policy_logps");
-    assert_eq!(logps(0), logps(3));
+    assert_eq!(logps(0), logps(4));
+    assert_eq!(logps(2), logps(3));
     assert!(logps(0) != logps(1) && logps(0) != logps(2) && logps(1) != logps(2));
     let wrong = [row(json!({"tools": "clock"}))];
     let refused = Tool::new("dice-score", &args).stdin(lines(&wrong)).run();
@@ -690,7 +692,7 @@ fn help_and_wrong_usage() {
     for tool in ["dice-gen", "dice-score", "dice-pairs", "dice-train"] {
         let help = Tool::new(tool, ["--help"]).run().ok();
         assert!(
-            help.stdout.contains("Usage: ") && help.stdout.contains("Example:"),
+            help.stdout.contains("Usage: ") && help.stdout.contains("Example"),
             "{tool} --help teaches"
         );
         assert_eq!(help.stderr, "");
@@ -779,11 +781,10 @@ fn no_input_is_no_output() {
     assert!(mixed.error_line().contains("the input has no rows"));
     let same = json!({"prompt": "p", "response": "same", "reward": 1});
     fs::write(world.path("same.jsonl"), lines(&[same])).unwrap();
-    let mixed = world
-        .pipe("dice-pairs --replay offline.jsonl same.jsonl")
+    let mixed = Tool::new("dice-pairs", replay("0.5"))
+        .args([world.arg("same.jsonl")])
         .run();
     assert!(mixed.error_line().contains("no prompt gave a pair"));
-    assert!(mixed.stdout.is_empty());
     let replayed = Tool::new("dice-pairs", replay("1")).run().ok();
     assert_eq!(replayed.stdout.lines().count(), offline().len());
     let train = Tool::new(

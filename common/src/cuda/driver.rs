@@ -175,7 +175,7 @@ impl Driver {
             // Sums of bfloat16 products stay float32 where a product is split along k, too.
             let exact = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
             blas_sys::cublasSetMathMode(blas, exact).result()?;
-            let modules = images::for_capability(capability)
+            let modules = images::all()
                 .map(|image| {
                     // Aligned as the driver reads it, which bytes in a program are not.
                     let mut aligned = vec![0u64; image.len().div_ceil(8)];

@@ -195,7 +195,8 @@ impl<'a> Forward<'a> {
         }
         let dy = match decoder.precision {
             Precision::F32 => d_normed.clone(),
-            Precision::Bf16 | Precision::F16 => {
+            Precision::F16 => unreachable!("it is for scoring alone"),
+            Precision::Bf16 => {
                 let rounded = device.allocate(count * width * decoder.size())?;
                 let n = count * width;
                 let args = args![&d_normed, &rounded, n as u64, 0u64, 0];

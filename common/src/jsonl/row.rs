@@ -84,9 +84,14 @@ impl Row {
             Some(Value::Object(given)) => given.clone(),
             Some(_) => return Err(self.error("chat_template_kwargs", "must be an object")),
         };
-        match self.fields.get("tools") {
-            None | Some(Value::Null) => {}
-            Some(tools @ Value::Array(_)) => drop(found.insert("tools".to_owned(), tools.clone())),
+        // Data sets that are tables keep tools as JSON in a string, as TRL reads it, too.
+        let tools = self.present("tools").map(|tools| match tools.as_str() {
+            Some(text) => serde_json::from_str(text).unwrap_or(Value::Null),
+            None => tools.clone(),
+        });
+        match tools {
+            None => {}
+            Some(tools @ Value::Array(_)) => drop(found.insert("tools".to_owned(), tools)),
             Some(_) => return Err(self.error("tools", "must be a list")),
         }
         Ok(found)
