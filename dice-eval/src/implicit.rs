@@ -3,8 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use common::flags;
 use common::jsonl::Row;
-use common::logprob::Group;
-use common::policy::{Compute, Logps, OnNan, PAIR, RewardModel, TooLong, is_of_prompt};
+use common::policy::{
+    Compute, Gathered, Logps, OnNan, PAIR, Ready, RewardModel, TooLong, is_of_prompt,
+};
 use common::program;
 use common::run::settings;
 use serde_json::{Map, Value, json};
@@ -27,13 +28,15 @@ pub struct Models {
 
 /// Gives pairs their log-probs: from their rows, or from the models.
 pub struct Scorer {
-    models: Option<(RewardModel, (String, String))>,
+    models: Option<Both>,
     on_nan: OnNan,
-    /// Pairs that wait until there are tokens enough for a forward pass; without tokens if they are too long for one.
-    waiting: Vec<(Row, Option<Group>)>,
-    tokens: usize,
-    /// Tokens enough.
-    limit: usize,
+}
+
+/// The models, what rows call them, and the pairs that wait for them, those among them that brought log-probs with these.
+struct Both {
+    models: RewardModel,
+    names: (String, String),
+    gathered: Gathered<Scored>,
 }
 
 /// A pair with its log-probs; none where it is left out, which has been said.
@@ -44,31 +47,25 @@ impl Scorer {
         let models = match (&args.policy, &args.reference) {
             (Some(policy), Some(reference)) => {
                 let models = RewardModel::open(policy, reference, &args.compute)?;
-                let fingerprints = models.fingerprints()?;
-                Some((models, fingerprints))
+                Some(Both {
+                    names: models.fingerprints()?,
+                    gathered: Gathered::new(&models)?,
+                    models,
+                })
             }
             _ => None,
         };
-        let limit = match &models {
-            Some((models, _)) => models.tokens_at_once()?,
-            None => 0,
-        };
-        Ok(Self {
-            limit,
-            models,
-            on_nan: args.compute.on_nan,
-            waiting: vec![],
-            tokens: 0,
-        })
+        let on_nan = args.compute.on_nan;
+        Ok(Self { models, on_nan })
     }
 
     /// What the log-probs depend on: the models' fingerprints and number format, as settings of a run.
     pub fn settings(&self) -> Map<String, Value> {
-        let Some((models, (policy, reference))) = &self.models else {
+        let Some(Both { models, names, .. }) = &self.models else {
             return Map::new();
         };
         let date = models.policy.chat.date();
-        settings(json!({"policy": policy, "ref": reference, "dtype": models.dtype(), "date": date}))
+        settings(json!({"policy": names.0, "ref": names.1, "dtype": models.dtype(), "date": date}))
     }
 
     /// Takes a pair; gives those that are done now, in order.
@@ -76,7 +73,12 @@ impl Scorer {
     /// # Errors
     /// A row that is wrong; a log-prob that is not a number, unless such pairs are to be skipped.
     pub fn push(&mut self, row: Row) -> Result<Vec<Scored>> {
-        let Some((models, (policy, reference))) = &self.models else {
+        let Some(Both {
+            models,
+            names,
+            gathered,
+        }) = &mut self.models
+        else {
             let logps = given(&row).with_context(|| {
                 "without --policy and --ref every row needs the log-probs that dice-score writes"
             })?;
@@ -90,21 +92,13 @@ impl Scorer {
             encoded => Some(encoded?),
         };
         let prompt = group.as_ref().map_or(&[][..], |group| &group.prompt);
-        let theirs = row.opt_string("policy")? == Some(policy)
-            && row.opt_string("ref")? == Some(reference)
+        let theirs = row.opt_string("policy")? == Some(&names.0)
+            && row.opt_string("ref")? == Some(&names.1)
             && is_of_prompt(&row, prompt)?;
-        if let (true, Ok(logps)) = (theirs, given(&row)) {
-            return Ok(vec![(row, Some(logps))]);
-        }
-        let tokens = group.as_ref().map_or(0, Group::tokens);
-        let ready = if self.tokens + tokens > self.limit {
-            self.finish()?
-        } else {
-            vec![]
-        };
-        self.tokens += tokens;
-        self.waiting.push((row, group));
-        Ok(ready)
+        let known = given(&row).ok().filter(|_| theirs);
+        let group = group.filter(|_| known.is_none());
+        let ready = gathered.push(models, (row, known), group, None)?;
+        self.checked(ready)
     }
 
     /// Scores the pairs that wait.
@@ -112,21 +106,23 @@ impl Scorer {
     /// # Errors
     /// As [`Self::push`].
     pub fn finish(&mut self) -> Result<Vec<Scored>> {
-        let Some((models, _)) = &self.models else {
+        let Some(Both {
+            models, gathered, ..
+        }) = &mut self.models
+        else {
             return Ok(vec![]);
         };
-        self.tokens = 0;
-        let waiting = std::mem::take(&mut self.waiting);
-        let groups: Vec<Group> = waiting
-            .iter()
-            .filter_map(|(_, group)| group.clone())
-            .collect();
-        let mut scores = models.score(&groups, vec![None; groups.len()])?.into_iter();
+        let ready = gathered.score(models)?;
+        self.checked(ready)
+    }
+
+    /// Pairs with the log-probs that they brought or got.
+    fn checked(&self, ready: Ready<Scored>) -> Result<Vec<Scored>> {
         let mut done = vec![];
-        for (row, group) in waiting {
-            let logps = match group.and_then(|_| scores.next()).as_deref() {
-                Some(&[chosen, rejected]) => self.checked(&row, [chosen, rejected])?,
-                _ => None,
+        for ((row, known), scored) in ready {
+            let logps = match (known, &scored[..]) {
+                (None, &[chosen, rejected]) => self.finite(&row, [chosen, rejected])?,
+                (known, _) => known,
             };
             done.push((row, logps));
         }
@@ -134,7 +130,7 @@ impl Scorer {
     }
 
     /// The log-probs if they are numbers; if not, what is to be done about it.
-    fn checked(&self, row: &Row, logps: [Logps; 2]) -> Result<Option<[Logps; 2]>> {
+    fn finite(&self, row: &Row, logps: [Logps; 2]) -> Result<Option<[Logps; 2]>> {
         let finite = logps
             .iter()
             .all(|l| l.policy.is_finite() && l.reference.is_finite());

@@ -6,7 +6,7 @@ use common::flags;
 use common::jsonl::{self, Files, Opened, Output, Row};
 use common::logprob::Group;
 use common::policy::{
-    Compute, Logps, OnNan, Response, RewardModel, TooLong, name_prompt, responses,
+    Compute, Gathered, Logps, OnNan, Ready, Response, RewardModel, TooLong, name_prompt, responses,
 };
 use common::program;
 use common::progress::Progress;
@@ -73,7 +73,7 @@ fn run(args: Args) -> Result<()> {
     let (policy, reference) = models.fingerprints()?;
     let progress = Progress::new("rows", None);
     let mut job = Job {
-        limit: models.tokens_at_once()?,
+        gathered: Gathered::new(&models)?,
         models,
         policy,
         reference,
@@ -81,8 +81,6 @@ fn run(args: Args) -> Result<()> {
         on_nan: args.compute.on_nan,
         output,
         progress,
-        batch: vec![],
-        tokens: 0,
         known: 0,
     };
     job.output.begin(settings(json!({
@@ -99,13 +97,13 @@ fn run(args: Args) -> Result<()> {
             Ok(None) => {}
             Err(err) => {
                 // What came before the bad row is not lost.
-                job.score_batch()?;
+                job.finish()?;
                 return Err(err);
             }
         }
         program::check()?;
     }
-    job.score_batch()?;
+    job.finish()?;
     if job.known > 0 {
         job.progress
             .note(format!("{} with the sampler's log-probs", job.known));
@@ -123,11 +121,8 @@ struct Job {
     on_nan: OnNan,
     output: Output,
     progress: Progress,
-    /// Prompts that wait until there are tokens enough for a forward pass.
-    batch: Vec<Encoded>,
-    tokens: usize,
-    /// Tokens enough.
-    limit: usize,
+    /// Prompts that wait: their rows, and the tokens of these.
+    gathered: Gathered<(Vec<Row>, u64)>,
     /// Responses whose log-probs under the policy came from the sampler.
     known: u64,
 }
@@ -206,30 +201,31 @@ impl Job {
     }
 
     fn push(&mut self, prompt: Encoded) -> Result<()> {
-        let tokens = prompt.group.tokens();
-        if self.tokens + tokens > self.limit {
-            self.score_batch()?;
+        let Encoded {
+            mut rows,
+            group,
+            known,
+        } = prompt;
+        for row in &mut rows {
+            name_prompt(row, &group.prompt);
         }
-        self.tokens += tokens;
-        self.batch.push(prompt);
-        Ok(())
+        self.known += known.as_ref().map_or(0, Vec::len) as u64;
+        let of = (rows, group.tokens() as u64);
+        let ready = self.gathered.push(&self.models, of, Some(group), known)?;
+        self.write(ready)
     }
 
-    fn score_batch(&mut self) -> Result<()> {
-        let batch = std::mem::take(&mut self.batch);
-        let (mut rows, mut groups, mut known) = (vec![], vec![], vec![]);
-        for prompt in batch {
-            rows.push(prompt.rows);
-            groups.push(prompt.group);
-            known.push(prompt.known);
+    /// Scores and writes what waits.
+    fn finish(&mut self) -> Result<()> {
+        let ready = self.gathered.score(&self.models)?;
+        self.write(ready)
+    }
+
+    fn write(&mut self, ready: Ready<(Vec<Row>, u64)>) -> Result<()> {
+        if ready.is_empty() {
+            return Ok(());
         }
-        self.known += known
-            .iter()
-            .flatten()
-            .map(|logps| logps.len() as u64)
-            .sum::<u64>();
-        let scores = self.models.score(&groups, known)?;
-        for ((rows, scores), group) in rows.into_iter().zip(scores).zip(groups) {
+        for ((rows, tokens), scores) in ready {
             let mut scores = scores.into_iter();
             let mut written = 0;
             for mut row in rows {
@@ -242,13 +238,11 @@ impl Job {
                 }
                 row.fields.insert("policy".into(), json!(self.policy));
                 row.fields.insert("ref".into(), json!(self.reference));
-                name_prompt(&mut row, &group.prompt);
                 self.output.write(&row.fields)?;
                 written += 1;
             }
-            self.progress.add(written, group.tokens() as u64);
+            self.progress.add(written, tokens);
         }
-        self.tokens = 0;
         self.output.flush()
     }
 

@@ -965,6 +965,7 @@ fn scored_replay_pairs_need_no_reference() {
     for (row, pair) in scored.iter().zip(offline()) {
         let mut expected = names(pair.as_object().unwrap());
         expected.extend([
+            "prompt_hash",
             "policy_chosen_logps",
             "ref_chosen_logps",
             "reward_chosen",
@@ -973,7 +974,6 @@ fn scored_replay_pairs_need_no_reference() {
             "reward_rejected",
             "policy",
             "ref",
-            "prompt_hash",
         ]);
         assert_eq!(names(row), expected);
         let gap = number(row, "policy_chosen_logps") - number(row, "ref_chosen_logps");

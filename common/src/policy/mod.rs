@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod compute;
+mod gathered;
 mod rewards;
 
 pub use checkpoint::{
@@ -10,4 +11,5 @@ pub use checkpoint::{
     is_of_prompt, name_prompt, responses,
 };
 pub use compute::{Compute, Dtype, KvCacheDtype, OnNan, Place, Stage, sampling_dtype};
+pub use gathered::{Gathered, Ready};
 pub use rewards::{Logps, RewardModel};
