@@ -272,8 +272,12 @@ fn opens_answers(template: &Template) -> bool {
     let [user, answer] = [turn("user", "Hello"), turn("assistant", SENTINEL)];
     let asked = template.render(std::slice::from_ref(&user), true);
     let answered = template.render(&[user, answer], false);
-    // Templates that do not take these say nothing about it.
-    asked.is_ok_and(|asked| answered.is_ok_and(|all| !all.starts_with(&(asked + SENTINEL))))
+    let (Ok(asked), Ok(answered)) = (asked, answered) else {
+        return false; // it does not take these, which says nothing about it
+    };
+    // Space is nothing to speak of.
+    let answer = answered.strip_prefix(&asked).map(str::trim_start);
+    !answer.is_some_and(|answer| answer.starts_with(SENTINEL))
 }
 
 /// Added tokens that a template writes around the turns of a past exchange: its turn marks. (In a past turn,
