@@ -265,9 +265,9 @@ round: seed
 
     say "before and after"
     # Prompts after those of the round; of a file without more, its first ones.
-    what="prompts that no training here saw"
+    what="prompts beside the round's"
     sed -n "$(({{ count }} + 1)),$(({{ count }} + {{ check }}))p" {{ prompts }} > $dir/check-prompts.jsonl
-    [ -s $dir/check-prompts.jsonl ] || { head -n {{ check }} {{ prompts }} > $dir/check-prompts.jsonl; what="prompts of the round itself"; }
+    [ -s $dir/check-prompts.jsonl ] || { head -n {{ check }} {{ prompts }} > $dir/check-prompts.jsonl; what="the round's own prompts"; }
     dice-gen --model $policy --k {{ k }} {{ sampling }} --seed $seed --output $dir/before-samples.jsonl --resume $dir/check-prompts.jsonl
     dice-gen --model $next --k {{ k }} {{ sampling }} --seed $seed --output $dir/after-samples.jsonl --resume $dir/check-prompts.jsonl
     for which in before after; do
@@ -290,7 +290,7 @@ round: seed
         fi
         if [ -n "{{ preferences }}" ]; then
             echo
-            echo "## Preference pairs that no training here saw; reward: each policy against {{ base }}"
+            echo "## Preference pairs of the validation and test splits; reward: each policy against {{ base }}"
             echo
             for split in validation test; do
                 for of in $policy $next; do

@@ -84,19 +84,20 @@ impl Scorer {
             })?;
             return Ok(vec![(row, Some(logps))]);
         };
-        let group = match models.encode(std::slice::from_ref(&row), |_| &PAIR) {
+        let theirs =
+            row.opt_string("policy")? == Some(&names.0) && row.opt_string("ref")? == Some(&names.1);
+        let known = given(&row).ok().filter(|_| theirs);
+        let (known, group) = match models.encode(std::slice::from_ref(&row), |_| &PAIR) {
+            Ok(group) if known.is_some() && is_of_prompt(&row, &group.prompt)? => (known, None),
+            Ok(group) => (None, Some(group)),
+            // Somebody had the memory for it.
+            Err(err) if TooLong::is(&err) && known.is_some() => (known, None),
             Err(err) if TooLong::is(&err) => {
                 program::say(format_args!("{err}; left out"));
-                None
+                (None, None)
             }
-            encoded => Some(encoded?),
+            Err(err) => return Err(err),
         };
-        let prompt = group.as_ref().map_or(&[][..], |group| &group.prompt);
-        let theirs = row.opt_string("policy")? == Some(&names.0)
-            && row.opt_string("ref")? == Some(&names.1)
-            && is_of_prompt(&row, prompt)?;
-        let known = given(&row).ok().filter(|_| theirs);
-        let group = group.filter(|_| known.is_none());
         let ready = gathered.push(models, (row, known), group, None)?;
         self.checked(ready)
     }

@@ -29,8 +29,6 @@ use crate::preference::{Groups, Pair};
     after_help = "Example:\n  dice-eval reward --policy ./next --ref ./base --split test --format markdown preferences.jsonl"
 )]
 pub struct Args {
-    #[command(flatten)]
-    models: Models,
     /// Take the rewards in the rows' fields NAME_chosen and NAME_rejected (or chosen_NAME and rejected_NAME), too; `length`
     /// stands for the length itself. May be repeated. Without models, the implicit reward is then left out
     #[arg(long, value_name = "NAME")]
@@ -49,6 +47,9 @@ pub struct Args {
     /// Files of pairs (JSON Lines), read one after the other; `-` or none reads stdin
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
+    // Last: what comes after a heading is under it.
+    #[command(flatten)]
+    models: Models,
 }
 
 pub fn run(args: Args) -> Result<()> {

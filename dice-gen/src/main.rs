@@ -83,10 +83,11 @@ struct Args {
     /// log-probs little more than bf16 does; dtype then ends in +kv-int8, and dice-score computes the policy's log-probs itself
     #[arg(long, value_enum, default_value_t = KvCacheDtype::Auto, help_heading = "Machine")]
     kv_cache_dtype: KvCacheDtype,
-    #[command(flatten, next_help_heading = "Machine")]
-    compute: Compute,
     #[command(flatten)]
     files: Files,
+    // Last: what comes after a heading is under it.
+    #[command(flatten, next_help_heading = "Machine")]
+    compute: Compute,
 }
 
 /// Colder ones would make infinities of logits.

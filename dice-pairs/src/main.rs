@@ -62,7 +62,7 @@ struct Args {
     replay_split: Split,
 
     /// Share of the output, from 0 to 1, that comes from --replay; the output is the largest that keeps this share
-    /// and repeats no prompt. (Where no offline pair can be used, all generated ones are written, with a warning)
+    /// and repeats no prompt. (Below 1, where no offline pair can be used, all generated ones are written, with a warning)
     #[arg(long, default_value_t = 0.5, requires = "replay", value_parser = flags::share::<f64>)]
     gamma: f64,
 

@@ -47,10 +47,11 @@ struct Args {
     /// Scale of the reward
     #[arg(long, default_value_t = 0.1, value_parser = flags::positive::<f64>)]
     beta: f64,
-    #[command(flatten, next_help_heading = "Machine")]
-    compute: Compute,
     #[command(flatten)]
     files: Files,
+    // Last: what comes after a heading is under it.
+    #[command(flatten, next_help_heading = "Machine")]
+    compute: Compute,
 }
 
 fn main() -> ExitCode {

@@ -142,11 +142,12 @@ pub struct Args {
     /// Seed of the pairs' order and the adapters' start
     #[arg(long, default_value_t = 0, help_heading = "Optimisation")]
     seed: u64,
-    #[command(flatten, next_help_heading = "Machine")]
-    compute: Compute,
     /// Files of pairs (JSON Lines), read one after the other; `-` or none reads stdin
     #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
+    // Last: what comes after a heading is under it.
+    #[command(flatten, next_help_heading = "Machine")]
+    compute: Compute,
 }
 
 /// The optimisers there are.

@@ -695,6 +695,9 @@ fn help_and_wrong_usage() {
             help.stdout.contains("Usage: ") && help.stdout.contains("Example"),
             "{tool} --help teaches"
         );
+        let machine = help.stdout.split("\nMachine:").nth(1).unwrap_or_default();
+        let machine = machine.split("\nExample").next().unwrap();
+        assert!(!machine.contains("--output") && !machine.contains("[FILE]"));
         assert_eq!(help.stderr, "");
         let version = Tool::new(tool, ["--version"]).run().ok();
         assert!(version.stdout.starts_with(tool));

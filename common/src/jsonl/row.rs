@@ -1,5 +1,6 @@
 //! One row, where it stands, and typed access to its fields with errors that say both.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -97,6 +98,16 @@ impl Row {
         Ok(found)
     }
 
+    /// What makes two rows' prompts the same one: the messages, and what else the template is given.
+    pub fn prompt_key(&self) -> Result<blake3::Hash> {
+        let key = self.prompt()?.key();
+        let more: BTreeMap<_, _> = self.template_variables()?.into_iter().collect();
+        Ok(match more.is_empty() {
+            true => key,
+            false => blake3::hash(format!("{key}{}", serde_json::json!(more)).as_bytes()),
+        })
+    }
+
     /// A response: a string, or a list of messages that ends with the assistant's (TRL's conversational form), before which
     /// there may be the prompt's once more, and no others.
     pub fn response(&self, field: &str) -> Result<&str> {
@@ -125,7 +136,7 @@ impl Row {
             .ok_or_else(|| self.error(field, NO_RESPONSE))?;
         // Trained without them, the model would learn to say less than the row has.
         let more = ["reasoning_content", "reasoning", "thinking"];
-        let has = |name: &&str| answer.get(*name).is_some_and(|more| !more.is_null());
+        let has = |name: &&str| answer.get(*name).is_some_and(|m| !m.is_null() && m != "");
         let more = more.iter().copied().find(has);
         if let Some(name) = more.or(calls_tools(answer).then_some("tool_calls")) {
             let message = format!(
@@ -319,6 +330,10 @@ mod tests {
             answer[more] = value;
             let pair = row(json!({"prompt": "r", "chosen": [answer]}));
             assert!(message(pair.response("chosen")).contains(more));
+            let mut answer = turn("assistant", "b");
+            answer[more] = json!("");
+            let pair = row(json!({"prompt": "r", "chosen": [answer]}));
+            assert_eq!(pair.response("chosen").unwrap(), "b");
         }
         let goes_on =
             row(json!({"prompt": "r", "chosen": [turn("assistant", "a"), turn("user", "?")]}));

@@ -160,10 +160,10 @@ impl Samples {
     /// The index of the row's prompt, made or brought up to date.
     fn prompt_of(&mut self, row: &Row) -> Result<usize> {
         let id = row.id()?;
-        let prompt = row.prompt()?;
+        let key = row.prompt_key()?;
         if let Some(&index) = self.index.get(&id) {
             let known = &mut self.prompts[index];
-            if known.key != prompt.key() {
+            if known.key != key {
                 let message = format!(
                     "differs from that of {}, which has the same id {id:?}",
                     known.first
@@ -190,7 +190,7 @@ impl Samples {
         self.prompts.push(OnePrompt {
             id: row.id_value()?,
             first: row.place.clone(),
-            key: prompt.key(),
+            key,
             models: [row.opt_string("policy")?, row.opt_string("ref")?]
                 .map(|model| model.map(str::to_owned)),
             prompt: self.spool.put(&row.prompt_value()?)?,

@@ -43,12 +43,11 @@ impl Replay {
     pub fn add(&mut self, row: &Row) -> Result<()> {
         let chosen = row.response("chosen")?;
         let rejected = row.response("rejected")?;
-        let prompt = row.prompt()?;
         if chosen == rejected {
             self.skipped.add("replay pairs without a difference", 1);
             return Ok(());
         }
-        let key = prompt.key();
+        let key = row.prompt_key()?;
         if !self.prompts.insert(key) {
             self.skipped.add("replay pairs of a repeated prompt", 1);
             return Ok(());
@@ -84,8 +83,9 @@ impl Replay {
 }
 
 /// Mixes generated and offline pairs: the largest output of which a share `gamma` in [0, 1] is offline, to within
-/// half a pair, and in which no prompt occurs twice. Where one side has nothing, the other is kept whole, for there
-/// is no share to hold. Which pairs are taken depends on the seed and their prompts alone, not on their order.
+/// half a pair, and in which no prompt occurs twice. Where one side has nothing, the other is kept whole at a `gamma` between, for
+/// there is no share to hold. Which pairs are taken depends on the seed and their prompts alone, not on their order (of
+/// generated ones of one prompt the first counts).
 pub fn mix(generated: Vec<Pair>, replay: Replay, gamma: f64, seed: u64) -> Mix {
     let (mut generated, offline) = (generated, replay.pairs);
     let mut ours = HashSet::new();
@@ -223,6 +223,20 @@ mod tests {
         );
         assert_eq!(got.pairs[2].fields().unwrap()["id"], 3);
         assert_eq!(got.len(), 3);
+    }
+
+    #[test]
+    fn prompts_with_other_tools_are_others() {
+        let pair =
+            |more: Value| json!({"prompt": "p", "chosen": "a", "rejected": "b", "tools": more});
+        let got = replay(&[
+            pair(json!(null)),
+            pair(json!([{"name": "clock"}])),
+            pair(json!("[{\"name\": \"clock\"}]")),
+            pair(json!([])),
+        ])
+        .unwrap();
+        assert_eq!(got.len(), 3, "a list is the same as JSON in a string");
     }
 
     #[test]

@@ -211,7 +211,7 @@ impl Checkpoint {
     }
 
     /// Says, once, how an answer that is given as text differs from what the template would make of it.
-    fn note_texts(&self, row: &Row, field: &str, text: &str) {
+    fn note_texts(&self, row: &Row, field: &str, text: &str, finished: bool) {
         static OPENED: Once = Once::new();
         static ENDED: Once = Once::new();
         let place = &row.place;
@@ -224,7 +224,7 @@ impl Checkpoint {
             });
         }
         let end = self.chat.end_text();
-        if !end.is_empty() && text.trim_end().ends_with(&end) {
+        if finished && !end.is_empty() && text.trim_end().ends_with(&end) {
             ENDED.call_once(|| {
                 program::say(format_args!(
                     "{place}: field {field:?} ends with {end:?} written out: it is read as text, and the token follows; \
@@ -246,7 +246,7 @@ impl Checkpoint {
             let ids = self.chat.response_ids(text, finished);
             let ids = ids.map_err(|err| row.error(names.text, format!("{err:#}")))?;
             self.check_tokens(row, names.text, &ids)?;
-            self.note_texts(row, names.text, text);
+            self.note_texts(row, names.text, text, finished);
             return Ok(ids);
         };
         self.check_tokens(row, names.token_ids, &ids)?;

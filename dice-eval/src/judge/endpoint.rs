@@ -143,40 +143,46 @@ impl Endpoint {
     /// # Errors
     /// A refusal of everything (4xx but 408 and 429), a failure that outlives all retries, a signal.
     pub fn ask(&self, message: &str) -> Result<Verdict> {
+        match self.patiently(message) {
+            Ok(verdict) => Ok(verdict),
+            Err(Failure::Refused(err)) if self.answers() => {
+                program::say(format_args!("{err:#}; left without a verdict"));
+                Ok(Verdict::refused())
+            }
+            Err(Failure::Refused(err) | Failure::Passing(err, _) | Failure::Final(err)) => Err(err),
+        }
+    }
+
+    /// Whether it answers anything: it has, or it does now.
+    fn answers(&self) -> bool {
+        self.answered.load(Ordering::Relaxed) || self.patiently("Say yes.").is_ok()
+    }
+
+    /// Asks again what fails for now.
+    fn patiently(&self, message: &str) -> Result<Verdict, Failure> {
         let mut wait = self.patience.wait;
         for attempt in 0.. {
-            program::check()?;
+            program::check().map_err(|err| Failure::Final(err.into()))?;
             match self.once(message) {
                 Ok(verdict) => {
                     self.answered.store(true, Ordering::Relaxed);
                     return Ok(verdict);
                 }
-                Err(Failure::Refused(err)) if self.answers() => {
-                    program::say(format_args!("{err:#}; left without a verdict"));
-                    return Ok(Verdict::refused());
-                }
-                Err(Failure::Refused(err) | Failure::Final(err)) => return Err(err),
                 Err(Failure::Passing(err, _)) if attempt == self.patience.retries => {
-                    return Err(err.context(format!("gave up after {} attempts", attempt + 1)));
+                    let err = err.context(format!("gave up after {} attempts", attempt + 1));
+                    return Err(Failure::Final(err));
                 }
                 Err(Failure::Passing(_, asked)) => {
                     // Half of our own time is chance: requests that failed together do not come back together.
                     let least = asked.unwrap_or(wait / 2).min(LONGEST_ASKED);
-                    sleep(least + (wait / 2).mul_f64(chance(message, attempt)))?;
+                    sleep(least + (wait / 2).mul_f64(chance(message, attempt)))
+                        .map_err(Failure::Final)?;
                 }
+                Err(failure) => return Err(failure),
             }
             wait = (wait * 2).min(self.patience.longest_wait);
         }
         unreachable!("the loop has no end but the returns")
-    }
-
-    /// Whether it answers anything: it has, or it does now.
-    fn answers(&self) -> bool {
-        let does = || self.once("Say yes.").is_ok();
-        if !self.answered.load(Ordering::Relaxed) && does() {
-            self.answered.store(true, Ordering::Relaxed);
-        }
-        self.answered.load(Ordering::Relaxed)
     }
 
     fn once(&self, message: &str) -> Result<Verdict, Failure> {

@@ -120,10 +120,11 @@ pub struct Args {
         help_heading = "A judge that is a command"
     )]
     command: Option<String>,
-    #[command(flatten, next_help_heading = "A judge that is an implicit reward")]
-    models: Models,
     #[command(flatten)]
     to: To,
+    // Last: what comes after a heading is under it.
+    #[command(flatten, next_help_heading = "A judge that is an implicit reward")]
+    models: Models,
 }
 
 /// How pairs are shown to a judge.
@@ -437,11 +438,11 @@ mod tests {
             "{wins:?}"
         );
         // The first one, too: then it is asked whether it answers at all.
-        let acts = [Act::Status(413), Act::Weigh];
+        let acts = [Act::Status(413), Act::Status(503), Act::Weigh];
         let (server, rows) = ask(&acts, &["--in-flight", "1"]);
         let nulls = |row: &&Value| row["preference"].is_null();
         assert_eq!(rows.unwrap().iter().filter(nulls).count(), 1);
-        assert_eq!(server.asked(), 23);
+        assert_eq!(server.asked(), 24);
         // A server that takes none is another matter.
         let (_, rows) = ask(&[Act::Status(400)], &["--in-flight", "1"]);
         assert!(format!("{:#}", rows.unwrap_err()).contains("status 400"));
