@@ -125,11 +125,8 @@ fn run(args: Args) -> Result<()> {
                 let model = Checkpoint::open(&args.model)?;
                 let mut known = settings(json!({"model": model.weights.fingerprint()?}));
                 if let Some(dtype) = args.compute.named_dtype() {
-                    let cache = match args.kv_cache_dtype {
-                        KvCacheDtype::Auto => "",
-                        KvCacheDtype::Int8 => "+kv-int8",
-                    };
-                    known.insert("dtype".into(), json!(dtype + cache));
+                    let int8 = args.kv_cache_dtype == KvCacheDtype::Int8;
+                    known.insert("dtype".into(), json!(sampling_dtype(dtype, int8)));
                 }
                 Ok(known)
             };
@@ -147,7 +144,7 @@ fn run(args: Args) -> Result<()> {
     program::say(format_args!("{}: computing in {place}{kept}", args.model));
     let mut job = Job {
         fingerprint: model.weights.fingerprint()?.to_owned(),
-        dtype: sampling_dtype(&place, cache),
+        dtype: sampling_dtype(place.dtype(), matches!(cache, Format::Int8)),
         generator: engine.generator(
             how,
             model.chat.end_ids(),

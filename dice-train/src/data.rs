@@ -57,9 +57,10 @@ impl Pairs {
             } else if pair.length() > args.max_length {
                 progress.skip("longer than --max-length", 1);
             } else {
-                match reference.map(|r| given(&row, r)).transpose()?.flatten() {
-                    Some(logps) if is_of_prompt(&row, &pair.prompt)? => pair.reference = logps,
-                    _ => found.missing.push(found.pairs.len()),
+                let given = reference.map(|r| given(&row, r, &pair.prompt));
+                match given.transpose()?.flatten() {
+                    Some(logps) => pair.reference = logps,
+                    None => found.missing.push(found.pairs.len()),
                 }
                 found.pairs.push(pair);
                 found.places.push(row.place);
@@ -160,8 +161,12 @@ fn encode(row: &Row, prompt: &Prompt, model: &Checkpoint, longest: usize) -> Res
     Err(TooLong::of(row, "chosen", message))
 }
 
-/// The reference's log-probs from a row, if they are of this very model: as `ref`, or as the `policy` that scored it.
-fn given(row: &Row, reference: &str) -> Result<Option<(f64, f64)>> {
+/// The reference's log-probs from a row, if they are of this very model (as `ref`, or as the `policy` that scored it) and of
+/// these tokens of the prompt.
+fn given(row: &Row, reference: &str, prompt: &[u32]) -> Result<Option<(f64, f64)>> {
+    if !is_of_prompt(row, prompt)? {
+        return Ok(None);
+    }
     for role in ["ref", "policy"] {
         if row.opt_string(role)? == Some(reference) {
             let chosen = row.opt_number(&format!("{role}_chosen_logps"))?;

@@ -49,11 +49,19 @@ impl Encoder {
             ))
             .map_err(tokenizer_error)?;
         plain.set_encode_special_tokens(true);
-        let size = |with_added| {
-            let vocabulary = full.get_vocab(with_added);
-            vocabulary.values().max().map_or(0, |id| *id as usize + 1)
-        };
-        let (vocab_size, base_size) = (size(true), size(false));
+        // Added tokens that are no part of the vocabulary proper: few, where that is large.
+        let model = full.get_model();
+        let beyond = added
+            .iter()
+            .filter(|(_, token)| model.token_to_id(&token.content).is_none());
+        let beyond: HashSet<u32> = beyond.map(|(id, _)| *id).collect();
+        let (mut vocab_size, mut base_size) = (0, 0);
+        for id in full.get_vocab(true).into_values() {
+            vocab_size = vocab_size.max(id as usize + 1);
+            if !beyond.contains(&id) {
+                base_size = base_size.max(id as usize + 1);
+            }
+        }
         Ok(Self {
             full,
             plain,

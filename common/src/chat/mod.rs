@@ -99,9 +99,10 @@ impl Chat {
         let eos = specials
             .get("eos_token")
             .and_then(|text| tokenizer.token_to_id(text));
-        let found = template
+        let exchange = template.as_ref().and_then(exchange);
+        let found = exchange
             .as_ref()
-            .and_then(|template| turn_end(template, &tokenizer));
+            .and_then(|exchange| turn_end(exchange, &tokenizer));
         let Some(end_of_turn) = found.or(eos).or(end_ids.first().copied()) else {
             bail!("no end-of-turn token: neither the template nor eos_token names one");
         };
@@ -113,7 +114,10 @@ impl Chat {
         if let Some(template) = &template {
             turn_marks.extend(turn_tokens(template, &tokenizer));
         }
-        let opens_answers = template.as_ref().is_some_and(opens_answers);
+        let opens_answers = template
+            .as_ref()
+            .zip(exchange)
+            .is_some_and(|(template, exchange)| opens_answers(template, &exchange));
         let encoder = Encoder::new(tokenizer, &turn_marks)?;
         if let Some(id) = end_ids
             .iter()
@@ -255,28 +259,28 @@ fn compile(source: &str, specials: &BTreeMap<String, String>, add_bos: bool) -> 
 /// A word that no template rewrites.
 const SENTINEL: &str = "Sentinel5791";
 
-/// The token that follows the content of an assistant's turn, found by rendering one.
-fn turn_end(template: &Template, tokenizer: &Tokenizer) -> Option<u32> {
-    let rendered = template
-        .render(&[turn("user", "Hello"), turn("assistant", SENTINEL)], false)
-        .ok()?;
-    let after = rendered.rfind(SENTINEL)? + SENTINEL.len();
-    encoder::pieces(tokenizer, &rendered[after..])
+/// A question and its answer as the template writes them; none where it does not take them.
+fn exchange(template: &Template) -> Option<String> {
+    let messages = [turn("user", "Hello"), turn("assistant", SENTINEL)];
+    template.render(&messages, false).ok()
+}
+
+/// The token that follows the content of an assistant's turn.
+fn turn_end(exchange: &str, tokenizer: &Tokenizer) -> Option<u32> {
+    let after = exchange.rfind(SENTINEL)? + SENTINEL.len();
+    encoder::pieces(tokenizer, &exchange[after..])
         .into_iter()
         .find(|(text, _)| !text.trim().is_empty())
         .and_then(|(_, id)| id)
 }
 
 /// See [`Chat::opens_answers`].
-fn opens_answers(template: &Template) -> bool {
-    let [user, answer] = [turn("user", "Hello"), turn("assistant", SENTINEL)];
-    let asked = template.render(std::slice::from_ref(&user), true);
-    let answered = template.render(&[user, answer], false);
-    let (Ok(asked), Ok(answered)) = (asked, answered) else {
-        return false; // it does not take these, which says nothing about it
+fn opens_answers(template: &Template, exchange: &str) -> bool {
+    let Ok(asked) = template.render(&[turn("user", "Hello")], true) else {
+        return false; // it does not take this, which says nothing about it
     };
     // Space is nothing to speak of.
-    let answer = answered.strip_prefix(&asked).map(str::trim_start);
+    let answer = exchange.strip_prefix(&asked).map(str::trim_start);
     !answer.is_some_and(|answer| answer.starts_with(SENTINEL))
 }
 

@@ -86,16 +86,15 @@ fn templates_write_what_they_write_in_transformers() {
         "{}",
         String::from_utf8_lossy(&rendered.stderr)
     );
-    let specials = ["bos:<s>", "eos:</s>", "unk:<unk>", "pad:<pad>"].map(|special| {
-        let (name, token) = special.split_once(':').unwrap();
-        (format!("{name}_token"), token.to_owned())
-    });
+    let specials = ["bos", "eos", "unk", "pad"].map(|name| format!("{name}_token"));
+    let tokens = ["<s>", "</s>", "<unk>", "<pad>"].map(str::to_owned);
+    let specials = specials.into_iter().zip(tokens).collect();
     let templates: BTreeMap<String, Template> = files(&folder.join("templates"), ".jinja")
         .into_iter()
         .map(|file| {
             let source = fs::read_to_string(&file).unwrap();
             let name = file.file_name().unwrap().to_string_lossy().into_owned();
-            let template = Template::new(&source, &specials.clone().into());
+            let template = Template::new(&source, &specials);
             (
                 name.clone(),
                 template.unwrap_or_else(|err| panic!("{name}: {err}")),

@@ -91,10 +91,10 @@ impl KvCacheDtype {
 }
 
 /// The name of the formats that something was sampled in: as `--dtype` takes it, where caches are in the same.
-pub fn sampling_dtype(place: &Place, cache: Format) -> String {
-    match cache {
-        Format::Float(_) => place.dtype().to_owned(),
-        Format::Int8 => format!("{}+kv-int8", place.dtype()),
+pub fn sampling_dtype(dtype: &str, int8_cache: bool) -> String {
+    match int8_cache {
+        false => dtype.to_owned(),
+        true => format!("{dtype}+kv-int8"),
     }
 }
 
@@ -111,10 +111,14 @@ fn device(text: &str) -> Result<String, String> {
 
 impl Compute {
     /// The number format that was asked for by name, as settings of a run have it; none where it is left to the machine.
-    pub fn named_dtype(&self) -> Option<String> {
-        use clap::ValueEnum;
-        let name = self.dtype.to_possible_value()?.get_name().to_owned();
-        (self.dtype != Dtype::Auto).then_some(name)
+    pub fn named_dtype(&self) -> Option<&'static str> {
+        let named = match self.dtype {
+            Dtype::Auto => return None,
+            Dtype::F32 => cuda::Precision::F32,
+            Dtype::Bf16 => cuda::Precision::Bf16,
+            Dtype::F16 => cuda::Precision::F16,
+        };
+        Some(named.name())
     }
 
     /// Settles where and in which number format to compute. `auto` takes the first GPU where this build can use one.

@@ -76,9 +76,9 @@ impl<T> Gathered<T> {
             true => scores.next().expect("one for every group"),
             false => vec![],
         };
-        Ok((whose
-            .into_iter()
-            .map(|(of, has_group)| (of, scored(has_group))))
-        .collect())
+        let ready = whose.into_iter();
+        Ok(ready
+            .map(|(of, has_group)| (of, scored(has_group)))
+            .collect())
     }
 }

@@ -48,12 +48,12 @@ fn text_of(config: &Value) -> Option<Value> {
         let name = name.as_str().unwrap_or_default();
         name.ends_with("ForConditionalGeneration") || name.ends_with("ForCausalLM")
     };
-    let architectures = whole.get("architectures").and_then(Value::as_array);
-    if architectures.is_none_or(|names| names.is_empty() || names.iter().any(generates)) {
-        text.insert("architectures".into(), json!([family.architecture()]));
-    } else {
-        text.insert("architectures".into(), whole["architectures"].clone());
-    }
+    let other = whole.get("architectures").filter(|names| {
+        let names = names.as_array();
+        names.is_some_and(|names| !names.is_empty() && !names.iter().any(generates))
+    });
+    let ours = || json!([family.architecture()]);
+    text.insert("architectures".into(), other.cloned().unwrap_or_else(ours));
     Some(Value::Object(text))
 }
 
