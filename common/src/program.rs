@@ -75,8 +75,9 @@ pub fn name() -> &'static str {
 
 /// One line on stderr, after the tool's name. For warnings and notes; never fails.
 pub fn say(line: impl fmt::Display) {
-    // `eprintln!` would panic where stderr is closed.
-    let _ = writeln!(io::stderr(), "{}: {line}", name());
+    // In one piece, since the tools of a pipe share stderr. (`eprintln!` would panic where it is closed, too.)
+    let line = format!("{}: {line}\n", name());
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// A signal asked the tool to stop. [`main`] exits with 128 + its number.
