@@ -31,6 +31,7 @@ from transformers import (
     OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SiglipVisionConfig,
@@ -294,18 +295,36 @@ FAMILIES = {
         ),
         {},
     ),
+    # Two layers of linear attention, one of gated attention that rotates half of its heads.
+    "qwen3.5": (
+        Qwen3_5TextConfig,
+        dict(
+            num_hidden_layers=3,
+            head_dim=16,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            tie_word_embeddings=True,
+            rope_parameters=rope(10000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        ),
+        {"seed": 100},
+    ),
 }
 
 
 def fill(model, seed):
     """Random weights of a size at which attention and logits are far from flat; no parameter is left at 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
-    gemma = "gemma" in model.config.model_type  # its norms multiply by 1 + weight
+    # Norms that multiply by 1 + weight; not those of what Qwen3.5's linear attention reads.
+    kind = model.config.model_type
+    from_one = ["norm"] if "gemma" in kind else ["layernorm", "_norm", "model.norm"] if "qwen3_5" in kind else []
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name:
-                p.copy_(0.2 * noise + (0.0 if gemma else 1.0))
+                p.copy_(0.2 * noise + (0.0 if any(part in name for part in from_one) else 1.0))
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
             elif "embed_tokens" in name:
@@ -474,7 +493,7 @@ def main():
         if args.only and name not in args.only:
             continue
         folder = args.output / name
-        figures = make(folder, name, seed)
+        figures = make(folder, name, FAMILIES[name][2].get("seed", seed))
         if FAMILIES[name][2].get("legacy_beside"):
             check_legacy(folder, figures)
         size = sum(p.stat().st_size for p in folder.iterdir())

@@ -1,12 +1,40 @@
-//! Keys and values of a run of tokens, kept as the kernels want them: growing them is a write, never a copy.
+//! What a run of tokens leaves behind in a layer. Keys and values are kept as the kernels want them: growing them is a write,
+//! never a copy.
 //!
 //! A step reads the caches of all sequences from memory. A core gets some 40 GB/s from a stream that its prefetcher
 //! follows, 15 GB/s from pieces of a few kilobytes; so a layer's keys and values of one run of tokens lie in one piece, in
 //! the order in which they are read.
 
 use crate::kernels::decoding::{AHEAD, Block, Format};
+use crate::kernels::delta;
 use crate::kernels::gemm::{Aligned, panel_width};
 use crate::kernels::layout::Heads;
+
+/// What attention, or linear attention, knows of the past.
+pub enum Past {
+    /// Keys and values of a prompt, or of a response so far.
+    Keys(LayerCache),
+    /// Of linear attention: of a prompt, or of that and the response so far.
+    Delta(delta::Memory),
+}
+
+impl Past {
+    /// That of a layer with attention.
+    pub fn keys(&self) -> &LayerCache {
+        match self {
+            Self::Keys(cache) => cache,
+            Self::Delta(_) => unreachable!("linear attention has no keys"),
+        }
+    }
+
+    /// The same, to grow.
+    pub fn keys_mut(&mut self) -> &mut LayerCache {
+        match self {
+            Self::Keys(cache) => cache,
+            Self::Delta(_) => unreachable!("linear attention has no keys"),
+        }
+    }
+}
 
 /// One layer's keys and values of one run of tokens.
 pub struct LayerCache {

@@ -1,12 +1,13 @@
 //! The loop of generation: prompts in, steps of all running sequences, finished groups out in order.
 
-use super::cache::{LayerCache, Shape};
+use super::cache::{LayerCache, Past, Shape};
 use super::logits::{Logits, Row};
 use super::queue::{Group, Queue};
 use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
 use crate::jsonl::FinishReason;
 use crate::kernels::decoding::Format;
+use crate::kernels::delta::Memory;
 use crate::kernels::layout::Layout;
 use crate::kernels::team;
 use crate::model::{Decoder, LayerState, Rotations};
@@ -47,7 +48,7 @@ pub struct Sample {
 pub struct Limits {
     /// Sequences.
     pub sequences: usize,
-    /// Memory for keys, values and activations; a single sequence that needs more runs all the same, alone.
+    /// Memory for keys, values, linear attention and activations; a single sequence that needs more runs all the same, alone.
     pub bytes: usize,
 }
 
@@ -95,8 +96,8 @@ pub struct Generator<'a> {
 /// What a prompt leaves behind: from the start of its first sample to the end of the last, else nothing.
 #[derive(Default)]
 pub(super) struct Prefix {
-    /// Its keys and values, layer by layer.
-    pub cache: Vec<LayerCache>,
+    /// Of every layer.
+    pub past: Vec<Past>,
     /// The logits after it.
     first: Logits,
 }
@@ -104,7 +105,7 @@ pub(super) struct Prefix {
 impl Prefix {
     /// Whether the prompt has run.
     fn is_ready(&self) -> bool {
-        !self.cache.is_empty()
+        !self.past.is_empty()
     }
 }
 
@@ -116,8 +117,8 @@ pub(super) struct Sequence {
     rng: ChaCha8Rng,
     pub token_ids: Vec<u32>,
     logp: f64,
-    /// Keys and values of what it has read of its own, layer by layer.
-    pub cache: Vec<LayerCache>,
+    /// Of every layer: keys and values of what it has read of its own, beside the prompt's.
+    pub past: Vec<Past>,
 }
 
 impl<'a> Generator<'a> {
@@ -161,15 +162,25 @@ impl<'a> Generator<'a> {
         }
         let mut prefixes: Vec<Prefix> = together.iter().map(|_| Prefix::default()).collect();
         let keep = |i: usize, state: &mut LayerState| {
-            let width = self.decoder.heads(i).qkv_width();
             let parts = prefixes.iter_mut().zip(layout.segments());
+            if let Some(delta) = self.decoder.delta(i) {
+                let width = delta.shape.input_width();
+                // (The heads are shared out there.)
+                for (prefix, segment) in parts {
+                    let raw =
+                        &state.qkv_raw[segment.tokens.start * width..segment.tokens.end * width];
+                    prefix.past.push(Past::Delta(delta.after(raw)));
+                }
+                return;
+            }
+            let width = self.decoder.heads(i).qkv_width();
             team::items(parts.collect(), |_, (prefix, segment)| {
                 let mut cache = LayerCache::new(self.shape(i), segment.tokens.len());
                 (state.qkv.chunks_exact(width).skip(segment.tokens.start))
                     .take(segment.tokens.len())
                     .for_each(|row| cache.push(row));
                 cache.close();
-                prefix.cache.push(cache);
+                prefix.past.push(Past::Keys(cache));
             });
         };
         let hidden = team::with(|| self.decoder.forward(&layout, &tokens, keep));
@@ -216,16 +227,18 @@ impl<'a> Generator<'a> {
             }
             let sample = self.groups.start(number);
             let Group { request, own, .. } = self.groups.group(number);
-            let layers = self.decoder.config.layers;
+            let longest = self.longest(request.prompt.len());
+            let past = |(i, prompt): (usize, &Past)| match prompt {
+                Past::Keys(_) => Past::Keys(LayerCache::new(self.shape(i), longest)),
+                Past::Delta(memory) => Past::Delta(memory.clone()),
+            };
             let mut sequence = Sequence {
                 group: number,
                 number: sample,
                 rng: stream(self.how.seed, &request.key, sample),
                 token_ids: vec![],
                 logp: 0.0,
-                cache: (0..layers)
-                    .map(|i| LayerCache::new(self.shape(i), self.longest(request.prompt.len())))
-                    .collect(),
+                past: own.past.iter().enumerate().map(past).collect(),
             };
             sequence.draw(own.first.row(0), &request.prompt, &self.how);
             self.tokens += 1;
@@ -260,14 +273,14 @@ impl<'a> Generator<'a> {
             && self.taken() + prefill + self.response_bytes(prompt) <= self.limits.bytes
     }
 
-    /// What a prompt holds while it is at work: keys, values and logits.
+    /// What a prompt holds while it is at work: its past and logits.
     fn prompt_bytes(&self, prompt: usize) -> usize {
-        self.cache_bytes(prompt) + self.decoder.config.vocab * size_of::<f32>()
+        self.past_bytes(prompt) + self.decoder.config.vocab * size_of::<f32>()
     }
 
-    /// What a response to a prompt may come to hold: keys, values and logits.
+    /// What a response to a prompt may come to hold: its past and logits.
     fn response_bytes(&self, prompt: usize) -> usize {
-        self.cache_bytes(self.longest(prompt)) + self.decoder.config.vocab * size_of::<f32>()
+        self.past_bytes(self.longest(prompt)) + self.decoder.config.vocab * size_of::<f32>()
     }
 
     /// The tokens of the longest response to a prompt.
@@ -283,9 +296,13 @@ impl<'a> Generator<'a> {
         }
     }
 
-    fn cache_bytes(&self, tokens: usize) -> usize {
+    fn past_bytes(&self, tokens: usize) -> usize {
         let layers = 0..self.decoder.config.layers;
-        (layers.map(|i| LayerCache::bytes(self.shape(i), tokens))).sum()
+        let bytes = |i: usize| match self.decoder.delta(i) {
+            None => LayerCache::bytes(self.shape(i), tokens),
+            Some(delta) => Memory::bytes(delta.shape),
+        };
+        layers.map(bytes).sum()
     }
 
     fn ended(&self, sequence: &Sequence, stopped: Stopped) -> Option<FinishReason> {

@@ -1,12 +1,13 @@
 //! One step of some of the running sequences: their last tokens through the model, and a draw from the logits.
 
 use super::attention::Rows;
+use super::cache::Past;
 use super::engine::{Prefix, Sequence};
 use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
-use crate::kernels::team;
-use crate::model::{Decoder, LayerState, Rotations};
+use crate::kernels::{fit, team};
+use crate::model::{Decoder, Delta, LayerState, Rotations};
 use std::cell::Cell;
 
 /// What all sequences share.
@@ -58,10 +59,15 @@ impl Step<'_> {
         } = storage;
         decoder.embed(&last, &mut state.x);
         for i in 0..decoder.config.layers {
-            let heads = decoder.heads(i);
             decoder.project(i, &positions, self.rotations, state);
-            state.attention.resize(last.len() * heads.q_width(), 0.0);
-            self.attention(i, running, &state.qkv, &mut state.attention);
+            match decoder.delta(i) {
+                Some(delta) => linear_attention(i, delta, running, state),
+                None => {
+                    let width = decoder.heads(i).q_width();
+                    state.attention.resize(last.len() * width, 0.0);
+                    self.attention(i, running, &state.qkv, &mut state.attention);
+                }
+            }
             decoder.finish(i, state, next);
             std::mem::swap(&mut state.x, next);
         }
@@ -85,23 +91,23 @@ impl Step<'_> {
             }
         }
         team::items(tasks, |_, (members, qkv, out)| {
-            let prefix = &self.group(&members[0]).own.cache[layer];
+            let prefix = self.group(&members[0]).own.past[layer].keys();
             let (shape, seen) = (prefix.shape(), prefix.tokens());
             let first = |m: &Sequence| {
-                let end = seen + m.cache[layer].tokens() + 1;
+                let end = seen + m.past[layer].keys().tokens() + 1;
                 end.saturating_sub(heads.window.unwrap_or(usize::MAX))
             };
             let first: Vec<usize> = members.iter().map(first).collect();
             let mut rows = ROWS.take();
             rows.start(shape, qkv);
-            let own = members.first().map(|m| &m.cache[layer]);
+            let own = members.first().map(|m| m.past[layer].keys());
             rows.see(0..members.len(), (prefix, own), |m| first[m]);
             let mut left = members;
             for (m, qkv) in qkv.chunks_exact(heads.qkv_width()).enumerate() {
                 let (member, after) = left.split_first_mut().expect("one for each row");
-                let own = &mut member.cache[layer];
+                let own = member.past[layer].keys_mut();
                 own.push(qkv);
-                let next = after.first().map(|m| &m.cache[layer]);
+                let next = after.first().map(|m| m.past[layer].keys());
                 rows.see(m..m + 1, (own, next), |m| first[m].saturating_sub(seen));
                 left = after;
             }
@@ -109,6 +115,23 @@ impl Step<'_> {
             ROWS.set(rows);
         });
     }
+}
+
+/// Linear attention of each sequence's last token: from `state.qkv_raw` to `state.attention`.
+fn linear_attention(layer: usize, delta: &Delta, running: &mut [Sequence], state: &mut LayerState) {
+    let (width, values) = (delta.shape.input_width(), delta.shape.value_width());
+    fit(&mut state.attention, running.len() * values);
+    let rows = state
+        .qkv_raw
+        .chunks_exact(width)
+        .zip(state.attention.chunks_exact_mut(values));
+    team::items(
+        running.iter_mut().zip(rows).collect(),
+        |_, (sequence, (raw, out))| match &mut sequence.past[layer] {
+            Past::Delta(memory) => delta.go_on(memory, raw, out),
+            Past::Keys(_) => unreachable!("linear attention keeps no keys"),
+        },
+    );
 }
 
 thread_local! {

@@ -1,4 +1,5 @@
-//! The activation of a gated MLP: y = g·σ(v)·up, from the fused projection [gate | up]; forward and backward.
+//! The activation of a gated MLP: y = g·σ(v)·up, from the fused projection [gate | up], and the gate of gated attention,
+//! y = σ(g)·x; forward and backward.
 
 use super::isa::multiversion;
 use super::softmax::exp;
@@ -69,6 +70,26 @@ multiversion! {
     }
 }
 
+multiversion! {
+    /// y = σ(g)·x.
+    pub fn gate_row(gate: &[f32], x: &[f32], out: &mut [f32]) {
+        for ((out, &g), &x) in out.iter_mut().zip(gate).zip(x) {
+            *out = x / (1.0 + exp::<FMA>(-g));
+        }
+    }
+}
+
+multiversion! {
+    /// Turns the gradient of y = σ(g)·x into that of x, and writes that of g.
+    pub fn gate_row_backward(gate: &[f32], x: &[f32], d: &mut [f32], d_gate: &mut [f32]) {
+        for (((d, d_gate), &g), &x) in d.iter_mut().zip(d_gate).zip(gate).zip(x) {
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-g));
+            *d_gate = *d * x * sigmoid * (1.0 - sigmoid);
+            *d *= sigmoid;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,6 +110,20 @@ mod tests {
                 y.iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum()
             });
         }
+    }
+
+    #[test]
+    fn gradients_of_gates_agree_with_differences() {
+        let (g, x, dy) = (noise(19, 1), noise(19, 2), noise(19, 3));
+        let loss = |g: &[f32], x: &[f32]| -> f64 {
+            let mut y = [0.0; 19];
+            gate_row(g, x, &mut y);
+            y.iter().zip(&dy).map(|(y, d)| (y * d) as f64).sum()
+        };
+        let (mut dx, mut dg) = (dy.clone(), [0.0; 19]);
+        gate_row_backward(&g, &x, &mut dx, &mut dg);
+        finite_difference(&g, &dg, |g| loss(g, &x));
+        finite_difference(&x, &dx, |x| loss(&g, x));
     }
 
     #[test]

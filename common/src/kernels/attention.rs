@@ -3,6 +3,7 @@
 
 use super::gemm::{Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, multiply};
 use super::layout::{Heads, Layout, Segment};
+use super::shared::Shared;
 use super::{cap, fit, softmax, team};
 use std::cell::Cell;
 use std::ops::Range;
@@ -577,33 +578,6 @@ impl Storage {
 
     fn give_back(self) {
         STORAGE.set(Some(self));
-    }
-}
-
-/// A buffer that parallel tasks write in disjoint places.
-struct Shared {
-    data: *mut f32,
-    len: usize,
-}
-
-// SAFETY: `slice` is unsafe; its callers promise that no two tasks touch the same place.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn new(data: &mut [f32]) -> Self {
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-        }
-    }
-
-    /// # Safety
-    /// No other reference to these elements may be alive.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice(&self, at: usize, len: usize) -> &mut [f32] {
-        assert!(at + len <= self.len);
-        // SAFETY: in bounds; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(at), len) }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The arithmetic on a CPU: matrix products, norms, rotary positions, gated activations, attention, soft-max; forward and backward.
+//! The arithmetic on a CPU: matrix products, norms, rotary positions, gated activations, attention, linear attention, soft-max; forward and backward.
 //!
 //! All of it works on plain `f32` slices, row-major. Every result row depends on its own inputs alone, never on how
 //! many other rows were computed with it or by how many threads, so batch size and packing cannot change a number.
@@ -7,11 +7,13 @@ pub mod activation;
 pub mod attention;
 pub mod cap;
 pub mod decoding;
+pub mod delta;
 pub mod gemm;
 pub mod isa;
 pub mod layout;
 pub mod norm;
 pub mod rope;
+mod shared;
 pub mod softmax;
 pub mod team;
 

@@ -7,7 +7,7 @@ use super::rotations::Rotations;
 use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
-use crate::kernels::layout::Layout;
+use crate::kernels::layout::{Heads, Layout};
 use crate::kernels::{activation, copy, fit, norm, rows};
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
@@ -133,32 +133,66 @@ impl<'a> Pass<'a, '_> {
         self.read(norm, map, &state.middle, d_gate_up, dx);
     }
 
-    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))): turns the gradient of `middle` into that of `x`.
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or linear attention: turns the gradient of `middle` into that
+    /// of `x`.
     fn attention(&mut self, state: &LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_attention, &p.norms.after_attention);
         let dy = self.given(norm, &state.output, dx, &mut d_given);
         let b = &mut *self.b;
-        (self.gradients).linear(&p.output, &state.attention, dy, &mut b.right);
+        let gates = self.model.decoder.gates_of(self.layer, &state.qkv_raw);
+        let read = match &gates {
+            None => &state.attention,
+            Some(gates) => gated(gates, &state.attention, layer.heads.q_width(), &mut b.inner),
+        };
+        (self.gradients).linear(&p.output, read, dy, &mut b.right);
         linear(&layer.output, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
-        let mut d_qkv = std::mem::take(&mut b.d_qkv);
-        fit(&mut d_qkv, state.qkv.len());
-        rows(&mut d_qkv, 1, |_, part| part.fill(0.0)); // attention adds to it
+        let mut d_raw = std::mem::take(&mut b.d_raw);
+        if let (Some(delta), Some(places)) = (&layer.delta, &p.delta) {
+            let d_attention = &mut b.d_inner;
+            delta.backward(
+                places,
+                self.layout,
+                state,
+                d_attention,
+                &mut d_raw,
+                self.gradients,
+            );
+        } else {
+            if let Some(gates) = gates {
+                let d = (&mut b.d_inner[..], &mut b.d_gates);
+                gates_backward(gates, &state.attention, layer.heads.q_width(), d);
+            }
+            let mut d_qkv = std::mem::take(&mut b.d_qkv);
+            self.attention_proper(state, &mut d_qkv);
+            match self.model.decoder.config.attention_gate {
+                true => with_gates(layer.heads, &d_qkv, &self.b.d_gates, &mut d_raw),
+                false => std::mem::swap(&mut d_raw, &mut d_qkv),
+            }
+            self.b.d_qkv = d_qkv;
+        }
+        let norm = norm_at(&layer.norms.before_attention, &p.norms.before_attention);
+        self.read(norm, (&layer.qkv, &p.qkv), &state.x, &d_raw, dx);
+        self.b.d_raw = d_raw;
+    }
+
+    /// attention(rotate(norm(q | k | v))): writes the gradient of q, k and v, given that of the result, in `d_inner`.
+    fn attention_proper(&mut self, state: &LayerState, d_qkv: &mut Vec<f32>) {
+        let (layer, _) = self.layer();
+        fit(d_qkv, state.qkv.len());
+        rows(d_qkv, 1, |_, part| part.fill(0.0)); // attention adds to it
         attention::backward(
             self.layout,
             layer.heads,
             self.model.decoder.precision,
             (&state.qkv, &state.attention, &state.lse),
-            &b.d_inner,
-            &mut d_qkv,
+            &self.b.d_inner,
+            d_qkv,
         );
-        self.rotate_back(&mut d_qkv);
-        self.qk_norms(&state.qkv_raw, &mut d_qkv);
-        let norm = norm_at(&layer.norms.before_attention, &p.norms.before_attention);
-        self.read(norm, (&layer.qkv, &p.qkv), &state.x, &d_qkv, dx);
-        self.b.d_qkv = d_qkv;
+        self.rotate_back(d_qkv);
+        self.qk_norms(&state.qkv_raw, d_qkv);
     }
 
     pub(super) fn layer(&self) -> (&'a Layer, &'a LayerParams) {
@@ -250,21 +284,72 @@ impl<'a> Pass<'a, '_> {
             return;
         };
         let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
-        let (q_width, width) = (heads.q_width(), heads.qkv_width());
-        for (weight, span, columns) in [
-            (q, q_span, 0..q_width),
-            (k, k_span, q_width..q_width + heads.kv_width()),
+        let (q_width, k_width, width) = (heads.q_width(), heads.kv_width(), heads.qkv_width());
+        // Gates lie between them where there are some.
+        let raw_width = p.qkv.rows;
+        let keys_in_raw = q_width + raw_width - width;
+        for (weight, span, at, raw_at, len) in [
+            (q, q_span, 0, 0, q_width),
+            (k, k_span, q_width, keys_in_raw, k_width),
         ] {
             let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
-            for (raw, d_row) in (qkv_raw.chunks_exact(width)).zip(d_qkv.chunks_exact_mut(width)) {
-                let raw = raw[columns.clone()].chunks_exact(weight.len());
-                for (raw, d) in raw.zip(d_row[columns.clone()].chunks_exact_mut(weight.len())) {
+            let tokens = qkv_raw.chunks_exact(raw_width);
+            for (raw, d_row) in tokens.zip(d_qkv.chunks_exact_mut(width)) {
+                let raw = raw[raw_at..][..len].chunks_exact(weight.len());
+                for (raw, d) in raw.zip(d_row[at..][..len].chunks_exact_mut(weight.len())) {
                     let dy = d.to_vec();
                     d.fill(0.0);
                     norm::backward_row(raw, weight, eps, &dy, d, d_weight);
                 }
             }
         }
+    }
+}
+
+/// What gated attention gives, made in `room`: each row of `attention` times σ(gate).
+fn gated<'a, 'r>(
+    gates: &(impl Fn(usize) -> &'a [f32] + Sync),
+    attention: &[f32],
+    width: usize,
+    room: &'r mut Vec<f32>,
+) -> &'r Vec<f32> {
+    fit(room, attention.len());
+    rows(room, width, |first, part| {
+        let each = part
+            .chunks_exact_mut(width)
+            .zip(attention[first * width..].chunks_exact(width));
+        for ((out, x), token) in each.zip(first..) {
+            activation::gate_row(gates(token), x, out);
+        }
+    });
+    room
+}
+
+/// Turns the gradient of what gated attention gives into that of attention's result, and writes that of the gates.
+fn gates_backward<'a>(
+    gates: impl Fn(usize) -> &'a [f32],
+    attention: &[f32],
+    width: usize,
+    (d, d_gates): (&mut [f32], &mut Vec<f32>),
+) {
+    fit(d_gates, d.len());
+    let each = d
+        .chunks_exact_mut(width)
+        .zip(d_gates.chunks_exact_mut(width));
+    for (token, ((d, d_gates), x)) in each.zip(attention.chunks_exact(width)).enumerate() {
+        activation::gate_row_backward(gates(token), x, d, d_gates);
+    }
+}
+
+/// From `[q | k | v]` and gates to `[q | gate | k | v]`.
+fn with_gates(heads: Heads, d_qkv: &[f32], d_gates: &[f32], d_raw: &mut Vec<f32>) {
+    let (q, width) = (heads.q_width(), heads.qkv_width());
+    fit(d_raw, d_qkv.len() + d_gates.len());
+    let each = d_qkv.chunks_exact(width).zip(d_gates.chunks_exact(q));
+    for (raw, (qkv, gates)) in d_raw.chunks_exact_mut(q + width).zip(each) {
+        raw[..q].copy_from_slice(&qkv[..q]);
+        raw[q..2 * q].copy_from_slice(gates);
+        raw[2 * q..].copy_from_slice(&qkv[q..]);
     }
 }
 

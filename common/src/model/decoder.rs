@@ -1,6 +1,7 @@
 //! The forward pass: attention with rotary positions and a gated MLP on a residual stream, with norms where the family has
 //! them.
 
+use super::delta::Delta;
 use super::experts::Routes;
 use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
@@ -29,6 +30,8 @@ pub(super) struct Layer {
     pub norms: LayerNorms<Vec<f32>>,
     pub qkv: Linear,
     pub qk_norms: Option<(Vec<f32>, Vec<f32>)>,
+    /// Linear attention in the place of attention.
+    pub delta: Option<Delta>,
     pub output: Linear,
     /// What says which experts a token goes to, where there are several.
     pub router: Option<Linear>,
@@ -165,11 +168,16 @@ impl Mlp {
 pub struct LayerState {
     /// The layer's input, the residual stream.
     pub x: Vec<f32>,
-    /// The fused projection before its norms and rotation, kept only where there are norms.
+    /// The fused projection before its norms and rotation, kept only where there are norms or gates in it; of linear attention
+    /// as it is.
     pub qkv_raw: Vec<f32>,
-    /// `[q | k | v]` after norms and rotation.
+    /// `[q | k | v]` after norms and rotation; of linear attention as its rule reads them.
     pub qkv: Vec<f32>,
-    /// Attention's result, before its output projection.
+    /// Of linear attention, decays and rates,
+    pub gates: Vec<f32>,
+    /// and what is read before its norm.
+    pub read: Vec<f32>,
+    /// What attention or linear attention gives, before its output projection and gates.
     pub attention: Vec<f32>,
     /// Log-sum-exp of the scores, `[T, heads]`.
     pub lse: Vec<f32>,
@@ -214,6 +222,9 @@ impl Decoder {
                     .qk_norms
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
+                    .transpose()?,
+                delta: (p.delta.as_ref())
+                    .map(|p| Delta::new(p, config.norm_eps, |span| source.get(span)))
                     .transpose()?,
                 output: linear(&p.output)?,
                 router: p.router.as_ref().map(linear).transpose()?,
@@ -261,6 +272,10 @@ impl Decoder {
                 vector(q, q_span);
                 vector(k, k_span);
             }
+            if let (Some(delta), Some(p)) = (&mut layer.delta, &p.delta) {
+                let values = |span: &Span| Ok(flat[span.range.clone()].into());
+                *delta = Delta::new(p, self.config.norm_eps, values).expect("the values are there");
+            }
             for (linear, matrix) in layer.linears_mut().zip(p.matrices()) {
                 linear.update(flat, matrix);
             }
@@ -306,13 +321,19 @@ impl Decoder {
     pub fn state_bytes(c: &Config, tokens: usize) -> usize {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
+        let gates = if c.attention_gate { q } else { 0 };
+        let mixed = |delta: &Option<_>| match delta {
+            None => qkv + gates + q + c.heads,
+            Some(shape) => Delta::state_words(*shape),
+        };
+        let mixed: usize = c.deltas.iter().map(mixed).sum();
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
         let mlp = match c.experts {
             None => 2 * c.ffn,
             Some(experts) => experts.used * (2 * c.ffn + 3) + experts.count,
         };
-        let row = streams * c.hidden + qkv + q + c.heads + mlp;
-        tokens * row * c.layers * size_of::<f32>()
+        let rows = (streams * c.hidden + mlp) * c.layers + mixed;
+        tokens * rows * size_of::<f32>()
     }
 
     /// The bytes that a forward pass over so many tokens takes at its height, no state kept.
@@ -331,6 +352,11 @@ impl Decoder {
     /// How the heads of layer `i` are laid out.
     pub fn heads(&self, i: usize) -> Heads {
         self.layers[i].heads
+    }
+
+    /// Layer `i`'s linear attention, where it has that.
+    pub fn delta(&self, i: usize) -> Option<&Delta> {
+        self.layers[i].delta.as_ref()
     }
 
     /// The rotations of all layers for so many positions.
@@ -413,6 +439,10 @@ impl Decoder {
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
         self.project(i, &positions, rotations, state);
+        if let Some(delta) = &self.layers[i].delta {
+            delta.forward(layout, state);
+            return self.finish(i, state, next);
+        }
         fit(&mut state.attention, tokens * heads.q_width());
         fit(&mut state.lse, tokens * heads.query);
         attention::forward(
@@ -426,7 +456,8 @@ impl Decoder {
         self.finish(i, state, next);
     }
 
-    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position.
+    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position; before linear attention,
+    /// to `state.qkv_raw`.
     pub fn project(
         &self,
         i: usize,
@@ -437,11 +468,22 @@ impl Decoder {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let (width, rotary) = (heads.qkv_width(), rotations.of(i));
-        fit(&mut state.qkv, positions.len() * width);
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
-        layer.qkv.forward_made(read, &mut state.qkv, Write::Set);
-        if layer.qk_norms.is_some() {
+        let apart = layer.delta.is_some() || self.config.attention_gate;
+        let fused = if apart {
+            &mut state.qkv_raw
+        } else {
+            &mut state.qkv
+        };
+        fit(fused, positions.len() * layer.qkv.weight.n());
+        layer.qkv.forward_made(read, fused, Write::Set);
+        if layer.delta.is_some() {
+            return;
+        }
+        if self.config.attention_gate {
+            self.leave_gates_out(heads, &state.qkv_raw, &mut state.qkv);
+        } else if layer.qk_norms.is_some() {
             copy(&state.qkv, &mut state.qkv_raw);
         }
         rows(&mut state.qkv, width, |first, qkv| {
@@ -466,19 +508,54 @@ impl Decoder {
         });
     }
 
+    /// From `[q | gate | k | v]` to `[q | k | v]`.
+    fn leave_gates_out(&self, heads: Heads, raw: &[f32], qkv: &mut Vec<f32>) {
+        let (q, width) = (heads.q_width(), heads.qkv_width());
+        let raw_width = width + q;
+        fit(qkv, raw.len() / raw_width * width);
+        rows(qkv, width, |first, part| {
+            let raw = raw[first * raw_width..].chunks_exact(raw_width);
+            for (row, raw) in part.chunks_exact_mut(width).zip(raw) {
+                row[..q].copy_from_slice(&raw[..q]);
+                row[q..].copy_from_slice(&raw[2 * q..]);
+            }
+        });
+    }
+
+    /// Where layer `i` has gated attention: the gates of a token, in its row of the fused projection.
+    pub(super) fn gates_of<'s>(
+        &self,
+        i: usize,
+        qkv_raw: &'s [f32],
+    ) -> Option<impl Fn(usize) -> &'s [f32] + Sync + use<'s>> {
+        let layer = &self.layers[i];
+        let q = layer.heads.q_width();
+        let width = q + layer.heads.qkv_width();
+        let gated = self.config.attention_gate && layer.delta.is_none();
+        gated.then_some(move |token: usize| &qkv_raw[token * width + q..][..q])
+    }
+
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
         let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
+        let gates = self.gates_of(i, &state.qkv_raw);
         gain(
             &mut state.middle,
             norm,
             eps,
             &mut state.output,
-            |y, write| {
-                layer.output.forward(attention, y, write);
+            |y, write| match gates {
+                None => layer.output.forward(attention, y, write),
+                Some(gates) => {
+                    let read = |token: usize, row: &mut [f32]| {
+                        let at = token * row.len();
+                        activation::gate_row(gates(token), &attention[at..][..row.len()], row);
+                    };
+                    layer.output.forward_made(read, y, write);
+                }
             },
         );
         let (middle, norm) = (&state.middle, layer.norms.before_mlp.as_deref());

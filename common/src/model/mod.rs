@@ -2,6 +2,7 @@
 
 mod backward;
 mod decoder;
+mod delta;
 mod experts;
 mod gradients;
 mod lora;
@@ -11,8 +12,9 @@ mod workspace;
 
 pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
+pub use delta::Delta;
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora};
-pub use params::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
+pub use params::{DeltaParams, LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
 pub use rotations::Rotations;
 pub use workspace::{Kept, Workspace};

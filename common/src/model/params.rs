@@ -1,5 +1,6 @@
 //! Where every parameter lies: one flat buffer of float32, with the matrices that are multiplied together side by side.
 
+use crate::kernels::delta;
 use crate::kernels::gemm::Mat;
 use crate::weights::{Config, Weights};
 use anyhow::Result;
@@ -111,16 +112,36 @@ impl<T> LayerNorms<T> {
 pub struct LayerParams {
     /// Norms on the residual stream.
     pub norms: LayerNorms<Span>,
-    /// `[q | k | v]`.
+    /// `[q | k | v]`, of gated attention `[q | gate | k | v]`; of linear attention as [`delta::Shape`] has it.
     pub qkv: Matrix,
     /// Norm of queries and norm of keys, where the family has them.
     pub qk_norms: Option<(Span, Span)>,
-    /// The attention's output projection.
+    /// Of linear attention, what it has beside projections.
+    pub delta: Option<DeltaParams>,
+    /// The output projection of attention or linear attention.
     pub output: Matrix,
     /// What says which experts a token goes to, where there are several.
     pub router: Option<Matrix>,
     /// The MLP, or the experts.
     pub mlps: Vec<MlpParams>,
+}
+
+/// The parameters of linear attention beside its projections: see [`delta::Weights`].
+#[derive(Clone, Debug)]
+pub struct DeltaParams {
+    pub shape: delta::Shape,
+    /// `[qkv_width, 1, kernel]`.
+    pub conv: Span,
+    pub dt_bias: Span,
+    pub a_log: Span,
+    pub norm: Span,
+}
+
+impl DeltaParams {
+    /// All of them.
+    pub fn spans(&self) -> [&Span; 4] {
+        [&self.conv, &self.dt_bias, &self.a_log, &self.norm]
+    }
 }
 
 /// The parameters of an MLP.
@@ -210,6 +231,7 @@ impl Params {
                 all.extend(&matrix.bias);
             }
             all.extend(layer.qk_norms.iter().flat_map(|(q, k)| [q, k]));
+            all.extend(layer.delta.iter().flat_map(DeltaParams::spans));
         }
         all.push(&self.norm);
         all.extend(&self.head);
@@ -293,16 +315,28 @@ impl Cursor<'_> {
         let c = self.config;
         let prefix = format!("model.layers.{i}.");
         let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+        let linear = ["qkv", "z", "b", "a"].map(|part| format!("linear_attn.in_proj_{part}"));
+        let linear = linear.each_ref().map(String::as_str);
         let [before_attention, after_attention, before_mlp, after_mlp] = c.layer_norms();
         let norm = |cursor: &mut Self, name: Option<&str>| {
             name.map(|name| cursor.span(&prefix, &[&format!("{name}.weight")]))
         };
         // In the order of the forward pass: what is used together lies together.
         let before_attention = norm(self, before_attention);
-        let qkv = self.matrix(&prefix, &attention, c.qkv_bias);
-        let qk_norms = (norm(self, c.qk_norm.map(|_| "self_attn.q_norm")))
-            .zip(norm(self, c.qk_norm.map(|_| "self_attn.k_norm")));
-        let output = self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias);
+        let qk_norm = c.qk_norm.filter(|_| c.deltas[i].is_none());
+        let (qkv, delta) = match c.deltas[i] {
+            None => (self.matrix(&prefix, &attention, c.qkv_bias), None),
+            Some(shape) => {
+                let qkv = self.matrix(&prefix, &linear, false);
+                (qkv, Some(self.delta(shape, &prefix)))
+            }
+        };
+        let qk_norms = (norm(self, qk_norm.map(|_| "self_attn.q_norm")))
+            .zip(norm(self, qk_norm.map(|_| "self_attn.k_norm")));
+        let output = match &delta {
+            None => self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias),
+            Some(_) => self.matrix(&prefix, &["linear_attn.out_proj"], false),
+        };
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
         let router = (c.experts).map(|_| self.matrix(&prefix, &["mlp.gate"], false));
@@ -322,9 +356,21 @@ impl Cursor<'_> {
             },
             qkv,
             qk_norms,
+            delta,
             output,
             router,
             mlps,
+        }
+    }
+
+    fn delta(&mut self, shape: delta::Shape, prefix: &str) -> DeltaParams {
+        let mut span = |name: &str| self.span(prefix, &[format!("linear_attn.{name}")]);
+        DeltaParams {
+            shape,
+            conv: span("conv1d.weight"),
+            dt_bias: span("dt_bias"),
+            a_log: span("A_log"),
+            norm: span("norm.weight"),
         }
     }
 

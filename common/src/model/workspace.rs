@@ -25,6 +25,8 @@ pub(super) struct Buffers {
     pub d_inner: Vec<f32>,
     pub d_given: Vec<f32>,
     pub d_qkv: Vec<f32>,
+    pub d_raw: Vec<f32>,
+    pub d_gates: Vec<f32>,
     pub unused: Vec<f32>,
     pub experts: experts::Buffers,
     /// The right operand of every product.
@@ -42,6 +44,8 @@ impl Workspace {
                 d_inner: vec![],
                 d_given: vec![],
                 d_qkv: vec![],
+                d_raw: vec![],
+                d_gates: vec![],
                 unused: vec![],
                 experts: experts::Buffers::default(),
                 right: Packed::empty(precision),

@@ -4,6 +4,7 @@ use super::family;
 use super::rope::Rope;
 use crate::gguf;
 use crate::kernels::activation::Activation;
+use crate::kernels::delta;
 use crate::kernels::layout::Heads;
 use anyhow::{Result, ensure};
 
@@ -89,6 +90,11 @@ pub struct Config {
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
     pub o_bias: bool,
+    /// What attention gives is multiplied by the sigmoid of gates, for which the query projection has as many rows again
+    /// (Qwen3.5).
+    pub attention_gate: bool,
+    /// Per layer: linear attention by the gated delta rule, or None for attention.
+    pub deltas: Vec<Option<delta::Shape>>,
     /// Biases on the three projections of the MLP.
     pub mlp_bias: bool,
     pub norms: Norms,
@@ -140,12 +146,13 @@ impl Config {
         all
     }
 
-    /// The projections of a layer; those of the MLP stand for every expert's.
+    /// The projections of a layer with attention; those of the MLP stand for every expert's.
     pub(super) fn projections(&self) -> [Projection; 7] {
         let (hidden, ffn) = (self.hidden, self.ffn);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let gates = if self.attention_gate { q } else { 0 };
         [
-            ("self_attn.q_proj", q, hidden, self.qkv_bias),
+            ("self_attn.q_proj", q + gates, hidden, self.qkv_bias),
             ("self_attn.k_proj", kv, hidden, self.qkv_bias),
             ("self_attn.v_proj", kv, hidden, self.qkv_bias),
             ("self_attn.o_proj", hidden, q, self.o_bias),
@@ -156,7 +163,6 @@ impl Config {
     }
 
     fn layer_parameters(&self, layer: usize, all: &mut Vec<(String, Vec<usize>)>) {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut push = |name: &str, shape: Vec<usize>| {
             all.push((format!("model.layers.{layer}.{name}"), shape));
         };
@@ -170,14 +176,12 @@ impl Config {
                 }
             }
         };
-        plain(&mut push, attention);
-        if let Some(norm) = self.qk_norm {
-            let (q, kv) = match norm {
-                QkNorm::Heads => (self.head_dim, self.head_dim),
-                QkNorm::Rows => (q, kv),
-            };
-            push("self_attn.q_norm.weight", vec![q]);
-            push("self_attn.k_norm.weight", vec![kv]);
+        match self.deltas[layer] {
+            Some(shape) => self.delta_parameters(shape, &mut push),
+            None => {
+                plain(&mut push, attention);
+                self.qk_norm_parameters(&mut push);
+            }
         }
         match self.experts {
             None => plain(&mut push, mlp),
@@ -197,6 +201,33 @@ impl Config {
         }
         for norm in self.layer_norms().into_iter().flatten() {
             push(&format!("{norm}.weight"), vec![self.hidden]);
+        }
+    }
+
+    fn qk_norm_parameters(&self, push: &mut dyn FnMut(&str, Vec<usize>)) {
+        let (q, kv) = match self.qk_norm {
+            None => return,
+            Some(QkNorm::Heads) => (self.head_dim, self.head_dim),
+            Some(QkNorm::Rows) => (self.heads * self.head_dim, self.kv_heads * self.head_dim),
+        };
+        push("self_attn.q_norm.weight", vec![q]);
+        push("self_attn.k_norm.weight", vec![kv]);
+    }
+
+    fn delta_parameters(&self, shape: delta::Shape, push: &mut dyn FnMut(&str, Vec<usize>)) {
+        let (heads, values) = (shape.value_heads, shape.value_width());
+        for (name, shape) in [
+            ("dt_bias", vec![heads]),
+            ("A_log", vec![heads]),
+            ("conv1d.weight", vec![shape.qkv_width(), 1, shape.kernel]),
+            ("norm.weight", vec![shape.value_dim]),
+            ("out_proj.weight", vec![self.hidden, values]),
+            ("in_proj_qkv.weight", vec![shape.qkv_width(), self.hidden]),
+            ("in_proj_z.weight", vec![values, self.hidden]),
+            ("in_proj_b.weight", vec![heads, self.hidden]),
+            ("in_proj_a.weight", vec![heads, self.hidden]),
+        ] {
+            push(&format!("linear_attn.{name}"), shape);
         }
     }
 
@@ -238,10 +269,10 @@ impl Config {
     }
 
     /// What a tensor of a Hugging Face folder is short of: Gemma's norms multiply by 1 + weight, and are held as what they
-    /// multiply by.
+    /// multiply by. (So do Qwen3.5's, but for those of what the delta rule reads.)
     pub(super) fn stored_short_of(&self, name: &str) -> f32 {
         match family::of(&self.model_type).is_some_and(|f| f.norms_from_one) {
-            true if name.ends_with("norm.weight") => 1.0,
+            true if name.ends_with("norm.weight") && !name.contains("linear_attn") => 1.0,
             _ => 0.0,
         }
     }
@@ -297,6 +328,12 @@ impl Config {
         if let Some(experts) = self.experts {
             text += &format!(" {experts:?}");
         }
+        if self.attention_gate {
+            text += " attention_gate";
+        }
+        if self.deltas.iter().any(Option::is_some) {
+            text += &format!(" deltas {:?}", self.deltas);
+        }
         text + "\n"
     }
 
@@ -345,6 +382,9 @@ impl Config {
                 "{count} experts in each of {} layers are more than {MOST_EXPERTS}",
                 self.layers
             );
+        }
+        for shape in self.deltas.iter().flatten() {
+            shape.check()?;
         }
         for rope in self.ropes.iter().flatten() {
             rope.check(self.rotary_dim / 2)?;

@@ -41,8 +41,10 @@ pub(super) struct Family {
     pub windows: Windows,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
-    /// `partial_rotary_factor` is heard.
-    pub partial: bool,
+    /// `partial_rotary_factor` is heard, and what it is where a file has none.
+    pub partial: Option<f64>,
+    /// Attention is gated, and layers may have linear attention by the gated delta rule in its place.
+    pub delta: bool,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
@@ -152,7 +154,8 @@ const LLAMA: Family = Family {
     gguf_apart: None,
     windows: Windows::None,
     permuted: true,
-    partial: false,
+    partial: None,
+    delta: false,
     hybrid: false,
     mixture: None,
     fused: &[],
@@ -226,7 +229,7 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 18] = [
+const FAMILIES: [Family; 19] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -291,7 +294,7 @@ const FAMILIES: [Family; 18] = [
         mlp_bias: false,
         windows: Windows::All,
         permuted: false,
-        partial: true,
+        partial: Some(1.0),
         fused: &[
             (
                 "self_attn.qkv_proj",
@@ -381,6 +384,20 @@ const FAMILIES: [Family; 18] = [
         model_type: "ministral",
         class: "Ministral",
         ..MISTRAL
+    },
+    Family {
+        model_type: "qwen3_5_text",
+        class: "Qwen3_5",
+        gguf: "qwen35",
+        kv_heads: Some(4),
+        head_dim: Some(256),
+        mlp_bias: false,
+        norms_from_one: true,
+        qk_norm: Some(QkNorm::Heads),
+        permuted: false,
+        partial: Some(0.25),
+        delta: true,
+        ..LLAMA
     },
 ];
 

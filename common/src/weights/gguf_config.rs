@@ -114,6 +114,8 @@ fn read(gguf: &Gguf) -> Result<Config> {
         logit_cap,
         logit_scale: 1.0,
         activation: family.activation,
+        attention_gate: false,
+        deltas: vec![None; layers],
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
     };
@@ -233,7 +235,7 @@ fn rotary_dim(fields: &Metadata, family: &Family, head_dim: usize) -> Result<usi
     let key = "rope.dimension_count";
     let rotated = fields.whole(key)?.unwrap_or(head_dim);
     ensure!(
-        rotated == head_dim || family.partial,
+        rotated == head_dim || family.partial.is_some(),
         "{key}: rotation over {rotated} of {head_dim} dimensions of a head are not supported"
     );
     Ok(rotated)

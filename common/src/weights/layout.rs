@@ -179,7 +179,8 @@ impl Config {
         }
     }
 
-    /// For each row of a head of this tensor, where a Hugging Face folder has it in the head; None where it is in its place.
+    /// For each row of a head of this tensor (or of the whole tensor), where a Hugging Face folder has it there; None where it
+    /// is in its place.
     ///
     /// The decoder turns row i with row i + head_dim/2, all of them. Of heads that turn in part (`partial_rotary_factor`), files
     /// have the two halves of those that turn first, and the others, which the decoder turns by nothing, after them. (Scores
@@ -191,7 +192,17 @@ impl Config {
             (half, i) if i < turning / 2 => half * turning / 2 + i,
             (half, i) => turning + half * still + i - turning / 2,
         };
-        (turning < head && is_turned(name)).then(|| (0..head).map(place).collect())
+        let turned = turning < head && is_turned(name);
+        let gated = self.attention_gate && name.contains("self_attn.q_proj.");
+        if !gated {
+            return turned.then(|| (0..head).map(place).collect());
+        }
+        // Files have each head's queries and then its gates; the decoder has all queries and then all gates.
+        let rows = |first: usize| {
+            (0..self.heads).flat_map(move |h| (0..head).map(move |i| ((2 * h + first) * head, i)))
+        };
+        let queries = rows(0).map(|(start, i)| start + place(i));
+        Some(queries.chain(rows(1).map(|(start, i)| start + i)).collect())
     }
 }
 
@@ -231,7 +242,11 @@ impl<'a> Expert<'a> {
 
 /// Whether a tensor makes what is rotated.
 pub(super) fn is_turned(name: &str) -> bool {
-    name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj.")
+    let turned = ["q_proj.", "k_proj.", "q_norm.", "k_norm."];
+    let module = name
+        .split_once("self_attn.")
+        .map_or("", |(_, module)| module);
+    turned.iter().any(|turned| module.starts_with(turned))
 }
 
 /// For each row of a head, where a file has it that turns neighbours: rows 2i and 2i + 1 (llama.cpp's `llama`).

@@ -336,8 +336,9 @@ pub(super) fn longrope_growth(factor: f64, original_context: usize) -> f32 {
     }
 }
 
-/// The part of a head that is rotated: `partial_rotary_factor`, beside the base or in the config itself.
-pub(super) fn rotated_part(top: &Fields) -> Result<f64> {
+/// The part of a head that is rotated: `partial_rotary_factor`, beside the base or in the config itself; None where it is
+/// nowhere.
+pub(super) fn rotated_part(top: &Fields) -> Result<Option<f64>> {
     const KEY: &str = "partial_rotary_factor";
     let mut objects = vec![top.0];
     for key in ["rope_scaling", "rope_parameters"] {
@@ -346,9 +347,9 @@ pub(super) fn rotated_part(top: &Fields) -> Result<f64> {
             objects.extend(inner.values().filter_map(Value::as_object)); // by layer type
         }
     }
-    let mut part = 1.0;
+    let mut part = None;
     for object in objects {
-        part = Fields(object).number(KEY)?.unwrap_or(part);
+        part = Fields(object).number(KEY)?.or(part);
     }
     Ok(part)
 }

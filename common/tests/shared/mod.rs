@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 22] = [
+pub const FAMILIES: [&str; 23] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -33,7 +33,11 @@ pub const FAMILIES: [&str; 22] = [
     "phi3-long",
     "granite",
     "granite4",
+    DELTA,
 ];
+
+/// The one among them with linear attention, which GPUs do not run.
+pub const DELTA: &str = "qwen3.5";
 
 /// Mixtures of experts.
 pub const MIXTURES: [&str; 4] = ["olmoe", "mixtral", "granite-moe", ODD_MIXTURE];
@@ -45,7 +49,7 @@ pub const ODD_MIXTURE: &str = "qwen3-moe";
 #[cfg(feature = "cuda-emulated")]
 pub fn on_gpus() -> impl Iterator<Item = &'static str> {
     let all = FAMILIES.into_iter().chain(MIXTURES);
-    all.filter(|family| *family != ODD_MIXTURE)
+    all.filter(|family| ![DELTA, ODD_MIXTURE].contains(family))
 }
 
 /// A file of golden figures.

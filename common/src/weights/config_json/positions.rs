@@ -120,17 +120,10 @@ fn rotating_layers(fields: &Fields, layers: usize) -> Result<Vec<bool>> {
     list[..layers].iter().map(flag).collect()
 }
 
-/// A window on the layers of which `layer_types` says so; where it says nothing, on those that `unsaid` names.
-fn typed_windows(
-    fields: &Fields,
-    window: Option<usize>,
-    layers: usize,
-    unsaid: impl Fn(usize) -> bool,
-) -> Result<LayerWindows> {
+/// `layer_types`, where it is there: one for each layer.
+pub fn layer_types<'a>(fields: &Fields<'a>, layers: usize) -> Result<Option<&'a Vec<Value>>> {
     let Some(types) = fields.present("layer_types") else {
-        return Ok((0..layers)
-            .map(|layer| window.filter(|_| unsaid(layer)))
-            .collect());
+        return Ok(None);
     };
     let types = types.as_array().context("layer_types: must be a list")?;
     ensure!(
@@ -138,6 +131,21 @@ fn typed_windows(
         "layer_types: has {} entries for {layers} layers",
         types.len()
     );
+    Ok(Some(types))
+}
+
+/// A window on the layers of which `layer_types` says so; where it says nothing, on those that `unsaid` names.
+fn typed_windows(
+    fields: &Fields,
+    window: Option<usize>,
+    layers: usize,
+    unsaid: impl Fn(usize) -> bool,
+) -> Result<LayerWindows> {
+    let Some(types) = layer_types(fields, layers)? else {
+        return Ok((0..layers)
+            .map(|layer| window.filter(|_| unsaid(layer)))
+            .collect());
+    };
     let of_type = |kind: &Value| match kind.as_str() {
         Some("full_attention") => Ok(None),
         Some("sliding_attention") if window.is_some() => Ok(window),

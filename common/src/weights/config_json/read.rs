@@ -4,9 +4,10 @@ use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_s
 use super::super::family::{self, Family, Mixture, Scales, families};
 use super::super::rope::{positive, rotated_part};
 use super::fields::Fields;
-use super::positions::positions;
+use super::positions::{layer_types, positions};
 use super::{CAPS, spelling};
-use anyhow::{Context, Result, ensure};
+use crate::kernels::delta;
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 /// A config of what a file says.
@@ -75,6 +76,8 @@ pub fn read(fields: &Fields) -> Result<Config> {
         embed_scale: family.embed_scale(hidden),
         qkv_bias: attention_bias || family.qkv_bias,
         o_bias: attention_bias,
+        attention_gate: family.delta,
+        deltas: deltas(fields, family, layers)?,
         mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
         norms: family.norms,
         qk_norm: family.qk_norm,
@@ -127,11 +130,45 @@ fn multipliers(fields: &Fields) -> Result<Multipliers> {
     })
 }
 
+/// Per layer, the shape of its linear attention, where it has that: as `layer_types` says, or all layers but every
+/// `full_attention_interval`-th.
+fn deltas(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<Option<delta::Shape>>> {
+    if !family.delta {
+        return Ok(vec![None; layers]);
+    }
+    let size = |key: &str, unsaid: usize| match fields.present(key) {
+        None => Ok(unsaid),
+        Some(_) => fields.size(key),
+    };
+    let shape = delta::Shape {
+        key_heads: size("linear_num_key_heads", 16)?,
+        value_heads: size("linear_num_value_heads", 32)?,
+        key_dim: size("linear_key_head_dim", 128)?,
+        value_dim: size("linear_value_head_dim", 128)?,
+        kernel: size("linear_conv_kernel_dim", 4)?,
+    };
+    let interval = size("full_attention_interval", 4)?;
+    let kinds = layer_types(fields, layers)?;
+    let linear = |layer: usize| match kinds.as_ref().map(|kinds| &kinds[layer]) {
+        None => Ok(!(layer + 1).is_multiple_of(interval)),
+        Some(kind) => match kind.as_str() {
+            Some("linear_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => bail!(
+                "layer_types: {kind} is not supported; known: full_attention, linear_attention"
+            ),
+        },
+    };
+    (0..layers)
+        .map(|layer| Ok(linear(layer)?.then_some(shape)))
+        .collect()
+}
+
 /// How much of a head is rotated.
 fn rotary_dim(fields: &Fields, family: &Family, head_dim: usize) -> Result<usize> {
-    let part = rotated_part(fields)?;
+    let part = rotated_part(fields)?.or(family.partial).unwrap_or(1.0);
     ensure!(
-        part == 1.0 || family.partial,
+        part == 1.0 || family.partial.is_some(),
         "partial_rotary_factor: {part} is not supported for {}, only 1 (the whole head is rotated)",
         family.model_type
     );
@@ -191,6 +228,11 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     }
     if family.hybrid {
         refuse_other_hybrids(fields)?;
+    }
+    if family.delta {
+        // transformers does not ask.
+        let gated = fields.flag("attn_output_gate")?.unwrap_or(true);
+        ensure!(gated, "attn_output_gate: only true is supported");
     }
     if family.mixture.is_some() {
         refuse_other_mixtures(fields)?;

@@ -54,6 +54,9 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
         set("position_embedding_type", json!("rope"));
         set("layer_types", json!(vec!["attention"; config.layers]));
     }
+    if family.delta {
+        deltas(config, set);
+    }
     let (key, activation) = spelling(family.activation);
     set(key, json!(activation));
     if family.attention_bias {
@@ -61,6 +64,21 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     }
     if family.mlp_bias {
         set("mlp_bias", json!(config.mlp_bias));
+    }
+}
+
+fn deltas(config: &Config, set: &mut Set) {
+    let kind = |shape: &Option<_>| match shape {
+        Some(_) => "linear_attention",
+        None => "full_attention",
+    };
+    set("layer_types", config.deltas.iter().map(kind).collect());
+    if let Some(shape) = config.deltas.iter().flatten().next() {
+        set("linear_num_key_heads", json!(shape.key_heads));
+        set("linear_num_value_heads", json!(shape.value_heads));
+        set("linear_key_head_dim", json!(shape.key_dim));
+        set("linear_value_head_dim", json!(shape.value_dim));
+        set("linear_conv_kernel_dim", json!(shape.kernel));
     }
 }
 
@@ -73,7 +91,7 @@ fn rope_of(config: &Config, windowed: bool) -> Option<&Rope> {
 
 /// Layers that see everything have the rope that scaling is for; those with a window another, where it has one.
 fn rotation(config: &Config, family: &Family, set: &mut Set) {
-    if family.partial {
+    if family.partial.is_some() {
         let part = config.rotary_dim as f64 / config.head_dim as f64;
         set("partial_rotary_factor", json!(part));
     }

@@ -1,0 +1,137 @@
+//! What the rule reads: queries, keys and values by a short causal convolution of each channel and SiLU, queries and keys
+//! made of length 1, and its two gates; forward and backward, a token at a time.
+
+use super::{Shape, Weights};
+use crate::kernels::activation::{Activation, backward_row, forward_row};
+use crate::kernels::isa::multiversion;
+use crate::kernels::softmax::dot;
+
+/// Beside the sum of squares of a query or key under the root.
+const EPS: f32 = 1e-6;
+
+multiversion! {
+    /// sum += x·y, channel by channel.
+    pub fn add_products(x: &[f32], y: &[f32], sum: &mut [f32]) {
+        for ((sum, &x), &y) in sum.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+}
+
+/// The convolution of a token: `taps` are the rows of the projection that it sees, itself the last, None before the first
+/// token of all.
+fn convolve<'t>(
+    shape: Shape,
+    weights: &Weights,
+    taps: impl Iterator<Item = Option<&'t [f32]>>,
+    out: &mut [f32],
+) {
+    out.fill(0.0);
+    for (weight, tap) in weights.taps(shape).zip(taps) {
+        if let Some(row) = tap {
+            add_products(weight, &row[..out.len()], out);
+        }
+    }
+}
+
+/// 1 / √(Σ x² + ε).
+fn inverse_length(x: &[f32]) -> f32 {
+    1.0 / (dot(x, x) + EPS).sqrt()
+}
+
+/// Fills a token's row of `[q | k | v]`.
+pub(super) fn forward<'t>(
+    shape: Shape,
+    weights: &Weights,
+    taps: impl Iterator<Item = Option<&'t [f32]>>,
+    qkv: &mut [f32],
+) {
+    let mut convolved = vec![0.0; qkv.len()];
+    convolve(shape, weights, taps, &mut convolved);
+    silu(&convolved, qkv);
+    for (number, head) in shape.unit_heads(qkv).enumerate() {
+        let scale = inverse_length(head) * shape.scale(number);
+        head.iter_mut().for_each(|x| *x *= scale);
+    }
+}
+
+/// y = x·σ(x).
+fn silu(x: &[f32], y: &mut [f32]) {
+    forward_row(Activation::Silu.curve(), x, &vec![1.0; x.len()], y);
+}
+
+/// Turns the gradient of a token's row of `[q | k | v]` into that of its convolution.
+pub(super) fn backward<'t>(
+    shape: Shape,
+    weights: &Weights,
+    taps: impl Iterator<Item = Option<&'t [f32]>>,
+    d_qkv: &mut [f32],
+) {
+    let mut convolved = vec![0.0; d_qkv.len()];
+    convolve(shape, weights, taps, &mut convolved);
+    let mut active = vec![0.0; d_qkv.len()];
+    silu(&convolved, &mut active);
+    let heads = shape.unit_heads(&mut active).zip(shape.unit_heads(d_qkv));
+    for (number, (x, d)) in heads.enumerate() {
+        // Of y = x·s: dx = s·(dy − y·(y·dy)), which ε does not change.
+        let length = inverse_length(x);
+        let along = dot(x, d) * length * length;
+        let scale = length * shape.scale(number);
+        for (d, x) in d.iter_mut().zip(x) {
+            *d = scale * (*d - *x * along);
+        }
+    }
+    // The gate of y = x·σ(x)·1 is x.
+    let dy = d_qkv.to_vec();
+    d_qkv.copy_from_slice(&convolved);
+    backward_row(
+        Activation::Silu.curve(),
+        d_qkv,
+        &mut vec![1.0; dy.len()],
+        &dy,
+    );
+}
+
+/// ln(1 + eˣ).
+fn softplus(x: f32) -> f32 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Fills a token's decays a = exp(−exp(A)·softplus(x + b)) and rates β = σ(y), given its row of the projection.
+pub(super) fn gates(shape: Shape, weights: &Weights, raw: &[f32], gates: &mut [f32]) {
+    let (rates, decays) = shape.gate_inputs(raw);
+    for head in 0..shape.value_heads {
+        let speed = weights.a_log[head].exp();
+        gates[head] = (-speed * softplus(decays[head] + weights.dt_bias[head])).exp();
+        gates[shape.value_heads + head] = sigmoid(rates[head]);
+    }
+}
+
+/// Given the gradients of ln a and β, `d_gates`, writes those of their inputs into the token's row `d_raw`, and adds those of A
+/// and b to `d_a_log` and `d_dt_bias`.
+pub(super) fn gates_backward(
+    shape: Shape,
+    weights: &Weights,
+    (raw, d_gates): (&[f32], &[f32]),
+    d_raw: &mut [f32],
+    d_a_log: &mut [f32],
+    d_dt_bias: &mut [f32],
+) {
+    let (rates, decays) = shape.gate_inputs(raw);
+    let (d_log, d_rate) = d_gates.split_at(shape.value_heads);
+    let at = d_raw.len() - 2 * shape.value_heads;
+    for head in 0..shape.value_heads {
+        let speed = weights.a_log[head].exp();
+        let x = decays[head] + weights.dt_bias[head];
+        let d_x = -speed * d_log[head] * sigmoid(x);
+        let rate = sigmoid(rates[head]);
+        d_raw[at + head] = d_rate[head] * rate * (1.0 - rate);
+        d_raw[at + shape.value_heads + head] = d_x;
+        d_dt_bias[head] += d_x;
+        d_a_log[head] -= speed * d_log[head] * softplus(x);
+    }
+}
