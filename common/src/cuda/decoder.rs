@@ -78,8 +78,13 @@ impl Decoder {
     /// Fails for models that there are no kernels for.
     ///
     /// # Errors
-    /// Experts that are too many, or of odd sizes.
+    /// Experts that are too many, or of odd sizes; linear or gated attention.
     pub fn check(config: &Config) -> Result<()> {
+        ensure!(
+            !config.attention_gate && config.deltas.iter().all(Option::is_none),
+            "{} has linear attention, which runs on a CPU only so far: use --device cpu",
+            config.model_type
+        );
         experts::check(config)
     }
 
