@@ -5,6 +5,7 @@
 
 use common::kernels::attention;
 use common::kernels::decoding::{self, Format, value_stride};
+use common::kernels::delta;
 use common::kernels::gemm::{
     Aligned, Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, panel_width,
 };
@@ -251,4 +252,64 @@ fn packing(
     bencher
         .counter(ItemsCount::new(n * k))
         .bench_local(|| set(&mut packed, w));
+}
+
+/// Linear attention with Qwen3.5-0.8B's heads, a prompt of 64 tokens and four responses of 128: an item is one FLOP of the rule,
+/// 7 for each number of a memory and token forward.
+#[divan::bench(args = [false, true])]
+fn delta_rule(bencher: Bencher, backward: bool) {
+    let shape = delta::Shape {
+        key_heads: 16,
+        value_heads: 16,
+        key_dim: 128,
+        value_dim: 128,
+        kernel: 4,
+    };
+    let mut layout = Layout::default();
+    layout.push(64, &[128; 4]);
+    let tokens = layout.tokens();
+    let fill = |width: usize| -> Vec<f32> {
+        (0..width * tokens)
+            .map(|i| (i % 97) as f32 / 128.0 - 0.3)
+            .collect()
+    };
+    let raw = fill(shape.input_width());
+    let (conv, ones) = (vec![0.3; shape.kernel * shape.qkv_width()], vec![1.0; 128]);
+    let weights = delta::Weights {
+        conv: &conv,
+        dt_bias: &ones[..16],
+        a_log: &ones[..16],
+        norm: &ones,
+        eps: 1e-6,
+    };
+    let (mut qkv, mut gates) = (fill(shape.qkv_width()), fill(2 * shape.value_heads));
+    let (mut read, mut out) = (fill(shape.value_width()), fill(shape.value_width()));
+    let mut d_raw = fill(shape.input_width());
+    let items = 7 * tokens * shape.value_heads * shape.key_dim * shape.value_dim;
+    let bencher = bencher.counter(ItemsCount::new(items));
+    let mut forward = || {
+        let state = delta::State {
+            qkv: &mut qkv,
+            gates: &mut gates,
+            read: &mut read,
+            out: &mut out,
+        };
+        delta::forward(&layout, shape, weights, &raw, state);
+    };
+    forward();
+    match backward {
+        false => bencher.bench_local(forward),
+        true => bencher.bench_local(|| {
+            let made = (&qkv[..], &gates[..], &read[..]);
+            delta::backward(
+                &layout,
+                shape,
+                weights,
+                &raw,
+                made,
+                &mut out.clone(),
+                &mut d_raw,
+            )
+        }),
+    }
 }

@@ -124,8 +124,8 @@ impl Delta {
         memory.read(&self.weights(), raw, out);
     }
 
-    /// The bytes of a token's state beside those that attention has, too, in words.
-    pub(super) fn state_words(shape: Shape) -> usize {
+    /// Words that a layer's state takes for each token.
+    pub fn state_words(shape: Shape) -> usize {
         shape.input_width() + shape.qkv_width() + 2 * shape.value_heads + 2 * shape.value_width()
     }
 }

@@ -30,6 +30,13 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["moe_intermediate_size"] = json!(24);
         json["norm_topk_prob"] = json!(model_type == "qwen3_moe");
     }
+    if model_type == "qwen3_5_text" {
+        json["layer_types"] = json!(["linear_attention", "full_attention"]);
+        json["linear_num_key_heads"] = json!(1);
+        json["linear_num_value_heads"] = json!(2);
+        json["linear_key_head_dim"] = json!(4);
+        json["linear_value_head_dim"] = json!(6);
+    }
     if model_type == "granitemoehybrid" {
         json["shared_intermediate_size"] = json!(64);
         json["num_local_experts"] = json!(0);

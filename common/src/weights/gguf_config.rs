@@ -47,6 +47,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
                 family::architectures().join(", ")
             )
         })?;
+    ensure!(
+        !family.delta,
+        "general.architecture: linear attention of {architecture:?} is not read from GGUF; use the Hugging Face folder of this model"
+    );
     let split = fields.whole_of("split.count")?.unwrap_or(1);
     ensure!(
         split <= 1,

@@ -382,6 +382,24 @@ mod tests {
         );
     }
 
+    /// Files have a head's queries and then its gates, head by head; and of heads that turn in part norms are in that order, too.
+    #[test]
+    fn gates_are_apart_from_the_queries() {
+        let mut json = config_json("qwen3_5_text");
+        json["num_attention_heads"] = json!(2);
+        json["num_key_value_heads"] = json!(1);
+        json["head_dim"] = json!(4);
+        json["partial_rotary_factor"] = json!(0.5);
+        let config = Config::from_json(&json, std::path::Path::new("config.json")).unwrap();
+        let order = |name: &str| config.order(&format!("model.layers.1.self_attn.{name}.weight"));
+        let queries = [0, 2, 1, 3, 8, 10, 9, 11];
+        let gates = [4, 5, 6, 7, 12, 13, 14, 15];
+        assert_eq!(order("q_proj").unwrap(), [queries, gates].concat());
+        assert_eq!(order("k_proj").unwrap(), [0, 2, 1, 3]);
+        assert_eq!(order("q_norm").unwrap(), [0, 2, 1, 3]);
+        assert!(order("o_proj").is_none());
+    }
+
     #[test]
     fn what_is_saved_is_as_the_family_has_it_and_opens_as_it_was() {
         for config in [config("phi3"), partial()] {

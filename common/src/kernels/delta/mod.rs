@@ -15,6 +15,7 @@ use super::shared::Shared;
 use super::{norm, rows, team};
 use anyhow::{Result, ensure};
 use rule::{Gradients, LANES, Strip, Trace, scan};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// The heads of a layer. A row of the fused projection is `[q | k | v | z | b | a]`: what becomes queries, keys and values, the
@@ -386,7 +387,7 @@ fn rule_backward(
     let (d_qkv, d_gates) = (Shared::new(d_qkv), Shared::new(d_gates));
     team::each(groups.len() * shape.key_heads, |task| {
         let (group, key_head) = (groups[task / shape.key_heads], task % shape.key_heads);
-        let mut pass = HeadPass::new(shape, group);
+        let mut pass = HeadPass::new(shape, group, TRACE.take());
         for head in key_head * shape.group()..(key_head + 1) * shape.group() {
             for number in 0..shape.strips() {
                 let strip = Strip {
@@ -421,7 +422,12 @@ fn rule_backward(
                 unsafe { d_qkv.slice(at, shape.key_dim) }.copy_from_slice(d);
             }
         }
+        TRACE.set(pass.trace);
     });
+}
+
+thread_local! {
+    static TRACE: Cell<Trace> = Cell::default();
 }
 
 /// The backward pass of a group and a key head: its storage, and the gradients of the group's tokens.
@@ -436,11 +442,11 @@ struct HeadPass<'a> {
 }
 
 impl<'a> HeadPass<'a> {
-    fn new(shape: Shape, group: &'a [Segment]) -> Self {
+    fn new(shape: Shape, group: &'a [Segment], trace: Trace) -> Self {
         let tokens = Self::tokens_of(group).len();
         Self {
             group,
-            trace: Trace::default(),
+            trace,
             unread: vec![],
             query: vec![0.0; tokens * shape.key_dim],
             key: vec![0.0; tokens * shape.key_dim],
@@ -529,8 +535,9 @@ fn short_backward(
             let tokens = d_qkv
                 .chunks_exact_mut(qkv_width)
                 .zip(d_raw.chunks_exact_mut(width));
+            let mut room = vec![0.0; 2 * qkv_width];
             for ((d_qkv, d_raw), token) in tokens.zip(first..) {
-                short::backward(shape, weights, seen(token), d_qkv);
+                short::backward(shape, weights, seen(token), d_qkv, &mut room);
                 for (d_weight, tap) in sums.conv.chunks_exact_mut(qkv_width).zip(seen(token)) {
                     if let Some(row) = tap {
                         short::add_products(d_qkv, &row[..qkv_width], d_weight);

@@ -3,6 +3,7 @@
 
 use super::Shape;
 use crate::kernels::isa::multiversion;
+use crate::kernels::{copy, fit};
 use std::ops::Range;
 
 /// Columns of a strip.
@@ -96,49 +97,66 @@ fn sum(mut lanes: Lanes) -> f32 {
     lanes[0]
 }
 
+/// What a token learnt, what it had lacked, and what it then reads.
+struct Step {
+    moment: Moment,
+    read: Lanes,
+}
+
+/// Carries a strip's memory `[key_dim, LANES]` over a token.
+#[inline(always)]
+fn advance<const FMA: bool>(strip: Strip, token: usize, memory: &mut [f32]) -> Step {
+    let [decay, rate] = strip.gates(token);
+    let (query, key) = (strip.query(token), strip.key(token));
+    let known = weighted_sum::<FMA>(memory, key);
+    let value = strip.value(token);
+    let (mut lack, mut update) = ([0.0; LANES], [0.0; LANES]);
+    for j in 0..LANES {
+        lack[j] = value[j] - decay * known[j];
+        update[j] = rate * lack[j];
+    }
+    let (mut even, mut odd) = ([0.0; LANES], [0.0; LANES]);
+    let rows = memory.chunks_exact_mut(2 * LANES);
+    for ((rows, k), q) in rows.zip(key.chunks_exact(2)).zip(query.chunks_exact(2)) {
+        let (first, second) = rows.split_at_mut(LANES);
+        for j in 0..LANES {
+            first[j] = fused::<FMA>(k[0], update[j], decay * first[j]);
+            even[j] = fused::<FMA>(q[0], first[j], even[j]);
+            second[j] = fused::<FMA>(k[1], update[j], decay * second[j]);
+            odd[j] = fused::<FMA>(q[1], second[j], odd[j]);
+        }
+    }
+    Step {
+        moment: Moment { update, lack },
+        read: std::array::from_fn(|j| even[j] + odd[j]),
+    }
+}
+
 multiversion! {
-    /// Carries a strip's memory `[key_dim, LANES]` over some tokens; `read` `[tokens, LANES]` is what each finds in it.
+    /// Carries a strip's memory over some tokens; `read` `[tokens, LANES]` is what each finds in it.
     pub fn scan(strip: Strip<'_>, tokens: Range<usize>, memory: &mut [f32], read: &mut [f32]) {
         for (token, read) in tokens.zip(read.chunks_exact_mut(LANES)) {
-            let [decay, rate] = strip.gates(token);
-            let (query, key) = (strip.query(token), strip.key(token));
-            let known = weighted_sum::<FMA>(memory, key);
-            let mut update = strip.value(token);
-            for j in 0..LANES {
-                update[j] = rate * (update[j] - decay * known[j]);
-            }
-            let (mut even, mut odd) = ([0.0; LANES], [0.0; LANES]);
-            let rows = memory.chunks_exact_mut(2 * LANES);
-            for ((rows, k), q) in rows.zip(key.chunks_exact(2)).zip(query.chunks_exact(2)) {
-                let (first, second) = rows.split_at_mut(LANES);
-                for j in 0..LANES {
-                    first[j] = fused::<FMA>(k[0], update[j], decay * first[j]);
-                    even[j] = fused::<FMA>(q[0], first[j], even[j]);
-                    second[j] = fused::<FMA>(k[1], update[j], decay * second[j]);
-                    odd[j] = fused::<FMA>(q[1], second[j], odd[j]);
-                }
-            }
-            for j in 0..LANES {
-                read[j] = even[j] + odd[j];
-            }
+            read.copy_from_slice(&advance::<FMA>(strip, token, memory).read);
         }
     }
 }
 
-/// What the backward pass wants to know of a token: the memory when it has faded, what it learnt, and what it had lacked.
-#[derive(Clone)]
+/// What the backward pass wants to know of a token: what it learnt, and what it had lacked.
+#[derive(Clone, Copy)]
 pub(super) struct Moment {
-    faded: Vec<f32>,
     update: Lanes,
     lack: Lanes,
 }
 
-/// Storage of a backward pass over a segment.
+/// Storage of a backward pass over a segment; kept, since fresh pages cost more than what is done in them.
 #[derive(Default)]
 pub(super) struct Trace {
+    memory: Vec<f32>,
     /// The memory at the beginning of each run of tokens.
     starts: Vec<f32>,
-    /// Of one run.
+    /// The faded memory of each token of one run,
+    faded: Vec<f32>,
+    /// and the rest.
     moments: Vec<Moment>,
     unread: Vec<f32>,
 }
@@ -171,60 +189,45 @@ impl Trace {
     ) {
         let len = start.len();
         let runs = || tokens.clone().step_by(RUN);
-        self.unread.resize(RUN * LANES, 0.0);
-        self.starts.resize(runs().len() * len, 0.0);
-        let mut memory = start.to_vec();
+        copy(start, &mut self.memory);
+        fit(&mut self.unread, RUN * LANES);
+        fit(&mut self.starts, runs().len() * len);
         for (first, kept) in runs().zip(self.starts.chunks_exact_mut(len)) {
-            kept.copy_from_slice(&memory);
+            kept.copy_from_slice(&self.memory);
             let run = first..(first + RUN).min(tokens.end);
-            scan(strip, run, &mut memory, &mut self.unread);
+            scan(strip, run, &mut self.memory, &mut self.unread);
         }
-        let none = Moment {
-            faded: vec![0.0; len],
-            update: [0.0; LANES],
-            lack: [0.0; LANES],
-        };
-        self.moments.resize(RUN, none);
+        fit(&mut self.faded, RUN * len);
         for (first, start) in runs().zip(self.starts.chunks_exact(len)).rev() {
             let run = first..(first + RUN).min(tokens.end);
-            memory.copy_from_slice(start);
-            remember(strip, run.clone(), &mut memory, &mut self.moments);
+            self.memory.copy_from_slice(start);
+            self.moments.clear();
+            let (faded, moments) = (&mut self.faded, &mut self.moments);
+            remember(strip, run.clone(), &mut self.memory, faded, moments);
             for token in run.rev() {
-                let d_read = lanes(&d_read[token * strip.shape.value_width()..][strip.columns()]);
-                let moment = &self.moments[token - first];
-                let at = token - tokens.start;
-                back(
-                    strip,
-                    (token, at),
-                    moment,
-                    &d_read,
-                    d_memory,
-                    &mut gradients,
-                );
+                let faded = &faded[(token - first) * len..][..len];
+                let made = (faded, &moments[token - first]);
+                let d_read = &d_read[token * strip.shape.value_width()..][strip.columns()];
+                let place = (token, token - tokens.start);
+                back(strip, place, made, &lanes(d_read), d_memory, &mut gradients);
             }
         }
     }
 }
 
 multiversion! {
-    /// As [`scan`], with every moment kept in place of what is read.
-    pub fn remember(strip: Strip<'_>, tokens: Range<usize>, memory: &mut [f32], moments: &mut [Moment]) {
-        for (token, moment) in tokens.zip(moments) {
-            let [decay, rate] = strip.gates(token);
-            let key = strip.key(token);
-            let known = weighted_sum::<FMA>(memory, key);
-            let value = strip.value(token);
-            for j in 0..LANES {
-                moment.lack[j] = value[j] - decay * known[j];
-                moment.update[j] = rate * moment.lack[j];
-            }
-            let rows = memory.chunks_exact_mut(LANES).zip(moment.faded.chunks_exact_mut(LANES));
-            for ((row, faded), &k) in rows.zip(key) {
-                for j in 0..LANES {
-                    faded[j] = decay * row[j];
-                    row[j] = fused::<FMA>(k, moment.update[j], decay * row[j]);
-                }
-            }
+    /// As [`scan`], with every token's faded memory and moment kept in place of what is read.
+    pub fn remember(
+        strip: Strip<'_>,
+        tokens: Range<usize>,
+        memory: &mut [f32],
+        faded: &mut [f32],
+        moments: &mut Vec<Moment>,
+    ) {
+        for (token, faded) in tokens.zip(faded.chunks_exact_mut(memory.len())) {
+            let [decay, _] = strip.gates(token);
+            faded.iter_mut().zip(&*memory).for_each(|(faded, m)| *faded = decay * m);
+            moments.push(advance::<FMA>(strip, token, memory).moment);
         }
     }
 }
@@ -236,12 +239,12 @@ multiversion! {
     pub fn back(
         strip: Strip<'_>,
         place: (usize, usize),
-        moment: &Moment,
+        made: (&[f32], &Moment),
         d_read: &Lanes,
         d_memory: &mut [f32],
         gradients: &mut Gradients<'_>,
     ) {
-        let (token, at) = place;
+        let ((token, at), (all_faded, moment)) = (place, made);
         let [decay, rate] = strip.gates(token);
         let (query, key) = (strip.query(token), strip.key(token));
         let dim = key.len();
@@ -249,7 +252,7 @@ multiversion! {
         let read: Lanes = std::array::from_fn(|j| moment.update[j] * d_read[j]);
         let read = sum(read);
         let mut d_update = [0.0f32; LANES];
-        let faded = moment.faded.chunks_exact(LANES);
+        let faded = all_faded.chunks_exact(LANES);
         let rows = d_memory.chunks_exact_mut(LANES).zip(faded);
         for ((((row, faded), &q), &k), d_query) in rows.zip(query).zip(key).zip(d_query) {
             let mut found = [0.0f32; LANES];
@@ -267,7 +270,7 @@ multiversion! {
             d_rate[j] = d_update[j] * moment.lack[j];
         }
         let mut d_decay = [0.0f32; LANES];
-        let faded = moment.faded.chunks_exact(LANES);
+        let faded = all_faded.chunks_exact(LANES);
         for (((row, faded), &k), d_key) in d_memory.chunks_exact_mut(LANES).zip(faded).zip(key).zip(d_key) {
             let mut felt = [0.0f32; LANES];
             for j in 0..LANES {

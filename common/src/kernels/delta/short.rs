@@ -2,9 +2,8 @@
 //! made of length 1, and its two gates; forward and backward, a token at a time.
 
 use super::{Shape, Weights};
-use crate::kernels::activation::{Activation, backward_row, forward_row};
 use crate::kernels::isa::multiversion;
-use crate::kernels::softmax::dot;
+use crate::kernels::softmax::{dot, exp};
 
 /// Beside the sum of squares of a query or key under the root.
 const EPS: f32 = 1e-6;
@@ -46,32 +45,46 @@ pub(super) fn forward<'t>(
     taps: impl Iterator<Item = Option<&'t [f32]>>,
     qkv: &mut [f32],
 ) {
-    let mut convolved = vec![0.0; qkv.len()];
-    convolve(shape, weights, taps, &mut convolved);
-    silu(&convolved, qkv);
+    convolve(shape, weights, taps, qkv);
+    silu(qkv);
     for (number, head) in shape.unit_heads(qkv).enumerate() {
         let scale = inverse_length(head) * shape.scale(number);
         head.iter_mut().for_each(|x| *x *= scale);
     }
 }
 
-/// y = x·σ(x).
-fn silu(x: &[f32], y: &mut [f32]) {
-    forward_row(Activation::Silu.curve(), x, &vec![1.0; x.len()], y);
+multiversion! {
+    /// x ← x·σ(x).
+    pub fn silu(x: &mut [f32]) {
+        for x in x {
+            *x /= 1.0 + exp::<FMA>(-*x);
+        }
+    }
 }
 
-/// Turns the gradient of a token's row of `[q | k | v]` into that of its convolution.
+multiversion! {
+    /// Turns the gradient of y = x·σ(x) into that of x.
+    pub fn silu_backward(x: &[f32], d: &mut [f32]) {
+        for (d, &x) in d.iter_mut().zip(x) {
+            let sigmoid = 1.0 / (1.0 + exp::<FMA>(-x));
+            *d *= sigmoid * (1.0 + x * (1.0 - sigmoid));
+        }
+    }
+}
+
+/// Turns the gradient of a token's row of `[q | k | v]` into that of its convolution. `room` is as long as two such rows.
 pub(super) fn backward<'t>(
     shape: Shape,
     weights: &Weights,
     taps: impl Iterator<Item = Option<&'t [f32]>>,
     d_qkv: &mut [f32],
+    room: &mut [f32],
 ) {
-    let mut convolved = vec![0.0; d_qkv.len()];
-    convolve(shape, weights, taps, &mut convolved);
-    let mut active = vec![0.0; d_qkv.len()];
-    silu(&convolved, &mut active);
-    let heads = shape.unit_heads(&mut active).zip(shape.unit_heads(d_qkv));
+    let (convolved, active) = room.split_at_mut(d_qkv.len());
+    convolve(shape, weights, taps, convolved);
+    active.copy_from_slice(convolved);
+    silu(active);
+    let heads = shape.unit_heads(active).zip(shape.unit_heads(d_qkv));
     for (number, (x, d)) in heads.enumerate() {
         // Of y = x·s: dx = s·(dy − y·(y·dy)), which ε does not change.
         let length = inverse_length(x);
@@ -81,15 +94,7 @@ pub(super) fn backward<'t>(
             *d = scale * (*d - *x * along);
         }
     }
-    // The gate of y = x·σ(x)·1 is x.
-    let dy = d_qkv.to_vec();
-    d_qkv.copy_from_slice(&convolved);
-    backward_row(
-        Activation::Silu.curve(),
-        d_qkv,
-        &mut vec![1.0; dy.len()],
-        &dy,
-    );
+    silu_backward(convolved, d_qkv);
 }
 
 /// ln(1 + eˣ).

@@ -293,6 +293,59 @@ fn experts_are_read_as_each_family_has_them() {
     assert_eq!(names.len(), 2 * (6 + 1 + 3 * 3 + 2) + 3);
 }
 
+/// The sizes and layers of Qwen3.5 where its file is silent are those of transformers' config.
+#[test]
+fn linear_attention_is_read_as_its_layers_have_it() {
+    let bare = |layers: usize| {
+        let mut json = config_json("qwen3_5_text");
+        let fields = json.as_object_mut().unwrap();
+        fields.retain(|key, _| key != "layer_types" && !key.starts_with("linear_"));
+        json["num_hidden_layers"] = json!(layers);
+        json
+    };
+    let config = read(&bare(8)).unwrap();
+    let linear: Vec<bool> = config.deltas.iter().map(Option::is_some).collect();
+    assert_eq!(linear, [true, true, true, false, true, true, true, false]);
+    let shape = config.deltas[0].unwrap();
+    assert_eq!((shape.key_heads, shape.value_heads), (16, 32));
+    assert_eq!(
+        (shape.key_dim, shape.value_dim, shape.kernel),
+        (128, 128, 4)
+    );
+    assert_eq!((config.head_dim, config.rotary_dim), (8, 2));
+    assert!(config.attention_gate);
+    let mut every_second = bare(4);
+    every_second["full_attention_interval"] = json!(2);
+    let config = read(&every_second).unwrap();
+    assert!(config.deltas[0].is_some() && config.deltas[1].is_none());
+    for (changes, part) in [
+        (
+            json!({"attn_output_gate": false}),
+            "attn_output_gate: only true",
+        ),
+        (
+            json!({"layer_types": ["mamba", "full_attention"]}),
+            "\"mamba\" is not supported",
+        ),
+        (
+            json!({"linear_num_value_heads": 3, "linear_num_key_heads": 2}),
+            "cannot share 2 key heads",
+        ),
+        (
+            json!({"linear_key_head_dim": 5}),
+            "linear_key_head_dim: 5 is odd",
+        ),
+    ] {
+        let line = error(&with("qwen3_5_text", changes));
+        assert!(line.contains(part), "{line}");
+    }
+    let of_another = read(&with(
+        "llama",
+        json!({"layer_types": ["linear_attention", "full_attention"]}),
+    ));
+    assert!(of_another.unwrap().deltas.iter().all(Option::is_none)); // transformers' Llama does not heed it
+}
+
 #[test]
 fn what_cannot_be_run_is_named_with_its_file() {
     for (changes, wanted) in [
@@ -465,6 +518,23 @@ fn parameters_are_those_of_transformers_in_its_order() {
             "post_feedforward_layernorm.weight",
         ]
     );
+    let mut linear = config_json("qwen3_5_text");
+    linear["layer_types"] = json!(["full_attention", "linear_attention"]);
+    assert_eq!(
+        layer(names(&linear))[..10],
+        [
+            "linear_attn.dt_bias",
+            "linear_attn.A_log",
+            "linear_attn.conv1d.weight",
+            "linear_attn.norm.weight",
+            "linear_attn.out_proj.weight",
+            "linear_attn.in_proj_qkv.weight",
+            "linear_attn.in_proj_z.weight",
+            "linear_attn.in_proj_b.weight",
+            "linear_attn.in_proj_a.weight",
+            "mlp.gate_proj.weight",
+        ]
+    );
     let tied = names(&with("llama", json!({"tie_word_embeddings": true})));
     assert_eq!(tied.first().unwrap(), "model.embed_tokens.weight");
     assert_eq!(tied.last().unwrap(), "model.norm.weight");
@@ -559,6 +629,10 @@ fn a_written_config_reads_back_the_same() {
             json!({"attention_bias": true, "residual_multiplier": 1}),
         ),
         ("granitemoehybrid", json!({"residual_multiplier": 1})),
+        (
+            "qwen3_5_text",
+            json!({"partial_rotary_factor": 0.5, "linear_conv_kernel_dim": 3}),
+        ),
     ] {
         let config = read(&with(family, changes)).unwrap();
         let written = config.to_json(None);
