@@ -8,7 +8,9 @@ use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::layout::Layout;
+use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
+use std::borrow::Cow;
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
 /// percent of a pass over some hundred tokens, and saves a second copy of the model.
@@ -154,8 +156,10 @@ impl<'a> Pass<'a, '_> {
             &b.d_inner,
             &mut d_qkv,
         );
-        self.rotate_back(&mut d_qkv);
-        self.qk_norms(&state.qkv_raw, &mut d_qkv);
+        let [before, after] = self.rotations.around_norms(self.layer);
+        self.rotate_back(after, &mut d_qkv);
+        self.qk_norms(&state.qkv_raw, before, &mut d_qkv);
+        self.rotate_back(before, &mut d_qkv);
         let norm = norm_at(&layer.norms.before_attention, &p.norms.before_attention);
         self.read(norm, (&layer.qkv, &p.qkv), &state.x, &d_qkv, dx);
         self.b.d_qkv = d_qkv;
@@ -225,8 +229,8 @@ impl<'a> Pass<'a, '_> {
         }
     }
 
-    fn rotate_back(&self, d_qkv: &mut [f32]) {
-        let Some(rotary) = self.rotations.of(self.layer) else {
+    fn rotate_back(&self, rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
+        let Some(rotary) = rotary else {
             return;
         };
         let heads = self.model.decoder.layers[self.layer].heads;
@@ -243,8 +247,9 @@ impl<'a> Pass<'a, '_> {
         });
     }
 
-    /// Carries the gradient through the norms of queries and keys, where the family has them.
-    fn qk_norms(&mut self, qkv_raw: &[f32], d_qkv: &mut [f32]) {
+    /// Carries the gradient through the norms of queries and keys, where the family has them: those of `qkv_raw`, rotated
+    /// where that comes before.
+    fn qk_norms(&mut self, qkv_raw: &[f32], rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
         let (layer, p) = self.layer();
         let (Some((q, k)), Some((q_span, k_span))) = (&layer.qk_norms, &p.qk_norms) else {
             return;
@@ -256,8 +261,14 @@ impl<'a> Pass<'a, '_> {
             (k, k_span, q_width..q_width + heads.kv_width()),
         ] {
             let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
-            for (raw, d_row) in (qkv_raw.chunks_exact(width)).zip(d_qkv.chunks_exact_mut(width)) {
-                let raw = raw[columns.clone()].chunks_exact(weight.len());
+            let rows = (qkv_raw.chunks_exact(width)).zip(d_qkv.chunks_exact_mut(width));
+            for ((raw, d_row), position) in rows.zip(self.layout.positions()) {
+                let mut raw = Cow::Borrowed(&raw[columns.clone()]);
+                if let Some(rotary) = rotary {
+                    let heads = raw.to_mut().chunks_exact_mut(heads.dim);
+                    heads.for_each(|head| rotary.rotate(head, position));
+                }
+                let raw = raw.chunks_exact(weight.len());
                 for (raw, d) in raw.zip(d_row[columns.clone()].chunks_exact_mut(weight.len())) {
                     let dy = d.to_vec();
                     d.fill(0.0);

@@ -18,13 +18,22 @@ pub enum Norms {
     Around,
 }
 
-/// What of queries and keys is normed before the rotation.
+/// What of queries and keys is normed, before the rotation unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
     /// Each head by itself, all by the same weight (Qwen3, Gemma 3).
     Heads,
+    /// The same after the rotation (Hunyuan).
+    Turned,
     /// All query heads of a token as one row, and all key heads (OLMo 2).
     Rows,
+}
+
+impl QkNorm {
+    /// Whether each head is normed by itself.
+    pub fn by_heads(self) -> bool {
+        self != Self::Rows
+    }
 }
 
 /// A layer's MLP as a mixture of experts: a router's soft-max says what each is worth to a token, which goes to the best.
@@ -173,7 +182,7 @@ impl Config {
         plain(&mut push, attention);
         if let Some(norm) = self.qk_norm {
             let (q, kv) = match norm {
-                QkNorm::Heads => (self.head_dim, self.head_dim),
+                QkNorm::Heads | QkNorm::Turned => (self.head_dim, self.head_dim),
                 QkNorm::Rows => (q, kv),
             };
             push("self_attn.q_norm.weight", vec![q]);
@@ -273,6 +282,9 @@ impl Config {
         }
         if self.rotary_dim != self.head_dim {
             text += &format!(" rotary_dim {}", self.rotary_dim);
+        }
+        if self.qk_norm == Some(QkNorm::Turned) {
+            text += " qk_norm Turned";
         }
         if self.norms != Norms::Before {
             text += &format!(" norms {:?}", self.norms);
