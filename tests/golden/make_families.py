@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import (
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -81,7 +85,7 @@ def with_images(**text):
     )
 
 
-# name -> (config class, fields that differ from TINY, how it is saved)
+# name -> (config class, fields that differ from TINY, how it is saved and from which seed; else that is its place here)
 FAMILIES = {
     "llama": (LlamaConfig, dict(rope_parameters=rope(10000.0)), {}),
     # Wavelengths 6.3, 18, 53, ... positions: kept (< 32/4), blended, slowed down (> 32/1). All branches are met.
@@ -294,6 +298,29 @@ FAMILIES = {
         ),
         {},
     ),
+    # Half of a head is rotated, neighbours with each other, and the layers' norms have names of their own.
+    "glm4": (Glm4Config, dict(head_dim=16, rope_parameters=rope(10000.0)), {"seed": 100}),
+    "glm": (
+        GlmConfig,
+        dict(head_dim=12, attention_bias=False, rope_parameters=rope(50000.0)),
+        {"seed": 101, "legacy": True},
+    ),
+    "ernie4-5": (
+        Ernie4_5Config,
+        dict(head_dim=16, use_bias=True, tie_word_embeddings=True, rope_parameters=rope(500000.0)),
+        {"seed": 102},
+    ),
+    # Queries and keys are normed after the rotation, whose base "alpha" stretches to some 27 million.
+    "hunyuan": (
+        HunYuanDenseV1Config,
+        dict(
+            head_dim=16,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=rope(10000.0, "dynamic", alpha=1000.0, factor=1.0),
+        ),
+        {"seed": 103, "legacy": True},
+    ),
 }
 
 
@@ -474,7 +501,7 @@ def main():
         if args.only and name not in args.only:
             continue
         folder = args.output / name
-        figures = make(folder, name, seed)
+        figures = make(folder, name, FAMILIES[name][2].get("seed", seed))
         if FAMILIES[name][2].get("legacy_beside"):
             check_legacy(folder, figures)
         size = sum(p.stat().st_size for p in folder.iterdir())

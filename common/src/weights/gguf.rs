@@ -110,7 +110,7 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
     }
     let place = match name.contains(".mlp.gate.") {
         true => Place::whole(name, shape), // whatever folders call the router
-        false => config.place(name, shape),
+        false => config.place_in_fused(name, shape),
     };
     Some(Place {
         name: gguf_name(config, &place.name)?,

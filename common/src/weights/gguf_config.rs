@@ -39,7 +39,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
     };
     let fields = Metadata { gguf, architecture };
     let window = fields.whole("attention.sliding_window")?.filter(|&w| w > 0);
-    let experts = fields.whole("expert_count")?.unwrap_or(0);
+    // One is none: so have Hunyuan's files it.
+    let experts = fields.whole("expert_count")?.filter(|&count| count > 1);
+    let experts = experts.unwrap_or(0);
     let family =
         family::of_gguf(architecture, window.is_some(), experts > 0).with_context(|| {
             format!(
@@ -47,6 +49,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
                 family::architectures().join(", ")
             )
         })?;
+    // With it the rows of heads are in another order (GLM-4's text part of a model that reads images).
+    let sections = "rope.dimension_sections";
+    ensure!(
+        fields.get(sections).is_none(),
+        "{sections}: positions of more than one kind are not supported"
+    );
     let split = fields.whole_of("split.count")?.unwrap_or(1);
     ensure!(
         split <= 1,

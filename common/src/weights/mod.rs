@@ -234,7 +234,8 @@ impl Weights {
         let permuted = || family::of(&self.config.model_type).is_some_and(|f| f.permuted);
         match &self.source {
             Source::Gguf(_) if layout::is_turned(name) && permuted() => {
-                Some(layout::of_neighbours(self.config.head_dim))
+                let head = self.config.head_dim;
+                Some(layout::order_of_rows(head, head, true))
             }
             _ => self.config.order(name),
         }

@@ -348,7 +348,7 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
     for (key, value, wanted) in [
         (
             "general.architecture",
-            String("glm4".into()),
+            String("glm4moe".into()),
             "known: llama, qwen2, qwen3",
         ),
         (
@@ -362,6 +362,11 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
             "original_context_length is missing",
         ),
         ("llama.rope.dimension_count", U32(4), "rotation over 4 of 8"),
+        (
+            "llama.rope.dimension_sections",
+            gguf_file::Value::Array(vec![U32(2), U32(1)]),
+            "rope.dimension_sections: positions of more than one kind",
+        ),
         ("llama.expert_count", U32(8), "expert_used_count is missing"),
         ("split.count", U32(3), "split over 3 files"),
         ("general.alignment", U32(0), "general.alignment"),

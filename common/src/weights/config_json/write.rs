@@ -57,10 +57,10 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     let (key, activation) = spelling(family.activation);
     set(key, json!(activation));
     if family.attention_bias {
-        set("attention_bias", json!(config.qkv_bias));
+        set(family.biases[0], json!(config.qkv_bias));
     }
     if family.mlp_bias {
-        set("mlp_bias", json!(config.mlp_bias));
+        set(family.biases[1], json!(config.mlp_bias));
     }
 }
 
