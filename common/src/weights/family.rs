@@ -57,8 +57,8 @@ pub(super) struct Family {
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
     pub mixture: Option<Mixture>,
-    /// Projections that are one matrix in files: its name, and what its rows are in turn.
-    pub fused: &'static [(&'static str, &'static [&'static str])],
+    /// Projections that are one matrix in files.
+    pub fused: &'static [Fused],
     /// What has another name in a Hugging Face folder: the decoder's, and that.
     pub renamed: &'static [(&'static str, &'static str)],
 }
@@ -186,8 +186,17 @@ const MIXTURE: Mixture = Mixture {
     files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
 };
 
-/// Gates and ups as one matrix.
-const GATE_UP: (&str, &[&str]) = ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]);
+/// A matrix of a file, and the projections that are its rows in turn.
+pub(super) type Fused = (&'static str, &'static [&'static str]);
+
+/// Queries, keys and values as one.
+pub(super) const QKV: Fused = (
+    "self_attn.qkv_proj",
+    &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+);
+
+/// Gates and ups as one.
+const GATE_UP: Fused = ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]);
 
 const GRANITE: Family = Family {
     model_type: "granite",
@@ -337,13 +346,7 @@ const FAMILIES: [Family; 22] = [
         windows: Windows::All,
         permuted: false,
         partial: true,
-        fused: &[
-            (
-                "self_attn.qkv_proj",
-                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            ),
-            GATE_UP,
-        ],
+        fused: &[QKV, GATE_UP],
         ..LLAMA
     },
     GRANITE,

@@ -109,9 +109,11 @@ fn read(gguf: &Gguf) -> Result<Config> {
         context,
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
-        qkv_bias: has("blk.0.attn_q.bias"),
-        o_bias: has("blk.0.attn_output.bias"),
-        mlp_bias: has("blk.0.ffn_up.bias"),
+        // Those that the family cannot have stay tensors without a place.
+        qkv_bias: (family.qkv_bias || family.attention_bias)
+            && (has("blk.0.attn_q.bias") || has("blk.0.attn_qkv.bias")),
+        o_bias: family.attention_bias && !family.no_output_bias && has("blk.0.attn_output.bias"),
+        mlp_bias: family.mlp_bias && has("blk.0.ffn_up.bias"),
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.gguf_apart == Some(layers) {

@@ -3,7 +3,7 @@
 //! part.
 
 use super::config::Config;
-use super::family::{self, ExpertFiles};
+use super::family::{self, ExpertFiles, Fused};
 use super::save::{Given, Named};
 use anyhow::ensure;
 use rayon::prelude::*;
@@ -75,8 +75,8 @@ impl Config {
                 return Place::whole(&name.replace("mlp.gate", mixture.router), shape);
             }
         }
-        let place = self.place_in_fused(name, shape);
-        let renamed = family.map_or(&[][..], |family| family.renamed);
+        let (fused, renamed) = family.map_or((&[][..], &[][..]), |f| (f.fused, f.renamed));
+        let place = self.place_in(fused, name, shape);
         let other = (renamed.iter()).find(|(ours, _)| name.contains(&format!(".{ours}.")));
         match other {
             Some((ours, theirs)) => Place {
@@ -87,10 +87,8 @@ impl Config {
         }
     }
 
-    /// Where a tensor is that may be rows of a larger one, by the decoder's own name where it is none of these.
-    pub(super) fn place_in_fused(&self, name: &str, shape: &[usize]) -> Place {
-        let family = family::of(&self.model_type);
-        let fused = family.map_or(&[][..], |family| family.fused);
+    /// Where a tensor is that may be rows of one of these, by the decoder's own name where it is not.
+    pub(super) fn place_in(&self, fused: &[Fused], name: &str, shape: &[usize]) -> Place {
         let found = fused.iter().find_map(|(whole, parts)| {
             let holds = |part: &&&str| name.contains(&format!(".{part}."));
             Some((whole, parts, parts.iter().find(holds)?))
