@@ -29,10 +29,23 @@ struct HeadNorms {
     __device__ const float* of(int head, int query, int kv) const { return head < query ? q : head < query + kv ? k : nullptr; }
 };
 
+// Tables of cosines and sines.
+struct Angles {
+    const float *cos, *sin;
+};
+
+// The rotation as it comes before the norms, and after them.
+struct Turns {
+    Angles before, after;
+    __device__ Turns(const float* cos, const float* sin, int norms_last) : before{cos, sin}, after{cos, sin} {
+        (norms_last ? after : before) = {nullptr, nullptr};
+    }
+};
+
 // Turns pairs by the angles that begin at `at` in the tables, forth (WAY 1) or back (−1). Without tables they stay.
-template <int WAY, class Few> __device__ void turn(Few& x, Few& y, const float* cos, const float* sin, long long at) {
-    if (!cos) return;
-    Few cosine = Few::load(cos + at), sine = Few::load(sin + at);
+template <int WAY, class Few> __device__ void turn(Few& x, Few& y, Angles by, long long at) {
+    if (!by.cos) return;
+    Few cosine = Few::load(by.cos + at), sine = Few::load(by.sin + at);
     for (int i = 0; i < int(sizeof x / 4); ++i) {
         float lift = WAY * sine.at[i], turned = x.at[i] * cosine.at[i] - y.at[i] * lift;
         y.at[i] = y.at[i] * cosine.at[i] + x.at[i] * lift;
@@ -49,12 +62,15 @@ template <class Few, class T> __device__ Few with_bias(const T* x, const float* 
     return v;
 }
 
-// 1/rms of a head with its bias; every lane of the warp must call it.
-template <class T> __device__ float head_scale(const HeadLanes& lanes, bool there, const T* x, const float* bias, int dim, float eps) {
+// 1/rms of a head with its bias, turned; every lane of the warp must call it.
+template <class T>
+__device__ float head_scale(const HeadLanes& lanes, bool there, const T* x, const float* bias, Angles by, long long angle,
+                            int dim, float eps) {
     float squares = 0;
     if (there) {
         lanes.for_pairs([&](int c, auto few) {
             auto u = with_bias<decltype(few)>(x, bias, c), v = with_bias<decltype(few)>(x, bias, c + lanes.half);
+            turn<1>(u, v, by, angle + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) squares += u.at[i] * u.at[i] + v.at[i] * v.at[i];
         });
     }
@@ -62,8 +78,8 @@ template <class T> __device__ float head_scale(const HeadLanes& lanes, bool ther
 }
 
 template <class T>
-__device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, const float* cos, const float* sin,
-                         const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim) {
+__device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, Turns by, const int* positions, T* cache,
+                         const int* cache_rows, int count, int query, int kv, int dim) {
     const HeadLanes lanes(dim);
     // Values that are where they should be are left alone.
     int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
@@ -73,29 +89,30 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
-    float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, dim, norms.eps) : 1.0f;
+    long long angle = there && turns ? (long long)positions[r] * half : 0;
+    float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, by.before, angle, dim, norms.eps) : 1.0f;
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-    long long position = turns ? positions[r] : 0;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+        if (turns) turn<1>(x, y, by.before, angle + c);
         if (weight) {
             for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
         }
-        if (turns) turn<1>(x, y, cos, sin, position * half + c);
+        if (turns) turn<1>(x, y, by.after, angle + c);
         x.store(qkv + at + c), y.store(qkv + at + c + half);
         if (copy) x.store(copy + c), y.store(copy + c + half);
     });
 }
 
-// Rotation turns back; then the norm's gradient (see norm.cu) from the head as it was before. The gradients of the
+// Rotation turns back; then the norm's gradient (see norm.cu) from the head as it was before; or the other way round. The
+// gradients of the
 // norms' weights are summed by whoever has a head at a time in shared memory, [heads of the block][q | k][dim], and then
 // over those in order.
 template <class T>
-__device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, const float* cos,
-                                  const float* sin, const int* positions, float* partial, int count, int query, int kv,
-                                  int dim) {
+__device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, Turns by,
+                                  const int* positions, float* partial, int count, int query, int kv, int dim) {
     SHARED_MEMORY(float, sums);
     const HeadLanes lanes(dim);
     int turned = query + kv, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
@@ -114,15 +131,16 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         long long at = ((long long)r * (turned + kv) + head) * dim;
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
-        long long position = there ? positions[r] : 0;
+        long long angle = there ? (long long)positions[r] * half : 0;
         float scale = 1, mean = 0;
         if (norms.q) {
-            scale = head_scale(lanes, there, in + at, shift, dim, norms.eps);
+            scale = head_scale(lanes, there, in + at, shift, by.before, angle, dim, norms.eps);
             if (there) {
                 lanes.for_pairs([&](int c, auto few) {
                     auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-                    turn<-1>(u, v, cos, sin, position * half + c);
+                    turn<1>(x, y, by.before, angle + c);
+                    turn<-1>(u, v, by.after, angle + c);
                     for (int i = 0; i < int(sizeof few / 4); ++i) {
                         mean += x.at[i] * weight[c + i] * u.at[i] + y.at[i] * weight[c + i + half] * v.at[i];
                     }
@@ -134,9 +152,10 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         float* d_weight = own_sums + (head < query ? 0 : dim);
         lanes.for_pairs([&](int c, auto few) {
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-            turn<-1>(u, v, cos, sin, position * half + c);
+            turn<-1>(u, v, by.after, angle + c);
             if (weight) {
                 auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+                turn<1>(x, y, by.before, angle + c);
                 for (int i = 0; i < int(sizeof few / 4); ++i) {
                     x.at[i] *= scale, y.at[i] *= scale;
                     d_weight[c + i] += u.at[i] * x.at[i], d_weight[c + i + half] += v.at[i] * y.at[i];
@@ -144,6 +163,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                     v.at[i] = scale * (v.at[i] * weight[c + i + half] - y.at[i] * mean);
                 }
             }
+            turn<-1>(u, v, by.before, angle + c);
             u.store(d_qkv + at + c), v.store(d_qkv + at + c + half);
         });
     }
@@ -159,19 +179,24 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 }  // namespace device
 
 QKV_ROPE(qkv_rope_f32, float) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+                     query, kv, dim);
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+                     query, kv, dim);
 }
 
 QKV_ROPE(qkv_rope_f16, f16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+                     query, kv, dim);
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, partial, count, query, kv, dim);
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, partial, count,
+                              query, kv, dim);
 }
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, partial, count, query, kv, dim);
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, partial, count,
+                              query, kv, dim);
 }

@@ -379,7 +379,7 @@ mod tests {
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::model::{Gradients, Params, Workspace};
-    use crate::weights::{Config, Norms, QkNorm};
+    use crate::weights::{Config, Norms, QkNorm, Rope, RopeScaling};
     use serde_json::json;
     use std::path::Path;
 
@@ -405,6 +405,23 @@ mod tests {
             ropes: vec![llama.ropes[0].clone(), None],
             ..llama.clone()
         };
+        // What is rotated grows by that, too, before it is normed.
+        let grown = Rope {
+            theta: 100.0,
+            scaling: RopeScaling::Yarn {
+                factor: 4.0,
+                original_context: 16.0,
+                beta_fast: 4.0,
+                beta_slow: 1.0,
+                attention_factor: 1.5,
+            },
+        };
+        let turned = Config {
+            qk_norm: Some(QkNorm::Turned),
+            norm_eps: 0.1,
+            ropes: vec![Some(grown), None],
+            ..biased.clone()
+        };
         let after = Config {
             norms: Norms::After,
             qk_norm: Some(QkNorm::Rows),
@@ -420,7 +437,7 @@ mod tests {
             activation: Activation::GeluTanh,
             ..llama.clone()
         };
-        vec![llama, biased, normed, after, around]
+        vec![llama, biased, normed, turned, after, around]
     }
 
     fn weights(params: &Params) -> Vec<f32> {

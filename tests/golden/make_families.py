@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import (
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -82,7 +86,7 @@ def with_images(**text):
     )
 
 
-# name -> (config class, fields that differ from TINY, how it is saved)
+# name -> (config class, fields that differ from TINY, how it is saved and from which seed; else that is its place here)
 FAMILIES = {
     "llama": (LlamaConfig, dict(rope_parameters=rope(10000.0)), {}),
     # Wavelengths 6.3, 18, 53, ... positions: kept (< 32/4), blended, slowed down (> 32/1). All branches are met.
@@ -310,6 +314,29 @@ FAMILIES = {
             rope_parameters=rope(10000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
         ),
         {"seed": 100},
+    ),
+    # Half of a head is rotated, neighbours with each other, and the layers' norms have names of their own.
+    "glm4": (Glm4Config, dict(head_dim=16, rope_parameters=rope(10000.0)), {"seed": 100}),
+    "glm": (
+        GlmConfig,
+        dict(head_dim=12, attention_bias=False, rope_parameters=rope(50000.0)),
+        {"seed": 101, "legacy": True},
+    ),
+    "ernie4-5": (
+        Ernie4_5Config,
+        dict(head_dim=16, use_bias=True, tie_word_embeddings=True, rope_parameters=rope(500000.0)),
+        {"seed": 102},
+    ),
+    # Queries and keys are normed after the rotation, whose base "alpha" stretches to some 27 million.
+    "hunyuan": (
+        HunYuanDenseV1Config,
+        dict(
+            head_dim=16,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=rope(10000.0, "dynamic", alpha=1000.0, factor=1.0),
+        ),
+        {"seed": 103, "legacy": True},
     ),
 }
 

@@ -39,11 +39,20 @@ O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-def split(pattern):
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+# DeepSeek-V3's, which Hunyuan has: digits, then Chinese and Japanese, then the rest.
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def split(*patterns):
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 BYTE_LEVEL = {
@@ -54,6 +63,8 @@ BYTE_LEVEL = {
     "qwen2": (split(QWEN2), normalizers.NFC(), False, False),
     "tekken": (split(TEKKEN), None, True, True),
     "gpt-4o": (split(O200K), None, False, False),
+    "glm4": (split(LLAMA3), None, True, False),
+    "hunyuan-dense": (split(*DEEPSEEK3), None, False, False),
 }
 
 

@@ -20,6 +20,12 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The split of GPT-4o (tiktoken's o200k_base), which Phi-4-mini has.
 const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// The splits of DeepSeek-V3, one after the other, which Hunyuan has: digits, Chinese and Japanese, the rest.
+const DEEPSEEK3: [&str; 3] = [
+    r"\p{N}{1,3}",
+    "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
 
 // Values of `tokenizer.ggml.token_type`.
 const UNKNOWN: i128 = 2;
@@ -143,12 +149,13 @@ fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
 /// Normaliser, pre-tokenizer, whether whole words in the vocabulary skip the merges, whether BOS is added
 /// by default.
 fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
-    let split = |pattern: &str| {
-        json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-            bytes_step(false),
-        ]})
+    let splits = |patterns: &[&str]| {
+        let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let mut steps: Vec<Json> = patterns.iter().map(split).collect();
+        steps.push(bytes_step(false));
+        json!({"type": "Sequence", "pretokenizers": steps})
     };
+    let split = |pattern: &str| splits(&[pattern]);
     Ok(match name {
         "default" | "gpt-2" | "gpt2" | "phi-2" => (Json::Null, bytes_step(true), false, false),
         "smollm" | "starcoder" | "refact" => {
@@ -161,7 +168,9 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
             )
         }
         "llama-bpe" | "llama3" | "llama-v3" => (Json::Null, split(LLAMA3), true, true),
-        "dbrx" | "smaug-bpe" => (Json::Null, split(LLAMA3), false, false),
+        "dbrx" | "smaug-bpe" | "chatglm-bpe" => (Json::Null, split(LLAMA3), false, false),
+        "glm4" => (Json::Null, split(LLAMA3), true, false),
+        "hunyuan-dense" => (Json::Null, splits(&DEEPSEEK3), false, false),
         "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
         // GPT-NeoX's: OLMoE has it, too.
         "olmo" => (json!({"type": "NFC"}), bytes_step(true), false, false),
@@ -169,7 +178,7 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
         "gpt-4o" => (Json::Null, split(O200K), false, false),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, dbrx, smaug-bpe, qwen2, olmo, tekken, gpt-4o): use the model's HF folder"
+             refact, llama-bpe, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, olmo, tekken, gpt-4o): use the model's HF folder"
         ),
     })
 }

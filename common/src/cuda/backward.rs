@@ -280,7 +280,8 @@ impl<'a> Backward<'a> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
         let blocks = count.min(HEAD_NORM_BLOCKS);
-        let by_heads = self.decoder.config.qk_norm == Some(QkNorm::Heads);
+        let qk_norm = self.decoder.config.qk_norm;
+        let by_heads = qk_norm.is_some_and(QkNorm::by_heads);
         let (norms, shared) = match &layer.qk_norms {
             Some((q, k)) if by_heads => (
                 (q.address(), k.address()),
@@ -305,6 +306,7 @@ impl<'a> Backward<'a> {
                 self.decoder.config.norm_eps,
                 cos,
                 sin,
+                i32::from(qk_norm == Some(QkNorm::Turned)),
                 &self.shape.positions,
                 partial,
                 count as i32,
@@ -542,7 +544,7 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
     let mut most = count.min(NORM_BLOCKS) * config.hidden;
     match config.qk_norm {
         None => {}
-        Some(QkNorm::Heads) => {
+        Some(QkNorm::Heads | QkNorm::Turned) => {
             most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.head_dim);
         }
         Some(QkNorm::Rows) => {

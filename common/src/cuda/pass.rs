@@ -160,8 +160,8 @@ impl Decoder {
         self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
         let mut bias = layer.qkv.bias.as_ref();
         let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
-            (Some((q, k)), Some(QkNorm::Heads)) => (q.address(), k.address()),
-            (Some(norms), Some(QkNorm::Rows)) => {
+            (Some((q, k)), Some(how)) if how.by_heads() => (q.address(), k.address()),
+            (Some(norms), Some(_)) => {
                 self.norm_queries_and_keys(i, norms, bias.take(), count, pass)?;
                 (0, 0)
             }
@@ -184,6 +184,7 @@ impl Decoder {
                 eps,
                 cos,
                 sin,
+                i32::from(self.config.qk_norm == Some(QkNorm::Turned)),
                 positions,
                 cache,
                 cache_rows,

@@ -8,7 +8,9 @@ use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::layout::{Heads, Layout};
+use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
+use std::borrow::Cow;
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
 /// percent of a pass over some hundred tokens, and saves a second copy of the model.
@@ -191,8 +193,10 @@ impl<'a> Pass<'a, '_> {
             &self.b.d_inner,
             d_qkv,
         );
-        self.rotate_back(d_qkv);
-        self.qk_norms(&state.qkv_raw, d_qkv);
+        let [before, after] = self.rotations.around_norms(self.layer);
+        self.rotate_back(after, d_qkv);
+        self.qk_norms(&state.qkv_raw, before, d_qkv);
+        self.rotate_back(before, d_qkv);
     }
 
     pub(super) fn layer(&self) -> (&'a Layer, &'a LayerParams) {
@@ -259,8 +263,8 @@ impl<'a> Pass<'a, '_> {
         }
     }
 
-    fn rotate_back(&self, d_qkv: &mut [f32]) {
-        let Some(rotary) = self.rotations.of(self.layer) else {
+    fn rotate_back(&self, rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
+        let Some(rotary) = rotary else {
             return;
         };
         let heads = self.model.decoder.layers[self.layer].heads;
@@ -277,8 +281,9 @@ impl<'a> Pass<'a, '_> {
         });
     }
 
-    /// Carries the gradient through the norms of queries and keys, where the family has them.
-    fn qk_norms(&mut self, qkv_raw: &[f32], d_qkv: &mut [f32]) {
+    /// Carries the gradient through the norms of queries and keys, where the family has them: those of `qkv_raw`, rotated
+    /// where that comes before.
+    fn qk_norms(&mut self, qkv_raw: &[f32], rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
         let (layer, p) = self.layer();
         let (Some((q, k)), Some((q_span, k_span))) = (&layer.qk_norms, &p.qk_norms) else {
             return;
@@ -293,9 +298,16 @@ impl<'a> Pass<'a, '_> {
             (k, k_span, q_width, keys_in_raw, k_width),
         ] {
             let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
-            let tokens = qkv_raw.chunks_exact(raw_width);
-            for (raw, d_row) in tokens.zip(d_qkv.chunks_exact_mut(width)) {
-                let raw = raw[raw_at..][..len].chunks_exact(weight.len());
+            let tokens = qkv_raw
+                .chunks_exact(raw_width)
+                .zip(d_qkv.chunks_exact_mut(width));
+            for ((raw, d_row), position) in tokens.zip(self.layout.positions()) {
+                let mut raw = Cow::Borrowed(&raw[raw_at..][..len]);
+                if let Some(rotary) = rotary {
+                    let heads = raw.to_mut().chunks_exact_mut(heads.dim);
+                    heads.for_each(|head| rotary.rotate(head, position));
+                }
+                let raw = raw.chunks_exact(weight.len());
                 for (raw, d) in raw.zip(d_row[at..][..len].chunks_exact_mut(weight.len())) {
                     let dy = d.to_vec();
                     d.fill(0.0);

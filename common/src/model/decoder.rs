@@ -9,6 +9,7 @@ use super::rotations::Rotations;
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::layout::{Heads, Layout};
+use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::{Config, Norms};
 use anyhow::Result;
@@ -467,7 +468,7 @@ impl Decoder {
     ) {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
-        let (width, rotary) = (heads.qkv_width(), rotations.of(i));
+        let (width, [before, after]) = (heads.qkv_width(), rotations.around_norms(i));
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
         let apart = layer.delta.is_some() || self.config.attention_gate;
@@ -494,15 +495,19 @@ impl Decoder {
                     (q, layer.qk_norms.as_ref().map(|n| &n.0)),
                     (k, layer.qk_norms.as_ref().map(|n| &n.1)),
                 ] {
+                    let turn = |part: &mut [f32], rotary: Option<&Rotary>| {
+                        if let Some(rotary) = rotary {
+                            let heads = part.chunks_exact_mut(heads.dim);
+                            heads.for_each(|head| rotary.rotate(head, position));
+                        }
+                    };
+                    turn(part, before);
                     // A norm is as wide as what it norms: a head, or all of them.
                     if let Some(weight) = norm {
                         let normed = part.chunks_exact_mut(weight.len());
                         normed.for_each(|x| norm::row_in_place(x, weight, eps));
                     }
-                    if let Some(rotary) = rotary {
-                        let heads = part.chunks_exact_mut(heads.dim);
-                        heads.for_each(|head| rotary.rotate(head, position));
-                    }
+                    turn(part, after);
                 }
             }
         });

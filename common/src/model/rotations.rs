@@ -1,7 +1,7 @@
 //! The rotary tables of a model's layers: one for each kind of rotation that occurs.
 
 use crate::kernels::rope::Rotary;
-use crate::weights::{Config, Rope};
+use crate::weights::{Config, QkNorm, Rope};
 
 /// The tables of all layers, for some number of positions.
 pub struct Rotations {
@@ -9,6 +9,8 @@ pub struct Rotations {
     /// Which of the tables each layer has.
     layers: Vec<Option<usize>>,
     positions: usize,
+    /// Norms of queries and keys come after the rotation.
+    norms_last: bool,
 }
 
 impl Rotations {
@@ -36,12 +38,21 @@ impl Rotations {
             layers,
             tables: kinds.into_iter().map(table).collect(),
             positions,
+            norms_last: config.qk_norm == Some(QkNorm::Turned),
         }
     }
 
     /// That of a layer, if it rotates.
     pub fn of(&self, layer: usize) -> Option<&Rotary> {
         self.number(layer).map(|number| &self.tables[number])
+    }
+
+    /// That of a layer as it comes before the norms of queries and keys, and after them.
+    pub fn around_norms(&self, layer: usize) -> [Option<&Rotary>; 2] {
+        match self.norms_last {
+            true => [self.of(layer), None],
+            false => [None, self.of(layer)],
+        }
     }
 
     /// Which of the tables is a layer's.

@@ -523,6 +523,26 @@ mod tests {
         }
     }
 
+    /// GLM-4's: row 1 of a head is turned with row 0, which it follows in the file; in the decoder half a head lies between.
+    #[test]
+    fn adapters_of_heads_that_turn_neighbours_have_rows_as_the_file_has_them() {
+        let (base, config, tensors) = checkpoint("glm4");
+        let adapter = tempfile::tempdir().unwrap();
+        let path = base.path().to_str().unwrap();
+        save_adapter(adapter.path(), path, &config, 2, 3.0, vec![module(NAME)]).unwrap();
+        let shards = Shards::open_file(&adapter.path().join(WEIGHTS)).unwrap();
+        let b = format!("{PREFIX}{NAME}.lora_B.weight");
+        let stored = shards.read(&Place::whole(&b, &[32, 2])).unwrap();
+        let row = |of: &[f32], row: usize| of[2 * row..][..2].to_vec();
+        for (theirs, ours) in [0, 4, 1, 5, 2, 3, 6, 7].into_iter().enumerate() {
+            for head in 0..4 {
+                let ours = row(&module(NAME).b, 8 * head + ours);
+                assert_eq!(row(&stored, 8 * head + theirs), ours);
+            }
+        }
+        assert_merged(adapter.path(), &tensors, 1.5);
+    }
+
     #[test]
     fn modules_may_have_ranks_and_alphas_of_their_own() {
         let (_base, tensors, adapter) = adapted();

@@ -19,13 +19,22 @@ pub enum Norms {
     Around,
 }
 
-/// What of queries and keys is normed before the rotation.
+/// What of queries and keys is normed, before the rotation unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
     /// Each head by itself, all by the same weight (Qwen3, Gemma 3).
     Heads,
+    /// The same after the rotation (Hunyuan).
+    Turned,
     /// All query heads of a token as one row, and all key heads (OLMo 2).
     Rows,
+}
+
+impl QkNorm {
+    /// Whether each head is normed by itself.
+    pub fn by_heads(self) -> bool {
+        self != Self::Rows
+    }
 }
 
 /// A layer's MLP as a mixture of experts: a router's soft-max says what each is worth to a token, which goes to the best.
@@ -207,7 +216,7 @@ impl Config {
     fn qk_norm_parameters(&self, push: &mut dyn FnMut(&str, Vec<usize>)) {
         let (q, kv) = match self.qk_norm {
             None => return,
-            Some(QkNorm::Heads) => (self.head_dim, self.head_dim),
+            Some(QkNorm::Heads | QkNorm::Turned) => (self.head_dim, self.head_dim),
             Some(QkNorm::Rows) => (self.heads * self.head_dim, self.kv_heads * self.head_dim),
         };
         push("self_attn.q_norm.weight", vec![q]);
@@ -304,6 +313,9 @@ impl Config {
         }
         if self.rotary_dim != self.head_dim {
             text += &format!(" rotary_dim {}", self.rotary_dim);
+        }
+        if self.qk_norm == Some(QkNorm::Turned) {
+            text += " qk_norm Turned";
         }
         if self.norms != Norms::Before {
             text += &format!(" norms {:?}", self.norms);

@@ -21,10 +21,14 @@ pub(super) struct Family {
     pub norm_eps: f64,
     /// `rope_theta`.
     pub theta: f64,
-    /// Queries, keys and values have biases, whatever the config says.
+    /// What a config calls `attention_bias` and `mlp_bias`.
+    pub biases: [&'static str; 2],
+    /// Queries, keys and values have biases where the config says nothing that is heard.
     pub qkv_bias: bool,
     /// `attention_bias` is heard: biases on those and on the output projection.
     pub attention_bias: bool,
+    /// The output projection never has one.
+    pub no_output_bias: bool,
     /// `mlp_bias` is heard.
     pub mlp_bias: bool,
     pub norms: Norms,
@@ -41,16 +45,24 @@ pub(super) struct Family {
     pub windows: Windows,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
-    /// `partial_rotary_factor` is heard, and what it is where a file has none.
-    pub partial: Option<f64>,
+    /// `partial_rotary_factor` is heard,
+    pub partial: bool,
+    /// and is this where a file has none.
+    pub rotated_part: f64,
+    /// Files have the rows of heads that are turned together as neighbours, not half a head apart.
+    pub neighbours: bool,
+    /// A "dynamic" scaling with an `alpha` is a larger base.
+    pub alpha: bool,
     /// Attention is gated, and layers may have linear attention by the gated delta rule in its place.
     pub delta: bool,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
     pub mixture: Option<Mixture>,
-    /// Projections that are one matrix in files, or have another name there: the name, and what its rows are in turn.
-    pub fused: &'static [(&'static str, &'static [&'static str])],
+    /// Projections that are one matrix in files.
+    pub fused: &'static [Fused],
+    /// What has another name in a Hugging Face folder: the decoder's, and that.
+    pub renamed: &'static [(&'static str, &'static str)],
 }
 
 impl Family {
@@ -142,8 +154,10 @@ const LLAMA: Family = Family {
     tied: false,
     norm_eps: 1e-6,
     theta: 10_000.0,
+    biases: ["attention_bias", "mlp_bias"],
     qkv_bias: false,
     attention_bias: true,
+    no_output_bias: false,
     mlp_bias: true,
     norms: Norms::Before,
     norms_from_one: false,
@@ -154,11 +168,15 @@ const LLAMA: Family = Family {
     gguf_apart: None,
     windows: Windows::None,
     permuted: true,
-    partial: None,
+    partial: false,
+    rotated_part: 1.0,
+    neighbours: false,
+    alpha: false,
     delta: false,
     hybrid: false,
     mixture: None,
     fused: &[],
+    renamed: &[],
 };
 
 /// As most of them have it.
@@ -170,6 +188,18 @@ const MIXTURE: Mixture = Mixture {
     router: "mlp.gate",
     files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
 };
+
+/// A matrix of a file, and the projections that are its rows in turn.
+pub(super) type Fused = (&'static str, &'static [&'static str]);
+
+/// Queries, keys and values as one.
+pub(super) const QKV: Fused = (
+    "self_attn.qkv_proj",
+    &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+);
+
+/// Gates and ups as one.
+const GATE_UP: Fused = ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]);
 
 const GRANITE: Family = Family {
     model_type: "granite",
@@ -229,7 +259,31 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 19] = [
+const GLM4: Family = Family {
+    model_type: "glm4",
+    class: "Glm4",
+    gguf: "glm4",
+    kv_heads: Some(2),
+    head_dim: Some(128),
+    norm_eps: 1.5625e-7,
+    qkv_bias: true,
+    no_output_bias: true,
+    mlp_bias: false,
+    norms: Norms::Around,
+    permuted: false,
+    partial: true,
+    rotated_part: 0.5,
+    neighbours: true,
+    fused: &[GATE_UP],
+    renamed: &[
+        ("post_attention_layernorm", "post_self_attn_layernorm"),
+        ("pre_feedforward_layernorm", "post_attention_layernorm"),
+        ("post_feedforward_layernorm", "post_mlp_layernorm"),
+    ],
+    ..LLAMA
+};
+
+const FAMILIES: [Family; 23] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -294,14 +348,8 @@ const FAMILIES: [Family; 19] = [
         mlp_bias: false,
         windows: Windows::All,
         permuted: false,
-        partial: Some(1.0),
-        fused: &[
-            (
-                "self_attn.qkv_proj",
-                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            ),
-            ("mlp.gate_up_proj", &["mlp.gate_proj", "mlp.up_proj"]),
-        ],
+        partial: true,
+        fused: &[QKV, GATE_UP],
         ..LLAMA
     },
     GRANITE,
@@ -310,10 +358,8 @@ const FAMILIES: [Family; 19] = [
         class: "GraniteMoeHybrid",
         mlp_bias: false,
         hybrid: true,
-        fused: &[
-            ("shared_mlp.input_linear", &["mlp.gate_proj", "mlp.up_proj"]),
-            ("shared_mlp.output_linear", &["mlp.down_proj"]),
-        ],
+        fused: &[("shared_mlp.input_linear", &["mlp.gate_proj", "mlp.up_proj"])],
+        renamed: &[("mlp.down_proj", "shared_mlp.output_linear")],
         ..GRANITE
     },
     Family {
@@ -395,8 +441,47 @@ const FAMILIES: [Family; 19] = [
         norms_from_one: true,
         qk_norm: Some(QkNorm::Heads),
         permuted: false,
-        partial: Some(0.25),
+        partial: true,
+        rotated_part: 0.25,
         delta: true,
+        ..LLAMA
+    },
+    GLM4,
+    Family {
+        model_type: "glm",
+        class: "Glm",
+        gguf: "chatglm",
+        norms: Norms::Before,
+        renamed: &[],
+        ..GLM4
+    },
+    Family {
+        model_type: "ernie4_5",
+        class: "Ernie4_5",
+        gguf: "ernie4_5",
+        kv_heads: Some(2),
+        head_dim: Some(128),
+        tied: true,
+        norm_eps: 1e-5,
+        theta: 500_000.0,
+        biases: ["use_bias", "use_bias"],
+        permuted: false,
+        neighbours: true,
+        ..LLAMA
+    },
+    Family {
+        model_type: "hunyuan_v1_dense",
+        class: "HunYuanDenseV1",
+        gguf: "hunyuan-dense",
+        norm_eps: 1e-5,
+        mlp_bias: false,
+        qk_norm: Some(QkNorm::Turned),
+        permuted: false,
+        alpha: true,
+        renamed: &[
+            ("self_attn.q_norm", "self_attn.query_layernorm"),
+            ("self_attn.k_norm", "self_attn.key_layernorm"),
+        ],
         ..LLAMA
     },
 ];

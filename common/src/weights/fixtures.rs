@@ -137,6 +137,9 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             Array(vec![String("a".into()), String("b".into())]),
         ),
     ];
+    if config.rotary_dim < config.head_dim {
+        metadata.push((key("rope.dimension_count"), number(config.rotary_dim)));
+    }
     if let Some(experts) = config.experts {
         metadata.extend([
             (key("expert_count"), number(experts.count)),
@@ -222,6 +225,8 @@ pub(super) fn gguf(
         "gemma3_text" => "gemma3",
         "qwen3_moe" => "qwen3moe",
         "mixtral" => "llama",
+        "glm" => "chatglm",
+        "hunyuan_v1_dense" => "hunyuan-dense",
         _ => model_type,
     };
     let stored = as_gguf(&config, arch, &tensors);

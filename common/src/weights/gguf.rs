@@ -1,6 +1,7 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
 use super::Config;
+use super::family::{self, QKV};
 use super::layout::{Expert, ExpertPart, Place};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
@@ -44,6 +45,18 @@ impl Gguf {
     /// Shape of a tensor by its GGUF name, row-major.
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    /// Where a tensor of the decoder's is. Files of any architecture may have queries, keys and values as one matrix.
+    pub(super) fn place(&self, config: &Config, name: &str, shape: &[usize]) -> Result<Place> {
+        let usual = place(config, name, shape)
+            .with_context(|| format!("GGUF has no name for the tensor {name:?}"))?;
+        let there = |place: &Place| self.shape(&place.name).is_some();
+        if there(&usual) {
+            return Ok(usual);
+        }
+        let in_one = named(config, config.place_in(&[QKV], name, shape));
+        Ok(in_one.filter(there).unwrap_or(usual))
     }
 
     pub(super) fn check(&self, place: &Place) -> Result<()> {
@@ -110,8 +123,16 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
     }
     let place = match name.contains(".mlp.gate.") {
         true => Place::whole(name, shape), // whatever folders call the router
-        false => config.place(name, shape),
+        false => {
+            let family = family::of(&config.model_type);
+            config.place_in(family.map_or(&[], |f| f.fused), name, shape)
+        }
     };
+    named(config, place)
+}
+
+/// The same place by its GGUF name.
+fn named(config: &Config, place: Place) -> Option<Place> {
     Some(Place {
         name: gguf_name(config, &place.name)?,
         ..place

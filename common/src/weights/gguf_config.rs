@@ -39,7 +39,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
     };
     let fields = Metadata { gguf, architecture };
     let window = fields.whole("attention.sliding_window")?.filter(|&w| w > 0);
-    let experts = fields.whole("expert_count")?.unwrap_or(0);
+    // One is none: so have Hunyuan's files it.
+    let experts = fields.whole("expert_count")?.filter(|&count| count > 1);
+    let experts = experts.unwrap_or(0);
     let family =
         family::of_gguf(architecture, window.is_some(), experts > 0).with_context(|| {
             format!(
@@ -50,6 +52,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
     ensure!(
         !family.delta,
         "general.architecture: linear attention of {architecture:?} is not read from GGUF; use the Hugging Face folder of this model"
+    );
+    // With it the rows of heads are in another order (GLM-4's text part of a model that reads images).
+    let sections = "rope.dimension_sections";
+    ensure!(
+        fields.get(sections).is_none(),
+        "{sections}: positions of more than one kind are not supported"
     );
     let split = fields.whole_of("split.count")?.unwrap_or(1);
     ensure!(
@@ -105,9 +113,11 @@ fn read(gguf: &Gguf) -> Result<Config> {
         context,
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
-        qkv_bias: has("blk.0.attn_q.bias"),
-        o_bias: has("blk.0.attn_output.bias"),
-        mlp_bias: has("blk.0.ffn_up.bias"),
+        // Those that the family cannot have stay tensors without a place.
+        qkv_bias: (family.qkv_bias || family.attention_bias)
+            && (has("blk.0.attn_q.bias") || has("blk.0.attn_qkv.bias")),
+        o_bias: family.attention_bias && !family.no_output_bias && has("blk.0.attn_output.bias"),
+        mlp_bias: family.mlp_bias && has("blk.0.ffn_up.bias"),
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.gguf_apart == Some(layers) {
@@ -239,7 +249,7 @@ fn rotary_dim(fields: &Metadata, family: &Family, head_dim: usize) -> Result<usi
     let key = "rope.dimension_count";
     let rotated = fields.whole(key)?.unwrap_or(head_dim);
     ensure!(
-        rotated == head_dim || family.partial.is_some(),
+        rotated == head_dim || family.partial,
         "{key}: rotation over {rotated} of {head_dim} dimensions of a head are not supported"
     );
     Ok(rotated)

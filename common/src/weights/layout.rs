@@ -1,8 +1,9 @@
-//! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), experts under other
-//! names or all in one tensor, and the rows of heads that are rotated in another order or in part.
+//! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), norms under other names
+//! (GLM-4), experts under other names or all in one tensor, and the rows of heads that are rotated in another order or in
+//! part.
 
 use super::config::Config;
-use super::family::{self, ExpertFiles};
+use super::family::{self, ExpertFiles, Fused};
 use super::save::{Given, Named};
 use anyhow::ensure;
 use rayon::prelude::*;
@@ -74,7 +75,20 @@ impl Config {
                 return Place::whole(&name.replace("mlp.gate", mixture.router), shape);
             }
         }
-        let fused = family.map_or(&[][..], |family| family.fused);
+        let (fused, renamed) = family.map_or((&[][..], &[][..]), |f| (f.fused, f.renamed));
+        let place = self.place_in(fused, name, shape);
+        let other = (renamed.iter()).find(|(ours, _)| name.contains(&format!(".{ours}.")));
+        match other {
+            Some((ours, theirs)) => Place {
+                name: place.name.replace(ours, theirs),
+                ..place
+            },
+            None => place,
+        }
+    }
+
+    /// Where a tensor is that may be rows of one of these, by the decoder's own name where it is not.
+    pub(super) fn place_in(&self, fused: &[Fused], name: &str, shape: &[usize]) -> Place {
         let found = fused.iter().find_map(|(whole, parts)| {
             let holds = |part: &&&str| name.contains(&format!(".{part}."));
             Some((whole, parts, parts.iter().find(holds)?))
@@ -181,29 +195,35 @@ impl Config {
 
     /// For each row of a head of this tensor (or of the whole tensor), where a Hugging Face folder has it there; None where it
     /// is in its place.
-    ///
-    /// The decoder turns row i with row i + head_dim/2, all of them. Of heads that turn in part (`partial_rotary_factor`), files
-    /// have the two halves of those that turn first, and the others, which the decoder turns by nothing, after them. (Scores
-    /// do not depend on an order that queries and keys share.)
     pub(super) fn order(&self, name: &str) -> Option<Vec<usize>> {
+        let neighbours = family::of(&self.model_type).is_some_and(|family| family.neighbours);
         let (head, turning) = (self.head_dim, self.rotary_dim);
-        let still = (head - turning) / 2;
-        let place = |row: usize| match (row / (head / 2), row % (head / 2)) {
-            (half, i) if i < turning / 2 => half * turning / 2 + i,
-            (half, i) => turning + half * still + i - turning / 2,
-        };
-        let turned = turning < head && is_turned(name);
-        let gated = self.attention_gate && name.contains("self_attn.q_proj.");
-        if !gated {
-            return turned.then(|| (0..head).map(place).collect());
+        let other = (neighbours || turning < head) && is_turned(name);
+        let order = || order_of_rows(head, turning, neighbours);
+        if !(self.attention_gate && name.contains("self_attn.q_proj.")) {
+            return other.then(order);
         }
         // Files have each head's queries and then its gates; the decoder has all queries and then all gates.
-        let rows = |first: usize| {
-            (0..self.heads).flat_map(move |h| (0..head).map(move |i| ((2 * h + first) * head, i)))
-        };
-        let queries = rows(0).map(|(start, i)| start + place(i));
-        Some(queries.chain(rows(1).map(|(start, i)| start + i)).collect())
+        let each = |first: usize| (0..self.heads).map(move |h| (2 * h + first) * head);
+        let queries = each(0).flat_map(|start| order().into_iter().map(move |i| start + i));
+        let gates = each(1).flat_map(|start| start..start + head);
+        Some(queries.chain(gates).collect())
     }
+}
+
+/// For each row of a head, where a file has it.
+///
+/// The decoder turns row i with row i + head_dim/2, all of them. Of heads that turn in part (`partial_rotary_factor`), files
+/// have those that turn first, and the others, which the decoder turns by nothing, after them. Those that turn together are
+/// halves there, or neighbours: rows 2i and 2i + 1. (Scores do not depend on an order that queries and keys share.)
+pub(super) fn order_of_rows(head: usize, turning: usize, neighbours: bool) -> Vec<usize> {
+    let still = (head - turning) / 2;
+    let place = |row: usize| match (row / (head / 2), row % (head / 2)) {
+        (half, i) if i >= turning / 2 => turning + half * still + i - turning / 2,
+        (half, i) if neighbours => 2 * i + half,
+        (half, i) => half * turning / 2 + i,
+    };
+    (0..head).map(place).collect()
 }
 
 /// What a tensor is to a mixture of experts, by its name: one expert's projection.
@@ -247,14 +267,6 @@ pub(super) fn is_turned(name: &str) -> bool {
         .split_once("self_attn.")
         .map_or("", |(_, module)| module);
     turned.iter().any(|turned| module.starts_with(turned))
-}
-
-/// For each row of a head, where a file has it that turns neighbours: rows 2i and 2i + 1 (llama.cpp's `llama`).
-pub(super) fn of_neighbours(head_dim: usize) -> Vec<usize> {
-    let half = head_dim / 2;
-    (0..head_dim)
-        .map(|row| 2 * (row % half) + row / half)
-        .collect()
 }
 
 /// Each head's rows taken from where `order` says; `row` is a row's length (1 for a bias).
@@ -363,6 +375,32 @@ mod tests {
         assert_holds(&open(folder.path()).unwrap(), &tensors);
     }
 
+    #[test]
+    fn norms_have_the_names_that_files_give_them() {
+        let stored = |family: &str, of: &str| {
+            let of = format!("model.layers.0.{of}");
+            let stored = config(family).stored_parameters().into_iter();
+            let names = stored.filter_map(|(name, _)| Some(name.strip_prefix(&of)?.to_owned()));
+            names
+                .filter(|name| name.contains("norm"))
+                .collect::<Vec<_>>()
+        };
+        // Before and after attention, before and after the MLP.
+        assert_eq!(
+            stored("glm4", ""),
+            [
+                "input_layernorm.weight",
+                "post_self_attn_layernorm.weight",
+                "post_attention_layernorm.weight",
+                "post_mlp_layernorm.weight",
+            ]
+        );
+        assert_eq!(
+            stored("hunyuan_v1_dense", "self_attn."),
+            ["query_layernorm.weight", "key_layernorm.weight"]
+        );
+    }
+
     /// transformers turns the first four rows of a head, 0 with 2 and 1 with 3; the decoder turns row i with i + 4.
     #[test]
     fn heads_that_turn_in_part_have_those_that_turn_first() {
@@ -375,7 +413,8 @@ mod tests {
                 .order("model.layers.0.self_attn.v_proj.weight")
                 .is_none()
         );
-        assert_eq!(of_neighbours(8), [0, 2, 4, 6, 1, 3, 5, 7]);
+        assert_eq!(order_of_rows(8, 8, true), [0, 2, 4, 6, 1, 3, 5, 7]);
+        assert_eq!(order_of_rows(8, 4, true), [0, 2, 4, 5, 1, 3, 6, 7]);
         assert_eq!(
             in_order(&[0.0, 1.0, 2.0, 3.0], &[1, 0], 2),
             [2.0, 3.0, 0.0, 1.0]

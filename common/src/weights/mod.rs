@@ -139,7 +139,7 @@ impl Weights {
         let original = gguf_config::token_ids(&gguf);
         let mut known = HashSet::new();
         for (name, shape) in config.parameters() {
-            let place = gguf_place(&config, &name, &shape)?;
+            let place = gguf.place(&config, &name, &shape)?;
             gguf.check(&place)?;
             known.insert(place.name);
         }
@@ -184,7 +184,7 @@ impl Weights {
                 adapter.merge(&self.config, name, shape, &mut values)?;
                 return Ok(values);
             }
-            Source::Gguf(gguf) => gguf.read(&gguf_place(&self.config, name, shape)?)?,
+            Source::Gguf(gguf) => gguf.read(&gguf.place(&self.config, name, shape)?)?,
         };
         Ok(match self.order(name) {
             Some(order) => layout::in_order(&values, &order, shape[1..].iter().product()),
@@ -234,7 +234,8 @@ impl Weights {
         let permuted = || family::of(&self.config.model_type).is_some_and(|f| f.permuted);
         match &self.source {
             Source::Gguf(_) if layout::is_turned(name) && permuted() => {
-                Some(layout::of_neighbours(self.config.head_dim))
+                let head = self.config.head_dim;
+                Some(layout::order_of_rows(head, head, true))
             }
             _ => self.config.order(name),
         }
@@ -352,11 +353,6 @@ fn locate(model: &str) -> Result<PathBuf> {
 /// Whether a folder is a PEFT adapter's rather than a model's.
 fn is_adapter(path: &Path) -> bool {
     path.join(adapter::CONFIG).is_file() && !path.join("config.json").is_file()
-}
-
-fn gguf_place(config: &Config, name: &str, shape: &[usize]) -> Result<Place> {
-    gguf::place(config, name, shape)
-        .with_context(|| format!("GGUF has no name for the tensor {name:?}"))
 }
 
 fn read_json(path: &Path) -> Result<Value> {

@@ -105,19 +105,9 @@ impl Rope {
     /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older) of a `config.json`; `theta` is
     /// the base where it has none.
     pub(super) fn from_json(top: &Fields, theta: f64, context: usize) -> Result<Self> {
-        let (key, inner) = match (top.present("rope_scaling"), top.present("rope_parameters")) {
-            (Some(scaling), _) if scaling.as_object().is_none_or(|s| !s.is_empty()) => {
-                ("rope_scaling", Some(scaling))
-            }
-            (_, parameters) => ("rope_parameters", parameters),
-        };
+        let (key, inner) = fields_of(top)?;
         let empty = Map::new();
-        let inner = match inner {
-            None => &empty,
-            Some(value) => value
-                .as_object()
-                .with_context(|| format!("{key}: must be an object, not {value}"))?,
-        };
+        let inner = inner.unwrap_or(&empty);
         for nested in ["full_attention", "sliding_attention"] {
             ensure!(
                 !inner.contains_key(nested),
@@ -126,6 +116,28 @@ impl Rope {
         }
         let theta = top.number("rope_theta")?.unwrap_or(theta);
         Self::of_fields(key, &Fields(inner), top, theta, context)
+    }
+
+    /// Hunyuan's NTK-aware scaling, "dynamic" by name: its `alpha` makes the base larger, whatever the length, by
+    /// alpha^(dims / (dims − 2)). None where there is none.
+    pub(super) fn by_alpha(top: &Fields, theta: f64, dims: usize) -> Result<Option<Self>> {
+        let Some(inner) = fields_of(top)?.1.map(Fields) else {
+            return Ok(None);
+        };
+        let alpha = inner.number("alpha")?;
+        let Some(alpha) = alpha.filter(|_| kind(&inner).is_ok_and(|kind| kind == "dynamic")) else {
+            return Ok(None);
+        };
+        let theta = match inner.number("rope_theta")? {
+            Some(theta) => theta,
+            None => top.number("rope_theta")?.unwrap_or(theta),
+        };
+        let dims = dims as f64;
+        let stretched = theta * alpha.powf(dims / (dims - 2.0));
+        Ok(Some(Self {
+            theta: positive("rope_theta stretched by alpha", stretched)?,
+            scaling: RopeScaling::Default,
+        }))
     }
 
     /// The same for families that rotate layers with a window otherwise than those without: first of those, then of
@@ -230,6 +242,29 @@ impl Rope {
     }
 }
 
+/// Where a config speaks of its rope: `rope_scaling`, where there is something in it, or `rope_parameters`.
+fn fields_of<'a>(top: &Fields<'a>) -> Result<(&'static str, Option<&'a Map<String, Value>>)> {
+    let (key, inner) = match (top.present("rope_scaling"), top.present("rope_parameters")) {
+        (Some(scaling), _) if scaling.as_object().is_none_or(|s| !s.is_empty()) => {
+            ("rope_scaling", Some(scaling))
+        }
+        (_, parameters) => ("rope_parameters", parameters),
+    };
+    let object = |value: &'a Value| {
+        let object = value.as_object();
+        object.with_context(|| format!("{key}: must be an object, not {value}"))
+    };
+    Ok((key, inner.map(object).transpose()?))
+}
+
+/// The name of a scaling.
+fn kind<'a>(inner: &Fields<'a>) -> Result<&'a str> {
+    Ok(match inner.text("rope_type")? {
+        Some(kind) => kind,
+        None => inner.text("type")?.unwrap_or("default"),
+    })
+}
+
 /// A number that must be above zero.
 pub(super) fn positive(key: &str, value: f64) -> Result<f32> {
     ensure!(
@@ -254,11 +289,7 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
         }
     };
     let original_context = || Ok::<_, anyhow::Error>(original(Some(context))? as f32);
-    let kind = match inner.text("rope_type")? {
-        Some(kind) => kind,
-        None => inner.text("type")?.unwrap_or("default"),
-    };
-    Ok(match kind {
+    Ok(match kind(inner)? {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
             factor: needed("factor")?,
@@ -307,8 +338,8 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
                     .unwrap_or(longrope_growth(factor, original_context)),
             }
         }
-        _ => bail!(
-            "rope type {kind:?} is not supported; known: default, linear, llama3, yarn, longrope"
+        other => bail!(
+            "rope type {other:?} is not supported; known: default, linear, llama3, yarn, longrope"
         ),
     })
 }
@@ -336,9 +367,8 @@ pub(super) fn longrope_growth(factor: f64, original_context: usize) -> f32 {
     }
 }
 
-/// The part of a head that is rotated: `partial_rotary_factor`, beside the base or in the config itself; None where it is
-/// nowhere.
-pub(super) fn rotated_part(top: &Fields) -> Result<Option<f64>> {
+/// The part of a head that is rotated: `partial_rotary_factor`, beside the base or in the config itself.
+pub(super) fn rotated_part(top: &Fields, unsaid: f64) -> Result<f64> {
     const KEY: &str = "partial_rotary_factor";
     let mut objects = vec![top.0];
     for key in ["rope_scaling", "rope_parameters"] {
@@ -347,9 +377,9 @@ pub(super) fn rotated_part(top: &Fields) -> Result<Option<f64>> {
             objects.extend(inner.values().filter_map(Value::as_object)); // by layer type
         }
     }
-    let mut part = None;
+    let mut part = unsaid;
     for object in objects {
-        part = Fields(object).number(KEY)?.or(part);
+        part = Fields(object).number(KEY)?.unwrap_or(part);
     }
     Ok(part)
 }

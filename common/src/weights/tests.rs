@@ -244,6 +244,35 @@ fn gguf_opens_under_hugging_face_names_with_rows_in_their_order() {
     }
 }
 
+/// As llama.cpp's converter writes them where it is asked to, and the first GLM-4s in any case.
+#[test]
+fn a_gguf_may_have_queries_keys_and_values_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for (family, arch) in [("qwen2", "qwen2"), ("llama", "llama"), ("glm", "chatglm")] {
+        let config = config(family);
+        let tensors = random_tensors(&config, 5);
+        let mut stored: Tensors = vec![];
+        for (name, shape, values) in as_gguf(&config, arch, &tensors) {
+            let part = ["attn_q.", "attn_k.", "attn_v."];
+            let part = part.into_iter().find(|part| name.contains(part));
+            let name = part.map_or(name.clone(), |part| name.replace(part, "attn_qkv."));
+            match stored.iter_mut().find(|other| other.0 == name) {
+                Some((_, rows, all)) => {
+                    rows[0] += shape[0];
+                    all.extend(values);
+                }
+                None => stored.push((name, shape, values)),
+            }
+        }
+        let metadata = gguf_metadata(&config, arch);
+        write_gguf(&path, &metadata, &stored, GgmlDType::F32);
+        let weights = open(&path).unwrap();
+        assert_eq!(weights.config, config);
+        assert_holds(&weights, &tensors);
+    }
+}
+
 #[test]
 fn every_block_type_dequantises_as_candle_does() {
     use GgmlDType::*;
@@ -349,7 +378,7 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
     for (key, value, wanted) in [
         (
             "general.architecture",
-            String("glm4".into()),
+            String("glm4moe".into()),
             "known: llama, qwen2, qwen3",
         ),
         (
@@ -363,6 +392,11 @@ fn gguf_that_this_decoder_would_get_wrong_is_refused() {
             "original_context_length is missing",
         ),
         ("llama.rope.dimension_count", U32(4), "rotation over 4 of 8"),
+        (
+            "llama.rope.dimension_sections",
+            gguf_file::Value::Array(vec![U32(2), U32(1)]),
+            "rope.dimension_sections: positions of more than one kind",
+        ),
         ("llama.expert_count", U32(8), "expert_used_count is missing"),
         ("split.count", U32(3), "split over 3 files"),
         ("general.alignment", U32(0), "general.alignment"),

@@ -317,15 +317,17 @@ fn activations_are_kept_small_in_half_precision() {
     assert_close("activation", &out, &[90_000.0 / 64.0, small], 1.0);
 }
 
-/// Everything between the projection and attention, with and without biases, head norms and rotation.
+/// Everything between the projection and attention, with and without biases, head norms and rotation, in either order.
 fn rotation<T: Element>() {
-    for (dim, biased, normed, cached, turned) in [
-        (64, true, true, true, true),
-        (6, false, false, true, true),
-        (16, false, true, false, true),
-        (96, true, false, false, true),
-        (64, false, false, true, false),
-        (16, true, true, false, false),
+    for (dim, biased, normed, cached, turned, norms_last) in [
+        (64, true, true, true, true, false),
+        (64, true, true, true, true, true),
+        (6, false, false, true, true, false),
+        (16, false, true, false, true, false),
+        (6, false, true, false, true, true),
+        (96, true, false, false, true, false),
+        (64, false, false, true, false, false),
+        (16, true, true, false, false, false),
     ] {
         let (query, kv, count) = (3, 1, 5);
         let width = (query + 2 * kv) * dim;
@@ -374,6 +376,7 @@ fn rotation<T: Element>() {
                     EPS.into(),
                     cos.into(),
                     sin.into(),
+                    i32::from(norms_last).into(),
                     (&positions).into(),
                     cache_arg,
                     (&cache_rows).into(),
@@ -399,6 +402,7 @@ fn rotation<T: Element>() {
                     EPS.into(),
                     cos.into(),
                     sin.into(),
+                    i32::from(norms_last).into(),
                     (&positions).into(),
                     Null.into(),
                     Null.into(),
@@ -412,7 +416,7 @@ fn rotation<T: Element>() {
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
             launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
-                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, &positions, &mut partial,
+                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, i32::from(norms_last), &positions, &mut partial,
                 count as i32, sizes[0], sizes[1], sizes[2]);
             let mut d_norms = vec![0.0f32; 2 * dim];
             if normed {
@@ -444,20 +448,23 @@ fn rotation<T: Element>() {
                     }
                     out
                 };
-                let d = turn(&d, -1.0);
-                match &norms {
-                    Some((q, k)) => {
-                        let (w, to) = if head < query { (q, 0) } else { (k, dim) };
-                        let (y, dx, dw) = norm(&x, &wide(w), &d);
-                        exact.extend(turn(&y, 1.0));
-                        d_exact.extend(dx);
-                        (0..dim).for_each(|i| d_norms_exact[to + i] += dw[i]);
-                    }
-                    None => {
-                        exact.extend(turn(&x, 1.0));
-                        d_exact.extend(d);
-                    }
-                }
+                let Some((q, k)) = &norms else {
+                    exact.extend(turn(&x, 1.0));
+                    d_exact.extend(turn(&d, -1.0));
+                    continue;
+                };
+                let (w, to) = if head < query { (q, 0) } else { (k, dim) };
+                let w = wide(w);
+                let (out, d_in, dw) = if norms_last {
+                    let (y, dx, dw) = norm(&turn(&x, 1.0), &w, &d);
+                    (y, turn(&dx, -1.0), dw)
+                } else {
+                    let (y, dx, dw) = norm(&x, &w, &turn(&d, -1.0));
+                    (turn(&y, 1.0), dx, dw)
+                };
+                exact.extend(out);
+                d_exact.extend(d_in);
+                (0..dim).for_each(|i| d_norms_exact[to + i] += dw[i]);
             }
         }
         assert_close("qkv", &out, &exact, 8.0);

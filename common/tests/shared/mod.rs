@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 23] = [
+pub const FAMILIES: [&str; 27] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -34,6 +34,10 @@ pub const FAMILIES: [&str; 23] = [
     "granite",
     "granite4",
     DELTA,
+    "glm4",
+    "glm",
+    "ernie4-5",
+    "hunyuan",
 ];
 
 /// The one among them with linear attention, which GPUs do not run.

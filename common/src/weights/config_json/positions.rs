@@ -17,13 +17,19 @@ pub fn positions(
     fields: &Fields,
     family: &Family,
     layers: usize,
+    head_dim: usize,
     context: usize,
 ) -> Result<(LayerWindows, LayerRopes)> {
     let everywhere = || -> Result<LayerRopes> {
-        Ok(vec![
-            Some(Rope::from_json(fields, family.theta, context)?);
-            layers
-        ])
+        let by_alpha = match family.alpha {
+            true => Rope::by_alpha(fields, family.theta, head_dim)?,
+            false => None,
+        };
+        let rope = match by_alpha {
+            Some(rope) => rope,
+            None => Rope::from_json(fields, family.theta, context)?,
+        };
+        Ok(vec![Some(rope); layers])
     };
     let asked = || fields.flag("use_sliding_window");
     match family.windows {

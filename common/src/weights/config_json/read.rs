@@ -45,12 +45,14 @@ pub fn read(fields: &Fields) -> Result<Config> {
             hidden / heads
         }
     };
-    let asked = |heard: bool, key: &str| Ok(heard && fields.flag(key)?.unwrap_or(false));
-    let attention_bias: Result<bool> = asked(family.attention_bias, "attention_bias");
-    let attention_bias = attention_bias?;
+    let said = |heard: bool, key: &str| match heard {
+        true => fields.flag(key),
+        false => Ok(None),
+    };
+    let attention_bias = said(family.attention_bias, family.biases[0])?;
     let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
-    let (windows, ropes) = positions(fields, family, layers, context)?;
+    let (windows, ropes) = positions(fields, family, layers, head_dim, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
     let ffn = match (family.hybrid, &family.mixture) {
         (true, _) => "shared_intermediate_size",
@@ -74,11 +76,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
-        qkv_bias: attention_bias || family.qkv_bias,
-        o_bias: attention_bias,
+        qkv_bias: attention_bias.unwrap_or(family.qkv_bias),
+        o_bias: attention_bias.unwrap_or(false) && !family.no_output_bias,
         attention_gate: family.delta,
         deltas: deltas(fields, family, layers)?,
-        mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
+        mlp_bias: said(family.mlp_bias, family.biases[1])?.unwrap_or(false),
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.scales {
@@ -166,9 +168,9 @@ fn deltas(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<Option<
 
 /// How much of a head is rotated.
 fn rotary_dim(fields: &Fields, family: &Family, head_dim: usize) -> Result<usize> {
-    let part = rotated_part(fields)?.or(family.partial).unwrap_or(1.0);
+    let part = rotated_part(fields, family.rotated_part)?;
     ensure!(
-        part == 1.0 || family.partial.is_some(),
+        part == 1.0 || family.partial,
         "partial_rotary_factor: {part} is not supported for {}, only 1 (the whole head is rotated)",
         family.model_type
     );

@@ -38,6 +38,13 @@ fn families_differ_as_transformers_has_them() {
     assert_eq!(flags(&of("smollm3")), (false, false, false, false));
     assert_eq!(flags(&of("olmo2")), (false, false, false, true));
     assert_eq!(flags(&of("gemma3_text")), (false, false, false, true));
+    assert_eq!(flags(&of("glm4")), (true, false, false, false));
+    assert_eq!(flags(&of("ernie4_5")), (false, false, false, false));
+    assert_eq!(of("hunyuan_v1_dense").qk_norm, Some(QkNorm::Turned));
+    assert_eq!(
+        (of("glm4").norms, of("glm").norms),
+        (Norms::Around, Norms::Before)
+    );
     let around = |c: Config| {
         (
             c.norms,
@@ -84,13 +91,44 @@ fn families_differ_as_transformers_has_them() {
         assert_eq!(scales, (12.0, 0.3, 1.0 / 6.0));
         assert_eq!((c.norm_eps, c.ffn), (4e-5, 64));
     }
-    let biased = json!({"attention_bias": true, "mlp_bias": true});
+    let biased = json!({"attention_bias": true, "mlp_bias": true, "use_bias": true});
     let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
+    assert_eq!(flags(&of("glm4")), (true, false, false, false));
+    assert_eq!(flags(&of("ernie4_5")), (true, true, true, false));
+    assert_eq!(flags(&of("hunyuan_v1_dense")), (true, true, false, true));
     assert_eq!(flags(&of("llama")), (true, true, true, false));
     assert_eq!(flags(&of("mistral")), (false, false, false, false));
     assert_eq!(flags(&of("qwen2")), (true, false, false, false));
     assert_eq!(flags(&of("qwen3")), (true, true, false, true));
     assert_eq!(flags(&of("smollm3")), (true, true, true, false));
+    // GLM-4-32B has none; 9B has them.
+    let unbiased = read(&with("glm4", json!({"attention_bias": false}))).unwrap();
+    assert_eq!(flags(&unbiased), (false, false, false, false));
+}
+
+/// As Hunyuan's files have it: transformers gives base · alpha^(dim / (dim − 2)), whatever the context.
+#[test]
+fn an_alpha_stretches_the_base() {
+    let scaling = json!({"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 1.0, "mscale_all_dim": 1.0});
+    let mut changes = json!({"head_dim": 128, "rope_scaling": scaling});
+    let rope = |changes: &Value| {
+        read(&with("hunyuan_v1_dense", changes.clone()))
+            .unwrap()
+            .ropes[0]
+            .clone()
+    };
+    let stretched = Some(Rope {
+        theta: 11_158_840.0,
+        scaling: RopeScaling::Default,
+    });
+    assert_eq!(rope(&changes), stretched);
+    changes["rope_scaling"]["rope_theta"] = json!(10_000.0);
+    changes["rope_parameters"] = changes["rope_scaling"].take();
+    changes["rope_theta"] = Value::Null;
+    assert_eq!(rope(&changes), stretched);
+    changes["rope_parameters"]["type"] = json!("default");
+    assert_eq!(rope(&changes).unwrap().theta, 10_000.0);
 }
 
 #[test]
@@ -100,6 +138,14 @@ fn absent_fields_get_transformers_defaults() {
     assert_eq!(of("llama", "head_dim").head_dim, 8);
     assert_eq!(of("qwen3", "head_dim").head_dim, 128);
     assert_eq!(of("qwen2", "rms_norm_eps").norm_eps, 1e-6);
+    let rotated = |c: Config| (c.rotary_dim, c.head_dim);
+    assert_eq!(rotated(of("glm4", "head_dim")), (64, 128));
+    assert_eq!(of("glm", "rms_norm_eps").norm_eps, 1.5625e-7);
+    let inner = json!({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}});
+    assert_eq!(rotated(read(&with("glm4", inner)).unwrap()), (2, 8));
+    let theta = |c: Config| c.ropes[0].as_ref().unwrap().theta;
+    assert_eq!(theta(of("ernie4_5", "rope_theta")), 500_000.0);
+    assert!(of("ernie4_5", "tie_word_embeddings").tied);
     assert!(!of("llama", "tie_word_embeddings").tied);
     assert!(of("smollm3", "tie_word_embeddings").tied);
     assert_eq!(of("smollm3", "num_key_value_heads").kv_heads, 4);
@@ -350,13 +396,29 @@ fn linear_attention_is_read_as_its_layers_have_it() {
 fn what_cannot_be_run_is_named_with_its_file() {
     for (changes, wanted) in [
         (
-            json!({"model_type": "glm4"}),
-            "the architecture \"glm4\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
+            json!({"model_type": "gpt2"}),
+            "the architecture \"gpt2\" is not supported; known: llama, mistral, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, gemma2, gemma3_text, phi3, granite, granitemoehybrid",
         ),
         (json!({"model_type": null}), "\"model_type\" is missing"),
         (
             json!({"partial_rotary_factor": 0.5}),
             "partial_rotary_factor: 0.5 is not supported for llama",
+        ),
+        (
+            json!({"model_type": "ernie4_5", "partial_rotary_factor": 0.5}),
+            "partial_rotary_factor: 0.5 is not supported for ernie4_5",
+        ),
+        (
+            json!({"rope_scaling": {"type": "dynamic", "alpha": 1000, "factor": 1}}),
+            "rope type \"dynamic\" is not supported",
+        ),
+        (
+            json!({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "factor": 2}}),
+            "rope type \"dynamic\" is not supported",
+        ),
+        (
+            json!({"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "alpha": 0}}),
+            "rope_theta stretched by alpha: must be a positive number, not 0",
         ),
         (
             json!({"model_type": "olmo3", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.25}}}),
@@ -632,6 +694,13 @@ fn a_written_config_reads_back_the_same() {
         (
             "qwen3_5_text",
             json!({"partial_rotary_factor": 0.5, "linear_conv_kernel_dim": 3}),
+        ),
+        ("glm4", json!({"attention_bias": false})),
+        ("glm", json!({"partial_rotary_factor": 0.75})),
+        ("ernie4_5", json!({"use_bias": true})),
+        (
+            "hunyuan_v1_dense",
+            json!({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}),
         ),
     ] {
         let config = read(&with(family, changes)).unwrap();

@@ -60,10 +60,10 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     let (key, activation) = spelling(family.activation);
     set(key, json!(activation));
     if family.attention_bias {
-        set("attention_bias", json!(config.qkv_bias));
+        set(family.biases[0], json!(config.qkv_bias));
     }
     if family.mlp_bias {
-        set("mlp_bias", json!(config.mlp_bias));
+        set(family.biases[1], json!(config.mlp_bias));
     }
 }
 
@@ -91,7 +91,7 @@ fn rope_of(config: &Config, windowed: bool) -> Option<&Rope> {
 
 /// Layers that see everything have the rope that scaling is for; those with a window another, where it has one.
 fn rotation(config: &Config, family: &Family, set: &mut Set) {
-    if family.partial.is_some() {
+    if family.partial {
         let part = config.rotary_dim as f64 / config.head_dim as f64;
         set("partial_rotary_factor", json!(part));
     }
