@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import (
+    Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -33,6 +34,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SiglipVisionConfig,
     SmolLM3Config,
 )
@@ -290,6 +292,49 @@ FAMILIES = {
             sliding_window=8,
             head_dim=16,
             layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    # Where some layers have a window, only those rotate.
+    "exaone4": (
+        Exaone4Config,
+        dict(
+            num_hidden_layers=3,
+            head_dim=16,
+            sliding_window=8,
+            sliding_window_pattern="LGL",
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    "exaone4-global": (
+        Exaone4Config,
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=None,
+            sliding_window_pattern=None,
+            layer_types=["full_attention", "full_attention"],
+            rope_parameters=rope(
+                5000.0,
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        {},
+    ),
+    "seed-oss": (SeedOssConfig, dict(head_dim=16, rope_parameters=rope(10000000.0)), {}),
+    "seed-oss-bias": (
+        SeedOssConfig,
+        dict(
+            head_dim=16,
+            attention_bias=False,
+            attention_out_bias=True,
+            mlp_bias=True,
             rope_parameters=rope(10000.0),
         ),
         {},

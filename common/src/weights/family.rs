@@ -25,6 +25,9 @@ pub(super) struct Family {
     pub qkv_bias: bool,
     /// `attention_bias` is heard: biases on those and on the output projection.
     pub attention_bias: bool,
+    /// That is of queries, keys and values alone, and true where a config has none; of the output projection there is
+    /// `attention_out_bias`.
+    pub output_bias_apart: bool,
     /// `mlp_bias` is heard.
     pub mlp_bias: bool,
     pub norms: Norms,
@@ -39,6 +42,8 @@ pub(super) struct Family {
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
     pub windows: Windows,
+    /// What a GGUF calls the norm before the MLP.
+    pub gguf_mlp_norm: &'static str,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
     /// `partial_rotary_factor` is heard.
@@ -129,6 +134,8 @@ pub(super) enum Rotated {
     Unscaled,
     /// By a base of their own, which is this where the file has none, unscaled.
     By(f64),
+    /// As the others would be, which are not rotated at all, unless no layer can have a window.
+    Alone,
 }
 
 const LLAMA: Family = Family {
@@ -142,6 +149,7 @@ const LLAMA: Family = Family {
     theta: 10_000.0,
     qkv_bias: false,
     attention_bias: true,
+    output_bias_apart: false,
     mlp_bias: true,
     norms: Norms::Before,
     norms_from_one: false,
@@ -151,6 +159,7 @@ const LLAMA: Family = Family {
     caps: None,
     gguf_apart: None,
     windows: Windows::None,
+    gguf_mlp_norm: "ffn_norm",
     permuted: true,
     partial: false,
     hybrid: false,
@@ -226,7 +235,7 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 18] = [
+const FAMILIES: [Family; 20] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -381,6 +390,27 @@ const FAMILIES: [Family; 18] = [
         model_type: "ministral",
         class: "Ministral",
         ..MISTRAL
+    },
+    Family {
+        model_type: "exaone4",
+        class: "Exaone4",
+        gguf: "exaone4",
+        kv_heads: Some(32),
+        attention_bias: false,
+        qk_norm: Some(QkNorm::Heads),
+        windows: Windows::AllBut(4, Rotated::Alone),
+        ..OLMO2
+    },
+    Family {
+        model_type: "seed_oss",
+        class: "SeedOss",
+        gguf: "seed_oss",
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        output_bias_apart: true,
+        gguf_mlp_norm: "post_attention_norm",
+        permuted: false,
+        ..LLAMA
     },
 ];
 

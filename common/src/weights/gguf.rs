@@ -1,6 +1,7 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
 use super::Config;
+use super::family;
 use super::layout::{Expert, ExpertPart, Place};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
@@ -131,10 +132,11 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let (module, kind) = rest.rsplit_once('.')?;
+    let mlp_norm = family::of(&config.model_type).map_or("ffn_norm", |f| f.gguf_mlp_norm);
     let norms = [
         "attn_norm",
         "post_attention_norm",
-        "ffn_norm",
+        mlp_norm,
         "post_ffw_norm",
     ];
     let mut norms = config.layer_norms().into_iter().zip(norms);

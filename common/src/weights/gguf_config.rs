@@ -165,6 +165,7 @@ fn windows(
             return Ok(sliding.collect());
         }
         (Some(_), _) => fields.size(key)?,
+        (None, Windows::AllBut(period, Rotated::Alone)) => period,
         (None, Windows::AllBut(period, _)) => {
             window.get_or_insert(4096); // which the first Gemma 2 files leave to the reader
             period
@@ -200,8 +201,10 @@ fn ropes(
         Windows::AllBut(_, Rotated::By(base)) => unscaled(base as f32)?,
         _ => full.clone(),
     };
+    let windowed = windows.iter().any(Option::is_some);
     let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {
         (Windows::Unrotated, _) if (layer + 1).is_multiple_of(4) => None,
+        (Windows::AllBut(_, Rotated::Alone), None) if windowed => None,
         (_, Some(_)) => Some(local.clone()),
         (_, None) => Some(full.clone()),
     };

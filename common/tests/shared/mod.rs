@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 22] = [
+pub const FAMILIES: [&str; 26] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -33,6 +33,10 @@ pub const FAMILIES: [&str; 22] = [
     "phi3-long",
     "granite",
     "granite4",
+    "exaone4",
+    "exaone4-global",
+    "seed-oss",
+    "seed-oss-bias",
 ];
 
 /// Mixtures of experts.

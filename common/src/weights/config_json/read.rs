@@ -44,9 +44,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
             hidden / heads
         }
     };
-    let asked = |heard: bool, key: &str| Ok(heard && fields.flag(key)?.unwrap_or(false));
-    let attention_bias: Result<bool> = asked(family.attention_bias, "attention_bias");
-    let attention_bias = attention_bias?;
+    let apart = family.output_bias_apart;
+    let asked = |heard: bool, key: &str, unsaid: bool| {
+        anyhow::Ok(heard && fields.flag(key)?.unwrap_or(unsaid))
+    };
+    let attention_bias = asked(family.attention_bias, "attention_bias", apart)?;
     let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, context)?;
@@ -74,8 +76,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
         qkv_bias: attention_bias || family.qkv_bias,
-        o_bias: attention_bias,
-        mlp_bias: asked(family.mlp_bias, "mlp_bias")?,
+        o_bias: match apart {
+            true => asked(true, "attention_out_bias", false)?,
+            false => attention_bias,
+        },
+        mlp_bias: asked(family.mlp_bias, "mlp_bias", false)?,
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.scales {

@@ -38,6 +38,11 @@ fn families_differ_as_transformers_has_them() {
     assert_eq!(flags(&of("smollm3")), (false, false, false, false));
     assert_eq!(flags(&of("olmo2")), (false, false, false, true));
     assert_eq!(flags(&of("gemma3_text")), (false, false, false, true));
+    assert_eq!(flags(&of("exaone4")), (false, false, false, true));
+    assert_eq!(flags(&of("seed_oss")), (true, false, false, false));
+    let biases = json!({"attention_bias": false, "attention_out_bias": true, "mlp_bias": true});
+    let other = read(&with("seed_oss", biases)).unwrap();
+    assert_eq!(flags(&other), (false, true, true, false));
     let around = |c: Config| {
         (
             c.norms,
@@ -264,6 +269,47 @@ fn layers_with_a_window_may_rotate_otherwise() {
     assert_eq!(of("gemma3_text", bare), both);
     let silent = of("gemma3_text", json!({"rope_theta": null}));
     assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
+}
+
+#[test]
+fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
+    let layers = |changes: Value| -> Vec<_> {
+        let mut json = with("exaone4", json!({"num_hidden_layers": 4}));
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        let config = read(&json).unwrap();
+        let rotates = config.ropes.iter().map(Option::is_some);
+        config.windows.iter().copied().zip(rotates).collect()
+    };
+    let (local, global, old) = ((Some(16), true), (None, false), (None, true));
+    // EXAONE 4.0 32B: the pattern is spelt out, and layer_types is what counts.
+    let kinds = ["sliding_attention", "full_attention"].map(Value::from);
+    let types: Vec<_> = [0, 0, 0, 1].map(|kind| kinds[kind].clone()).into();
+    assert_eq!(
+        layers(
+            json!({"sliding_window": 16, "sliding_window_pattern": "LLLG", "layer_types": types})
+        ),
+        [local, local, local, global]
+    );
+    assert_eq!(
+        layers(json!({"sliding_window": 16, "sliding_window_pattern": 2})),
+        [local, global, local, global]
+    );
+    let full = vec![kinds[1].clone(); 4];
+    assert_eq!(
+        layers(json!({"sliding_window": 16, "layer_types": full})),
+        [global; 4]
+    );
+    // The one of 1.2B.
+    assert_eq!(
+        layers(
+            json!({"sliding_window": null, "sliding_window_pattern": null, "layer_types": full})
+        ),
+        [old; 4]
+    );
+    let spelt = with("exaone4", json!({"sliding_window_pattern": "LLLG"}));
+    assert!(error(&spelt).contains("sliding_window_pattern: must be a whole number"));
 }
 
 #[test]

@@ -59,6 +59,9 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     if family.attention_bias {
         set("attention_bias", json!(config.qkv_bias));
     }
+    if family.output_bias_apart {
+        set("attention_out_bias", json!(config.o_bias));
+    }
     if family.mlp_bias {
         set("mlp_bias", json!(config.mlp_bias));
     }
