@@ -63,7 +63,8 @@ template <class T> __device__ float head_scale(const HeadLanes& lanes, bool ther
 
 template <class T>
 __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, const float* cos, const float* sin,
-                         const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim) {
+                         int queries, const int* positions, T* cache, const int* cache_rows, int count, int query, int kv,
+                         int dim) {
     const HeadLanes lanes(dim);
     // Values that are where they should be are left alone.
     int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
@@ -77,13 +78,13 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
-    long long position = turns ? positions[r] : 0;
+    long long row = turns ? (head < query ? queries : 0) + positions[r] : 0;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
         if (weight) {
             for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
         }
-        if (turns) turn<1>(x, y, cos, sin, position * half + c);
+        if (turns) turn<1>(x, y, cos, sin, row * half + c);
         x.store(qkv + at + c), y.store(qkv + at + c + half);
         if (copy) x.store(copy + c), y.store(copy + c + half);
     });
@@ -94,8 +95,8 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
 // over those in order.
 template <class T>
 __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, const float* cos,
-                                  const float* sin, const int* positions, float* partial, int count, int query, int kv,
-                                  int dim) {
+                                  const float* sin, int queries, const int* positions, float* partial, int count,
+                                  int query, int kv, int dim) {
     SHARED_MEMORY(float, sums);
     const HeadLanes lanes(dim);
     int turned = query + kv, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
@@ -114,7 +115,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         long long at = ((long long)r * (turned + kv) + head) * dim;
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
-        long long position = there ? positions[r] : 0;
+        long long row = there ? (head < query ? queries : 0) + positions[r] : 0;
         float scale = 1, mean = 0;
         if (norms.q) {
             scale = head_scale(lanes, there, in + at, shift, dim, norms.eps);
@@ -122,7 +123,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                 lanes.for_pairs([&](int c, auto few) {
                     auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-                    turn<-1>(u, v, cos, sin, position * half + c);
+                    turn<-1>(u, v, cos, sin, row * half + c);
                     for (int i = 0; i < int(sizeof few / 4); ++i) {
                         mean += x.at[i] * weight[c + i] * u.at[i] + y.at[i] * weight[c + i + half] * v.at[i];
                     }
@@ -134,7 +135,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         float* d_weight = own_sums + (head < query ? 0 : dim);
         lanes.for_pairs([&](int c, auto few) {
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
-            turn<-1>(u, v, cos, sin, position * half + c);
+            turn<-1>(u, v, cos, sin, row * half + c);
             if (weight) {
                 auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
                 for (int i = 0; i < int(sizeof few / 4); ++i) {
@@ -159,19 +160,24 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 }  // namespace device
 
 QKV_ROPE(qkv_rope_f32, float) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, queries, positions, cache, cache_rows, count, query, kv,
+                     dim);
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, queries, positions, cache, cache_rows, count, query, kv,
+                     dim);
 }
 
 QKV_ROPE(qkv_rope_f16, f16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, cache, cache_rows, count, query, kv, dim);
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, cos, sin, queries, positions, cache, cache_rows, count, query, kv,
+                     dim);
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, partial, count, query, kv, dim);
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, queries, positions, partial, count, query, kv,
+                              dim);
 }
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, positions, partial, count, query, kv, dim);
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, cos, sin, queries, positions, partial, count, query, kv,
+                              dim);
 }

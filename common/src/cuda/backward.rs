@@ -292,7 +292,7 @@ impl<'a> Backward<'a> {
         let wanted = places.qk_norms.as_ref().filter(|_| by_heads);
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
-        let (cos, sin) = self.shape.rotary.of(i);
+        let (cos, sin, queries) = self.shape.rotary.of(i);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("qkv_rope_backward"),
             Launch::row(blocks, THREADS).shared(shared),
@@ -305,6 +305,7 @@ impl<'a> Backward<'a> {
                 self.decoder.config.norm_eps,
                 cos,
                 sin,
+                queries,
                 &self.shape.positions,
                 partial,
                 count as i32,

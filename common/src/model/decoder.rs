@@ -8,6 +8,7 @@ use super::rotations::Rotations;
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::layout::{Heads, Layout};
+use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::{Config, Norms};
 use anyhow::Result;
@@ -437,6 +438,7 @@ impl Decoder {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let (width, rotary) = (heads.qkv_width(), rotations.of(i));
+        let queries = rotary.map_or(0, Rotary::queries);
         fit(&mut state.qkv, positions.len() * width);
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
@@ -448,9 +450,9 @@ impl Decoder {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
                 let (q, k) =
                     row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
-                for (part, norm) in [
-                    (q, layer.qk_norms.as_ref().map(|n| &n.0)),
-                    (k, layer.qk_norms.as_ref().map(|n| &n.1)),
+                for (part, norm, first) in [
+                    (q, layer.qk_norms.as_ref().map(|n| &n.0), queries),
+                    (k, layer.qk_norms.as_ref().map(|n| &n.1), 0),
                 ] {
                     // A norm is as wide as what it norms: a head, or all of them.
                     if let Some(weight) = norm {
@@ -459,7 +461,7 @@ impl Decoder {
                     }
                     if let Some(rotary) = rotary {
                         let heads = part.chunks_exact_mut(heads.dim);
-                        heads.for_each(|head| rotary.rotate(head, position));
+                        heads.for_each(|head| rotary.rotate(head, first + position));
                     }
                 }
             }

@@ -46,6 +46,8 @@ pub(super) struct Family {
     pub gguf_mlp_norm: &'static str,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
+    /// `llama_4_scaling_beta` is heard.
+    pub query_growth: bool,
     /// `partial_rotary_factor` is heard.
     pub partial: bool,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
@@ -161,6 +163,7 @@ const LLAMA: Family = Family {
     windows: Windows::None,
     gguf_mlp_norm: "ffn_norm",
     permuted: true,
+    query_growth: false,
     partial: false,
     hybrid: false,
     mixture: None,
@@ -235,7 +238,7 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 20] = [
+const FAMILIES: [Family; 21] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -411,6 +414,16 @@ const FAMILIES: [Family; 20] = [
         gguf_mlp_norm: "post_attention_norm",
         permuted: false,
         ..LLAMA
+    },
+    Family {
+        model_type: "ministral3",
+        class: "Ministral3",
+        gguf: "mistral3",
+        head_dim: Some(128),
+        norm_eps: 1e-5,
+        windows: Windows::All,
+        query_growth: true,
+        ..MISTRAL
     },
 ];
 

@@ -5,7 +5,7 @@ use super::config_json::CAPS;
 use super::family::{self, Family, Rotated, Scales, Windows};
 use super::gguf::Gguf;
 use super::layout::Place;
-use super::rope::{Rope, RopeScaling, longrope_growth, positive, yarn_growth};
+use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
 use crate::gguf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -40,8 +40,14 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let fields = Metadata { gguf, architecture };
     let window = fields.whole("attention.sliding_window")?.filter(|&w| w > 0);
     let experts = fields.whole("expert_count")?.unwrap_or(0);
+    let query_growth = query_growth(&fields)?;
+    // Mistral's models have one name, whether or not their queries grow; those of them that do not are Llamas.
+    let named = match (architecture, query_growth) {
+        ("mistral3", None) => "llama",
+        _ => architecture,
+    };
     let family =
-        family::of_gguf(architecture, window.is_some(), experts > 0).with_context(|| {
+        family::of_gguf(named, window.is_some(), experts > 0).with_context(|| {
             format!(
                 "general.architecture: {architecture:?} with {experts} experts is not supported; known: {}",
                 family::architectures().join(", ")
@@ -116,6 +122,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         activation: family.activation,
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
+        query_growth,
     };
     match family.scales {
         Scales::Plain | Scales::Embeddings | Scales::Roots => config,
@@ -211,6 +218,18 @@ fn ropes(
     Ok(windows.iter().enumerate().map(rope).collect())
 }
 
+/// How queries grow with their positions.
+fn query_growth(fields: &Metadata) -> Result<Option<QueryGrowth>> {
+    let key = "attention.temperature_scale";
+    let Some(beta) = fields.real(key)?.filter(|&beta| beta != 0.0) else {
+        return Ok(None);
+    };
+    Ok(Some(QueryGrowth {
+        beta: positive(key, beta)?,
+        context: fields.size("rope.scaling.original_context_length")?,
+    }))
+}
+
 fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
     let head_dim = match fields.whole("attention.key_length")? {
         Some(head_dim) => head_dim,
@@ -303,7 +322,10 @@ fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling
             let key = "rope.scaling.yarn_attn_factor";
             let attention_factor = match fields.real(key)?.filter(|&factor| factor != 1.0) {
                 Some(factor) => positive(key, factor)?,
-                None => yarn_growth(factor),
+                None => {
+                    let over = fields.real("rope.scaling.yarn_log_multiplier")?;
+                    yarn_growth(factor, (1.0, over.unwrap_or(0.0)))
+                }
             };
             let beta = |key: &str| fields.real(&format!("rope.scaling.yarn_{key}"));
             Ok(RopeScaling::Yarn {

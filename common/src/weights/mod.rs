@@ -16,7 +16,7 @@ mod text_part;
 pub use adapter::{LoraModule, save_adapter};
 pub use config::{Config, Experts, Norms, QkNorm};
 pub use family::families;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{QueryGrowth, Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
 
 use crate::run;

@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 26] = [
+pub const FAMILIES: [&str; 29] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -37,6 +37,9 @@ pub const FAMILIES: [&str; 26] = [
     "exaone4-global",
     "seed-oss",
     "seed-oss-bias",
+    "ministral3",
+    "ministral3-images",
+    "mistral-images",
 ];
 
 /// Mixtures of experts.

@@ -2,7 +2,7 @@
 
 use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
 use super::super::family::{self, Family, Mixture, Scales, families};
-use super::super::rope::{positive, rotated_part};
+use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::fields::Fields;
 use super::positions::positions;
 use super::{CAPS, spelling};
@@ -93,6 +93,10 @@ pub fn read(fields: &Fields) -> Result<Config> {
         activation: family.activation,
         windows,
         ropes,
+        query_growth: match family.query_growth {
+            true => QueryGrowth::from_json(fields, context)?,
+            false => None,
+        },
     };
     match family.scales {
         Scales::Plain | Scales::Embeddings | Scales::Roots => config,

@@ -312,6 +312,27 @@ fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
     assert!(error(&spelt).contains("sliding_window_pattern: must be a whole number"));
 }
 
+/// As Ministral 3 8B and Devstral Small 2 have it (`original_max_position_embeddings` beside the scaling).
+#[test]
+fn queries_grow_where_a_family_has_it_and_its_file_says_so() {
+    let config = read(&config_json("ministral3")).unwrap();
+    let growth = config.query_growth.unwrap();
+    assert_eq!((growth.beta, growth.context), (0.1, 16));
+    assert_eq!(config.ropes[0].as_ref().unwrap().growth(), 1.0);
+    assert!(config.arithmetic().contains("QueryGrowth"));
+    // Devstral 2: there is nothing that they grow by.
+    let mut none = config_json("ministral3");
+    none["rope_parameters"]["llama_4_scaling_beta"] = json!(0.0);
+    assert!(read(&none).unwrap().query_growth.is_none());
+    assert_eq!(
+        error(&without("ministral3", "rope_parameters")),
+        "x/config.json: rope_parameters is missing"
+    );
+    let mut mistral = config_json("ministral3");
+    mistral["model_type"] = json!("mistral");
+    assert!(read(&mistral).unwrap().query_growth.is_none());
+}
+
 #[test]
 fn experts_are_read_as_each_family_has_them() {
     let of = |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap();

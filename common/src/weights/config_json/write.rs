@@ -84,7 +84,12 @@ fn rotation(config: &Config, family: &Family, set: &mut Set) {
         return;
     };
     set("rope_theta", shortest(rope.theta));
-    set("rope_scaling", rope.scaling_json());
+    let mut scaling = rope.scaling_json();
+    if let Some(growth) = config.query_growth {
+        scaling["llama_4_scaling_beta"] = shortest(growth.beta);
+        scaling["original_max_position_embeddings"] = json!(growth.context);
+    }
+    set("rope_scaling", scaling);
     if let RopeScaling::LongRope {
         original_context,
         context,
