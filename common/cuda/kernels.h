@@ -175,14 +175,15 @@ ROUTE_BACKWARD(route_backward_bf16, bf16);
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
 
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
-// [count], or, with `norms_last`, rotated and then normed: dimension i is paired with i + dim/2; `cos` and `sin` are [positions, dim/2], or null: no rotation. `in` may be
-// `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias` [width], or null; `q_norm`,
-// `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given
-// L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32.
-// Grid (ceil(count·(query + 2·kv)·L / 256)).
+// [count], or, with `norms_last`, rotated and then normed: dimension i is paired with i + dim/2; `cos` and `sin` are
+// [rows, dim/2], or null: no rotation. A position's row is its own for keys, and so many rows after the row `queries` for
+// queries (0: the same). `in` may be `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias`
+// [width], or null; `q_norm`, `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r;
+// below 0: none. A head is given L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple
+// of 8), at most 32. Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int norms_last, const int* positions, T* cache, \
-    const int* cache_rows, int count, int query, int kv, int dim)
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
+    T* cache, const int* cache_rows, int count, int query, int kv, int dim)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
 QKV_ROPE(qkv_rope_f16, f16);
@@ -193,7 +194,7 @@ QKV_ROPE(qkv_rope_f16, f16);
 // (The gradient of `bias` is sum_columns of the result.)
 // Grid (blocks): min(count, 1056). Shared memory: 512/L·dim · 4 bytes with head norms, else 0.
 #define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int norms_last, const int* positions, \
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
     float* partial, int count, int query, int kv, int dim)
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float);
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16);

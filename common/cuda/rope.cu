@@ -34,12 +34,16 @@ struct Angles {
     const float *cos, *sin;
 };
 
-// The rotation as it comes before the norms, and after them.
+// The rotation as it comes before the norms, and after them; queries may have rows of their own, from `queries` on.
 struct Turns {
     Angles before, after;
-    __device__ Turns(const float* cos, const float* sin, int norms_last) : before{cos, sin}, after{cos, sin} {
+    int queries;
+    __device__ Turns(const float* cos, const float* sin, int queries, int norms_last)
+        : before{cos, sin}, after{cos, sin}, queries(queries) {
         (norms_last ? after : before) = {nullptr, nullptr};
     }
+    // The row of a position in the tables.
+    __device__ long long row(bool query, int position) const { return (query ? queries : 0) + (long long)position; }
 };
 
 // Turns pairs by the angles that begin at `at` in the tables, forth (WAY 1) or back (−1). Without tables they stay.
@@ -89,7 +93,7 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
-    long long angle = there && turns ? (long long)positions[r] * half : 0;
+    long long angle = there && turns ? by.row(head < query, positions[r]) * half : 0;
     float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, by.before, angle, dim, norms.eps) : 1.0f;
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
@@ -131,7 +135,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         long long at = ((long long)r * (turned + kv) + head) * dim;
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
-        long long angle = there ? (long long)positions[r] * half : 0;
+        long long angle = there ? by.row(head < query, positions[r]) * half : 0;
         float scale = 1, mean = 0;
         if (norms.q) {
             scale = head_scale(lanes, there, in + at, shift, by.before, angle, dim, norms.eps);
@@ -179,24 +183,24 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 }  // namespace device
 
 QKV_ROPE(qkv_rope_f32, float) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
                      query, kv, dim);
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
                      query, kv, dim);
 }
 
 QKV_ROPE(qkv_rope_f16, f16) {
-    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, cache, cache_rows, count,
+    device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
                      query, kv, dim);
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, partial, count,
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
                               query, kv, dim);
 }
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16) {
-    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, norms_last}, positions, partial, count,
+    device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
                               query, kv, dim);
 }

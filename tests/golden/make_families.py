@@ -7,6 +7,7 @@ Weights are stored in float32 (or bfloat16), arithmetic is float64 (see exact.py
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import (
     Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -27,17 +29,21 @@ from transformers import (
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
     Phi3Config,
+    PixtralVisionConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SiglipVisionConfig,
     SmolLM3Config,
 )
@@ -84,6 +90,33 @@ def with_images(**text):
     return Gemma3Config(
         text_config=Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=1, image_token_index=95
     )
+
+
+def mistral_with_images(text_config, **text):
+    vision = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14
+    )
+    return Mistral3Config(
+        text_config=text_config(**text),
+        vision_config=vision,
+        image_token_index=95,
+        spatial_merge_size=1,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+# Queries grow at positions 16 and 32.
+GROWING = rope(
+    1000000.0,
+    "yarn",
+    factor=8.0,
+    original_max_position_embeddings=16,
+    beta_fast=4.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.5,
+)
 
 
 # name -> (config class, fields that differ from TINY, how it is saved and from which seed; else that is its place here)
@@ -299,6 +332,66 @@ FAMILIES = {
         ),
         {},
     ),
+    # Where some layers have a window, only those rotate.
+    "exaone4": (
+        Exaone4Config,
+        dict(
+            num_hidden_layers=3,
+            head_dim=16,
+            sliding_window=8,
+            sliding_window_pattern="LGL",
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    "exaone4-global": (
+        Exaone4Config,
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=None,
+            sliding_window_pattern=None,
+            layer_types=["full_attention", "full_attention"],
+            rope_parameters=rope(
+                5000.0,
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        {},
+    ),
+    "seed-oss": (SeedOssConfig, dict(head_dim=16, rope_parameters=rope(10000000.0)), {}),
+    "seed-oss-bias": (
+        SeedOssConfig,
+        dict(
+            head_dim=16,
+            attention_bias=False,
+            attention_out_bias=True,
+            mlp_bias=True,
+            rope_parameters=rope(10000.0),
+        ),
+        {},
+    ),
+    # As Devstral 2 has it, alone.
+    "ministral3": (
+        Ministral3Config,
+        dict(head_dim=16, rope_parameters={**GROWING, "mscale_all_dim": 0.0}),
+        {},
+    ),
+    "ministral3-images": (
+        functools.partial(mistral_with_images, Ministral3Config),
+        dict(head_dim=16, tie_word_embeddings=True, rope_parameters=GROWING),
+        {},
+    ),
+    # Mistral Small 3.1.
+    "mistral-images": (
+        functools.partial(mistral_with_images, MistralConfig),
+        dict(head_dim=16, sliding_window=None, rope_parameters=rope(1000000000.0)),
+        {},
+    ),
     # Two layers of linear attention, one of gated attention that rotates half of its heads.
     "qwen3.5": (
         Qwen3_5TextConfig,
@@ -392,10 +485,16 @@ def save(folder, model, how):
         dump(folder / "config.legacy.json", legacy_config(config), indent=2)
 
 
+def auto_class(config):
+    """What makes a model of a config: models that read images have a class of their own."""
+    reads_images = config.get_text_config() is not config
+    return transformers.AutoModelForImageTextToText if reads_images else transformers.AutoModelForCausalLM
+
+
 def load(folder):
     """The checkpoint as a stranger would load it, widened to float64."""
     # float32 first: the rotary frequencies are then the float32 ones that every user of the model has.
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -479,7 +578,7 @@ def make(folder, name, seed):
     config = config_class(**{**TINY, **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     fill(model, seed)
     save(folder, model.to(how.get("dtype", torch.float32)), how)
 

@@ -293,7 +293,7 @@ impl<'a> Backward<'a> {
         let wanted = places.qk_norms.as_ref().filter(|_| by_heads);
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
-        let (cos, sin) = self.shape.rotary.of(i);
+        let (cos, sin, queries) = self.shape.rotary.of(i);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("qkv_rope_backward"),
             Launch::row(blocks, THREADS).shared(shared),
@@ -306,6 +306,7 @@ impl<'a> Backward<'a> {
                 self.decoder.config.norm_eps,
                 cos,
                 sin,
+                queries,
                 i32::from(qk_norm == Some(QkNorm::Turned)),
                 &self.shape.positions,
                 partial,

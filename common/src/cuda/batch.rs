@@ -3,21 +3,23 @@
 use super::decoder::Decoder;
 use super::device::{Buffer, Plain};
 use crate::kernels::layout::Layout;
+use crate::kernels::rope::Rotary;
 use crate::model::Rotations;
 use anyhow::Result;
 use std::sync::Arc;
 
-/// cos and sin of every position that was needed so far, `[positions, head_dim / 2]` each, for each kind of rotation.
+/// cos and sin of every position that was needed so far, `[rows, head_dim / 2]` each, for each kind of rotation.
 pub(super) struct Rotation {
     tables: Vec<(Buffer, Buffer)>,
     rotations: Rotations,
 }
 
 impl Rotation {
-    /// The tables of a layer that rotates, and none of one that does not.
-    pub fn of(&self, layer: usize) -> (Option<&Buffer>, Option<&Buffer>) {
+    /// The tables of a layer that rotates, and none of one that does not; and the first of their rows for queries.
+    pub fn of(&self, layer: usize) -> (Option<&Buffer>, Option<&Buffer>, i32) {
         let table = self.rotations.number(layer).map(|n| &self.tables[n]);
-        (table.map(|t| &t.0), table.map(|t| &t.1))
+        let queries = self.rotations.of(layer).map_or(0, Rotary::queries);
+        (table.map(|t| &t.0), table.map(|t| &t.1), queries as i32)
     }
 }
 

@@ -167,7 +167,7 @@ impl Decoder {
             }
             _ => (0, 0),
         };
-        let (cos, sin) = rotary.of(i);
+        let (cos, sin, queries) = rotary.of(i);
         let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
         self.device.launch(
             &self.kernels.qkv_rope,
@@ -184,6 +184,7 @@ impl Decoder {
                 eps,
                 cos,
                 sin,
+                queries,
                 i32::from(self.config.qk_norm == Some(QkNorm::Turned)),
                 positions,
                 cache,

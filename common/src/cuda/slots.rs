@@ -170,6 +170,7 @@ impl Sizes {
             size_of::<f32>(),
             Decoder::pass_bytes(config, decoder.precision),
         );
+        let tables = if config.query_growth.is_some() { 2 } else { 1 };
         let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (heads.dim + 1);
         Self {
             page: PAGE * row * config.layers,
@@ -177,7 +178,7 @@ impl Sizes {
             prompt_pages: config.context.div_ceil(PAGE),
             // Beside activations a row has its token, position and place, and two tables of rotations are there while
             // the longer one is made.
-            row: pass + (4 + 2 * heads.dim) * float,
+            row: pass + (4 + 2 * heads.dim * tables) * float,
             // They exist twice.
             logits: 2 * PROMPTS * config.vocab * float,
             slot: pass

@@ -6,9 +6,11 @@ use super::isa::multiversion;
 /// cos and sin of position · frequency, for the positions 0 … `positions` − 1.
 pub struct Rotary {
     half: usize,
-    /// `[positions, half]` each.
+    /// `[rows, half]` each: a row for each position, and where queries grow with theirs, one more for each.
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// The row that is a query's at position 0.
+    queries: usize,
 }
 
 impl Rotary {
@@ -27,40 +29,62 @@ impl Rotary {
                 .chain(still.clone())
         };
         let (cos, sin) = (0..positions).flat_map(position).unzip();
-        Self { half, cos, sin }
+        Self {
+            half,
+            cos,
+            sin,
+            queries: 0,
+        }
     }
 
-    /// cos and sin, `[positions, half]` each.
+    /// The same, with rows of their own for queries, which grow by `growth` of their position.
+    pub fn with_grown_queries(mut self, growth: impl Fn(usize) -> f32) -> Self {
+        let half = self.half;
+        for table in [&mut self.cos, &mut self.sin] {
+            let grown = |(i, value): (usize, &f32)| value * growth(i / half);
+            let grown: Vec<_> = table.iter().enumerate().map(grown).collect();
+            table.extend(grown);
+        }
+        self.queries = self.cos.len() / 2 / half;
+        self
+    }
+
+    /// The row that is a query's at position 0: that of the position itself, or of those that have grown the first.
+    pub fn queries(&self) -> usize {
+        self.queries
+    }
+
+    /// cos and sin, `[rows, half]` each.
     pub fn tables(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)
     }
 
-    /// Rotates one head vector `[head_dim]` in place.
-    pub fn rotate(&self, head: &mut [f32], position: usize) {
+    /// Rotates one head vector `[head_dim]` in place, by the row of a key's position or, from [`Self::queries`] on, a query's.
+    pub fn rotate(&self, head: &mut [f32], row: usize) {
         let (x, y) = head.split_at_mut(self.half);
         turn(
             x,
             y,
-            self.row(&self.cos, position),
-            self.row(&self.sin, position),
+            self.row(&self.cos, row),
+            self.row(&self.sin, row),
             1.0,
         );
     }
 
     /// The gradient of [`Self::rotate`]: turned the other way, and grown as there.
-    pub fn rotate_back(&self, head: &mut [f32], position: usize) {
+    pub fn rotate_back(&self, head: &mut [f32], row: usize) {
         let (x, y) = head.split_at_mut(self.half);
         turn(
             x,
             y,
-            self.row(&self.cos, position),
-            self.row(&self.sin, position),
+            self.row(&self.cos, row),
+            self.row(&self.sin, row),
             -1.0,
         );
     }
 
-    fn row<'a>(&self, table: &'a [f32], position: usize) -> &'a [f32] {
-        &table[position * self.half..][..self.half]
+    fn row<'a>(&self, table: &'a [f32], row: usize) -> &'a [f32] {
+        &table[row * self.half..][..self.half]
     }
 }
 
@@ -98,6 +122,14 @@ mod tests {
                 .zip(turned)
                 .all(|(x, y)| (x - 2.5 * y).abs() < 1e-5)
         );
+        let queries = Rotary::new(&[1.0, 0.1], 2, 1.0, 8).with_grown_queries(|p| p as f32);
+        assert_eq!(queries.queries(), 8);
+        for (row, growth) in [(5, 1.0), (8 + 5, 5.0)] {
+            let mut own = head;
+            queries.rotate(&mut own, row);
+            let mut both = own.iter().zip(turned);
+            assert!(both.all(|(x, y)| (x - growth * y).abs() < 1e-5));
+        }
         rotary.rotate_back(&mut turned, 5);
         assert!(turned.iter().zip(head).all(|(x, y)| (x - y).abs() < 1e-6));
     }

@@ -274,8 +274,10 @@ impl<'a> Pass<'a, '_> {
                 .chunks_exact_mut(heads.qkv_width())
                 .zip(&positions[first..])
             {
-                for head in row[..heads.q_width() + heads.kv_width()].chunks_exact_mut(heads.dim) {
-                    rotary.rotate_back(head, position);
+                let (q, rest) = row.split_at_mut(heads.q_width());
+                for (part, first) in [(q, rotary.queries()), (&mut rest[..heads.kv_width()], 0)] {
+                    let heads = part.chunks_exact_mut(heads.dim);
+                    heads.for_each(|head| rotary.rotate_back(head, first + position));
                 }
             }
         });

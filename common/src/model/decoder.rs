@@ -469,6 +469,7 @@ impl Decoder {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let (width, [before, after]) = (heads.qkv_width(), rotations.around_norms(i));
+        let queries = rotations.of(i).map_or(0, Rotary::queries);
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
         let apart = layer.delta.is_some() || self.config.attention_gate;
@@ -491,14 +492,14 @@ impl Decoder {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
                 let (q, k) =
                     row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
-                for (part, norm) in [
-                    (q, layer.qk_norms.as_ref().map(|n| &n.0)),
-                    (k, layer.qk_norms.as_ref().map(|n| &n.1)),
+                for (part, norm, first) in [
+                    (q, layer.qk_norms.as_ref().map(|n| &n.0), queries),
+                    (k, layer.qk_norms.as_ref().map(|n| &n.1), 0),
                 ] {
                     let turn = |part: &mut [f32], rotary: Option<&Rotary>| {
                         if let Some(rotary) = rotary {
                             let heads = part.chunks_exact_mut(heads.dim);
-                            heads.for_each(|head| rotary.rotate(head, position));
+                            heads.for_each(|head| rotary.rotate(head, first + position));
                         }
                     };
                     turn(part, before);

@@ -32,7 +32,11 @@ impl Rotations {
         let half = config.head_dim / 2;
         let table = |rope: Rope| {
             let inv_freq = rope.inv_freq(config.rotary_dim);
-            Rotary::new(&inv_freq, half, rope.growth(), positions)
+            let rotary = Rotary::new(&inv_freq, half, rope.growth(), positions);
+            match config.query_growth {
+                Some(growth) => rotary.with_grown_queries(|position| growth.at(position)),
+                None => rotary,
+            }
         };
         Self {
             layers,

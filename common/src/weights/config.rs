@@ -1,7 +1,7 @@
 //! A decoder's shape: what differs between model families, as data.
 
 use super::family;
-use super::rope::Rope;
+use super::rope::{QueryGrowth, Rope};
 use crate::gguf;
 use crate::kernels::activation::Activation;
 use crate::kernels::delta;
@@ -123,6 +123,8 @@ pub struct Config {
     /// Per layer: how queries and keys are rotated to their positions, or None for not at all (SmolLM3 leaves out some
     /// layers, arXiv 2501.18795; OLMo 3 and Gemma 3 rotate layers with a window otherwise than the rest).
     pub ropes: Vec<Option<Rope>>,
+    /// How queries grow with their positions, in layers that rotate.
+    pub query_growth: Option<QueryGrowth>,
 }
 
 impl Config {
@@ -310,6 +312,9 @@ impl Config {
         if self.ropes.contains(&None) {
             let rotates: Vec<_> = self.ropes.iter().map(Option::is_some).collect();
             text += &format!(" rotates {rotates:?}");
+        }
+        if let Some(growth) = self.query_growth {
+            text += &format!(" {growth:?}");
         }
         if self.rotary_dim != self.head_dim {
             text += &format!(" rotary_dim {}", self.rotary_dim);

@@ -21,16 +21,10 @@ pub(super) struct Family {
     pub norm_eps: f64,
     /// `rope_theta`.
     pub theta: f64,
-    /// What a config calls `attention_bias` and `mlp_bias`.
-    pub biases: [&'static str; 2],
+    /// The fields that say whether there are biases: on queries, keys and values; on the output projection; in the MLP.
+    pub biases: [Option<&'static str>; 3],
     /// Queries, keys and values have biases where the config says nothing that is heard.
     pub qkv_bias: bool,
-    /// `attention_bias` is heard: biases on those and on the output projection.
-    pub attention_bias: bool,
-    /// The output projection never has one.
-    pub no_output_bias: bool,
-    /// `mlp_bias` is heard.
-    pub mlp_bias: bool,
     pub norms: Norms,
     /// Norms multiply by 1 + the weight in a Hugging Face folder (by the weight in a GGUF).
     pub norms_from_one: bool,
@@ -43,8 +37,12 @@ pub(super) struct Family {
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
     pub windows: Windows,
+    /// What a GGUF calls the norm before the MLP.
+    pub gguf_mlp_norm: &'static str,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
+    /// `llama_4_scaling_beta` is heard.
+    pub query_growth: bool,
     /// `partial_rotary_factor` is heard,
     pub partial: bool,
     /// and is this where a file has none.
@@ -143,6 +141,8 @@ pub(super) enum Rotated {
     Unscaled,
     /// By a base of their own, which is this where the file has none, unscaled.
     By(f64),
+    /// As the others would be, which are not rotated at all, unless no layer can have a window.
+    Alone,
 }
 
 const LLAMA: Family = Family {
@@ -154,11 +154,12 @@ const LLAMA: Family = Family {
     tied: false,
     norm_eps: 1e-6,
     theta: 10_000.0,
-    biases: ["attention_bias", "mlp_bias"],
+    biases: [
+        Some("attention_bias"),
+        Some("attention_bias"),
+        Some("mlp_bias"),
+    ],
     qkv_bias: false,
-    attention_bias: true,
-    no_output_bias: false,
-    mlp_bias: true,
     norms: Norms::Before,
     norms_from_one: false,
     qk_norm: None,
@@ -167,7 +168,9 @@ const LLAMA: Family = Family {
     caps: None,
     gguf_apart: None,
     windows: Windows::None,
+    gguf_mlp_norm: "ffn_norm",
     permuted: true,
+    query_growth: false,
     partial: false,
     rotated_part: 1.0,
     neighbours: false,
@@ -178,6 +181,9 @@ const LLAMA: Family = Family {
     fused: &[],
     renamed: &[],
 };
+
+/// Of families that do not hear `mlp_bias`.
+const NO_MLP_BIAS: [Option<&str>; 3] = [Some("attention_bias"), Some("attention_bias"), None];
 
 /// As most of them have it.
 const MIXTURE: Mixture = Mixture {
@@ -214,7 +220,7 @@ const OLMO2: Family = Family {
     class: "Olmo2",
     gguf: "olmo2",
     norm_eps: 1e-5,
-    mlp_bias: false,
+    biases: NO_MLP_BIAS,
     norms: Norms::After,
     qk_norm: Some(QkNorm::Rows),
     permuted: false,
@@ -228,7 +234,7 @@ const GEMMA: Family = Family {
     kv_heads: Some(16),
     head_dim: Some(256),
     tied: true,
-    mlp_bias: false,
+    biases: NO_MLP_BIAS,
     norms_from_one: true,
     activation: Activation::GeluTanh,
     scales: Scales::Embeddings,
@@ -253,8 +259,7 @@ const MISTRAL: Family = Family {
     model_type: "mistral",
     class: "Mistral",
     kv_heads: Some(8),
-    attention_bias: false,
-    mlp_bias: false,
+    biases: [None; 3],
     windows: Windows::Typed,
     ..LLAMA
 };
@@ -267,8 +272,7 @@ const GLM4: Family = Family {
     head_dim: Some(128),
     norm_eps: 1.5625e-7,
     qkv_bias: true,
-    no_output_bias: true,
-    mlp_bias: false,
+    biases: [Some("attention_bias"), None, None],
     norms: Norms::Around,
     permuted: false,
     partial: true,
@@ -283,7 +287,7 @@ const GLM4: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 23] = [
+const FAMILIES: [Family; 26] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -291,8 +295,7 @@ const FAMILIES: [Family; 23] = [
         class: "Qwen2",
         gguf: "qwen2",
         qkv_bias: true,
-        attention_bias: false,
-        mlp_bias: false,
+        biases: [None; 3],
         windows: Windows::Last,
         permuted: false,
         ..LLAMA
@@ -302,7 +305,7 @@ const FAMILIES: [Family; 23] = [
         class: "Qwen3",
         gguf: "qwen3",
         head_dim: Some(128),
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         qk_norm: Some(QkNorm::Heads),
         windows: Windows::Last,
         permuted: false,
@@ -344,8 +347,7 @@ const FAMILIES: [Family; 23] = [
         class: "Phi3",
         gguf: "phi3",
         norm_eps: 1e-5,
-        attention_bias: false,
-        mlp_bias: false,
+        biases: [None; 3],
         windows: Windows::All,
         permuted: false,
         partial: true,
@@ -356,7 +358,7 @@ const FAMILIES: [Family; 23] = [
     Family {
         model_type: "granitemoehybrid",
         class: "GraniteMoeHybrid",
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         hybrid: true,
         fused: &[("shared_mlp.input_linear", &["mlp.gate_proj", "mlp.up_proj"])],
         renamed: &[("mlp.down_proj", "shared_mlp.output_linear")],
@@ -367,7 +369,7 @@ const FAMILIES: [Family; 23] = [
         class: "Olmoe",
         gguf: "olmoe",
         norm_eps: 1e-5,
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         qk_norm: Some(QkNorm::Rows),
         permuted: false,
         mixture: Some(Mixture {
@@ -381,7 +383,7 @@ const FAMILIES: [Family; 23] = [
         class: "Qwen3Moe",
         gguf: "qwen3moe",
         kv_heads: Some(4),
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         qk_norm: Some(QkNorm::Heads),
         permuted: false,
         mixture: Some(Mixture {
@@ -396,8 +398,7 @@ const FAMILIES: [Family; 23] = [
         kv_heads: Some(8),
         norm_eps: 1e-5,
         theta: 1_000_000.0,
-        attention_bias: false,
-        mlp_bias: false,
+        biases: [None; 3],
         windows: Windows::All,
         mixture: Some(Mixture {
             count: "num_local_experts",
@@ -412,7 +413,7 @@ const FAMILIES: [Family; 23] = [
         model_type: "granitemoe",
         class: "GraniteMoe",
         gguf: "granitemoe",
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         mixture: Some(Mixture {
             count: "num_local_experts",
             asked: false,
@@ -437,7 +438,7 @@ const FAMILIES: [Family; 23] = [
         gguf: "qwen35",
         kv_heads: Some(4),
         head_dim: Some(256),
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         norms_from_one: true,
         qk_norm: Some(QkNorm::Heads),
         permuted: false,
@@ -464,7 +465,7 @@ const FAMILIES: [Family; 23] = [
         tied: true,
         norm_eps: 1e-5,
         theta: 500_000.0,
-        biases: ["use_bias", "use_bias"],
+        biases: [Some("use_bias"); 3],
         permuted: false,
         neighbours: true,
         ..LLAMA
@@ -474,7 +475,7 @@ const FAMILIES: [Family; 23] = [
         class: "HunYuanDenseV1",
         gguf: "hunyuan-dense",
         norm_eps: 1e-5,
-        mlp_bias: false,
+        biases: NO_MLP_BIAS,
         qk_norm: Some(QkNorm::Turned),
         permuted: false,
         alpha: true,
@@ -483,6 +484,42 @@ const FAMILIES: [Family; 23] = [
             ("self_attn.k_norm", "self_attn.key_layernorm"),
         ],
         ..LLAMA
+    },
+    Family {
+        model_type: "exaone4",
+        class: "Exaone4",
+        gguf: "exaone4",
+        kv_heads: Some(32),
+        biases: [None; 3],
+        qk_norm: Some(QkNorm::Heads),
+        windows: Windows::AllBut(4, Rotated::Alone),
+        ..OLMO2
+    },
+    Family {
+        model_type: "seed_oss",
+        class: "SeedOss",
+        gguf: "seed_oss",
+        kv_heads: Some(8),
+        head_dim: Some(128),
+        biases: [
+            Some("attention_bias"),
+            Some("attention_out_bias"),
+            Some("mlp_bias"),
+        ],
+        qkv_bias: true,
+        gguf_mlp_norm: "post_attention_norm",
+        permuted: false,
+        ..LLAMA
+    },
+    Family {
+        model_type: "ministral3",
+        class: "Ministral3",
+        gguf: "mistral3",
+        head_dim: Some(128),
+        norm_eps: 1e-5,
+        windows: Windows::All,
+        query_growth: true,
+        ..MISTRAL
     },
 ];
 

@@ -37,6 +37,12 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["linear_key_head_dim"] = json!(4);
         json["linear_value_head_dim"] = json!(6);
     }
+    if model_type == "ministral3" {
+        json["rope_parameters"] = json!({
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+        });
+    }
     if model_type == "granitemoehybrid" {
         json["shared_intermediate_size"] = json!(64);
         json["num_local_experts"] = json!(0);
@@ -149,6 +155,18 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
     if arch == "qwen3moe" {
         metadata.push((key("expert_feed_forward_length"), number(config.ffn)));
     }
+    if let Some(growth) = config.query_growth {
+        metadata.extend([
+            (key("attention.temperature_scale"), F32(growth.beta)),
+            (key("rope.scaling.type"), String("yarn".into())),
+            (key("rope.scaling.factor"), F32(4.0)),
+            (
+                key("rope.scaling.original_context_length"),
+                number(growth.context),
+            ),
+            (key("rope.scaling.yarn_log_multiplier"), F32(1.0)),
+        ]);
+    }
     if arch.starts_with("granite") {
         metadata.extend([
             (key("embedding_scale"), F32(config.embed_scale)),
@@ -186,7 +204,7 @@ pub(super) fn write_gguf(
 
 /// Tensors as a GGUF has them, query and key rows permuted where llama.cpp rotates neighbours.
 pub(super) fn as_gguf(config: &Config, arch: &str, tensors: &Tensors) -> Tensors {
-    let permuted = ["llama", "smollm3", "granite", "granitemoe"].contains(&arch);
+    let permuted = ["llama", "mistral3", "smollm3", "granite", "granitemoe"].contains(&arch);
     let mut stored: Tensors = vec![];
     for (name, shape, values) in tensors {
         let heads = match name {
@@ -227,6 +245,7 @@ pub(super) fn gguf(
         "mixtral" => "llama",
         "glm" => "chatglm",
         "hunyuan_v1_dense" => "hunyuan-dense",
+        "ministral3" => "mistral3",
         _ => model_type,
     };
     let stored = as_gguf(&config, arch, &tensors);

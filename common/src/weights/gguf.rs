@@ -152,10 +152,11 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let (module, kind) = rest.rsplit_once('.')?;
+    let mlp_norm = family::of(&config.model_type).map_or("ffn_norm", |f| f.gguf_mlp_norm);
     let norms = [
         "attn_norm",
         "post_attention_norm",
-        "ffn_norm",
+        mlp_norm,
         "post_ffw_norm",
     ];
     let mut norms = config.layer_norms().into_iter().zip(norms);

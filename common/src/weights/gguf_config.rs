@@ -5,7 +5,7 @@ use super::config_json::CAPS;
 use super::family::{self, Family, Rotated, Scales, Windows};
 use super::gguf::Gguf;
 use super::layout::Place;
-use super::rope::{Rope, RopeScaling, longrope_growth, positive, yarn_growth};
+use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
 use crate::gguf;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
@@ -42,8 +42,14 @@ fn read(gguf: &Gguf) -> Result<Config> {
     // One is none: so have Hunyuan's files it.
     let experts = fields.whole("expert_count")?.filter(|&count| count > 1);
     let experts = experts.unwrap_or(0);
+    let query_growth = query_growth(&fields)?;
+    // Mistral's models have one name, whether or not their queries grow; those of them that do not are Llamas.
+    let named = match (architecture, query_growth) {
+        ("mistral3", None) => "llama",
+        _ => architecture,
+    };
     let family =
-        family::of_gguf(architecture, window.is_some(), experts > 0).with_context(|| {
+        family::of_gguf(named, window.is_some(), experts > 0).with_context(|| {
             format!(
                 "general.architecture: {architecture:?} with {experts} experts is not supported; known: {}",
                 family::architectures().join(", ")
@@ -86,6 +92,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let windows = windows(&fields, family, window, layers)?;
     let rotary_dim = rotary_dim(&fields, family, head_dim)?;
     let [attention_cap, logit_cap] = caps(&fields, family)?;
+    let [qkv_bias, output_bias, mlp_bias] = family.biases;
     let config = Config {
         model_type: family.model_type.to_owned(),
         vocab: embedding[0],
@@ -114,10 +121,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
         // Those that the family cannot have stay tensors without a place.
-        qkv_bias: (family.qkv_bias || family.attention_bias)
+        qkv_bias: (family.qkv_bias || qkv_bias.is_some())
             && (has("blk.0.attn_q.bias") || has("blk.0.attn_qkv.bias")),
-        o_bias: family.attention_bias && !family.no_output_bias && has("blk.0.attn_output.bias"),
-        mlp_bias: family.mlp_bias && has("blk.0.ffn_up.bias"),
+        o_bias: output_bias.is_some() && has("blk.0.attn_output.bias"),
+        mlp_bias: mlp_bias.is_some() && has("blk.0.ffn_up.bias"),
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.gguf_apart == Some(layers) {
@@ -132,6 +139,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         deltas: vec![None; layers],
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
+        query_growth,
     };
     match family.scales {
         Scales::Plain | Scales::Embeddings | Scales::Roots => config,
@@ -181,6 +189,7 @@ fn windows(
             return Ok(sliding.collect());
         }
         (Some(_), _) => fields.size(key)?,
+        (None, Windows::AllBut(period, Rotated::Alone)) => period,
         (None, Windows::AllBut(period, _)) => {
             window.get_or_insert(4096); // which the first Gemma 2 files leave to the reader
             period
@@ -216,12 +225,26 @@ fn ropes(
         Windows::AllBut(_, Rotated::By(base)) => unscaled(base as f32)?,
         _ => full.clone(),
     };
+    let windowed = windows.iter().any(Option::is_some);
     let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {
         (Windows::Unrotated, _) if (layer + 1).is_multiple_of(4) => None,
+        (Windows::AllBut(_, Rotated::Alone), None) if windowed => None,
         (_, Some(_)) => Some(local.clone()),
         (_, None) => Some(full.clone()),
     };
     Ok(windows.iter().enumerate().map(rope).collect())
+}
+
+/// How queries grow with their positions.
+fn query_growth(fields: &Metadata) -> Result<Option<QueryGrowth>> {
+    let key = "attention.temperature_scale";
+    let Some(beta) = fields.real(key)?.filter(|&beta| beta != 0.0) else {
+        return Ok(None);
+    };
+    Ok(Some(QueryGrowth {
+        beta: positive(key, beta)?,
+        context: fields.size("rope.scaling.original_context_length")?,
+    }))
 }
 
 fn head_dim(fields: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
@@ -316,7 +339,10 @@ fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling
             let key = "rope.scaling.yarn_attn_factor";
             let attention_factor = match fields.real(key)?.filter(|&factor| factor != 1.0) {
                 Some(factor) => positive(key, factor)?,
-                None => yarn_growth(factor),
+                None => {
+                    let over = fields.real("rope.scaling.yarn_log_multiplier")?;
+                    yarn_growth(factor, (1.0, over.unwrap_or(0.0)))
+                }
             };
             let beta = |key: &str| fields.real(&format!("rope.scaling.yarn_{key}"));
             Ok(RopeScaling::Yarn {

@@ -16,7 +16,7 @@ mod text_part;
 pub use adapter::{LoraModule, save_adapter};
 pub use config::{Config, Experts, Norms, QkNorm};
 pub use family::families;
-pub use rope::{Rope, RopeScaling};
+pub use rope::{QueryGrowth, Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
 
 use crate::run;
@@ -115,16 +115,20 @@ impl Weights {
         let mut original = text_part::config_of(read_json(&path)?);
         let mut config = Config::from_json(&original, &path)?;
         let shards = Shards::open_folder(folder)?;
-        // Configs of a whole and its part do not agree on it; a head that is not there is the embedding.
-        if shards.is_text_part() && !shards.has("lm_head.weight") {
-            original["tie_word_embeddings"] = json!(true);
-            config = Config::from_json(&original, &path)?;
+        let shape = [config.vocab, config.hidden];
+        // Configs of a whole and its part do not agree on it, so the tensors say: a head that is not there is the embedding,
+        // and one that is another is not, as transformers 5 has it.
+        if shards.is_text_part() {
+            let untied = shards.has_another_head(&shape);
+            if untied || !shards.has("lm_head.weight") {
+                original["tie_word_embeddings"] = json!(!untied);
+                config = Config::from_json(&original, &path)?;
+            }
         }
         for (name, shape) in config.stored_parameters() {
             shards.check(&Place::whole(&name, &shape))?;
         }
         if config.tied {
-            let shape = [config.vocab, config.hidden];
             shards
                 .check_tied(&shape)
                 .with_context(|| path.display().to_string())?;

@@ -51,6 +51,37 @@ pub enum RopeScaling {
     },
 }
 
+/// Beside being turned, queries are multiplied by 1 + `beta` · ln(1 + ⌊position / `context`⌋): the longer what they look back
+/// on, the sharper they look (Ministral 3, which has it from Llama 4).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    pub beta: f32,
+    /// Context of the pretraining, tokens: before its end nothing grows.
+    pub context: usize,
+}
+
+impl QueryGrowth {
+    /// What a query at that position is multiplied by.
+    pub fn at(self, position: usize) -> f32 {
+        1.0 + self.beta * ((1 + position / self.context) as f32).ln()
+    }
+
+    /// As the object has it that says how positions are rotated. That must be there: what transformers puts in its place
+    /// does not follow from the sizes.
+    pub(super) fn from_json(top: &Fields, context: usize) -> Result<Option<Self>> {
+        let (key, inner) = parameters(top)?;
+        let inner = Fields(inner.with_context(|| format!("{key} is missing"))?);
+        let key = "llama_4_scaling_beta";
+        let Some(beta) = inner.number(key)?.filter(|&beta| beta != 0.0) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            beta: positive(key, beta)?,
+            context: original_context(&inner, top, Some(context))?,
+        }))
+    }
+}
+
 impl Rope {
     /// Radians per position of each pair among the `dims` of a head that are rotated: `dims / 2` values, computed in float32 with the
     /// operations of transformers' `modeling_rope_utils.py` (torch evaluates scalar/tensor as a
@@ -105,7 +136,7 @@ impl Rope {
     /// From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (older) of a `config.json`; `theta` is
     /// the base where it has none.
     pub(super) fn from_json(top: &Fields, theta: f64, context: usize) -> Result<Self> {
-        let (key, inner) = fields_of(top)?;
+        let (key, inner) = parameters(top)?;
         let empty = Map::new();
         let inner = inner.unwrap_or(&empty);
         for nested in ["full_attention", "sliding_attention"] {
@@ -121,7 +152,7 @@ impl Rope {
     /// Hunyuan's NTK-aware scaling, "dynamic" by name: its `alpha` makes the base larger, whatever the length, by
     /// alpha^(dims / (dims − 2)). None where there is none.
     pub(super) fn by_alpha(top: &Fields, theta: f64, dims: usize) -> Result<Option<Self>> {
-        let Some(inner) = fields_of(top)?.1.map(Fields) else {
+        let Some(inner) = parameters(top)?.1.map(Fields) else {
             return Ok(None);
         };
         let alpha = inner.number("alpha")?;
@@ -242,8 +273,8 @@ impl Rope {
     }
 }
 
-/// Where a config speaks of its rope: `rope_scaling`, where there is something in it, or `rope_parameters`.
-fn fields_of<'a>(top: &Fields<'a>) -> Result<(&'static str, Option<&'a Map<String, Value>>)> {
+/// The object of a config that says how positions are rotated, and its name: `rope_parameters`, or what it was before.
+fn parameters<'a>(top: &Fields<'a>) -> Result<(&'static str, Option<&'a Map<String, Value>>)> {
     let (key, inner) = match (top.present("rope_scaling"), top.present("rope_parameters")) {
         (Some(scaling), _) if scaling.as_object().is_none_or(|s| !s.is_empty()) => {
             ("rope_scaling", Some(scaling))
@@ -251,8 +282,9 @@ fn fields_of<'a>(top: &Fields<'a>) -> Result<(&'static str, Option<&'a Map<Strin
         (_, parameters) => ("rope_parameters", parameters),
     };
     let object = |value: &'a Value| {
-        let object = value.as_object();
-        object.with_context(|| format!("{key}: must be an object, not {value}"))
+        value
+            .as_object()
+            .with_context(|| format!("{key}: must be an object, not {value}"))
     };
     Ok((key, inner.map(object).transpose()?))
 }
@@ -263,6 +295,16 @@ fn kind<'a>(inner: &Fields<'a>) -> Result<&'a str> {
         Some(kind) => kind,
         None => inner.text("type")?.unwrap_or("default"),
     })
+}
+
+/// The context of the pretraining, `unsaid` where neither the config nor its object says.
+fn original_context(inner: &Fields, top: &Fields, unsaid: Option<usize>) -> Result<usize> {
+    let key = "original_max_position_embeddings";
+    match (top.present(key), inner.present(key), unsaid) {
+        (Some(_), ..) => top.size(key),
+        (None, None, Some(unsaid)) => Ok(unsaid),
+        _ => inner.size(key),
+    }
 }
 
 /// A number that must be above zero.
@@ -280,15 +322,8 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
         None => Ok(None),
     };
     let needed = |key: &str| given(key)?.with_context(|| format!("{key:?} is missing"));
-    let original = |unsaid: Option<usize>| {
-        let key = "original_max_position_embeddings";
-        match (top.present(key), inner.present(key), unsaid) {
-            (Some(_), ..) => top.size(key),
-            (None, None, Some(unsaid)) => Ok(unsaid),
-            _ => inner.size(key),
-        }
-    };
-    let original_context = || Ok::<_, anyhow::Error>(original(Some(context))? as f32);
+    let original = |unsaid| original_context(inner, top, unsaid);
+    let original_context = || anyhow::Ok(original(Some(context))? as f32);
     Ok(match kind(inner)? {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear {
@@ -308,20 +343,20 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
             }
         }
         "yarn" => {
-            for key in ["mscale", "mscale_all_dim"] {
-                ensure!(inner.present(key).is_none(), "{key}: is not supported");
-            }
             ensure!(
                 inner.flag("truncate")?.unwrap_or(true),
                 "truncate: false is not supported"
             );
             let factor = needed("factor")?;
+            let scale = |key: &str| anyhow::Ok(inner.number(key)?.filter(|&scale| scale != 0.0));
+            let scales = scale("mscale")?.zip(scale("mscale_all_dim")?);
+            let growth = yarn_growth(factor, scales.unwrap_or((1.0, 0.0)));
             RopeScaling::Yarn {
                 factor,
                 original_context: original_context()?,
                 beta_fast: given("beta_fast")?.unwrap_or(32.0),
                 beta_slow: given("beta_slow")?.unwrap_or(1.0),
-                attention_factor: given("attention_factor")?.unwrap_or(yarn_growth(factor)),
+                attention_factor: given("attention_factor")?.unwrap_or(growth),
             }
         }
         // The first Phi-3 models have it by its first name.
@@ -384,12 +419,11 @@ pub(super) fn rotated_part(top: &Fields, unsaid: f64) -> Result<f64> {
     Ok(part)
 }
 
-/// What the paper multiplies queries and keys by.
-pub(super) fn yarn_growth(factor: f32) -> f32 {
-    match factor <= 1.0 {
-        true => 1.0,
-        false => (0.1 * f64::from(factor).ln() + 1.0) as f32,
-    }
+/// What queries and keys are multiplied by: the paper has the scales 1 and 0; others are DeepSeek's `mscale` and
+/// `mscale_all_dim`.
+pub(super) fn yarn_growth(factor: f32, (scale, over): (f64, f64)) -> f32 {
+    let grown = |scale: f64| 0.1 * scale * f64::from(factor.max(1.0)).ln() + 1.0;
+    (grown(scale) / grown(over)) as f32
 }
 
 impl RopeScaling {
@@ -578,6 +612,38 @@ mod tests {
         assert_eq!(original(outside), 2048.0);
     }
 
+    /// As transformers' `_compute_yarn_parameters` has it.
+    #[test]
+    fn yarns_scales_count_where_both_are_there() {
+        let growth = |mut fields: Value| {
+            fields["rope_type"] = json!("yarn");
+            fields["factor"] = json!(64.0);
+            rope(json!({"rope_scaling": fields})).unwrap().growth()
+        };
+        let usual = growth(json!({}));
+        assert_eq!(usual, 1.415_888_3);
+        assert_eq!(growth(json!({"mscale": 1.0})), usual);
+        assert_eq!(growth(json!({"mscale": 1.0, "mscale_all_dim": 0.0})), usual);
+        assert_eq!(growth(json!({"mscale": 1.0, "mscale_all_dim": 1.0})), 1.0);
+        let other = growth(json!({"mscale": 0.707, "mscale_all_dim": 1.0}));
+        assert_eq!(other, 0.913_937_2);
+    }
+
+    #[test]
+    fn queries_grow_from_the_end_of_the_first_context_on() {
+        let of = |fields: Value| QueryGrowth::from_json(&Fields(fields.as_object().unwrap()), 64);
+        let yarn = json!({"rope_type": "yarn", "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 16});
+        let growth = of(json!({"rope_parameters": yarn})).unwrap().unwrap();
+        assert_eq!([0, 15].map(|position| growth.at(position)), [1.0; 2]);
+        assert_eq!(growth.at(16), 1.0 + 0.5 * 2f32.ln());
+        assert_eq!(growth.at(63), 1.0 + 0.5 * 4f32.ln());
+        let none = json!({"rope_parameters": {"llama_4_scaling_beta": 0.0}});
+        assert!(of(none).unwrap().is_none());
+        let absent = format!("{:#}", of(json!({})).unwrap_err());
+        assert_eq!(absent, "rope_parameters is missing");
+    }
+
     #[test]
     fn what_is_not_supported_is_named() {
         for (fields, wanted) in [
@@ -590,8 +656,8 @@ mod tests {
                 "\"dynamic\"",
             ),
             (
-                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}}),
-                "mscale",
+                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": false}}),
+                "truncate: false is not supported",
             ),
             (
                 json!({"rope_scaling": {"rope_type": "linear"}}),

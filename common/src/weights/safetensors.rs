@@ -140,15 +140,19 @@ impl Shards {
         self.find(place).map(|_| ())
     }
 
-    /// Fails where a head that should be the embedding lies beside it as another matrix: transformers would take that one.
-    pub(super) fn check_tied(&self, shape: &[usize]) -> Result<()> {
+    /// Whether a head lies beside the embedding as another matrix, or in another format.
+    pub(super) fn has_another_head(&self, shape: &[usize]) -> bool {
         let find = |name| self.find(&Place::whole(name, shape));
-        let (Ok(head), Ok(embedding)) = (find("lm_head.weight"), find("model.embed_tokens.weight"))
-        else {
-            return Ok(());
-        };
+        match (find("lm_head.weight"), find("model.embed_tokens.weight")) {
+            (Ok(head), Ok(embedding)) => head != embedding,
+            _ => false,
+        }
+    }
+
+    /// Fails where a head that should be the embedding is not: transformers would take that one.
+    pub(super) fn check_tied(&self, shape: &[usize]) -> Result<()> {
         ensure!(
-            head == embedding,
+            !self.has_another_head(shape),
             "tie_word_embeddings says that the embedding is the LM head, but lm_head.weight is there and another matrix, or \
              in another format: set it to false"
         );

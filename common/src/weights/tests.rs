@@ -588,6 +588,25 @@ fn a_phi_3_gguf_has_its_divisors_as_tensors() {
     }
 }
 
+/// As llama.cpp's converter writes Mistral Small 3.1, and Devstral 2, whose queries grow by nothing.
+#[test]
+fn a_mistral_3_gguf_whose_queries_do_not_grow_is_a_llama() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let config = config("llama");
+    let tensors = as_gguf(&config, "mistral3", &random_tensors(&config, 5));
+    let mut metadata = gguf_metadata(&config, "mistral3");
+    write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+    assert_eq!(open(&path).unwrap().config, config);
+    let beta = "mistral3.attention.temperature_scale".to_owned();
+    metadata.push((beta.clone(), gguf_file::Value::F32(0.0)));
+    write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+    assert_eq!(open(&path).unwrap().config, config);
+    metadata.push((beta, gguf_file::Value::F32(0.1)));
+    write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+    assert!(error(&path).contains("rope.scaling.original_context_length is missing"));
+}
+
 #[test]
 fn llama3_scaling_is_recognised_in_a_ggufs_divisors() {
     let folder = tempfile::tempdir().unwrap();

@@ -226,6 +226,21 @@ mod tests {
         assert_holds(&part, &tensors.collect());
     }
 
+    /// The configs of Mistral 3's wholes say that it is tied where nobody said anything.
+    #[test]
+    fn a_text_part_with_another_head_is_not_tied() {
+        let (folder, _, tensors) = checkpoint("ministral3");
+        let whole = wrapped(folder.path(), Names::Before);
+        let path = whole.path().join("config.json");
+        let mut json = super::super::read_json(&path).unwrap();
+        json["tie_word_embeddings"] = json!(true);
+        std::fs::write(path, json.to_string()).unwrap();
+        let part = open(whole.path()).unwrap();
+        assert!(!part.config.tied);
+        assert_eq!(part.original["tie_word_embeddings"], json!(false));
+        assert_holds(&part, &tensors);
+    }
+
     #[test]
     fn a_reward_model_is_none_of_text() {
         let judge = json!({"model_type": "gemma3", "architectures": ["Gemma3ForSequenceClassification"],

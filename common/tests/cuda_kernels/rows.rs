@@ -319,15 +319,15 @@ fn activations_are_kept_small_in_half_precision() {
 
 /// Everything between the projection and attention, with and without biases, head norms and rotation, in either order.
 fn rotation<T: Element>() {
-    for (dim, biased, normed, cached, turned, norms_last) in [
-        (64, true, true, true, true, false),
-        (64, true, true, true, true, true),
-        (6, false, false, true, true, false),
-        (16, false, true, false, true, false),
-        (6, false, true, false, true, true),
-        (96, true, false, false, true, false),
-        (64, false, false, true, false, false),
-        (16, true, true, false, false, false),
+    for (dim, biased, normed, cached, turned, norms_last, grown) in [
+        (64, true, true, true, true, false, false),
+        (64, true, true, true, true, true, false),
+        (6, false, false, true, true, false, true),
+        (16, false, true, false, true, false, true),
+        (6, false, true, false, true, true, true),
+        (96, true, false, false, true, false, false),
+        (64, false, false, true, false, false, false),
+        (16, true, true, false, false, false, false),
     ] {
         let (query, kv, count) = (3, 1, 5);
         let width = (query + 2 * kv) * dim;
@@ -337,11 +337,21 @@ fn rotation<T: Element>() {
         let positions = vec![0, 3, 1, 7, 3i32];
         let speed = if turned { 1.0 } else { 0.0 };
         let angle = |p: usize, i: usize| speed * p as f64 * 0.9f64.powi(i as i32 % 40);
+        // Rows of their own for queries that grow.
+        let growth = |head: usize, p: usize| match grown && head < query {
+            true => 1.0 + 0.5 * p as f64,
+            false => 1.0,
+        };
         let table = |f: fn(f64) -> f64| -> Vec<f32> {
-            (0..8)
-                .flat_map(|p| (0..dim / 2).map(move |i| f(angle(p, i)) as f32))
+            let rows = [query, 0].map(|head| (0..8).map(move |p| (head, p)));
+            rows.into_iter()
+                .flatten()
+                .flat_map(|(head, p)| {
+                    (0..dim / 2).map(move |i| (f(angle(p, i)) * growth(head, p)) as f32)
+                })
                 .collect()
         };
+        let queries = if grown { 8i32 } else { 0 };
         let (cos, sin) = (table(f64::cos), table(f64::sin));
         let (cos, sin) = (turned.then_some(&cos), turned.then_some(&sin));
         let cache_rows = vec![4, -1, 0, 6, 2i32];
@@ -376,6 +386,7 @@ fn rotation<T: Element>() {
                     EPS.into(),
                     cos.into(),
                     sin.into(),
+                    queries.into(),
                     i32::from(norms_last).into(),
                     (&positions).into(),
                     cache_arg,
@@ -402,6 +413,7 @@ fn rotation<T: Element>() {
                     EPS.into(),
                     cos.into(),
                     sin.into(),
+                    queries.into(),
                     i32::from(norms_last).into(),
                     (&positions).into(),
                     Null.into(),
@@ -416,7 +428,7 @@ fn rotation<T: Element>() {
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
             launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
-                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, i32::from(norms_last), &positions, &mut partial,
+                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, queries, i32::from(norms_last), &positions, &mut partial,
                 count as i32, sizes[0], sizes[1], sizes[2]);
             let mut d_norms = vec![0.0f32; 2 * dim];
             if normed {
@@ -442,7 +454,9 @@ fn rotation<T: Element>() {
                     let half = dim / 2;
                     let mut out = vec![0.0; dim];
                     for i in 0..half {
+                        let growth = growth(head, position as usize);
                         let (s, c) = angle(position as usize, i).sin_cos();
+                        let (s, c) = (s * growth, c * growth);
                         out[i] = v[i] * c - v[i + half] * s * sign;
                         out[i + half] = v[i + half] * c + v[i] * s * sign;
                     }

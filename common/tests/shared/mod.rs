@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 27] = [
+pub const FAMILIES: [&str; 34] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -38,6 +38,13 @@ pub const FAMILIES: [&str; 27] = [
     "glm",
     "ernie4-5",
     "hunyuan",
+    "exaone4",
+    "exaone4-global",
+    "seed-oss",
+    "seed-oss-bias",
+    "ministral3",
+    "ministral3-images",
+    "mistral-images",
 ];
 
 /// The one among them with linear attention, which GPUs do not run.

@@ -72,14 +72,23 @@ pub fn positions(
         }
         Windows::AllBut(period, rotated) => {
             let window = sliding_window(fields, Some(4096))?;
-            let period = match fields.present("sliding_window_pattern") {
-                None => period,
-                Some(_) => fields.size("sliding_window_pattern")?,
+            let key = "sliding_window_pattern";
+            let period = match (fields.present(key), fields.present("layer_types")) {
+                (Some(_), None) => fields.size(key)?,
+                _ => period,
             };
             let sliding = |layer: usize| !(layer + 1).is_multiple_of(period);
             let windows = typed_windows(fields, window, layers, sliding)?;
             let local = match rotated {
                 Rotated::Alike => return Ok((windows, everywhere()?)),
+                Rotated::Alone => {
+                    let turns = |own: &Option<usize>| window.is_none() || own.is_some();
+                    let ropes = everywhere()?.into_iter().zip(&windows);
+                    let ropes = ropes
+                        .map(|(rope, own)| rope.filter(|_| turns(own)))
+                        .collect();
+                    return Ok((windows, ropes));
+                }
                 Rotated::Unscaled => None,
                 Rotated::By(base) => Some(base),
             };

@@ -2,7 +2,7 @@
 
 use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
 use super::super::family::{self, Family, Mixture, Scales, families};
-use super::super::rope::{positive, rotated_part};
+use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::fields::Fields;
 use super::positions::{layer_types, positions};
 use super::{CAPS, spelling};
@@ -45,11 +45,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
             hidden / heads
         }
     };
-    let said = |heard: bool, key: &str| match heard {
-        true => fields.flag(key),
-        false => Ok(None),
+    let said = |key: Option<&str>| match key {
+        Some(key) => fields.flag(key),
+        None => Ok(None),
     };
-    let attention_bias = said(family.attention_bias, family.biases[0])?;
+    let [qkv_bias, output_bias, mlp_bias] = family.biases;
     let layers = bounded_layers(fields.size("num_hidden_layers")?)?;
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, head_dim, context)?;
@@ -76,11 +76,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
-        qkv_bias: attention_bias.unwrap_or(family.qkv_bias),
-        o_bias: attention_bias.unwrap_or(false) && !family.no_output_bias,
+        qkv_bias: said(qkv_bias)?.unwrap_or(family.qkv_bias),
+        o_bias: said(output_bias)?.unwrap_or(false),
+        mlp_bias: said(mlp_bias)?.unwrap_or(false),
         attention_gate: family.delta,
         deltas: deltas(fields, family, layers)?,
-        mlp_bias: said(family.mlp_bias, family.biases[1])?.unwrap_or(false),
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.scales {
@@ -93,6 +93,10 @@ pub fn read(fields: &Fields) -> Result<Config> {
         activation: family.activation,
         windows,
         ropes,
+        query_growth: match family.query_growth {
+            true => QueryGrowth::from_json(fields, context)?,
+            false => None,
+        },
     };
     match family.scales {
         Scales::Plain | Scales::Embeddings | Scales::Roots => config,

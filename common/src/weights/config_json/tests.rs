@@ -45,6 +45,11 @@ fn families_differ_as_transformers_has_them() {
         (of("glm4").norms, of("glm").norms),
         (Norms::Around, Norms::Before)
     );
+    assert_eq!(flags(&of("exaone4")), (false, false, false, true));
+    assert_eq!(flags(&of("seed_oss")), (true, false, false, false));
+    let biases = json!({"attention_bias": false, "attention_out_bias": true, "mlp_bias": true});
+    let other = read(&with("seed_oss", biases)).unwrap();
+    assert_eq!(flags(&other), (false, true, true, false));
     let around = |c: Config| {
         (
             c.norms,
@@ -310,6 +315,68 @@ fn layers_with_a_window_may_rotate_otherwise() {
     assert_eq!(of("gemma3_text", bare), both);
     let silent = of("gemma3_text", json!({"rope_theta": null}));
     assert_eq!((silent.0.theta, silent.1.theta), (1e4, 1e6));
+}
+
+#[test]
+fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
+    let layers = |changes: Value| -> Vec<_> {
+        let mut json = with("exaone4", json!({"num_hidden_layers": 4}));
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        let config = read(&json).unwrap();
+        let rotates = config.ropes.iter().map(Option::is_some);
+        config.windows.iter().copied().zip(rotates).collect()
+    };
+    let (local, global, old) = ((Some(16), true), (None, false), (None, true));
+    // EXAONE 4.0 32B: the pattern is spelt out, and layer_types is what counts.
+    let kinds = ["sliding_attention", "full_attention"].map(Value::from);
+    let types: Vec<_> = [0, 0, 0, 1].map(|kind| kinds[kind].clone()).into();
+    assert_eq!(
+        layers(
+            json!({"sliding_window": 16, "sliding_window_pattern": "LLLG", "layer_types": types})
+        ),
+        [local, local, local, global]
+    );
+    assert_eq!(
+        layers(json!({"sliding_window": 16, "sliding_window_pattern": 2})),
+        [local, global, local, global]
+    );
+    let full = vec![kinds[1].clone(); 4];
+    assert_eq!(
+        layers(json!({"sliding_window": 16, "layer_types": full})),
+        [global; 4]
+    );
+    // The one of 1.2B.
+    assert_eq!(
+        layers(
+            json!({"sliding_window": null, "sliding_window_pattern": null, "layer_types": full})
+        ),
+        [old; 4]
+    );
+    let spelt = with("exaone4", json!({"sliding_window_pattern": "LLLG"}));
+    assert!(error(&spelt).contains("sliding_window_pattern: must be a whole number"));
+}
+
+/// As Ministral 3 8B and Devstral Small 2 have it (`original_max_position_embeddings` beside the scaling).
+#[test]
+fn queries_grow_where_a_family_has_it_and_its_file_says_so() {
+    let config = read(&config_json("ministral3")).unwrap();
+    let growth = config.query_growth.unwrap();
+    assert_eq!((growth.beta, growth.context), (0.1, 16));
+    assert_eq!(config.ropes[0].as_ref().unwrap().growth(), 1.0);
+    assert!(config.arithmetic().contains("QueryGrowth"));
+    // Devstral 2: there is nothing that they grow by.
+    let mut none = config_json("ministral3");
+    none["rope_parameters"]["llama_4_scaling_beta"] = json!(0.0);
+    assert!(read(&none).unwrap().query_growth.is_none());
+    assert_eq!(
+        error(&without("ministral3", "rope_parameters")),
+        "x/config.json: rope_parameters is missing"
+    );
+    let mut mistral = config_json("ministral3");
+    mistral["model_type"] = json!("mistral");
+    assert!(read(&mistral).unwrap().query_growth.is_none());
 }
 
 #[test]

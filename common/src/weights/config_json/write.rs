@@ -59,11 +59,12 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     }
     let (key, activation) = spelling(family.activation);
     set(key, json!(activation));
-    if family.attention_bias {
-        set(family.biases[0], json!(config.qkv_bias));
-    }
-    if family.mlp_bias {
-        set(family.biases[1], json!(config.mlp_bias));
+    // Where one field is for both, that of the queries counts.
+    let biases = [config.mlp_bias, config.o_bias, config.qkv_bias];
+    for (key, bias) in family.biases.into_iter().rev().zip(biases) {
+        if let Some(key) = key {
+            set(key, json!(bias));
+        }
     }
 }
 
@@ -99,7 +100,12 @@ fn rotation(config: &Config, family: &Family, set: &mut Set) {
         return;
     };
     set("rope_theta", shortest(rope.theta));
-    set("rope_scaling", rope.scaling_json());
+    let mut scaling = rope.scaling_json();
+    if let Some(growth) = config.query_growth {
+        scaling["llama_4_scaling_beta"] = shortest(growth.beta);
+        scaling["original_max_position_embeddings"] = json!(growth.context);
+    }
+    set("rope_scaling", scaling);
     if let RopeScaling::LongRope {
         original_context,
         context,
