@@ -444,6 +444,7 @@ const FAMILIES: [Family; 26] = [
         permuted: false,
         partial: true,
         rotated_part: 0.25,
+        gguf_mlp_norm: "post_attention_norm",
         delta: true,
         ..LLAMA
     },

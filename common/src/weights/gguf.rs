@@ -1,8 +1,8 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
-use super::Config;
 use super::family::{self, QKV};
 use super::layout::{Expert, ExpertPart, Place};
+use super::{Config, gguf_delta};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -107,6 +107,9 @@ impl Gguf {
 
 /// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
 pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Place> {
+    if let Some(place) = gguf_delta::place(name, shape) {
+        return Some(place);
+    }
     if let (Some(expert), Some(experts)) = (Expert::of(name), config.experts) {
         let layer = expert.layer.strip_prefix("model.layers.")?;
         let what = match expert.projection {

@@ -4,6 +4,7 @@ use super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
 use super::config_json::CAPS;
 use super::family::{self, Family, Rotated, Scales, Windows};
 use super::gguf::Gguf;
+use super::gguf_delta;
 use super::layout::Place;
 use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
 use crate::gguf;
@@ -55,14 +56,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
                 family::architectures().join(", ")
             )
         })?;
-    ensure!(
-        !family.delta,
-        "general.architecture: linear attention of {architecture:?} is not read from GGUF; use the Hugging Face folder of this model"
-    );
-    // With it the rows of heads are in another order (GLM-4's text part of a model that reads images).
+    // With it the rows of heads are in another order (GLM-4's text part of a model that reads images), but for Qwen3.5.
     let sections = "rope.dimension_sections";
     ensure!(
-        fields.get(sections).is_none(),
+        family.delta || fields.get(sections).is_none(),
         "{sections}: positions of more than one kind are not supported"
     );
     let split = fields.whole_of("split.count")?.unwrap_or(1);
@@ -86,7 +83,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         fields.size("attention.head_count")?,
     );
     let head_dim = head_dim(&fields, hidden, heads)?;
-    let layers = bounded_layers(fields.size("block_count")?)?;
+    let layers = bounded_layers(layers(&fields)?)?;
     let context = fields.size("context_length")?;
     let has = |name: &str| gguf.shape(name).is_some();
     let windows = windows(&fields, family, window, layers)?;
@@ -135,8 +132,11 @@ fn read(gguf: &Gguf) -> Result<Config> {
         logit_cap,
         logit_scale: 1.0,
         activation: family.activation,
-        attention_gate: false,
-        deltas: vec![None; layers],
+        attention_gate: family.delta,
+        deltas: match family.delta {
+            true => gguf_delta::deltas(&fields, layers)?,
+            false => vec![None; layers],
+        },
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
         query_growth,
@@ -146,6 +146,23 @@ fn read(gguf: &Gguf) -> Result<Config> {
         Scales::Multipliers => config.multiplied(multipliers(&fields, head_dim)?),
     }
     .checked()
+}
+
+/// What the names of tensors begin with that are of layers which predict further ahead than the next token: after the others.
+pub(super) fn ahead(gguf: &Gguf, layers: usize) -> Vec<String> {
+    let count = gguf.metadata.iter().find_map(|(key, value)| match value {
+        gguf::Value::Whole(count) if key.ends_with(".nextn_predict_layers") => Some(*count),
+        _ => None,
+    });
+    let count = count.map_or(0, |count| count.clamp(0, 16) as usize);
+    let ahead = layers..layers + count;
+    ahead.map(|layer| format!("blk.{layer}.")).collect()
+}
+
+/// The layers that make the next token.
+fn layers(fields: &Metadata) -> Result<usize> {
+    let ahead = fields.whole("nextn_predict_layers")?.unwrap_or(0);
+    Ok(fields.size("block_count")?.saturating_sub(ahead))
 }
 
 /// Granite's; where one is left out, it does nothing.
@@ -390,13 +407,13 @@ fn llama3_from_divisors(divisors: &[f32], theta: f32, dims: usize) -> Result<Rop
 }
 
 /// Typed reading of `{architecture}.KEY`.
-struct Metadata<'a> {
+pub(super) struct Metadata<'a> {
     gguf: &'a Gguf,
     architecture: &'a str,
 }
 
 impl Metadata<'_> {
-    fn get(&self, key: &str) -> Option<&gguf::Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&gguf::Value> {
         self.gguf
             .metadata
             .get(&format!("{}.{key}", self.architecture))
@@ -406,11 +423,11 @@ impl Metadata<'_> {
         whole(key, self.gguf.metadata.get(key))
     }
 
-    fn whole(&self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn whole(&self, key: &str) -> Result<Option<usize>> {
         whole(key, self.get(key))
     }
 
-    fn size(&self, key: &str) -> Result<usize> {
+    pub(super) fn size(&self, key: &str) -> Result<usize> {
         let size = self
             .whole(key)?
             .with_context(|| format!("{}.{key} is missing", self.architecture))?;

@@ -6,6 +6,7 @@ mod config_json;
 mod family;
 mod gguf;
 mod gguf_config;
+mod gguf_delta;
 mod hub;
 mod layout;
 mod rope;
@@ -148,7 +149,12 @@ impl Weights {
             known.insert(place.name);
         }
         // Its config is partly read off its tensors, so one that has no place would be computed wrongly.
-        let is_known = |name: &str| gguf_config::SCALINGS.contains(&name) || known.contains(name);
+        let ahead = gguf_config::ahead(&gguf, config.layers);
+        let is_known = |name: &str| {
+            gguf_config::SCALINGS.contains(&name)
+                || known.contains(name)
+                || ahead.iter().any(|layer| name.starts_with(layer))
+        };
         if let Some(name) = gguf.names().filter(|name| !is_known(name)).min() {
             bail!(
                 "{}: the tensor {name:?} has no place in the architecture {:?}",
@@ -188,7 +194,10 @@ impl Weights {
                 adapter.merge(&self.config, name, shape, &mut values)?;
                 return Ok(values);
             }
-            Source::Gguf(gguf) => gguf.read(&gguf.place(&self.config, name, shape)?)?,
+            Source::Gguf(gguf) => {
+                let values = gguf.read(&gguf.place(&self.config, name, shape)?)?;
+                gguf_delta::restored(&self.config, name, values)
+            }
         };
         Ok(match self.order(name) {
             Some(order) => layout::in_order(&values, &order, shape[1..].iter().product()),
