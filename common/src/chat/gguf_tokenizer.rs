@@ -16,6 +16,8 @@ use crate::gguf::Value;
 /// The split of Llama 3; Qwen 2 differs in the digits alone.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// As before, but marks (accents, vowel signs) are parts of words; nothing is composed before.
+const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The split of Mistral's Tekken.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// The split of GPT-4o (tiktoken's o200k_base), which Phi-4-mini has.
@@ -172,13 +174,14 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
         "glm4" => (Json::Null, split(LLAMA3), true, false),
         "hunyuan-dense" => (Json::Null, splits(&DEEPSEEK3), false, false),
         "qwen2" => (json!({"type": "NFC"}), split(QWEN2), false, false),
+        "qwen35" => (Json::Null, split(QWEN35), false, false),
         // GPT-NeoX's: OLMoE has it, too.
         "olmo" => (json!({"type": "NFC"}), bytes_step(true), false, false),
         "tekken" => (Json::Null, split(TEKKEN), true, true),
         "gpt-4o" => (Json::Null, split(O200K), false, false),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, olmo, tekken, gpt-4o): use the model's HF folder"
+             refact, llama-bpe, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, qwen35, olmo, tekken, gpt-4o): use the model's HF folder"
         ),
     })
 }
