@@ -8,6 +8,7 @@ pub mod attention;
 pub mod cap;
 pub mod decoding;
 pub mod delta;
+pub mod gated_conv;
 pub mod gemm;
 pub mod isa;
 pub mod layout;
@@ -15,6 +16,7 @@ pub mod norm;
 pub mod rope;
 mod shared;
 pub mod softmax;
+mod taps;
 pub mod team;
 
 /// Makes `v` so long. What it holds then is left to chance: it is to be written whole.

@@ -3,14 +3,15 @@
 use super::rule::{LANES, Strip, scan};
 use super::{Shape, Weights, gate, short};
 use crate::kernels::shared::Shared;
+use crate::kernels::taps::PastRows;
 use crate::kernels::team;
 
 /// It, to be carried on token by token.
 #[derive(Clone)]
 pub struct Memory {
     shape: Shape,
-    /// Rows of `[q | k | v]` before the convolution, the oldest first; none before a sequence begins.
-    past: Vec<Vec<f32>>,
+    /// Rows of `[q | k | v]` before the convolution.
+    past: PastRows,
     /// Strip by strip of every value head.
     heads: Vec<f32>,
 }
@@ -20,7 +21,7 @@ impl Memory {
     pub fn new(shape: Shape) -> Self {
         Self {
             shape,
-            past: vec![],
+            past: PastRows::default(),
             heads: vec![0.0; shape.value_heads * shape.strips() * shape.strip_len()],
         }
     }
@@ -42,16 +43,10 @@ impl Memory {
             .chunks_exact_mut(shape.qkv_width())
             .zip(gates.chunks_exact_mut(2 * shape.value_heads));
         for (raw, (qkv, gates)) in raw.chunks_exact(width).zip(each) {
-            self.past.push(raw[..shape.qkv_width()].to_vec());
-            let missing = shape.kernel.saturating_sub(self.past.len());
-            let seen = &self.past[self.past.len().saturating_sub(shape.kernel)..];
-            let taps =
-                std::iter::repeat_n(None, missing).chain(seen.iter().map(|row| Some(&row[..])));
-            short::forward(shape, weights, taps, qkv);
+            let row = raw[..shape.qkv_width()].to_vec();
+            let seen = self.past.push(row, shape.kernel);
+            short::forward(shape, weights, seen, qkv);
             short::gates(shape, weights, raw, gates);
-            if self.past.len() == shape.kernel {
-                self.past.remove(0);
-            }
         }
         let (qkv, gates) = (&qkv[..], &gates[..]);
         let mut read = vec![0.0; tokens * values];

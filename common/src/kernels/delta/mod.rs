@@ -14,6 +14,7 @@ pub use memory::Memory;
 use super::activation::{self, Activation};
 use super::layout::{Layout, Segment};
 use super::shared::Shared;
+use super::taps::Taps;
 use super::{norm, rows, team};
 use anyhow::{Result, ensure};
 use rule::{LANES, Strip, scan};
@@ -141,31 +142,6 @@ pub struct Weights<'a> {
     pub eps: f32,
 }
 
-impl<'a> Weights<'a> {
-    fn taps(&self, shape: Shape) -> impl Iterator<Item = &'a [f32]> + use<'a> {
-        self.conv.chunks_exact(shape.qkv_width())
-    }
-}
-
-/// The token that one of a segment's tokens sees so many tokens back; None before the first of its sequence.
-fn back(segment: &Segment, at: usize, by: usize) -> Option<usize> {
-    match (at.checked_sub(by), &segment.prefix) {
-        (Some(own), _) => Some(segment.tokens.start + own),
-        (None, Some(prefix)) => (prefix.end + at)
-            .checked_sub(by)
-            .filter(|t| *t >= prefix.start),
-        (None, None) => None,
-    }
-}
-
-/// For every token of a batch, its segment and its place in that.
-fn places(layout: &Layout) -> Vec<(&Segment, usize)> {
-    let segments = layout.segments().iter();
-    segments
-        .flat_map(|segment| (0..segment.tokens.len()).map(move |at| (segment, at)))
-        .collect()
-}
-
 /// Prompts with their responses.
 fn groups(layout: &Layout) -> impl Iterator<Item = &[Segment]> {
     let segments = layout.segments();
@@ -186,14 +162,14 @@ pub struct State<'a> {
 
 /// Fills the state, given the fused projection `raw` `[T, input_width]`.
 pub fn forward(layout: &Layout, shape: Shape, weights: Weights, raw: &[f32], state: State) {
-    let places = places(layout);
+    let taps = Taps::new(layout, shape.kernel);
     let width = shape.input_width();
     let raw_row = |token: usize| &raw[token * width..][..width];
     rows(state.qkv, shape.qkv_width(), |first, part| {
         let tokens = part.chunks_exact_mut(shape.qkv_width());
-        for (qkv, &(segment, at)) in tokens.zip(&places[first..]) {
-            let taps = (0..shape.kernel).rev().map(|by| back(segment, at, by));
-            short::forward(shape, &weights, taps.map(|tap| tap.map(raw_row)), qkv);
+        for (qkv, token) in tokens.zip(first..) {
+            let seen = taps.of(token).map(|tap| tap.map(raw_row));
+            short::forward(shape, &weights, seen, qkv);
         }
     });
     rows(state.gates, 2 * shape.value_heads, |first, part| {

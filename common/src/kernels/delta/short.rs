@@ -4,48 +4,24 @@
 use super::{Shape, Weights};
 use crate::kernels::isa::multiversion;
 use crate::kernels::softmax::{dot, exp};
+use crate::kernels::taps::convolve;
 
 /// Beside the sum of squares of a query or key under the root.
 const EPS: f32 = 1e-6;
-
-multiversion! {
-    /// sum += x·y, channel by channel.
-    pub fn add_products(x: &[f32], y: &[f32], sum: &mut [f32]) {
-        for ((sum, &x), &y) in sum.iter_mut().zip(x).zip(y) {
-            *sum += x * y;
-        }
-    }
-}
-
-/// The convolution of a token: `taps` are the rows of the projection that it sees, itself the last, None before the first
-/// token of all.
-fn convolve<'t>(
-    shape: Shape,
-    weights: &Weights,
-    taps: impl Iterator<Item = Option<&'t [f32]>>,
-    out: &mut [f32],
-) {
-    out.fill(0.0);
-    for (weight, tap) in weights.taps(shape).zip(taps) {
-        if let Some(row) = tap {
-            add_products(weight, &row[..out.len()], out);
-        }
-    }
-}
 
 /// 1 / √(Σ x² + ε).
 fn inverse_length(x: &[f32]) -> f32 {
     1.0 / (dot(x, x) + EPS).sqrt()
 }
 
-/// Fills a token's row of `[q | k | v]`.
+/// Fills a token's row of `[q | k | v]`: `seen` are the rows of the projection that its convolution sees.
 pub(super) fn forward<'t>(
     shape: Shape,
     weights: &Weights,
-    taps: impl Iterator<Item = Option<&'t [f32]>>,
+    seen: impl Iterator<Item = Option<&'t [f32]>>,
     qkv: &mut [f32],
 ) {
-    convolve(shape, weights, taps, qkv);
+    convolve(weights.conv, seen, qkv);
     silu(qkv);
     for (number, head) in shape.unit_heads(qkv).enumerate() {
         let scale = inverse_length(head) * shape.scale(number);
@@ -76,12 +52,12 @@ multiversion! {
 pub(super) fn backward<'t>(
     shape: Shape,
     weights: &Weights,
-    taps: impl Iterator<Item = Option<&'t [f32]>>,
+    seen: impl Iterator<Item = Option<&'t [f32]>>,
     d_qkv: &mut [f32],
     room: &mut [f32],
 ) {
     let (convolved, active) = room.split_at_mut(d_qkv.len());
-    convolve(shape, weights, taps, convolved);
+    convolve(weights.conv, seen, convolved);
     active.copy_from_slice(convolved);
     silu(active);
     let heads = shape.unit_heads(active).zip(shape.unit_heads(d_qkv));
