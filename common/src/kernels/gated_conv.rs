@@ -1,4 +1,4 @@
-//! A short convolution between two gates, as LFM2 has it in the place of attention (arXiv 2511.23404): y = c ∘ conv(b ∘ x), of the
+//! A short convolution between two gates, as LFM2 has it in the place of attention (`Lfm2ShortConv` in transformers): y = c ∘ conv(b ∘ x), of the
 //! fused projection `[b | c | x]`; forward and backward, over a packed, prefix-shared batch.
 
 use super::isa::multiversion;
