@@ -196,7 +196,7 @@ fn places(layout: &Layout) -> Vec<(&Segment, usize)> {
 }
 
 /// Prompts with their responses.
-fn groups(layout: &Layout) -> impl Iterator<Item = &[Segment]> {
+pub(crate) fn groups(layout: &Layout) -> impl Iterator<Item = &[Segment]> {
     let segments = layout.segments();
     segments.chunk_by(|_, next| next.prefix.is_some())
 }
