@@ -180,10 +180,11 @@ ROUTE_BACKWARD(route_backward_bf16, bf16);
 // queries (0: the same). `in` may be `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias`
 // [width], or null; `q_norm`, `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r;
 // below 0: none. A head is given L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple
-// of 8), at most 32. Grid (ceil(count·(query + 2·kv)·L / 256)).
+// of 8), at most 32. A row of `in` has `skipped` more elements (a multiple of `dim`) between q and k: the gates of gated
+// attention. Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
     const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    T* cache, const int* cache_rows, int count, int query, int kv, int dim)
+    T* cache, const int* cache_rows, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
 QKV_ROPE(qkv_rope_f16, f16);
@@ -195,9 +196,190 @@ QKV_ROPE(qkv_rope_f16, f16);
 // Grid (blocks): min(count, 1056). Shared memory: 512/L·dim · 4 bytes with head norms, else 0.
 #define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
     const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    float* partial, int count, int query, int kv, int dim)
+    float* partial, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float);
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16);
+
+// ---- Gates ----------------------------------------------------------------------------------------------------------
+// What is gated is [count, width]; gates, and their gradients, are columns of a fused projection, whose rows are `stride`
+// elements long. Where widths are multiples of four, so are the columns' first and `stride`.
+
+// Gated attention: out[r] = x[r]·σ(gates[r]); `out` may be `x`. Grid (count, ceil(width / 1024)).
+#define GATE(name, T) KERNEL(256, name, const T* x, const T* gates, T* out, int width, int stride)
+GATE(gate_f32, float);
+GATE(gate_bf16, bf16);
+GATE(gate_f16, f16);
+
+// Its gradient: `d`, that of out, becomes that of x, and `d_gates` that of the gates. Grid as above.
+#define GATE_BACKWARD(name, T) KERNEL(256, name, const T* x, const T* gates, T* d, T* d_gates, int width, int stride)
+GATE_BACKWARD(gate_backward_f32, float);
+GATE_BACKWARD(gate_backward_bf16, bf16);
+
+// The columns of d_qkv [count, width], [q | k | v], where rows of `d_raw` have them, `skipped` elements being left alone between
+// the `query_width` of q and k. Grid (count, ceil(width / 1024)).
+#define SPREAD_QKV(name, T) KERNEL(256, name, const T* d_qkv, T* d_raw, int query_width, int width, int skipped)
+SPREAD_QKV(spread_qkv_f32, float);
+SPREAD_QKV(spread_qkv_bf16, bf16);
+
+// Linear attention: of each of `heads` of a row, out = norm(read)·SiLU(gates), the norm an RMSNorm of `dim` elements;
+// width = heads·dim; `out` may be `read`. Grid (ceil(count·heads / 8)).
+#define GATED_NORM(name, T) KERNEL(256, name, const T* read, const T* gates, const float* weight, float eps, T* out, \
+    int count, int heads, int dim, int stride)
+GATED_NORM(gated_norm_f32, float);
+GATED_NORM(gated_norm_bf16, bf16);
+GATED_NORM(gated_norm_f16, f16);
+
+// Its gradient: `d`, that of out, becomes that of what was read, and `d_gates` that of the gates. `partial` [blocks, dim] or
+// null receives each block's part of that of `weight`. A block takes ceil(count / blocks) rows.
+// Grid (blocks): min(count, 264). Shared memory: 8·dim · 4 bytes.
+#define GATED_NORM_BACKWARD(name, T) KERNEL(256, name, const T* read, const T* gates, const float* weight, float eps, T* d, \
+    T* d_gates, float* partial, int count, int heads, int dim, int stride)
+GATED_NORM_BACKWARD(gated_norm_backward_f32, float);
+GATED_NORM_BACKWARD(gated_norm_backward_bf16, bf16);
+
+// ---- Linear attention by the gated delta rule -----------------------------------------------------------------------
+// common/src/kernels/delta says what it is. A row of the fused projection, `raw`, is [q | k | v | z | b | a]; what the rule
+// reads, `qkv` [T, qkv_width], is [q | k | v] after the convolution, queries and keys of length 1 (queries over √key_dim);
+// `gates` [T, 2·value_heads] are decays, then rates, float32.
+
+struct DeltaHeads {
+    int key_heads;
+    int value_heads; // each key head serves value_heads / key_heads
+    int key_dim;     // at most MOST_KEY_DIM
+    int value_dim;
+    int kernel;      // tokens that the convolution sees
+
+    __device__ int key_width() const { return key_heads * key_dim; }
+    __device__ int value_width() const { return value_heads * value_dim; }
+    __device__ int qkv_width() const { return 2 * key_width() + value_width(); }
+    __device__ int raw_width() const { return qkv_width() + value_width() + 2 * value_heads; }
+};
+constexpr int MOST_KEY_DIM = 128;
+
+// A segment of the batch. Those of a group follow each other, the root first.
+struct DeltaSegment {
+    int first;      // its first row
+    int rows;
+    int prefix;     // the first row of the root that it continues
+    int prefix_len; // the root's length; 0 for a root
+    int end;        // one past the last row that sees it: its own end; for a root, its last branch's
+};
+
+// qkv of `count` rows; `segment_of` [count] is the segment of each row. `conv` [qkv_width, kernel], the oldest token's first.
+// Grid (ceil(count·(2·key_heads + value_heads) / 8)).
+#define DELTA_INPUTS(name, T) KERNEL(256, name, const T* raw, const int* segment_of, const DeltaSegment* segments, \
+    const float* conv, T* qkv, int count, DeltaHeads heads)
+DELTA_INPUTS(delta_inputs_f32, float);
+DELTA_INPUTS(delta_inputs_bf16, bf16);
+DELTA_INPUTS(delta_inputs_f16, f16);
+
+// The gradient of `qkv`, `d_qkv`, becomes that of the convolution's result. Grid as above.
+#define DELTA_INPUTS_BACKWARD(name, T) KERNEL(256, name, const T* raw, const int* segment_of, const DeltaSegment* segments, \
+    const float* conv, T* d_qkv, int count, DeltaHeads heads)
+DELTA_INPUTS_BACKWARD(delta_inputs_backward_f32, float);
+DELTA_INPUTS_BACKWARD(delta_inputs_backward_bf16, bf16);
+
+// From there to columns [q | k | v] of `d_raw`: what a row gave to the convolutions that see it. Grid (count).
+#define DELTA_CONV_BACKWARD(name, T) KERNEL(256, name, const T* d_convolved, const int* segment_of, \
+    const DeltaSegment* segments, const float* conv, T* d_raw, DeltaHeads heads)
+DELTA_CONV_BACKWARD(delta_conv_backward_f32, float);
+DELTA_CONV_BACKWARD(delta_conv_backward_bf16, bf16);
+
+// And to `conv`'s: `partial` [parts, qkv_width·kernel], part by part of ceil(count / parts) rows.
+// Grid (ceil(qkv_width / 256), parts).
+#define DELTA_CONV_GRADIENT(name, T) KERNEL(256, name, const T* raw, const T* d_convolved, const int* segment_of, \
+    const DeltaSegment* segments, float* partial, int count, DeltaHeads heads)
+DELTA_CONV_GRADIENT(delta_conv_gradient_f32, float);
+DELTA_CONV_GRADIENT(delta_conv_gradient_bf16, bf16);
+
+// gates of `count` rows. Grid (ceil(count·value_heads / 256)).
+#define DELTA_GATES(name, T) KERNEL(256, name, const T* raw, const float* dt_bias, const float* a_log, float* gates, \
+    int count, DeltaHeads heads)
+DELTA_GATES(delta_gates_f32, float);
+DELTA_GATES(delta_gates_bf16, bf16);
+DELTA_GATES(delta_gates_f16, f16);
+
+// Columns [b | a] of `d_raw`, given the gradients of the decays' logarithms and of rates, `d_gates` [count, 2·value_heads].
+// `partial` [blocks, 2·value_heads] or null receives each block's part of those of [dt_bias | a_log]. A block takes
+// ceil(count / blocks) rows. Grid (blocks), any.
+#define DELTA_GATES_BACKWARD(name, T) KERNEL(256, name, const T* raw, const float* dt_bias, const float* a_log, \
+    const float* d_gates, T* d_raw, float* partial, int count, DeltaHeads heads)
+DELTA_GATES_BACKWARD(delta_gates_backward_f32, float);
+DELTA_GATES_BACKWARD(delta_gates_backward_bf16, bf16);
+
+// The walks over tokens. Memories are numbered: `memories` [*, value_heads, key_dim, value_dim], float32. Names end in the
+// storage type and the length of keys that they are made for: 32, 64, 128 (D); the smallest that is at least key_dim.
+constexpr int DELTA_COLUMNS = 16; // of a memory, to a warp
+
+struct DeltaSpan {
+    int first;  // the first row
+    int rows;   // may be 0
+    int from;   // the memory that it begins with is the sum of `froms` memories from this one on
+    int froms;
+    int to;     // where it leaves its memory behind; below 0: nowhere
+};
+
+// read [*, value_width]: what the tokens of each of `spans` find. Spans of a launch do not wait for each other.
+// Grid (value_heads·ceil(value_dim / 64), spans). Shared: 64·(2·D + 2·64 + 4).
+#define DELTA_SCAN(name, T, D) KERNEL(128, name, const T* qkv, const float* gates, const DeltaSpan* spans, \
+    float* memories, T* read, DeltaHeads heads)
+
+#define DELTA_VARIANTS_F16(kind, stem) kind(stem##_f16_32, f16, 32); kind(stem##_f16_64, f16, 64); kind(stem##_f16_128, f16, 128)
+#define DELTA_VARIANTS(kind, stem) \
+    kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); kind(stem##_f32_128, float, 128); \
+    kind(stem##_bf16_32, bf16, 32); kind(stem##_bf16_64, bf16, 64); kind(stem##_bf16_128, bf16, 128)
+DELTA_VARIANTS(DELTA_SCAN, delta_scan);
+DELTA_VARIANTS_F16(DELTA_SCAN, delta_scan);
+
+// The way back goes over the tokens three times, forth, back and forth; nothing but vectors is kept of them. Memories of roots
+// that the first pass leaves serve the third, whose spans are the same; those of the second are gradients, of what a branch
+// began with, numbered apart. `d_read` [T, value_width] is given.
+// A head's columns come in strips of 128; what sums over columns is float32 [T, value_heads, strips, key_dim].
+// Grid (value_heads·strips, spans). Shared: 64·(2·D + 2·128 + 4) + 256·D.
+constexpr int DELTA_STRIP = 128;
+
+// Forth: `lack` [T, value_width] is v − (a·S)ᵀk, what a memory lacked of a token; `d_query` that of queries.
+#define DELTA_TRACE(name, T, D) DENSE_KERNEL(256, 2, name, const T* qkv, const float* gates, const T* d_read, \
+    const DeltaSpan* spans, float* memories, float* lack, float* d_query, DeltaHeads heads)
+DELTA_VARIANTS(DELTA_TRACE, delta_trace);
+
+// Back: `d_learnt` [T, value_width] is the gradient of what a memory learnt, rate·lack; `d_key` that of keys as far as they
+// say where that goes.
+#define DELTA_BACK(name, T, D) DENSE_KERNEL(256, 2, name, const T* qkv, const float* gates, const T* d_read, const float* lack, \
+    const DeltaSpan* spans, float* memories, float* d_learnt, float* d_key, DeltaHeads heads)
+DELTA_VARIANTS(DELTA_BACK, delta_back);
+
+// Forth again: `d_key` loses what keys are owed as far as they say what is lacking.
+#define DELTA_AGAIN(name, T, D) DENSE_KERNEL(256, 2, name, const T* qkv, const float* gates, const float* lack, \
+    const float* d_learnt, const DeltaSpan* spans, float* memories, float* d_key, DeltaHeads heads)
+DELTA_VARIANTS(DELTA_AGAIN, delta_again);
+
+// What they found brought together: `d_qkv` [count, qkv_width], the rates' half of `d_gates` [count, 2·value_heads], and
+// `terms` [count, value_heads], of which the decays' half will be sums. Grid (ceil(count·key_heads / 8)).
+#define DELTA_GRADIENTS(name, T) KERNEL(256, name, const T* qkv, const float* gates, const float* lack, \
+    const float* d_learnt, const float* d_query, const float* d_key, T* d_qkv, float* terms, float* d_gates, int count, \
+    DeltaHeads heads)
+DELTA_GRADIENTS(delta_gradients_f32, float);
+DELTA_GRADIENTS(delta_gradients_bf16, bf16);
+
+// The decays' half: the sum of `terms` from a row on, over all rows that see it. Grid (value_heads, segments).
+KERNEL(256, delta_decays, const float* terms, const DeltaSegment* segments, float* d_gates, int value_heads);
+
+// Decoding: one token of each of `count` slots. Slot s goes on from memory from[s], and from the rows of [q | k | v] before the
+// convolution that lie there in `past` [*, kernel − 1, qkv_width], the oldest first; both are left as number s's.
+// Grids as for DELTA_INPUTS, and (value_heads·ceil(value_dim / 64), count) with shared memory as for DELTA_SCAN.
+#define DELTA_STEP_INPUTS(name, T) KERNEL(256, name, const T* raw, T* past, const int* from, const float* conv, T* qkv, \
+    int count, DeltaHeads heads)
+DELTA_STEP_INPUTS(delta_step_inputs_f32, float);
+DELTA_STEP_INPUTS(delta_step_inputs_bf16, bf16);
+#define DELTA_STEP(name, T, D) KERNEL(128, name, const T* qkv, const float* gates, const int* from, float* memories, \
+    T* read, DeltaHeads heads)
+DELTA_VARIANTS(DELTA_STEP, delta_step);
+
+// The last rows of each of `spans` into `past`, where it leaves its memory. Grid (ceil(qkv_width / 256), spans).
+#define DELTA_KEEP(name, T) KERNEL(256, name, const T* raw, const DeltaSpan* spans, T* past, DeltaHeads heads)
+DELTA_KEEP(delta_keep_f32, float);
+DELTA_KEEP(delta_keep_bf16, bf16);
 
 // ---- Attention over a packed, prefix-shared batch -------------------------------------------------------------------
 // Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256 (D). Take the

@@ -81,9 +81,12 @@ __device__ float head_scale(const HeadLanes& lanes, bool there, const T* x, cons
     return 1.0f / sqrtf(lanes.sum(squares) / dim + eps);
 }
 
+// How much further on a head lies in rows that have more elements between queries and keys.
+__device__ inline long long gap(int r, int head, int query, int skipped) { return (long long)(head < query ? r : r + 1) * skipped; }
+
 template <class T>
 __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, Turns by, const int* positions, T* cache,
-                         const int* cache_rows, int count, int query, int kv, int dim) {
+                         const int* cache_rows, int count, int query, int kv, int dim, int skipped) {
     const HeadLanes lanes(dim);
     // Values that are where they should be are left alone.
     int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
@@ -91,15 +94,16 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     int r = unit / heads, head = unit % heads;
     bool there = r < count, turns = head < query + kv;
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
+    const T* from = in + at + gap(r, head, query, skipped);
     const float* shift = bias ? bias + head * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
     long long angle = there && turns ? by.row(head < query, positions[r]) * half : 0;
-    float scale = norms.q ? head_scale(lanes, there && weight, in + at, shift, by.before, angle, dim, norms.eps) : 1.0f;
+    float scale = norms.q ? head_scale(lanes, there && weight, from, shift, by.before, angle, dim, norms.eps) : 1.0f;
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
     lanes.for_pairs([&](int c, auto few) {
-        auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+        auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
         if (turns) turn<1>(x, y, by.before, angle + c);
         if (weight) {
             for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
@@ -116,7 +120,7 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
 // over those in order.
 template <class T>
 __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, Turns by,
-                                  const int* positions, float* partial, int count, int query, int kv, int dim) {
+                                  const int* positions, float* partial, int count, int query, int kv, int dim, int skipped) {
     SHARED_MEMORY(float, sums);
     const HeadLanes lanes(dim);
     int turned = query + kv, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
@@ -133,15 +137,16 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
         int unit = first + own, r = first_row + unit / turned, head = unit % turned;
         bool there = unit < units;
         long long at = ((long long)r * (turned + kv) + head) * dim;
+        const T* from = in + at + gap(r, head, query, skipped);
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
         long long angle = there ? by.row(head < query, positions[r]) * half : 0;
         float scale = 1, mean = 0;
         if (norms.q) {
-            scale = head_scale(lanes, there, in + at, shift, by.before, angle, dim, norms.eps);
+            scale = head_scale(lanes, there, from, shift, by.before, angle, dim, norms.eps);
             if (there) {
                 lanes.for_pairs([&](int c, auto few) {
-                    auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+                    auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
                     auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
                     turn<1>(x, y, by.before, angle + c);
                     turn<-1>(u, v, by.after, angle + c);
@@ -158,7 +163,7 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
             auto u = few.load(d_qkv + at + c), v = few.load(d_qkv + at + c + half);
             turn<-1>(u, v, by.after, angle + c);
             if (weight) {
-                auto x = with_bias<decltype(few)>(in + at, shift, c), y = with_bias<decltype(few)>(in + at, shift, c + half);
+                auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
                 turn<1>(x, y, by.before, angle + c);
                 for (int i = 0; i < int(sizeof few / 4); ++i) {
                     x.at[i] *= scale, y.at[i] *= scale;
@@ -184,23 +189,23 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 
 QKV_ROPE(qkv_rope_f32, float) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim);
+                     query, kv, dim, skipped);
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim);
+                     query, kv, dim, skipped);
 }
 
 QKV_ROPE(qkv_rope_f16, f16) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim);
+                     query, kv, dim, skipped);
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
     device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
-                              query, kv, dim);
+                              query, kv, dim, skipped);
 }
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16) {
     device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
-                              query, kv, dim);
+                              query, kv, dim, skipped);
 }

@@ -10,7 +10,7 @@ use common::logprob::{self, Group};
 use common::model::Decoder;
 use common::weights::Weights;
 use serde_json::Value;
-use shared::{ODD_MIXTURE, device, ids, on_gpus, open};
+use shared::{DELTA, ODD_MIXTURE, device, ids, on_gpus, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -160,6 +160,7 @@ fn samples_are_the_cpus() {
         "granite",
         "olmoe",
         "granite-moe",
+        DELTA,
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;

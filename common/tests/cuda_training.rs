@@ -16,8 +16,8 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open, settings,
-    tiny_pairs,
+    DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open,
+    settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -155,7 +155,10 @@ fn gradients_of_every_parameter_are_the_cpus() {
         for (name, _, range) in cpu.params().tensors() {
             let off_by = |ours: &[f32]| off(&ours[range.clone()], &theirs[range.clone()]);
             let apart = off_by(&ours);
-            assert!(apart < 3e-5, "{family}: {name} is off by {apart}");
+            // What decays gain is little of what its sum is made of.
+            let decays = ["dt_bias", "A_log"].iter().any(|part| name.ends_with(part));
+            let tolerance = if decays { 1e-4 } else { 3e-5 };
+            assert!(apart < tolerance, "{family}: {name} is off by {apart}");
             let apart = off_by(&roughly);
             assert!(
                 apart < 0.2,
@@ -170,7 +173,7 @@ fn gradients_of_every_parameter_are_the_cpus() {
 #[test]
 fn gradients_of_adapters_are_the_cpus() {
     let device = device();
-    for family in ["llama-bias", "qwen3", "smollm", "olmoe"] {
+    for family in ["llama-bias", "qwen3", "smollm", "olmoe", DELTA] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let batch = refs(&pairs);
@@ -239,7 +242,16 @@ fn assert_near(ours: &[f64], theirs: &[f64], tolerance: f64, what: &str) {
 #[test]
 fn steps_are_the_cpus() {
     let device = device();
-    for (family, settings) in [("llama-bias", usual()), ("qwen3", adapted(usual()))] {
+    // (Its gradients are large: the margin would pass zero in a step.)
+    let slower = Settings {
+        learning_rate: 2e-4,
+        ..usual()
+    };
+    for (family, settings) in [
+        ("llama-bias", usual()),
+        ("qwen3", adapted(usual())),
+        (DELTA, slower),
+    ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let mut exact = cpu(&weights, &settings, Precision::F32);
@@ -455,8 +467,8 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     let little = 100_000;
     // A part is at least that large, or a pair.
     let least = 256;
-    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts.
-    let families = ["llama-bias", "qwen3", "olmo3", "gemma2", "olmoe"];
+    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention.
+    let families = ["llama-bias", "qwen3", "olmo3", "gemma2", "olmoe", DELTA];
     // Each kind of settings with three of them.
     let kinds = kinds().into_iter().flat_map(|kind| vec![kind; 3]);
     for (family, (settings, precision)) in families.into_iter().cycle().zip(kinds) {

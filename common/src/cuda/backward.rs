@@ -3,10 +3,11 @@
 use super::args;
 use super::batch::Shape;
 use super::decoder::{Decoder, Linear, Mlp};
+use super::delta_backward::{self, DeltaRoom};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
 use super::launches::{Scores, THREADS, head_lanes, norm_rows};
-use super::pass::Pass;
+use super::pass::{Pass, Widths};
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
@@ -39,7 +40,7 @@ pub struct LayerState {
 }
 
 /// The most blocks of `rms_norm_backward` and of `qkv_rope_backward`, each with its part of the weights' gradients.
-const NORM_BLOCKS: usize = 264;
+pub(super) const NORM_BLOCKS: usize = 264;
 const HEAD_NORM_BLOCKS: usize = 1056;
 /// Rows of a part of a bias's gradient.
 const BIAS_ROWS: usize = 64;
@@ -55,14 +56,18 @@ pub(super) struct Backward<'a> {
     pub dx_copy: Option<Buffer>,
     /// The gradient of what a sublayer gave, where there is a norm after it.
     d_given: Option<Buffer>,
-    d_qkv: Buffer,
-    d_attention: Buffer,
+    pub d_qkv: Buffer,
+    /// That of the fused projection, where it has gates; else `d_qkv` is.
+    pub d_raw: Option<Buffer>,
+    pub d_attention: Buffer,
     /// What each query head adds to the gradients of its key and value, `[T, heads, 2, dim]`, float32.
     d_heads: Buffer,
     /// Σ dO∘O of each row and head.
     delta: Buffer,
     /// Parts of sums.
-    partial: Buffer,
+    pub partial: Buffer,
+    /// What the way through linear attention needs.
+    pub delta_room: Option<DeltaRoom>,
     /// What the way through a mixture of experts needs.
     pub experts: Option<OnTheWay>,
 }
@@ -86,7 +91,7 @@ impl<'a> Backward<'a> {
         shape: &'a Shape,
         targets: usize,
     ) -> Result<Self> {
-        let (count, heads) = (shape.tokens, decoder.heads(0));
+        let (count, heads, widths) = (shape.tokens, decoder.heads(0), decoder.widths());
         let (size, hidden) = (decoder.size(), decoder.config.hidden);
         let rows = |width: usize, size: usize| decoder.device.allocate(count * width * size);
         let dx = rows(hidden, size_of::<f32>())?;
@@ -101,12 +106,17 @@ impl<'a> Backward<'a> {
                 Norms::Before => None,
                 Norms::After | Norms::Around => Some(rows(hidden, size)?),
             },
-            d_qkv: rows(heads.qkv_width(), size)?,
-            d_attention: rows(heads.q_width(), size)?,
+            d_qkv: rows(widths.qkv, size)?,
+            d_raw: match widths.gated {
+                0 => None,
+                width => Some(rows(width, size)?),
+            },
+            d_attention: rows(widths.attention, size)?,
             d_heads: rows(2 * heads.q_width(), size_of::<f32>())?,
             delta: rows(heads.query, size_of::<f32>())?,
             partial: (decoder.device)
                 .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
+            delta_room: DeltaRoom::new(decoder, count, shape.walks.as_ref())?,
             experts: OnTheWay::new(decoder, count)?,
             decoder,
             gradients,
@@ -150,7 +160,7 @@ impl<'a> Backward<'a> {
         self.bias_gradient(&places.mlp().gate_up, &pass.gate_up, self.decoder.precision)
     }
 
-    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))).
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or linear attention.
     fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let norm = (&layer.norms.after_attention, &places.norms.after_attention);
@@ -158,21 +168,70 @@ impl<'a> Backward<'a> {
         self.input_gradient(&layer.output, dy, &self.d_attention, pass)?;
         self.weight_gradient(&layer.output, &places.output, &pass.attention, dy, pass)?;
         self.given_bias_gradient(&places.output)?;
-        self.attend(i, pass)?;
-        self.rotate(i, pass)?;
-        self.norm_queries_and_keys(i, pass)?;
-        let d_qkv = self.operand(&self.d_qkv, layer.qkv.rows);
+        match (&layer.delta, &places.delta) {
+            (Some(delta), Some(places)) => self.attend_linearly(delta, places, pass)?,
+            _ => {
+                self.gate(i, pass)?;
+                self.attend(i, pass)?;
+                self.rotate(i, pass)?;
+                self.norm_queries_and_keys(i, pass)?;
+                self.spread(i)?;
+            }
+        }
+        let d_raw = self.d_raw.as_ref().unwrap_or(&self.d_qkv);
+        let dy = self.operand(d_raw, layer.qkv.rows);
         self.read(
             (&layer.qkv, &places.qkv),
             (
                 &layer.norms.before_attention,
                 &places.norms.before_attention,
             ),
-            d_qkv,
+            dy,
             x,
             pass,
         )?;
-        self.bias_gradient(&places.qkv, &self.d_qkv, self.decoder.precision)
+        self.bias_gradient(&places.qkv, d_raw, self.decoder.precision)
+    }
+
+    /// Back through the gates of attention, where there are some: `d_attention` becomes the gradient of what it gave, and `d_raw`
+    /// gets theirs.
+    fn gate(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (Some(raw), Some(read), Some(d_raw)) = (&pass.qkv_raw, &pass.read, &self.d_raw) else {
+            return Ok(());
+        };
+        let (decoder, count) = (self.decoder, self.shape.tokens);
+        let (width, stride) = (decoder.heads(i).q_width(), decoder.layers[i].qkv.rows);
+        decoder.device.launch(
+            &decoder.kernels.of_format("gate_backward"),
+            Launch::plane(count, width.div_ceil(1024), THREADS),
+            args![
+                read,
+                raw.element(width, decoder.size()),
+                &self.d_attention,
+                d_raw.element(width, decoder.size()),
+                width as i32,
+                stride as i32,
+            ],
+        )
+    }
+
+    /// The gradients of queries, keys and values go to `d_raw`, around those of gates.
+    fn spread(&self, i: usize) -> Result<()> {
+        let Some(d_raw) = &self.d_raw else {
+            return Ok(());
+        };
+        let (decoder, heads) = (self.decoder, self.decoder.heads(i));
+        decoder.device.launch(
+            &decoder.kernels.of_format("spread_qkv"),
+            Launch::plane(self.shape.tokens, heads.qkv_width().div_ceil(1024), THREADS),
+            args![
+                &self.d_qkv,
+                d_raw,
+                heads.q_width() as i32,
+                heads.qkv_width() as i32,
+                decoder.gates_between(i) as i32,
+            ],
+        )
     }
 
     /// The gradient of what a sublayer gave, as it is multiplied: that of the residual stream, or, where there is a norm after
@@ -230,7 +289,7 @@ impl<'a> Backward<'a> {
             Launch::plane(heads.query, self.shape.tile_count, tiles.threads).shared(shared),
             args![
                 &pass.qkv,
-                &pass.attention,
+                pass.read.as_ref().unwrap_or(&pass.attention),
                 &pass.lse,
                 &self.d_attention,
                 &self.delta,
@@ -294,13 +353,14 @@ impl<'a> Backward<'a> {
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
         let (cos, sin, queries) = self.shape.rotary.of(i);
+        let gated = self.decoder.config.attention_gate; // then the bias is in what is kept
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("qkv_rope_backward"),
             Launch::row(blocks, THREADS).shared(shared),
             args![
                 pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
                 &self.d_qkv,
-                layer.qkv.bias.as_ref(),
+                layer.qkv.bias.as_ref().filter(|_| !gated),
                 norms.0,
                 norms.1,
                 self.decoder.config.norm_eps,
@@ -314,6 +374,7 @@ impl<'a> Backward<'a> {
                 heads.query as i32,
                 heads.kv as i32,
                 heads.dim as i32,
+                self.decoder.gates_between(i) as i32,
             ],
         )?;
         match wanted {
@@ -526,7 +587,7 @@ impl<'a> Backward<'a> {
     }
 
     /// Adds the sum of partial results to a gradient.
-    fn add_partial(&self, parts: usize, width: usize, to: Address) -> Result<()> {
+    pub fn add_partial(&self, parts: usize, width: usize, to: Address) -> Result<()> {
         self.decoder.device.launch(
             "sum_columns_f32",
             Launch::row(width.div_ceil(32), THREADS),
@@ -552,7 +613,9 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
             most = most.max(count.min(NORM_BLOCKS) * config.heads * config.head_dim);
         }
     }
-    let qkv = (config.heads + 2 * config.kv_heads) * config.head_dim;
+    most = most.max(delta_backward::partial_elements(config, count));
+    let widths = Widths::new(config);
+    let qkv = widths.gated.max(widths.qkv);
     for (has, width) in [
         (config.qkv_bias, qkv),
         (config.o_bias, config.hidden),

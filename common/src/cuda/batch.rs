@@ -2,6 +2,7 @@
 
 use super::decoder::Decoder;
 use super::device::{Buffer, Plain};
+use super::walks::Walks;
 use crate::kernels::layout::Layout;
 use crate::kernels::rope::Rotary;
 use crate::model::Rotations;
@@ -49,6 +50,8 @@ pub struct Shape {
     /// How many.
     pub tile_count: usize,
     pub(super) rotary: Arc<Rotation>,
+    /// Of models with linear attention.
+    pub(super) walks: Option<Walks>,
 }
 
 impl Decoder {
@@ -83,6 +86,7 @@ impl Decoder {
             tile_count: tiles.len(),
             tiles: self.device.buffer_of(&tiles)?,
             rotary: self.rotation(layout.longest())?,
+            walks: self.walks(layout)?,
         })
     }
 }

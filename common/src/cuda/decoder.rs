@@ -1,10 +1,12 @@
 //! A model's weights on the device. What is done with them is in `pass` and `backward`.
 
 use super::batch::Rotation;
+use super::delta::{self, Delta};
 use super::device::{Buffer, Device, Precision, bytes_of};
 use super::experts::{self, Mixture};
 use super::launches::{AttentionTiles, Kernels};
 use super::lora::LowRank;
+use super::pass::Widths;
 use crate::kernels::layout::Heads;
 use crate::model::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use crate::weights::Config;
@@ -34,6 +36,8 @@ pub(super) struct Layer {
     pub norms: LayerNorms<Buffer>,
     pub qkv: Linear,
     pub qk_norms: Option<(Buffer, Buffer)>,
+    /// Linear attention in the place of attention.
+    pub delta: Option<Delta>,
     pub output: Linear,
     pub mlp: Mlp,
 }
@@ -78,13 +82,9 @@ impl Decoder {
     /// Fails for models that there are no kernels for.
     ///
     /// # Errors
-    /// Experts that are too many, or of odd sizes; linear or gated attention.
+    /// Experts that are too many, or of odd sizes; linear attention with keys that are too long.
     pub fn check(config: &Config) -> Result<()> {
-        ensure!(
-            !config.attention_gate && config.deltas.iter().all(Option::is_none),
-            "{} has linear attention, which runs on a CPU only so far: use --device cpu",
-            config.model_type
-        );
+        delta::check(config)?;
         experts::check(config)
     }
 
@@ -125,11 +125,10 @@ impl Decoder {
         working: &Buffer,
     ) -> Result<Self> {
         Self::build(device, config, precision, |span, format| {
-            // Products of experts read 16 bytes, others four elements.
-            let whole = if config.experts.is_some() { 8 } else { 4 };
+            // Products of experts read 16 bytes; what else is read in vectors, the embedding, begins everything.
             ensure!(
-                span.range.start.is_multiple_of(whole),
-                "{:?} does not begin at a multiple of {whole} elements, as training on a GPU wants it: use --device cpu",
+                config.experts.is_none() || span.range.start.is_multiple_of(8),
+                "{:?} does not begin at a multiple of 8 elements, as training experts on a GPU wants it: use --device cpu",
                 span.tensors[0].0
             );
             let flat = match format {
@@ -171,6 +170,9 @@ impl Decoder {
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
+                delta: (p.delta.as_ref())
+                    .map(|p| Delta::new(p, vector))
+                    .transpose()?,
                 output: linear(&p.output)?,
                 mlp: match (config.experts, &p.router) {
                     (Some(how), Some(router)) => {
@@ -211,6 +213,11 @@ impl Decoder {
     /// Bytes of a number of weights and activations.
     pub fn size(&self) -> usize {
         bytes_of(self.precision)
+    }
+
+    /// The widths of what its layers have on their way.
+    pub(super) fn widths(&self) -> Widths {
+        Widths::new(&self.config)
     }
 
     /// The largest rank of its adapters; 0 where it has none.

@@ -1,6 +1,7 @@
 //! Generation on the device: all sequences take a step together, as one captured graph.
 //!
-//! Keys and values lie in pages. A prompt's are stored once, for all of its samples; a sequence takes a page when its last
+//! Keys and values lie in pages; linear attention has a memory for each slot, and one for each prompt, from which its samples go
+//! on as they draw from its logits. A prompt's are stored once, for all of its samples; a sequence takes a page when its last
 //! is full. Where none is left, those that are last in the line give theirs back and start over later: their draws are the
 //! same then. A step draws a token for each sequence from the logits that are there and runs those tokens; only the tokens
 //! and who is done come back. Prompts run together, filled up to a fixed number of rows, and a step always runs all slots,
@@ -19,6 +20,7 @@ use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence,
     Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,
 };
+use super::walks::DeltaSpan;
 use crate::generate::{Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
 use crate::jsonl::FinishReason;
 use crate::kernels::layout::Layout;
@@ -249,11 +251,11 @@ impl<'a> Generator<'a> {
         let (decoder, memory) = (self.decoder, &self.memory);
         let device = &decoder.device;
         let rows = device.buffer_of(&batch.rows)?;
+        let spans = device.buffer_of(&self.spans(&batch, groups))?;
         let shape = decoder.shape(&batch.layout)?;
         let pass = decoder.pass(batch.tokens.len())?;
         decoder.forward(&shape, &batch.tokens, &pass, |i| {
-            let cache = memory.layer(i);
-            Some(CacheRows { cache, rows: &rows })
+            Some(memory.kept(i, &rows, &spans))
         })?;
         let last = device.buffer_of(&batch.last)?;
         decoder.final_norm(&pass.x, Some(&last), PROMPTS, &pass.normed)?;
@@ -271,6 +273,18 @@ impl<'a> Generator<'a> {
             logits(&memory.logits, table).copy_from(&from, from.bytes())?;
         }
         Ok(())
+    }
+
+    /// What linear attention walks over: each prompt, to the memory of its table, and what belongs to nobody.
+    fn spans(&self, batch: &Prompts, groups: &[usize]) -> Vec<DeltaSpan> {
+        let mut spans: Vec<_> = (batch.layout.segments().iter())
+            .map(DeltaSpan::over)
+            .collect();
+        for (span, &group) in spans.iter_mut().zip(groups) {
+            let table = self.groups.group(group).own.table;
+            span.to = table.expect("just given") as i32;
+        }
+        spans
     }
 
     /// Brings what changed to the device.
@@ -386,10 +400,19 @@ impl<'a> Generator<'a> {
         )?;
         let pass = &memory.pass;
         decoder.embed(&memory.state, slots, &pass.x)?;
-        for i in 0..config.layers {
-            let rows = memory.cache_rows(i);
-            decoder.project_rows(i, slots, &memory.positions, &self.rotary, pass, Some(rows))?;
-            self.attend(i, prompts)?;
+        for (i, layer) in decoder.layers.iter().enumerate() {
+            if let (Some(delta), Some(memories)) = (&layer.delta, memory.memories(i)) {
+                decoder.project_raw(i, slots, pass)?;
+                decoder.step_linearly(delta, slots, &memory.logit_rows, memories, pass)?;
+            } else {
+                let cache = CacheRows {
+                    cache: memory.cache_of(i),
+                    rows: &memory.cache_rows,
+                };
+                let positions = &memory.positions;
+                decoder.project_rows(i, slots, positions, &self.rotary, pass, Some(cache))?;
+                self.attend(i, prompts)?;
+            }
             decoder.finish(i, slots, pass)?;
         }
         decoder.final_norm(&pass.x, None, slots, &memory.normed)?;
@@ -416,7 +439,7 @@ impl<'a> Generator<'a> {
             launch.shared(3 * tiles.rows * tiles.pitch + tiles.extra),
             args![
                 &memory.pass.qkv,
-                memory.layer(layer),
+                memory.cache_of(layer),
                 &memory.partial,
                 &memory.partial_lse,
                 &memory.sequences,
@@ -448,7 +471,8 @@ impl<'a> Generator<'a> {
                 rows as i32,
                 heads.dim as i32,
             ],
-        )
+        )?;
+        decoder.gate(layer, slots, &memory.pass)
     }
 
     /// Runs a step: once as it comes, then captured, then as a graph.

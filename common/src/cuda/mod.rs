@@ -7,6 +7,8 @@
 mod backward;
 mod batch;
 mod decoder;
+mod delta;
+mod delta_backward;
 mod device;
 #[cfg(feature = "cuda")]
 mod driver;
@@ -26,6 +28,7 @@ mod reward;
 mod scoring;
 mod slots;
 mod training;
+mod walks;
 
 pub use backward::Gradients;
 pub use batch::Shape;

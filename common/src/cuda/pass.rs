@@ -3,6 +3,7 @@
 use super::args;
 use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
+use super::delta::Memories;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{Routes, rows_each};
 use super::launches::{Scores, THREADS, head_lanes, norm_rows};
@@ -17,11 +18,15 @@ pub struct Pass {
     pub x: Buffer,
     /// A norm's output.
     pub normed: Buffer,
-    /// The fused projection before its norms and rotation, where it is to be kept; else `qkv` has it meanwhile.
+    /// The fused projection before its norms and rotation, where it is to be kept or has gates; else `qkv` has it meanwhile.
     pub qkv_raw: Option<Buffer>,
-    /// `[q | k | v]` after bias, norms and rotation.
+    /// `[q | k | v]` after bias, norms and rotation; of linear attention as its rule reads them.
     pub qkv: Buffer,
-    /// Attention's result.
+    /// Of linear attention, decays and rates, float32.
+    pub gates: Option<Buffer>,
+    /// What attention or linear attention gives before it is gated, where it is.
+    pub read: Option<Buffer>,
+    /// What the output projection of attention or linear attention reads.
     pub attention: Buffer,
     /// Log-sum-exp of the scores, `[T, heads]`, float32.
     pub lse: Buffer,
@@ -46,32 +51,107 @@ pub(super) struct CacheRows<'a> {
     pub rows: &'a Buffer,
 }
 
+/// The widths of what layers have on their way, of whichever it is widest in.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Widths {
+    /// The fused projection, where some layer has gates in it; else 0.
+    pub gated: usize,
+    /// `[q | k | v]`.
+    pub qkv: usize,
+    /// What is read by the output projection.
+    pub attention: usize,
+    /// Decays and rates of linear attention.
+    pub gates: usize,
+}
+
+impl Widths {
+    pub fn new(c: &Config) -> Self {
+        let mut widths = Self::default();
+        for (i, delta) in c.deltas.iter().enumerate() {
+            let heads = c.heads_of(i);
+            let own = match delta {
+                Some(shape) => Self {
+                    gated: shape.input_width(),
+                    qkv: shape.qkv_width(),
+                    attention: shape.value_width(),
+                    gates: 2 * shape.value_heads,
+                },
+                None => Self {
+                    gated: match c.attention_gate {
+                        true => heads.qkv_width() + heads.q_width(),
+                        false => 0,
+                    },
+                    qkv: heads.qkv_width(),
+                    attention: heads.q_width(),
+                    gates: 0,
+                },
+            };
+            widths = Self {
+                gated: widths.gated.max(own.gated),
+                qkv: widths.qkv.max(own.qkv),
+                attention: widths.attention.max(own.attention),
+                gates: widths.gates.max(own.gates),
+            };
+        }
+        widths
+    }
+
+    /// The fused projection, where it is kept for the way back: norms want it, too.
+    pub fn raw(&self, c: &Config) -> usize {
+        match c.qk_norm {
+            Some(_) => self.gated.max(self.qkv),
+            None => self.gated,
+        }
+    }
+
+    /// What is read before it is gated.
+    pub fn read(&self) -> usize {
+        match self.gated {
+            0 => 0,
+            _ => self.attention,
+        }
+    }
+}
+
+/// What a layer leaves of a pass for those that come later.
+pub(super) enum Kept<'a> {
+    /// Keys and values.
+    Keys(CacheRows<'a>),
+    /// The memories that spans (of the device) end with.
+    Memories(&'a Memories, &'a Buffer),
+}
+
 impl Decoder {
     /// The bytes that a pass of such a model takes for each token.
     pub fn pass_bytes(c: &Config, precision: Precision) -> usize {
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let in_format = c.hidden + (q + 2 * kv) + q + 3 * c.ffn * rows_each(c);
+        let widths = Widths::new(c);
+        let mixed = widths.gated + widths.qkv + widths.attention;
+        let in_format = c.hidden + mixed + 3 * c.ffn * rows_each(c);
         let streams = if c.norms == Norms::Before { 1 } else { 2 };
         let (routes, given) = Routes::bytes(c, precision);
         in_format * bytes_of(precision)
-            + (streams * c.hidden + c.heads) * size_of::<f32>()
+            + (streams * c.hidden + c.heads + widths.gates) * size_of::<f32>()
             + routes
             + given
     }
 
     /// Room for the activations of so many tokens.
     pub fn pass(&self, tokens: usize) -> Result<Pass> {
-        let (c, heads) = (&self.config, self.heads(0));
+        let (c, widths) = (&self.config, self.widths());
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        let some = |width: usize, size: usize| (width > 0).then(|| rows(width, size)).transpose();
         // Both sublayers are done with it before the next begins.
         let given = self.room_for_given(tokens)?;
+        let attention = rows(widths.attention, self.size())?;
         Ok(Pass {
             x: rows(c.hidden, size_of::<f32>())?,
             normed: rows(c.hidden, self.size())?,
-            qkv_raw: None,
-            qkv: rows(heads.qkv_width(), self.size())?,
-            attention: rows(heads.q_width(), self.size())?,
-            lse: rows(heads.query, size_of::<f32>())?,
+            qkv_raw: some(widths.gated, self.size())?,
+            qkv: rows(widths.qkv, self.size())?,
+            gates: some(widths.gates, size_of::<f32>())?,
+            read: (widths.gated > 0).then(|| attention.clone()), // it is gated where it is
+            attention,
+            lse: rows(c.heads, size_of::<f32>())?,
             output: given.clone(),
             gate_up: rows(2 * c.ffn * rows_each(c), self.size())?,
             inner: rows(c.ffn * rows_each(c), self.size())?,
@@ -103,41 +183,62 @@ impl Decoder {
         )
     }
 
-    /// The residual stream after the last layer is left in `pass.x`. `cache` says where a layer's keys and values go
-    /// beside the pass.
-    pub(super) fn forward<'c>(
+    /// The residual stream after the last layer is left in `pass.x`. `kept` says what a layer leaves beside the pass.
+    pub(super) fn forward<'k>(
         &self,
         shape: &Shape,
         tokens: &[u32],
         pass: &Pass,
-        cache: impl Fn(usize) -> Option<CacheRows<'c>>,
+        kept: impl Fn(usize) -> Option<Kept<'k>>,
     ) -> Result<()> {
         assert_eq!(shape.tokens, tokens.len());
         let tokens = self.device.buffer_of(tokens)?;
         self.embed(&tokens, shape.tokens, &pass.x)?;
         for i in 0..self.layers.len() {
-            self.project(i, shape, pass, cache(i))?;
-            self.attend(i, shape, pass)?;
+            self.mix(i, shape, pass, kept(i))?;
             self.finish(i, shape.tokens, pass)?;
         }
         Ok(())
     }
 
-    pub(super) fn project(
+    /// Attention or linear attention of layer `i`: from `pass.x` to `pass.attention`.
+    pub(super) fn mix(
         &self,
         i: usize,
         shape: &Shape,
         pass: &Pass,
-        cache: Option<CacheRows>,
+        kept: Option<Kept>,
     ) -> Result<()> {
-        self.project_rows(
-            i,
-            shape.tokens,
-            &shape.positions,
-            &shape.rotary,
-            pass,
-            cache,
-        )
+        let count = shape.tokens;
+        if let Some(delta) = &self.layers[i].delta {
+            self.project_raw(i, count, pass)?;
+            return self.attend_linearly(delta, shape, pass, kept);
+        }
+        let cache = match kept {
+            Some(Kept::Keys(cache)) => Some(cache),
+            _ => None,
+        };
+        self.project_rows(i, count, &shape.positions, &shape.rotary, pass, cache)?;
+        self.attend(i, shape, pass)
+    }
+
+    /// The fused projection of layer `i`, of which `pass.x` is the input, its bias left out: where that is to be kept or has
+    /// gates, else in the place of `pass.qkv`.
+    pub(super) fn project_raw<'p>(
+        &self,
+        i: usize,
+        count: usize,
+        pass: &'p Pass,
+    ) -> Result<&'p Buffer> {
+        let layer = &self.layers[i];
+        let norm = layer.norms.before_attention.as_ref();
+        self.read(&pass.x, norm, count, &pass.normed)?;
+        let raw = match self.config.qk_norm {
+            Some(QkNorm::Rows) => &pass.qkv,
+            _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
+        };
+        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
+        Ok(raw)
     }
 
     /// The part of layer `i` before attention: from `pass.x` to `pass.qkv`, each row at its position.
@@ -151,14 +252,13 @@ impl Decoder {
         cache: Option<CacheRows>,
     ) -> Result<()> {
         let (layer, heads, eps) = (&self.layers[i], self.heads(i), self.config.norm_eps);
-        let norm = layer.norms.before_attention.as_ref();
-        self.read(&pass.x, norm, count, &pass.normed)?;
-        let raw = match self.config.qk_norm {
-            Some(QkNorm::Rows) => &pass.qkv,
-            _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
-        };
-        self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
+        let raw = self.project_raw(i, count, pass)?;
         let mut bias = layer.qkv.bias.as_ref();
+        if self.config.attention_gate
+            && let Some(bias) = bias.take()
+        {
+            self.bias(&self.kernels.add_bias, raw, bias, count, layer.qkv.rows)?; // gates have one, too
+        }
         let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
             (Some((q, k)), Some(how)) if how.by_heads() => (q.address(), k.address()),
             (Some(norms), Some(_)) => {
@@ -193,8 +293,17 @@ impl Decoder {
                 heads.query as i32,
                 heads.kv as i32,
                 heads.dim as i32,
+                self.gates_between(i) as i32,
             ],
         )
+    }
+
+    /// Elements of gates between the queries and the keys of layer `i`.
+    pub(super) fn gates_between(&self, i: usize) -> usize {
+        match self.config.attention_gate {
+            true => self.heads(i).q_width(),
+            false => 0,
+        }
     }
 
     /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
@@ -233,7 +342,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`.
+    /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`, its gates from `pass.qkv_raw`.
     pub fn attend(&self, i: usize, shape: &Shape, pass: &Pass) -> Result<()> {
         let (heads, tiles) = (self.heads(i), self.attention_tiles());
         let launch = Launch::plane(heads.query, shape.tile_count, tiles.threads)
@@ -243,7 +352,7 @@ impl Decoder {
             launch,
             args![
                 &pass.qkv,
-                &pass.attention,
+                pass.read.as_ref().unwrap_or(&pass.attention),
                 &pass.lse,
                 &shape.tiles,
                 heads.query as i32,
@@ -251,6 +360,26 @@ impl Decoder {
                 heads.dim as i32,
                 heads.window.unwrap_or(0) as i32,
                 Arg::plain(Scores::of(heads)),
+            ],
+        )?;
+        self.gate(i, shape.tokens, pass)
+    }
+
+    /// Gated attention: from `pass.read` to `pass.attention`. Nothing where layer `i` has no gates.
+    pub(super) fn gate(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
+        let (Some(raw), Some(read)) = (&pass.qkv_raw, &pass.read) else {
+            return Ok(());
+        };
+        let (width, stride) = (self.heads(i).q_width(), self.layers[i].qkv.rows);
+        self.device.launch(
+            &self.kernels.of_format("gate"),
+            Launch::plane(count, width.div_ceil(1024), THREADS),
+            args![
+                read,
+                raw.element(width, self.size()),
+                &pass.attention,
+                width as i32,
+                stride as i32,
             ],
         )
     }

@@ -3,6 +3,7 @@
 
 use super::args;
 use super::decoder::Decoder;
+use super::delta::memories_bytes;
 use super::device::{Buffer, Device, Launch, Precision, bytes_of};
 use super::launches::THREADS;
 use crate::logprob::{Batch, Group, PassLimits, in_parts};
@@ -52,6 +53,7 @@ impl Decoder {
 /// Tokens of the longest forward pass that `free` bytes have room for beside a model, its logits included.
 pub fn most_tokens(config: &Config, precision: Precision, free: usize) -> usize {
     let free = free / 10 * 9; // the rest is for the rounding of allocations
+    let free = free.saturating_sub(memories_bytes(config));
     // Rows that meet the LM head are at most as many as the tokens, and their logits come in tiles.
     let each = Decoder::pass_bytes(config, precision) + config.hidden * bytes_of(precision);
     let logits = config.vocab * size_of::<f32>();

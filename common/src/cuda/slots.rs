@@ -1,9 +1,11 @@
 //! What sequences have on the device while they are generated, and how its memory is shared out among them.
 
 use super::decoder::Decoder;
+use super::delta::Memories;
 use super::device::{Address, Buffer, Plain};
-use super::pass::{CacheRows, Pass};
+use super::pass::{CacheRows, Kept, Pass};
 use crate::generate::Sampling;
+use crate::weights::Config;
 use anyhow::{Result, bail};
 
 /// A slot that nobody uses, or whose sequence the host has ended.
@@ -76,11 +78,21 @@ pub fn tables(slots: usize) -> usize {
     2 * slots + PROMPTS
 }
 
+/// What a layer has of sequences.
+enum Layer {
+    /// Keys and values: which of the layers' caches.
+    Keys(usize),
+    /// A memory for each table.
+    Memories(Memories),
+}
+
 /// What slots have on the device; each is `[slots]` of int32 unless it is said otherwise.
 pub struct Slots {
-    /// `[layers][pages · PAGE, 2 · kv · dim]`.
+    /// `[layers with attention][pages · PAGE, 2 · kv · dim]`.
     cache: Buffer,
     layer_bytes: usize,
+    /// What each layer has of a sequence.
+    layers: Vec<Layer>,
     /// Of which `state` and what the host gives are parts.
     block: Buffer,
     /// `[tables, most pages]`; table s is slot s's own, the others are prompts'.
@@ -103,7 +115,8 @@ pub struct Slots {
     pub seen: Option<Buffer>,
     pub ends: Buffer,
     pub end_count: usize,
-    /// `[slots + prompts' tables, vocab]`, float32: of the slots, then of prompts that wait for their first draws.
+    /// `[slots + prompts' tables, vocab]`, float32: of the slots, then of prompts that wait for their first draws. Memories of
+    /// linear attention have the same rows.
     pub logits: Buffer,
     /// `[PROMPTS, vocab]`, float32: of a pass over prompts.
     pub after_prompts: Buffer,
@@ -148,8 +161,8 @@ pub struct Sizes {
     slot: usize,
     /// Of the pass over a prompt.
     row: usize,
-    /// What such a pass takes besides its rows.
-    logits: usize,
+    /// What prompts of such a pass take besides its rows.
+    prompts: usize,
 }
 
 /// How a device's memory is shared out.
@@ -171,18 +184,21 @@ impl Sizes {
             Decoder::pass_bytes(config, decoder.precision),
         );
         let tables = if config.query_growth.is_some() { 2 } else { 1 };
+        let memory = Memories::table_bytes(config, decoder.size());
         let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (heads.dim + 1);
         Self {
-            page: PAGE * row * config.layers,
+            page: (PAGE * row * layers_with_keys(config)).max(1),
             own_pages: capacity.div_ceil(PAGE),
             prompt_pages: config.context.div_ceil(PAGE),
             // Beside activations a row has its token, position and place, and two tables of rotations are there while
             // the longer one is made.
             row: pass + (4 + 2 * heads.dim * tables) * float,
-            // They exist twice.
-            logits: 2 * PROMPTS * config.vocab * float,
+            // Logits exist twice.
+            prompts: PROMPTS * (2 * config.vocab * float + memory),
+            // It has logits and memories, and its prompt may have some.
             slot: pass
                 + (2 * config.vocab + partials) * float
+                + 2 * memory
                 + if seen { config.vocab / 8 } else { 0 },
         }
     }
@@ -190,7 +206,7 @@ impl Sizes {
     /// How many slots, and how many pages for them and their prompts. Responses are rarely of the longest kind: slots count
     /// on a part of one, and where that is too few, some wait.
     pub fn share_out(&self, free: usize, wanted: Option<usize>) -> Result<Shares> {
-        let run = PROMPT_ROWS * self.row + self.logits;
+        let run = PROMPT_ROWS * self.row + self.prompts;
         let usable = free.saturating_sub(run.max(free / 5)); // prompts run in the rest
         let prompt = self.prompt_pages.min(PROMPT.div_ceil(PAGE));
         let longest = self.own_pages + prompt;
@@ -213,9 +229,13 @@ impl Sizes {
         Ok(Shares {
             slots,
             pages,
-            rows: (rest.saturating_sub(self.logits) / self.row).max(PROMPT_ROWS),
+            rows: (rest.saturating_sub(self.prompts) / self.row).max(PROMPT_ROWS),
         })
     }
+}
+
+fn layers_with_keys(config: &Config) -> usize {
+    config.deltas.iter().filter(|delta| delta.is_none()).count()
 }
 
 /// Parts that a sequence's own keys are read in side by side, a warp each: more where sequences are few.
@@ -256,9 +276,15 @@ impl Slots {
         // Of 32-bit numbers, one after the other: see `give`.
         let block = numbers((7 + SEQUENCE) * slots + TILE * most_tiles)?;
         let of_slots = |first: usize| block.part(first * slots, slots, size_of::<i32>());
+        let mut with_keys = 0..;
+        let layer = |delta: &Option<_>| match delta {
+            None => Ok(Layer::Keys(with_keys.next().expect("numbers go on"))),
+            Some(shape) => Memories::new(decoder, *shape, tables).map(Layer::Memories),
+        };
         Ok(Self {
-            cache: device.allocate(layer_bytes * config.layers)?,
+            cache: device.allocate(layer_bytes * layers_with_keys(config))?,
             layer_bytes,
+            layers: config.deltas.iter().map(layer).collect::<Result<_>>()?,
             tables: numbers(tables * most)?,
             state: block.part(0, 3 * slots, size_of::<i32>()),
             logps: of_slots(1),
@@ -306,15 +332,30 @@ impl Slots {
         self.block.write(2 * slots, &numbers)
     }
 
-    /// A layer's cache.
-    pub fn layer(&self, i: usize) -> Address {
-        self.cache.element(i, self.layer_bytes)
+    /// What layer `i` keeps of a pass: keys and values in these rows of its cache, or the memories that these spans leave.
+    pub fn kept<'a>(&'a self, i: usize, rows: &'a Buffer, spans: &'a Buffer) -> Kept<'a> {
+        match &self.layers[i] {
+            Layer::Keys(_) => Kept::Keys(CacheRows {
+                cache: self.cache_of(i),
+                rows,
+            }),
+            Layer::Memories(memories) => Kept::Memories(memories, spans),
+        }
     }
 
-    pub fn cache_rows(&self, layer: usize) -> CacheRows<'_> {
-        CacheRows {
-            cache: self.layer(layer),
-            rows: &self.cache_rows,
+    /// The cache of a layer with attention.
+    pub fn cache_of(&self, i: usize) -> Address {
+        match self.layers[i] {
+            Layer::Keys(number) => self.cache.element(number, self.layer_bytes),
+            Layer::Memories(_) => unreachable!("it has no keys"),
+        }
+    }
+
+    /// The memories of a layer with linear attention.
+    pub fn memories(&self, i: usize) -> Option<&Memories> {
+        match &self.layers[i] {
+            Layer::Keys(_) => None,
+            Layer::Memories(memories) => Some(memories),
         }
     }
 }

@@ -7,11 +7,12 @@ use super::args;
 use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
 use super::batch::Shape;
 use super::decoder::Decoder;
+use super::delta_backward::DeltaRoom;
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{OnTheWay, Routes, rows_each};
 use super::launches::THREADS;
 use super::optimizer::elements;
-use super::pass::Pass;
+use super::pass::{Pass, Widths};
 use super::scoring::{Predicting, TargetLogps, tile};
 use crate::kernels::cap;
 use crate::logprob::Batch;
@@ -224,18 +225,18 @@ impl Decoder {
     /// Room for the activations that a layer's backward pass reads. With `shared`, `normed`, `inner`, `low_rank` and what experts
     /// give, which it makes again, are that pass's.
     fn training_pass(&self, tokens: usize, shared: Option<&Pass>) -> Result<Pass> {
-        let (c, heads) = (&self.config, self.heads(0));
+        let (c, widths) = (&self.config, self.widths());
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
+        let some = |width: usize, size: usize| (width > 0).then(|| rows(width, size)).transpose();
         let (float, size) = (size_of::<f32>(), self.size());
         Ok(Pass {
             x: rows(c.hidden, float)?,
-            qkv_raw: match c.qk_norm {
-                Some(_) => Some(rows(heads.qkv_width(), size)?),
-                None => None,
-            },
-            qkv: rows(heads.qkv_width(), size)?,
-            attention: rows(heads.q_width(), size)?,
-            lse: rows(heads.query, float)?,
+            qkv_raw: some(widths.raw(c), size)?,
+            qkv: rows(widths.qkv, size)?,
+            gates: some(widths.gates, float)?,
+            read: some(widths.read(), size)?,
+            attention: rows(widths.attention, size)?,
+            lse: rows(c.heads, float)?,
             output: self.room_for_given(tokens)?,
             down: self.room_for_given(tokens)?,
             gate_up: rows(2 * c.ffn * rows_each(c), size)?,
@@ -259,8 +260,7 @@ impl Decoder {
     /// Layer `i` from its input `x` as far as its backward pass needs it; `pass.x` is the stream after attention.
     fn activations(&self, i: usize, shape: &Shape, x: &Buffer, pass: &Pass) -> Result<()> {
         pass.x.copy_from(x, x.bytes())?;
-        self.project(i, shape, pass, None)?;
-        self.attend(i, shape, pass)?;
+        self.mix(i, shape, pass, None)?;
         self.widen(i, shape.tokens, pass)
     }
 
@@ -338,7 +338,7 @@ impl Footprint<'_> {
             Precision::F32 => 0,
             Precision::Bf16 | Precision::F16 => size,
         };
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let (q, widths) = (c.heads * c.head_dim, Widths::new(c));
         // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.
         let copied = match c.norms {
             Norms::Before => rounded,
@@ -348,11 +348,13 @@ impl Footprint<'_> {
         let streams = (c.layers + 1) * c.hidden * float;
         let (_, given) = Routes::bytes(c, self.precision);
         let shared = (c.hidden + c.ffn * rows_each(c) + self.rank) * size + given;
+        let (of_deltas, memories) = DeltaRoom::bytes(c);
         let gradients = (c.hidden + c.heads + 2 * q) * float
             + c.hidden * copied
-            + (2 * q + 2 * kv) * size
-            + OnTheWay::bytes(c, self.precision);
-        let numbers = 4 * float; // tokens, positions, the order of rows
+            + (widths.qkv + widths.gated + widths.attention) * size
+            + OnTheWay::bytes(c, self.precision)
+            + of_deltas;
+        let numbers = 5 * float; // tokens, positions, segments, the order of rows
         let of_tokens = tokens * (streams + shared + gradients + numbers);
         // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.
         let of_targets =
@@ -360,20 +362,19 @@ impl Footprint<'_> {
         let (rows, words) = tile(targets, c.vocab);
         let logits = rows * words * (float + rounded);
         let layers = (whole + 1) * tokens * self.layer();
-        of_tokens + of_targets + logits + layers + partial_bytes(c, tokens.max(targets))
+        let partial = partial_bytes(c, tokens.max(targets));
+        of_tokens + of_targets + logits + layers + partial + memories
     }
 
     /// The activations of a layer for each token.
     fn layer(&self) -> usize {
-        let c = self.config;
+        let (c, widths) = (self.config, Widths::new(self.config));
         let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
-        let q = c.heads * c.head_dim;
-        let qkv = q + 2 * c.kv_heads * c.head_dim;
-        let raw = if c.qk_norm.is_some() { qkv } else { 0 };
+        let mixed = widths.raw(c) + widths.qkv + widths.read() + widths.attention;
         let streams = if c.norms == Norms::Before { 1 } else { 3 };
         let (routes, _) = Routes::bytes(c, self.precision);
-        let in_format = raw + qkv + q + 2 * c.ffn * rows_each(c);
-        (streams * c.hidden + c.heads) * float + in_format * size + routes
+        let in_format = mixed + 2 * c.ffn * rows_each(c);
+        (streams * c.hidden + c.heads + widths.gates) * float + in_format * size + routes
     }
 
     /// The most tokens that a part may have in `free` bytes, all of them targets and all activations made again.

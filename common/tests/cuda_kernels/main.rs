@@ -9,8 +9,10 @@ mod kernels;
 
 mod attention;
 mod decode;
+mod delta;
 mod device;
 mod experts;
+mod gate;
 mod logprob;
 mod rows;
 mod sample;

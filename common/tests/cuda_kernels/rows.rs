@@ -317,17 +317,26 @@ fn activations_are_kept_small_in_half_precision() {
     assert_close("activation", &out, &[90_000.0 / 64.0, small], 1.0);
 }
 
-/// Everything between the projection and attention, with and without biases, head norms and rotation, in either order.
+/// Rows `[q | k | v]` with something else between queries and keys.
+fn spaced<T: Element>(rows: &[T], width: usize, queries: usize, skipped: usize) -> Vec<T> {
+    let spaced = rows.chunks_exact(width).flat_map(|row| {
+        let (q, kv) = row.split_at(queries);
+        [q, &unwritten(skipped), kv].concat()
+    });
+    spaced.collect()
+}
+
+/// Everything between the projection and attention, with and without biases, head norms and rotation, in either order, and gates.
 fn rotation<T: Element>() {
-    for (dim, biased, normed, cached, turned, norms_last, grown) in [
-        (64, true, true, true, true, false, false),
-        (64, true, true, true, true, true, false),
-        (6, false, false, true, true, false, true),
-        (16, false, true, false, true, false, true),
-        (6, false, true, false, true, true, true),
-        (96, true, false, false, true, false, false),
-        (64, false, false, true, false, false, false),
-        (16, true, true, false, false, false, false),
+    for (dim, biased, normed, cached, turned, norms_last, grown, gated) in [
+        (64, true, true, true, true, false, false, false),
+        (64, true, true, true, true, true, false, true),
+        (6, false, false, true, true, false, true, true),
+        (16, false, true, false, true, false, true, true),
+        (6, false, true, false, true, true, true, false),
+        (96, true, false, false, true, false, false, false),
+        (64, false, false, true, false, false, false, false),
+        (16, true, true, false, false, false, false, false),
     ] {
         let (query, kv, count) = (3, 1, 5);
         let width = (query + 2 * kv) * dim;
@@ -356,6 +365,8 @@ fn rotation<T: Element>() {
         let (cos, sin) = (turned.then_some(&cos), turned.then_some(&sin));
         let cache_rows = vec![4, -1, 0, 6, 2i32];
         let d_out: Vec<T> = noise(count * width, 5);
+        let skipped = if gated { query * dim } else { 0 };
+        let rows = spaced(&input, width, query * dim, skipped);
         let sizes = [query as i32, kv as i32, dim as i32];
         let (q_norm, k_norm) = (norms.as_ref().map(|n| &n.0), norms.as_ref().map(|n| &n.1));
         let each: usize = if dim % 8 == 0 { 8 } else { 2 };
@@ -378,7 +389,7 @@ fn rotation<T: Element>() {
                 256,
                 0,
                 vec![
-                    (&input).into(),
+                    (&rows).into(),
                     (&mut out).into(),
                     bias.as_ref().into(),
                     q_norm.into(),
@@ -395,6 +406,7 @@ fn rotation<T: Element>() {
                     sizes[0].into(),
                     sizes[1].into(),
                     sizes[2].into(),
+                    (skipped as i32).into(),
                 ],
             );
             let mut in_place = input.clone();
@@ -422,14 +434,15 @@ fn rotation<T: Element>() {
                     sizes[0].into(),
                     sizes[1].into(),
                     sizes[2].into(),
+                    0i32.into(),
                 ],
             );
             assert_eq!(in_place, out);
             let mut d = d_out.clone();
             let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
             launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
-                &input, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, queries, i32::from(norms_last), &positions, &mut partial,
-                count as i32, sizes[0], sizes[1], sizes[2]);
+                &rows, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, queries, i32::from(norms_last), &positions, &mut partial,
+                count as i32, sizes[0], sizes[1], sizes[2], skipped as i32);
             let mut d_norms = vec![0.0f32; 2 * dim];
             if normed {
                 launch!("sum_columns_f32", [(2 * dim).div_ceil(32), 1, 1], 256, 0; &partial, &mut d_norms, blocks as i32, 2 * dim as i32, 1i32);

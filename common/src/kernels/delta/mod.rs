@@ -143,7 +143,7 @@ pub struct Weights<'a> {
 }
 
 /// Prompts with their responses.
-fn groups(layout: &Layout) -> impl Iterator<Item = &[Segment]> {
+pub(crate) fn groups(layout: &Layout) -> impl Iterator<Item = &[Segment]> {
     let segments = layout.segments();
     segments.chunk_by(|_, next| next.prefix.is_some())
 }
