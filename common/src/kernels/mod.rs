@@ -8,7 +8,6 @@ pub mod attention;
 pub mod cap;
 pub mod decoding;
 pub mod delta;
-pub mod gated_conv;
 pub mod gemm;
 pub mod isa;
 pub mod layout;
