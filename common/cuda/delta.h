@@ -137,27 +137,40 @@ template <int COLUMNS> struct DeltaBlock {
         return {{row[0], row[heads.value_heads]}};
     }
 
-    // Calls visit(element of memory `number`, part's element) for what of a thread's part there is.
-    template <int D, class F> __device__ void for_elements(float (&at)[D][4], float* memories, int number, F visit) const {
-        float* base = memories + ((long long)number * heads.value_heads + head) * heads.key_dim * heads.value_dim + first;
+    // Calls visit(r, its first column) for a thread's rows of memory `number`.
+    template <int ROWS, class F> __device__ void for_rows(float* memories, int number, F visit) const {
+        float* base = memories + ((long long)number * heads.value_heads + head) * heads.key_dim * heads.value_dim + first + four();
 #pragma unroll
-        for (int r = 0; r < D; ++r) {
-            int row = row_of(r);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                if (row < heads.key_dim && has(four() + c)) visit(base[(long long)row * heads.value_dim + four() + c], at[r][c]);
-            }
+        for (int r = 0; r < ROWS; ++r) {
+            if (row_of(r) < heads.key_dim) visit(r, base + (long long)row_of(r) * heads.value_dim);
         }
     }
+    // Whether a thread's columns are there and can be read at once; else they come one by one.
+    __device__ bool whole() const { return heads.value_dim % 4 == 0 && has(four()); }
+    // The sum of the memories that a span begins with.
     template <int D> __device__ void begin(Memory<D>& memory, float* memories, const DeltaSpan& span) const {
         memory.clear();
         for (int i = 0; i < span.froms; ++i) {
-            for_elements(memory.at, memories, span.from + i, [](float from, float& to) { to += from; });
+            for_rows<D / 8>(memories, span.from + i, [&](int r, const float* from) {
+                Few<4> x = {};
+                if (whole()) x = Few<4>::load(from);
+                for (int c = 0; c < 4; ++c) {
+                    if (!whole() && has(four() + c)) x.at[c] = from[c];
+                    memory.at[r][c] += x.at[c];
+                }
+            });
         }
     }
-    template <int D> __device__ void end(Memory<D>& memory, float* memories, const DeltaSpan& span) const {
+    // Where it leaves its own.
+    template <int D> __device__ void end(const Memory<D>& memory, float* memories, const DeltaSpan& span) const {
         if (span.to < 0) return;
-        for_elements(memory.at, memories, span.to, [](float& to, float from) { to = from; });
+        for_rows<D / 8>(memories, span.to, [&](int r, float* to) {
+            const float(&x)[4] = memory.at[r];
+            if (whole()) return Few<4>{{x[0], x[1], x[2], x[3]}}.store(to);
+            for (int c = 0; c < 4; ++c) {
+                if (has(four() + c)) to[c] = x[c];
+            }
+        });
     }
 };
 

@@ -75,6 +75,20 @@ fn experts_of_odd_sizes_are_refused() {
     );
 }
 
+#[test]
+fn keys_of_linear_attention_that_are_too_long_are_refused() {
+    let (weights, _) = open(DELTA);
+    let mut config = weights.config.clone();
+    for shape in config.deltas.iter_mut().flatten() {
+        shape.key_dim = 130;
+    }
+    let line = cuda::Decoder::check(&config).unwrap_err().to_string();
+    assert!(
+        line.contains("130") && line.contains("use --device cpu"),
+        "{line}"
+    );
+}
+
 fn how() -> Sampling {
     Sampling {
         temperature: 0.9,
@@ -235,26 +249,26 @@ fn every_way_to_draw_is_the_cpus() {
 #[test]
 fn bfloat16_samples_know_their_log_probs() {
     let device = device();
-    let (weights, _) = open("qwen3");
-    let gpu = on(&device, &weights, Precision::Bf16);
-    let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
-    let requests = requests(weights.config.vocab as u32);
-    for ((_, samples), request) in run(Box::new(generator), requests.clone())
-        .iter()
-        .zip(requests)
-    {
-        let group = Group {
-            prompt: request.prompt,
-            responses: samples.iter().map(|s| s.token_ids.clone()).collect(),
-        };
-        let scores = cuda::score(&gpu, &[group]).unwrap();
-        for (sample, score) in samples.iter().zip(scores) {
-            let off = (sample.logp - score).abs();
-            assert!(
-                off < 1e-2 * score.abs().max(1.0),
-                "{} but {score}",
-                sample.logp
-            );
+    for family in ["qwen3", DELTA] {
+        let (weights, _) = open(family);
+        let gpu = on(&device, &weights, Precision::Bf16);
+        let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
+        let requests = requests(weights.config.vocab as u32);
+        let found = run(Box::new(generator), requests.clone());
+        for ((_, samples), request) in found.iter().zip(requests) {
+            let group = Group {
+                prompt: request.prompt,
+                responses: samples.iter().map(|s| s.token_ids.clone()).collect(),
+            };
+            let scores = cuda::score(&gpu, &[group]).unwrap();
+            for (sample, score) in samples.iter().zip(scores) {
+                let off = (sample.logp - score).abs();
+                assert!(
+                    off < 1e-2 * score.abs().max(1.0),
+                    "{family}: {} but {score}",
+                    sample.logp
+                );
+            }
         }
     }
 }
@@ -263,8 +277,6 @@ fn bfloat16_samples_know_their_log_probs() {
 #[test]
 fn neighbours_change_nothing() {
     let device = device();
-    let (mut weights, _) = open("llama");
-    weights.config.context = 1024;
     let how = Sampling {
         max_tokens: 20,
         ..how()
@@ -284,7 +296,13 @@ fn neighbours_change_nothing() {
             k: 1 + i as usize % 2,
         })
         .collect();
-    for precision in [Precision::F32, Precision::Bf16] {
+    for (family, precision) in [
+        ("llama", Precision::F32),
+        ("llama", Precision::Bf16),
+        (DELTA, Precision::Bf16),
+    ] {
+        let (mut weights, _) = open(family);
+        weights.config.context = 1024;
         let gpu = on(&device, &weights, precision);
         let samples = |order: &dyn Fn(usize) -> usize| {
             let mut requests: Vec<_> = requests.iter().cloned().enumerate().collect();
@@ -340,9 +358,6 @@ fn memory_decides_how_many_run() {
 /// Responses of seven pages each, where there are not as many for all sequences that are let in.
 #[test]
 fn sequences_that_had_to_give_way_are_the_same() {
-    let (mut weights, _) = open("llama");
-    weights.config.context = 512;
-    let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
     let how = Sampling {
         max_tokens: 440,
         ..how()
@@ -354,14 +369,19 @@ fn sequences_that_had_to_give_way_are_the_same() {
             k: 1 + i as usize / 5,
         })
         .collect();
-    let theirs = run_until(on_cpu(&cpu, how.clone(), &[]), requests.clone(), &|_| false);
-    let device = cuda::emulated(1 << 30);
-    device.limit_memory(1300 << 10); // of 33 pages
-    let gpu = on(&device, &weights, Precision::F32);
-    let generator = cuda::Generator::new(&gpu, how, &[], None).unwrap();
-    assert_eq!(generator.slots(), 5);
-    let ours = run_until(Box::new(generator), requests, &|_| false);
-    assert_same(&ours, &theirs, "five of 35 pages");
+    for (family, kilobytes) in [("llama", 1300), (DELTA, 2100)] {
+        let (mut weights, _) = open(family);
+        weights.config.context = 512;
+        let cpu = Decoder::new(&weights.config, &weights, gemm::Precision::F32).unwrap();
+        let theirs = run_until(on_cpu(&cpu, how.clone(), &[]), requests.clone(), &|_| false);
+        let device = cuda::emulated(1 << 30);
+        device.limit_memory(kilobytes << 10);
+        let gpu = on(&device, &weights, Precision::F32);
+        let generator = cuda::Generator::new(&gpu, how.clone(), &[], None).unwrap();
+        assert_eq!(generator.slots(), 5, "{family}");
+        let ours = run_until(Box::new(generator), requests.clone(), &|_| false);
+        assert_same(&ours, &theirs, &format!("{family}, five of 35 pages"));
+    }
 }
 
 #[test]
