@@ -503,7 +503,11 @@ fn what_cannot_be_run_is_named_with_its_file() {
         (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
         (
             json!({"attn_logit_softcapping": 50.0}),
-            "llama has no soft caps",
+            "attn_logit_softcapping: llama has none",
+        ),
+        (
+            json!({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}),
+            "attn_logit_softcapping: gemma3_text has none",
         ),
         (
             json!({"model_type": "granite", "residual_multiplier": 0}),
