@@ -226,6 +226,11 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
         fields.present("quantization_config").is_none(),
         "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
     );
+    let per_layer = fields.present("per_layer_config");
+    ensure!(
+        per_layer.is_none_or(|layers| *layers == json!({})),
+        "per_layer_config: layers of different shapes are not supported"
+    );
     for (key, causal) in [("use_bidirectional_attention", false), ("is_causal", true)] {
         ensure!(
             fields.flag(key)?.unwrap_or(causal) == causal,

@@ -513,6 +513,10 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "attn_logit_softcapping: gemma3_text has none",
         ),
         (
+            json!({"per_layer_config": {"0": {"intermediate_size": 48}}}),
+            "per_layer_config: layers of different shapes",
+        ),
+        (
             json!({"model_type": "granite", "residual_multiplier": 0}),
             "residual_multiplier: must be a positive number, not 0",
         ),
