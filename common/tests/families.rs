@@ -3,14 +3,16 @@
 
 mod shared;
 
-use common::dpo::{Pair, Trainer};
+use common::chat::Chat;
+use common::dpo::checkpoint::{Run, Writer, resume};
+use common::dpo::{Kept, Pair, State, Train, Trainer};
 use common::generate::{Generate, Generator, Limits, Request, Sampling};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
 use common::model::Decoder;
 use shared::{
-    FAMILIES, MIXTURES, STATE_BYTES, assert_trains_as_in_pytorch, ids, objective, open, pair,
-    settings, tiny_pairs,
+    FAMILIES, MIXTURES, STATE_BYTES, assert_trains_as_in_pytorch, golden, ids, objective, open,
+    pair, settings, tiny_pairs,
 };
 
 #[test]
@@ -145,6 +147,54 @@ fn dpo_gradients_are_pytorchs() {
             dpo["grads"].as_object().unwrap().len(),
             "{family}: a tensor is missing"
         );
+    }
+}
+
+/// In steps so large that norms go to where a file that has them less 1 rounds them.
+#[test]
+fn a_checkpoint_has_every_bit_of_the_weights() {
+    let chat = Chat::open(&golden("tiny_chat")).unwrap();
+    for family in FAMILIES.into_iter().chain(MIXTURES) {
+        let (weights, figures) = open(family);
+        let settings = settings(objective(0.1), 0.3);
+        let new = || Trainer::new(&weights, settings.clone(), Precision::F32, STATE_BYTES).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("next");
+        let run = Run {
+            version: "0".into(),
+            model: "start".into(),
+            reference: "start".into(),
+            pairs: "pairs".into(),
+            dtype: "f32".into(),
+            asked: Default::default(),
+            settings: settings.clone(),
+            date: None,
+        };
+        let writer = Writer {
+            output: &output,
+            run: &run,
+            start: &weights,
+            chat: &chat,
+            base: "base",
+        };
+        let mut trainer = new();
+        let mut log = vec![];
+        for _ in 0..3 {
+            log.push(trainer.step(&[&pair(&figures["dpo"], "")], 0.0).unwrap());
+        }
+        writer.save(&trainer, &log).unwrap();
+        let mut resumed = new();
+        assert_eq!(resume(&output, &run, &mut resumed).unwrap(), log);
+        let bits = |trainer: &Trainer| {
+            let mut bits = vec![];
+            let mut take = |run: &[f32]| {
+                bits.extend(run.iter().map(|x| x.to_bits()));
+                Ok(())
+            };
+            trainer.runs(Kept::Trained, &mut take).unwrap();
+            bits
+        };
+        assert!(bits(&resumed) == bits(&trainer), "{family}");
     }
 }
 

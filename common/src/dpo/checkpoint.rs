@@ -10,7 +10,7 @@ use crate::files::{part_path, publish, write_aside};
 use crate::mapped::Mapped;
 use crate::model::Params;
 use crate::run::{IN_FOLDER, Manifest, settings};
-use crate::weights::{Weights, save_vectors};
+use crate::weights::{Config, Weights, save_vectors};
 use anyhow::{Context, Result, ensure};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,7 @@ impl Writer<'_> {
             let adapters = trainer.settings().lora.is_some();
             write_aside(&path, |part| {
                 self.write(part, trainer, log, adapters)?;
-                write_optimizer(part, trainer)
+                write_optimizer(part, trainer, &self.start.config)
             })?;
         }
         for (step, older) in checkpoints(&folder) {
@@ -135,17 +135,47 @@ impl Writer<'_> {
 }
 
 /// What a training that goes on needs besides the model.
-fn write_optimizer(dir: &Path, trainer: &dyn Train) -> Result<()> {
+fn write_optimizer(dir: &Path, trainer: &dyn Train, config: &Config) -> Result<()> {
     let mut kept = vec![Kept::FirstMoment, Kept::SecondMoment];
-    if trainer.settings().lora.is_some() {
-        kept.push(Kept::Trained); // all weights are in the model's file already
+    let mut exact = vec![];
+    match trainer.settings().lora {
+        Some(_) => kept.push(Kept::Trained),
+        None => exact = rounded_weights(trainer, config)?, // the model's file has the others as they are
     }
-    let vectors: Vec<_> = (kept.iter())
-        .map(|kept| (kept.name(), trainer.trained()))
-        .collect();
+    let flat = kept.iter().map(|kept| (kept.name(), trainer.trained()));
+    let weights = (exact.iter()).map(|(name, values)| (name.as_str(), values.len()));
+    let vectors: Vec<_> = flat.chain(weights).collect();
     save_vectors(&dir.join(OPTIMIZER), &vectors, |i, take| {
-        trainer.runs(kept[i], take)
+        match kept.get(i) {
+            Some(&kept) => trainer.runs(kept, take),
+            None => take(&exact[i - kept.len()].1),
+        }
     })
+}
+
+/// The weights that the model's file has rounded, by their names: norms, so there are few numbers.
+fn rounded_weights(trainer: &dyn Train, config: &Config) -> Result<Vec<(String, Vec<f32>)>> {
+    let params = Params::new(config);
+    let tensors = params.tensors().into_iter();
+    let (places, mut found): (Vec<_>, Vec<_>) = tensors
+        .filter(|(name, ..)| config.is_rounded(name))
+        .map(|(name, _, place)| (place, (name.to_owned(), vec![])))
+        .unzip();
+    if found.is_empty() {
+        return Ok(found);
+    }
+    let mut at = 0;
+    trainer.runs(Kept::Trained, &mut |run| {
+        for (place, (_, values)) in places.iter().zip(&mut found) {
+            let part = place.start.max(at)..place.end.min(at + run.len());
+            if !part.is_empty() {
+                values.extend_from_slice(&run[part.start - at..part.end - at]);
+            }
+        }
+        at += run.len();
+        Ok(())
+    })?;
+    Ok(found)
 }
 
 /// Brings the trainer to the newest checkpoint of an interrupted run to `output`, if there is one; gives its log.
@@ -221,27 +251,32 @@ impl Saved {
 
 impl State for Saved {
     fn runs(&self, kept: Kept, take: &mut Take) -> Result<()> {
-        if let (Kept::Trained, Some(weights)) = (kept, &self.weights) {
-            for (name, shape, _) in Params::new(&weights.config).tensors() {
-                take(&weights.tensor(name, shape)?)?;
-            }
-            return Ok(());
-        }
         let at = || self.optimizer.path.display().to_string();
         let tensors = SafeTensors::deserialize(&self.optimizer.bytes).with_context(at)?;
-        let tensor = tensors.tensor(kept.name()).with_context(at)?;
-        ensure!(
-            tensor.dtype() == Dtype::F32,
-            "{}: {} is not float32",
-            at(),
-            kept.name()
-        );
-        for run in tensor.data().chunks(RUN) {
-            let floats = run.chunks_exact(4);
-            let floats: Vec<f32> = floats
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect();
-            take(&floats)?;
+        let vector = |name: &str, take: &mut Take| {
+            let tensor = tensors.tensor(name).with_context(at)?;
+            ensure!(
+                tensor.dtype() == Dtype::F32,
+                "{}: {name} is not float32",
+                at()
+            );
+            for run in tensor.data().chunks(RUN) {
+                let floats = run.chunks_exact(4);
+                let floats: Vec<f32> = floats
+                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                    .collect();
+                take(&floats)?;
+            }
+            Ok(())
+        };
+        let (Kept::Trained, Some(weights)) = (kept, &self.weights) else {
+            return vector(kept.name(), take);
+        };
+        for (name, shape, _) in Params::new(&weights.config).tensors() {
+            match tensors.tensor(name) {
+                Ok(_) => vector(name, take)?,
+                Err(_) => take(&weights.tensor(name, shape)?)?,
+            }
         }
         Ok(())
     }

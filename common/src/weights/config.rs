@@ -288,6 +288,11 @@ impl Config {
         }
     }
 
+    /// Whether a folder has a tensor rounded: less 1, what is below a half keeps not all of its digits.
+    pub fn is_rounded(&self, name: &str) -> bool {
+        self.stored_short_of(name) != 0.0
+    }
+
     /// What of the config changes the numbers beyond the tensors' own shapes, as text for the fingerprint. (What came
     /// later is named where it differs from the rest only, so that older fingerprints stay.)
     pub(super) fn arithmetic(&self) -> String {

@@ -31,8 +31,8 @@ pub(super) struct Family {
     pub qk_norm: Option<QkNorm>,
     pub activation: Activation,
     pub scales: Scales,
-    /// `attn_logit_softcapping` and `final_logit_softcapping` are heard, and what they are where a file has none.
-    pub caps: Option<[Option<f64>; 2]>,
+    /// `attn_logit_softcapping` and `final_logit_softcapping`, where they are heard: what they are where a file has none.
+    pub caps: [Option<Option<f64>>; 2],
     /// The layers of that model of [`Scales::Roots`] whose GGUF does not say that its scores are divided by the root of
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
@@ -165,7 +165,7 @@ const LLAMA: Family = Family {
     qk_norm: None,
     activation: Activation::Silu,
     scales: Scales::Plain,
-    caps: None,
+    caps: [None; 2],
     gguf_apart: None,
     windows: Windows::None,
     gguf_mlp_norm: "ffn_norm",
@@ -249,7 +249,7 @@ const GEMMA2: Family = Family {
     kv_heads: Some(4),
     norms: Norms::Around,
     scales: Scales::Roots,
-    caps: Some([Some(50.0), Some(30.0)]),
+    caps: [Some(Some(50.0)), Some(Some(30.0))],
     gguf_apart: Some(46),
     windows: Windows::AllBut(2, Rotated::Alike),
     ..GEMMA
@@ -337,7 +337,8 @@ const FAMILIES: [Family; 26] = [
         gguf: "gemma3",
         theta: 1_000_000.0,
         qk_norm: Some(QkNorm::Heads),
-        caps: Some([None, None]),
+        // transformers reads the other, and does nothing with it.
+        caps: [None, Some(None)],
         gguf_apart: Some(62),
         windows: Windows::AllBut(6, Rotated::By(10_000.0)),
         ..GEMMA2

@@ -178,9 +178,11 @@ fn multipliers(fields: &Metadata, head_dim: usize) -> Result<Multipliers> {
 
 /// The soft caps of scores and of logits: the family's own where the file is silent.
 fn caps(fields: &Metadata, family: &Family) -> Result<[Option<f32>; 2]> {
-    let own = family.caps.unwrap_or_default();
     let cap = |i: usize| {
-        let cap = fields.real(CAPS[i])?.or(own[i]);
+        let Some(own) = family.caps[i] else {
+            return Ok(None);
+        };
+        let cap = fields.real(CAPS[i])?.or(own);
         cap.map(|cap| positive(CAPS[i], cap)).transpose()
     };
     Ok([cap(0)?, cap(1)?])

@@ -406,11 +406,9 @@ pub(super) fn longrope_growth(factor: f64, original_context: usize) -> f32 {
 pub(super) fn rotated_part(top: &Fields, unsaid: f64) -> Result<f64> {
     const KEY: &str = "partial_rotary_factor";
     let mut objects = vec![top.0];
-    for key in ["rope_scaling", "rope_parameters"] {
-        if let Some(inner) = top.present(key).and_then(Value::as_object) {
-            objects.push(inner);
-            objects.extend(inner.values().filter_map(Value::as_object)); // by layer type
-        }
+    if let (_, Some(inner)) = parameters(top)? {
+        objects.push(inner);
+        objects.extend(inner.values().filter_map(Value::as_object)); // by layer type
     }
     let mut part = unsaid;
     for object in objects {

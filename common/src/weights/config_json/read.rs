@@ -195,13 +195,13 @@ fn attention_scale(fields: &Fields) -> Result<f32> {
 fn caps(fields: &Fields, family: &Family) -> Result<[Option<f32>; 2]> {
     let cap = |i: usize| {
         let (key, asked) = (CAPS[i], fields.number(CAPS[i])?);
-        let cap = match (family.caps, fields.0.contains_key(key)) {
+        let cap = match (family.caps[i], fields.0.contains_key(key)) {
             (Some(_), true) => asked,
-            (Some(own), false) => own[i],
+            (Some(own), false) => own,
             (None, _) => {
                 ensure!(
                     asked.is_none(),
-                    "{key}: {} has no soft caps in transformers",
+                    "{key}: {} has none in transformers",
                     family.model_type
                 );
                 None
@@ -225,6 +225,11 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     ensure!(
         fields.present("quantization_config").is_none(),
         "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
+    );
+    let per_layer = fields.present("per_layer_config");
+    ensure!(
+        per_layer.is_none_or(|layers| *layers == json!({})),
+        "per_layer_config: layers of different shapes are not supported"
     );
     for (key, causal) in [("use_bidirectional_attention", false), ("is_causal", true)] {
         ensure!(

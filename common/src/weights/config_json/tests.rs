@@ -146,8 +146,11 @@ fn absent_fields_get_transformers_defaults() {
     let rotated = |c: Config| (c.rotary_dim, c.head_dim);
     assert_eq!(rotated(of("glm4", "head_dim")), (64, 128));
     assert_eq!(of("glm", "rms_norm_eps").norm_eps, 1.5625e-7);
-    let inner = json!({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}});
-    assert_eq!(rotated(read(&with("glm4", inner)).unwrap()), (2, 8));
+    let mut inner = json!({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}});
+    assert_eq!(rotated(read(&with("glm4", inner.clone())).unwrap()), (2, 8));
+    // The older object is heard in the place of the newer, not beside it.
+    inner["rope_scaling"] = json!({"type": "linear", "factor": 3});
+    assert_eq!(rotated(read(&with("glm4", inner)).unwrap()), (4, 8));
     let theta = |c: Config| c.ropes[0].as_ref().unwrap().theta;
     assert_eq!(theta(of("ernie4_5", "rope_theta")), 500_000.0);
     assert!(of("ernie4_5", "tie_word_embeddings").tied);
@@ -503,7 +506,15 @@ fn what_cannot_be_run_is_named_with_its_file() {
         (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
         (
             json!({"attn_logit_softcapping": 50.0}),
-            "llama has no soft caps",
+            "attn_logit_softcapping: llama has none",
+        ),
+        (
+            json!({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}),
+            "attn_logit_softcapping: gemma3_text has none",
+        ),
+        (
+            json!({"per_layer_config": {"0": {"intermediate_size": 48}}}),
+            "per_layer_config: layers of different shapes",
         ),
         (
             json!({"model_type": "granite", "residual_multiplier": 0}),

@@ -132,11 +132,9 @@ fn scales(config: &Config, family: &Family, set: &mut Set) {
             set("logits_scaling", shortest(1.0 / config.logit_scale));
         }
     }
-    if family.caps.is_some() {
-        for (key, cap) in CAPS
-            .into_iter()
-            .zip([config.attention_cap, config.logit_cap])
-        {
+    let caps = [config.attention_cap, config.logit_cap];
+    for ((key, cap), heard) in CAPS.into_iter().zip(caps).zip(family.caps) {
+        if heard.is_some() {
             set(key, cap.map_or(Value::Null, shortest));
         }
     }
