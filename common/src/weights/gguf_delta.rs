@@ -167,7 +167,7 @@ mod tests {
         let number = |n: usize| gguf_file::Value::U32(n as u32);
         let mut metadata = gguf_metadata(&config, "qwen35");
         metadata.retain(|(key, _)| key != "qwen35.block_count");
-        let sections = [1, 1, 0, 0].map(|n| gguf_file::Value::I32(n)).to_vec();
+        let sections = [1, 1, 0, 0].map(gguf_file::Value::I32).to_vec();
         for (key, value) in [
             ("block_count", number(3)),
             ("nextn_predict_layers", number(1)),
