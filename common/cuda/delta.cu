@@ -39,10 +39,11 @@ __device__ void scan(const T* qkv, const float* gates, const DeltaSpan& span, fl
 DELTA_VARIANTS(DEFINE_SCAN, delta_scan);
 DELTA_VARIANTS_F16(DEFINE_SCAN, delta_scan);
 
-#define DEFINE_STEP(name, T, D)                                        \
-    DELTA_STEP(name, T, D) {                                           \
-        int slot = blockIdx.y;                                         \
-        DeltaSpan token{slot, 1, from[slot], 1, slot};                 \
-        device::scan<T, D>(qkv, gates, token, memories, read, heads);  \
+#define DEFINE_STEP(name, T, D)                                                  \
+    DELTA_STEP(name, T, D) {                                                     \
+        int slot = blockIdx.y;                                                   \
+        if (finished[slot]) return;                                              \
+        DeltaSpan token{slot, 1, from[slot], 1, slot};                           \
+        device::scan<T, D>(qkv, gates, token, memories, read, heads);            \
     }
 DELTA_VARIANTS(DEFINE_STEP, delta_step);

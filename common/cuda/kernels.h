@@ -366,14 +366,15 @@ DELTA_GRADIENTS(delta_gradients_bf16, bf16);
 KERNEL(256, delta_decays, const float* terms, const DeltaSegment* segments, float* d_gates, int value_heads);
 
 // Decoding: one token of each of `count` slots. Slot s goes on from memory from[s], and from the rows of [q | k | v] before the
-// convolution that lie there in `past` [*, kernel − 1, qkv_width], the oldest first; both are left as number s's.
+// convolution that lie there in `past` [*, kernel − 1, qkv_width], the oldest first; both are left as number s's. Slots that
+// are `finished` [count] are left alone.
 // Grids as for DELTA_INPUTS, and (value_heads·ceil(value_dim / 64), count) with shared memory as for DELTA_SCAN.
-#define DELTA_STEP_INPUTS(name, T) KERNEL(256, name, const T* raw, T* past, const int* from, const float* conv, T* qkv, \
-    int count, DeltaHeads heads)
+#define DELTA_STEP_INPUTS(name, T) KERNEL(256, name, const T* raw, T* past, const int* from, const int* finished, \
+    const float* conv, T* qkv, int count, DeltaHeads heads)
 DELTA_STEP_INPUTS(delta_step_inputs_f32, float);
 DELTA_STEP_INPUTS(delta_step_inputs_bf16, bf16);
-#define DELTA_STEP(name, T, D) KERNEL(128, name, const T* qkv, const float* gates, const int* from, float* memories, \
-    T* read, DeltaHeads heads)
+#define DELTA_STEP(name, T, D) KERNEL(128, name, const T* qkv, const float* gates, const int* from, const int* finished, \
+    float* memories, T* read, DeltaHeads heads)
 DELTA_VARIANTS(DELTA_STEP, delta_step);
 
 // The last rows of each of `spans` into `past`, where it leaves its memory. Grid (ceil(qkv_width / 256), spans).

@@ -27,10 +27,11 @@ __device__ void delta_inputs(const T* raw, const int* segment_of, const DeltaSeg
 
 // The same of a slot's token, whose past lies beside: each lane takes its columns on as it goes.
 template <class T>
-__device__ void delta_step_inputs(const T* raw, T* past, const int* from, const float* conv, T* qkv, int count, DeltaHeads heads) {
+__device__ void delta_step_inputs(const T* raw, T* past, const int* from, const int* finished, const float* conv, T* qkv,
+                                  int count, DeltaHeads heads) {
     int unit = blockIdx.x * (blockDim.x / WARP) + warp(), units = 2 * heads.key_heads + heads.value_heads;
     int slot = unit / units, width = heads.qkv_width(), kept = heads.kernel - 1;
-    if (slot >= count) return;
+    if (slot >= count || finished[slot]) return;
     const DeltaHead head(heads, unit % units);
     const T *own = raw + (long long)slot * heads.raw_width(), *seen = past + (long long)from[slot] * kept * width;
     T* next = past + (long long)slot * kept * width;
@@ -73,8 +74,12 @@ DELTA_GATES(delta_gates_f32, float) { device::delta_gates(raw, dt_bias, a_log, g
 DELTA_GATES(delta_gates_bf16, bf16) { device::delta_gates(raw, dt_bias, a_log, gates, count, heads); }
 DELTA_GATES(delta_gates_f16, f16) { device::delta_gates(raw, dt_bias, a_log, gates, count, heads); }
 
-DELTA_STEP_INPUTS(delta_step_inputs_f32, float) { device::delta_step_inputs(raw, past, from, conv, qkv, count, heads); }
-DELTA_STEP_INPUTS(delta_step_inputs_bf16, bf16) { device::delta_step_inputs(raw, past, from, conv, qkv, count, heads); }
+DELTA_STEP_INPUTS(delta_step_inputs_f32, float) {
+    device::delta_step_inputs(raw, past, from, finished, conv, qkv, count, heads);
+}
+DELTA_STEP_INPUTS(delta_step_inputs_bf16, bf16) {
+    device::delta_step_inputs(raw, past, from, finished, conv, qkv, count, heads);
+}
 
 DELTA_KEEP(delta_keep_f32, float) { device::delta_keep(raw, spans[blockIdx.y], past, heads); }
 DELTA_KEEP(delta_keep_bf16, bf16) { device::delta_keep(raw, spans[blockIdx.y], past, heads); }

@@ -7,6 +7,7 @@ use super::decoder::Decoder;
 use super::device::{Address, Arg, Buffer, Launch, Plain};
 use super::launches::THREADS;
 use super::pass::{Kept, Pass};
+use super::slots::Slots;
 use super::walks::{DeltaSpan, MOST_MEMORIES, Walks};
 use crate::kernels::delta::Shape;
 use crate::kernels::layout::Layout;
@@ -173,43 +174,46 @@ impl Decoder {
         self.gated_norm(delta, batch.tokens, pass)
     }
 
-    /// The same of one token of each slot, which goes on from what number `from` has and leaves its own.
+    /// The same of one token of each slot that is not finished: it goes on from the memories of its row of logits, and leaves
+    /// its own.
     pub(super) fn step_linearly(
         &self,
         delta: &Delta,
-        slots: usize,
-        from: &Buffer,
+        slots: &Slots,
         memories: &Memories,
-        pass: &Pass,
+        count: usize,
     ) -> Result<()> {
-        let (shape, heads) = (delta.shape, heads_of(delta.shape));
+        let (shape, heads, pass) = (delta.shape, heads_of(delta.shape), &slots.pass);
+        let (from, finished) = (&slots.logit_rows, &slots.finished);
         self.device.launch(
             &self.kernels.of_format("delta_step_inputs"),
-            inputs_launch(shape, slots),
+            inputs_launch(shape, count),
             args![
                 pass.qkv_raw.as_ref(),
                 &memories.past,
                 from,
+                finished,
                 &delta.conv,
                 &pass.qkv,
-                slots as i32,
+                count as i32,
                 heads,
             ],
         )?;
-        self.delta_gates(delta, slots, pass)?;
+        self.delta_gates(delta, count, pass)?;
         self.device.launch(
             &self.walk("delta_step", shape),
-            scan_launch(shape, slots),
+            scan_launch(shape, count),
             args![
                 &pass.qkv,
                 pass.gates.as_ref(),
                 from,
+                finished,
                 &memories.heads,
                 pass.read.as_ref(),
                 heads,
             ],
         )?;
-        self.gated_norm(delta, slots, pass)
+        self.gated_norm(delta, count, pass)
     }
 
     /// The rows that convolutions of later tokens will see.

@@ -403,7 +403,7 @@ impl<'a> Generator<'a> {
         for (i, layer) in decoder.layers.iter().enumerate() {
             if let (Some(delta), Some(memories)) = (&layer.delta, memory.memories(i)) {
                 decoder.project_raw(i, slots, pass)?;
-                decoder.step_linearly(delta, slots, &memory.logit_rows, memories, pass)?;
+                decoder.step_linearly(delta, memory, memories, slots)?;
             } else {
                 let cache = CacheRows {
                     cache: memory.cache_of(i),

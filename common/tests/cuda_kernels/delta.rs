@@ -531,7 +531,7 @@ fn layers<T: Element>() {
 /// Token by token, from what a walk left, to the same bits as all at once.
 fn steps<T: Element>() {
     for shape in cases().iter().map(|case| case.shape) {
-        let (slots, lengths, prompts) = (2, [9, 7], [4, 2]);
+        let (slots, lengths, prompts) = (3, [9, 7], [4, 2]); // the last slot is nobody's
         let mut layout = Layout::default();
         lengths.iter().for_each(|&len| layout.push(len, &[]));
         let case = Case { shape, layout };
@@ -541,30 +541,39 @@ fn steps<T: Element>() {
         let all = scan(&case, &qkv, &decays);
         let blocks = shape.value_heads * shape.value_dim.div_ceil(COLUMNS);
         // The prompts' memories come after those of the slots.
-        let spans: Vec<Numbers> = vec![[0, prompts[0], 0, 0, 2], [9, prompts[1], 0, 0, 3]];
+        let spans: Vec<Numbers> = vec![[0, prompts[0], 0, 0, 3], [9, prompts[1], 0, 0, 4]];
         in_every_order(|| {
-            let mut memories: Vec<f32> = unwritten(4 * shape.value_width() * shape.key_dim);
-            let mut past: Vec<T> = unwritten(4 * (shape.kernel - 1) * shape.qkv_width());
+            let mut memories: Vec<f32> = unwritten(5 * shape.value_width() * shape.key_dim);
+            let mut past: Vec<T> = unwritten(5 * (shape.kernel - 1) * shape.qkv_width());
             let mut read: Vec<T> = unwritten(all.len());
             launch!(case.walk::<T>("delta_scan"), [blocks, 2, 1], 128, case.shared(COLUMNS);
                 &qkv, &decays, &spans, &mut memories, &mut read, Arg::value(case.heads()));
             launch!(format!("delta_keep_{}", T::NAME), [shape.qkv_width().div_ceil(256), 2, 1], 256, 0;
                 &raw, &spans, &mut past, Arg::value(case.heads()));
+            let finished = vec![0, 0, 1i32];
             for step in 0..5 {
-                let from = if step == 0 { vec![2, 3i32] } else { vec![0, 1] };
+                let from = if step == 0 {
+                    vec![3, 4, 2i32]
+                } else {
+                    vec![0, 1, 2]
+                };
                 let rows = [prompts[0] as usize + step, 9 + prompts[1] as usize + step];
                 let row = |r: usize| &raw[r * width..(r + 1) * width];
-                let own = rows.map(row).concat();
+                let own = [rows[0], rows[1], 0].map(row).concat();
                 let mut qkv: Vec<T> = unwritten(slots * shape.qkv_width());
                 launch!(format!("delta_step_inputs_{}", T::NAME), inputs_grid(shape, slots), 256, 0;
-                    &own, &mut past, &from, &with.conv, &mut qkv, slots as i32, Arg::value(case.heads()));
+                    &own, &mut past, &from, &finished, &with.conv, &mut qkv, slots as i32, Arg::value(case.heads()));
                 let gates = gates(&case, &with, &own, slots);
                 let mut found: Vec<T> = unwritten(slots * shape.value_width());
                 launch!(case.walk::<T>("delta_step"), [blocks, slots, 1], 128, case.shared(COLUMNS);
-                    &qkv, &gates, &from, &mut memories, &mut found, Arg::value(case.heads()));
+                    &qkv, &gates, &from, &finished, &mut memories, &mut found, Arg::value(case.heads()));
                 let row = |r: usize| &all[r * shape.value_width()..(r + 1) * shape.value_width()];
+                let (found, nobodys) = found.split_at(2 * shape.value_width());
                 assert_eq!(found, rows.map(row).concat());
+                assert!(nobodys.iter().all(|x| x.to().is_nan()));
             }
+            let own = shape.value_width() * shape.key_dim;
+            assert!(memories[2 * own..3 * own].iter().all(|x| x.is_nan()));
         });
     }
 }
