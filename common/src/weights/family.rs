@@ -30,6 +30,8 @@ pub(super) struct Family {
     pub norms_from_one: bool,
     pub qk_norm: Option<QkNorm>,
     pub activation: Activation,
+    /// The fields that name it, and its names there.
+    pub activation_names: &'static [ActivationNames],
     pub scales: Scales,
     /// `attn_logit_softcapping` and `final_logit_softcapping`, where they are heard: what they are where a file has none.
     pub caps: [Option<Option<f64>>; 2],
@@ -164,6 +166,7 @@ const LLAMA: Family = Family {
     norms_from_one: false,
     qk_norm: None,
     activation: Activation::Silu,
+    activation_names: &[("hidden_act", &["silu", "swish"])],
     scales: Scales::Plain,
     caps: [None; 2],
     gguf_apart: None,
@@ -184,6 +187,11 @@ const LLAMA: Family = Family {
 
 /// Of families that do not hear `mlp_bias`.
 const NO_MLP_BIAS: [Option<&str>; 3] = [Some("attention_bias"), Some("attention_bias"), None];
+
+/// A field that names an activation, and its names there.
+pub(super) type ActivationNames = (&'static str, &'static [&'static str]);
+
+const GELU_TANH: ActivationNames = ("hidden_activation", &["gelu_pytorch_tanh"]);
 
 /// As most of them have it.
 const MIXTURE: Mixture = Mixture {
@@ -237,6 +245,8 @@ const GEMMA: Family = Family {
     biases: NO_MLP_BIAS,
     norms_from_one: true,
     activation: Activation::GeluTanh,
+    // The first ones were published with a wrong name, which transformers takes for the right one.
+    activation_names: &[GELU_TANH, ("hidden_act", &["gelu_pytorch_tanh", "gelu"])],
     scales: Scales::Embeddings,
     permuted: false,
     ..LLAMA
@@ -249,6 +259,7 @@ const GEMMA2: Family = Family {
     kv_heads: Some(4),
     norms: Norms::Around,
     scales: Scales::Roots,
+    activation_names: &[GELU_TANH],
     caps: [Some(Some(50.0)), Some(Some(30.0))],
     gguf_apart: Some(46),
     windows: Windows::AllBut(2, Rotated::Alike),

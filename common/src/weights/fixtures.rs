@@ -49,6 +49,9 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["layer_types"] = json!(["attention", "full_attention"]);
         json["position_embedding_type"] = json!("rope");
     }
+    if model_type == "gemma" {
+        json["hidden_act"] = json!("gelu");
+    }
     json
 }
 

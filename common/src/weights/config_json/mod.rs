@@ -8,7 +8,6 @@ mod write;
 pub(super) use fields::Fields;
 
 use super::config::Config;
-use crate::kernels::activation::Activation;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -52,14 +51,6 @@ impl Config {
 /// A float32 as the shortest decimal that reads back the same (1e-5, not 9.999999747378752e-6).
 pub(super) fn shortest(value: f32) -> Value {
     json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
-}
-
-/// The field that names an activation, and its name there.
-fn spelling(activation: Activation) -> (&'static str, &'static str) {
-    match activation {
-        Activation::Silu => ("hidden_act", "silu"),
-        Activation::GeluTanh => ("hidden_activation", "gelu_pytorch_tanh"),
-    }
 }
 
 /// The fields of soft caps: of scores, and of logits.

@@ -3,9 +3,9 @@
 use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
 use super::super::family::{self, Family, Mixture, Scales, families};
 use super::super::rope::{QueryGrowth, positive, rotated_part};
+use super::CAPS;
 use super::fields::Fields;
 use super::positions::{layer_types, positions};
-use super::{CAPS, spelling};
 use crate::kernels::delta;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -214,13 +214,15 @@ fn caps(fields: &Fields, family: &Family) -> Result<[Option<f32>; 2]> {
 
 /// Options under which the same tensors mean something else than this decoder would compute.
 fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result<()> {
-    let (key, known) = spelling(family.activation);
-    if let Some(activation) = fields.text(key)? {
-        ensure!(
-            activation == known || (known == "silu" && activation == "swish"),
-            "{key}: the activation {activation:?} is not supported; known for {}: {known}",
-            family.model_type
-        );
+    for (key, names) in family.activation_names {
+        if let Some(activation) = fields.text(key)? {
+            ensure!(
+                names.contains(&activation),
+                "{key}: the activation {activation:?} is not supported; known for {}: {}",
+                family.model_type,
+                names.join(", ")
+            );
+        }
     }
     ensure!(
         fields.present("quantization_config").is_none(),

@@ -3,6 +3,7 @@
 use super::super::fixtures::config_json;
 use super::super::{Experts, Norms, QkNorm, Rope, RopeScaling};
 use super::*;
+use crate::kernels::activation::Activation;
 
 fn read(value: &Value) -> Result<Config> {
     Config::from_json(value, Path::new("x/config.json"))
@@ -504,6 +505,10 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "short_factor: has 3 entries for 4 pairs",
         ),
         (json!({"hidden_act": "gelu"}), "the activation \"gelu\""),
+        (
+            json!({"model_type": "gemma", "hidden_act": "relu"}),
+            "hidden_act: the activation \"relu\" is not supported; known for gemma: gelu_pytorch_tanh, gelu",
+        ),
         (
             json!({"attn_logit_softcapping": 50.0}),
             "attn_logit_softcapping: llama has none",

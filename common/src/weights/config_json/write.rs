@@ -3,7 +3,7 @@
 use super::super::config::Config;
 use super::super::family::{self, Family, Rotated, Scales, Windows};
 use super::super::rope::{Rope, RopeScaling};
-use super::{CAPS, shortest, spelling};
+use super::{CAPS, shortest};
 use serde_json::{Map, Value, json};
 
 /// Writes what is known over what there is.
@@ -57,8 +57,8 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     if family.delta {
         deltas(config, set);
     }
-    let (key, activation) = spelling(family.activation);
-    set(key, json!(activation));
+    let (key, names) = family.activation_names[0];
+    set(key, json!(names[0]));
     // Where one field is for both, that of the queries counts.
     let biases = [config.mlp_bias, config.o_bias, config.qkv_bias];
     for (key, bias) in family.biases.into_iter().rev().zip(biases) {
