@@ -379,7 +379,7 @@ mod tests {
     use crate::kernels::gemm::Precision;
     use crate::kernels::testing::noise;
     use crate::model::{Gradients, Params, Workspace};
-    use crate::weights::{Config, Norms, QkNorm, Rope, RopeScaling};
+    use crate::weights::{Config, Norms, QkNorm, QueryGrowth, Rope, RopeScaling};
     use serde_json::json;
     use std::path::Path;
 
@@ -420,6 +420,10 @@ mod tests {
             qk_norm: Some(QkNorm::Turned),
             norm_eps: 0.1,
             ropes: vec![Some(grown), None],
+            query_growth: Some(QueryGrowth {
+                beta: 0.7,
+                context: 2,
+            }),
             ..biased.clone()
         };
         let after = Config {

@@ -295,9 +295,10 @@ impl<'a> Pass<'a, '_> {
         // Gates lie between them where there are some.
         let raw_width = p.qkv.rows;
         let keys_in_raw = q_width + raw_width - width;
-        for (weight, span, at, raw_at, len) in [
-            (q, q_span, 0, 0, q_width),
-            (k, k_span, q_width, keys_in_raw, k_width),
+        let queries = rotary.map_or(0, Rotary::queries);
+        for (weight, span, first, at, raw_at, len) in [
+            (q, q_span, queries, 0, 0, q_width),
+            (k, k_span, 0, q_width, keys_in_raw, k_width),
         ] {
             let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
             let tokens = qkv_raw
@@ -307,7 +308,7 @@ impl<'a> Pass<'a, '_> {
                 let mut raw = Cow::Borrowed(&raw[raw_at..][..len]);
                 if let Some(rotary) = rotary {
                     let heads = raw.to_mut().chunks_exact_mut(heads.dim);
-                    heads.for_each(|head| rotary.rotate(head, position));
+                    heads.for_each(|head| rotary.rotate(head, first + position));
                 }
                 let raw = raw.chunks_exact(weight.len());
                 for (raw, d) in raw.zip(d_row[at..][..len].chunks_exact_mut(weight.len())) {
@@ -359,12 +360,15 @@ fn gates_backward<'a>(
 fn with_gates(heads: Heads, d_qkv: &[f32], d_gates: &[f32], d_raw: &mut Vec<f32>) {
     let (q, width) = (heads.q_width(), heads.qkv_width());
     fit(d_raw, d_qkv.len() + d_gates.len());
-    let each = d_qkv.chunks_exact(width).zip(d_gates.chunks_exact(q));
-    for (raw, (qkv, gates)) in d_raw.chunks_exact_mut(q + width).zip(each) {
-        raw[..q].copy_from_slice(&qkv[..q]);
-        raw[q..2 * q].copy_from_slice(gates);
-        raw[2 * q..].copy_from_slice(&qkv[q..]);
-    }
+    rows(d_raw, q + width, |first, part| {
+        let qkv = d_qkv[first * width..].chunks_exact(width);
+        let each = qkv.zip(d_gates[first * q..].chunks_exact(q));
+        for (raw, (qkv, gates)) in part.chunks_exact_mut(q + width).zip(each) {
+            raw[..q].copy_from_slice(&qkv[..q]);
+            raw[q..2 * q].copy_from_slice(gates);
+            raw[2 * q..].copy_from_slice(&qkv[q..]);
+        }
+    });
 }
 
 /// Where a norm's gradient is added: to the parameters', or, where they are not trained, to a place that nobody reads.
