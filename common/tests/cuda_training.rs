@@ -5,7 +5,7 @@ mod shared;
 
 use common::chat::Chat;
 use common::cuda::{self, Device, Footprint};
-use common::dpo::checkpoint::{Run, Writer, resume};
+use common::dpo::checkpoint::{Writer, resume};
 use common::dpo::{
     CudaTrainer, Kept, LoraSettings, Moments, NotFinite, Pair, Progress, Settings, State, Take,
     Train, Trainer, resident_bytes,
@@ -16,7 +16,7 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open,
+    DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open, run,
     settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
@@ -328,16 +328,7 @@ fn a_checkpoint_goes_on_to_the_same_bits() {
     for (settings, precision) in kinds() {
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("next");
-        let run = Run {
-            version: "0".into(),
-            model: "start".into(),
-            reference: "start".into(),
-            pairs: "pairs".into(),
-            dtype: "f32".into(),
-            asked: Default::default(),
-            settings: settings.clone(),
-            date: None,
-        };
+        let run = run(&settings);
         let writer = Writer {
             output: &output,
             run: &run,

@@ -4,7 +4,7 @@
 mod shared;
 
 use common::chat::Chat;
-use common::dpo::checkpoint::{Run, Writer, resume};
+use common::dpo::checkpoint::{Writer, resume};
 use common::dpo::{Kept, Pair, State, Train, Trainer};
 use common::generate::{Generate, Generator, Limits, Request, Sampling};
 use common::kernels::gemm::Precision;
@@ -12,7 +12,7 @@ use common::logprob::{Group, score};
 use common::model::Decoder;
 use shared::{
     FAMILIES, MIXTURES, STATE_BYTES, assert_trains_as_in_pytorch, golden, ids, objective, open,
-    pair, settings, tiny_pairs,
+    pair, run, settings, tiny_pairs,
 };
 
 #[test]
@@ -160,16 +160,7 @@ fn a_checkpoint_has_every_bit_of_the_weights() {
         let new = || Trainer::new(&weights, settings.clone(), Precision::F32, STATE_BYTES).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("next");
-        let run = Run {
-            version: "0".into(),
-            model: "start".into(),
-            reference: "start".into(),
-            pairs: "pairs".into(),
-            dtype: "f32".into(),
-            asked: Default::default(),
-            settings: settings.clone(),
-            date: None,
-        };
+        let run = run(&settings);
         let writer = Writer {
             output: &output,
             run: &run,

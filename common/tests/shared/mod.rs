@@ -4,6 +4,7 @@
 
 #[cfg(feature = "cuda-emulated")]
 use common::cuda::{self, Device};
+use common::dpo::checkpoint::Run;
 use common::dpo::{LossType, Moments, Objective, Pair, Scheduler, Settings, StateBytes, Train};
 use common::weights::Weights;
 use serde_json::Value;
@@ -121,6 +122,20 @@ pub fn settings(objective: Objective, learning_rate: f64) -> Settings {
         shuffle: false,
         lora: None,
         moments: Moments::F32,
+    }
+}
+
+/// A run that checkpoints are of.
+pub fn run(settings: &Settings) -> Run {
+    Run {
+        version: "0".into(),
+        model: "start".into(),
+        reference: "start".into(),
+        pairs: "pairs".into(),
+        dtype: "f32".into(),
+        asked: Default::default(),
+        settings: settings.clone(),
+        date: None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a sequence leaves behind in a layer: its heads' memories, and the last rows that the convolution will see.
 
-use super::rule::{LANES, Strip, scan};
+use super::rule::{Strip, scan_to};
 use super::{Shape, Weights, gate, short};
 use crate::kernels::shared::Shared;
 use crate::kernels::taps::PastRows;
@@ -61,14 +61,8 @@ impl Memory {
                 qkv,
                 gates,
             };
-            let mut found = vec![0.0; tokens * LANES];
-            scan(strip, 0..tokens, memory, &mut found);
-            for (token, found) in found.chunks_exact(LANES).enumerate() {
-                let columns = strip.columns();
-                // SAFETY: this task alone writes this strip's columns.
-                let target = unsafe { target.slice(token * values + columns.start, columns.len()) };
-                target.copy_from_slice(&found[..columns.len()]);
-            }
+            // SAFETY: this task alone writes this strip's columns.
+            unsafe { scan_to(strip, 0..tokens, memory, &target, &mut vec![]) };
         });
         let each = raw.chunks_exact(width).zip(read.chunks_exact(values));
         for ((raw, read), out) in each.zip(out.chunks_exact_mut(values)) {

@@ -17,7 +17,7 @@ use super::shared::Shared;
 use super::taps::Taps;
 use super::{norm, rows, team};
 use anyhow::{Result, ensure};
-use rule::{LANES, Strip, scan};
+use rule::{LANES, Strip, scan_to};
 use std::ops::Range;
 
 /// The heads of a layer. A row of the fused projection is `[q | k | v | z | b | a]`: what becomes queries, keys and values, the
@@ -191,17 +191,10 @@ pub fn forward(layout: &Layout, shape: Shape, weights: Weights, raw: &[f32], sta
                 qkv,
                 gates,
             };
-            let mut found = vec![];
+            let mut room = vec![];
             let mut run = |segment: &Segment, memory: &mut [f32]| {
-                found.resize(segment.tokens.len() * LANES, 0.0);
-                scan(strip, segment.tokens.clone(), memory, &mut found);
-                let columns = strip.columns();
-                for (token, found) in segment.tokens.clone().zip(found.chunks_exact(LANES)) {
-                    let at = token * shape.value_width() + columns.start;
-                    // SAFETY: this task alone writes this group's rows of this head.
-                    let target = unsafe { read.slice(at, columns.len()) };
-                    target.copy_from_slice(&found[..columns.len()]);
-                }
+                // SAFETY: this task alone writes this group's rows of this head.
+                unsafe { scan_to(strip, segment.tokens.clone(), memory, &read, &mut room) };
             };
             let mut memory = vec![0.0; shape.strip_len()];
             run(&group[0], &mut memory);

@@ -3,6 +3,7 @@
 
 use super::Shape;
 use crate::kernels::isa::multiversion;
+use crate::kernels::shared::Shared;
 use crate::kernels::{copy, fit};
 use std::ops::Range;
 
@@ -138,6 +139,28 @@ multiversion! {
         for (token, read) in tokens.zip(read.chunks_exact_mut(LANES)) {
             read.copy_from_slice(&advance::<FMA>(strip, token, memory).read);
         }
+    }
+}
+
+/// As [`scan`], with what is found at its place in `read` `[T, value_width]`; `room` is storage.
+///
+/// # Safety
+/// No other task may be at these tokens' columns of the strip.
+pub(super) unsafe fn scan_to(
+    strip: Strip,
+    tokens: Range<usize>,
+    memory: &mut [f32],
+    read: &Shared,
+    room: &mut Vec<f32>,
+) {
+    fit(room, tokens.len() * LANES);
+    scan(strip, tokens.clone(), memory, room);
+    let columns = strip.columns();
+    for (token, found) in tokens.zip(room.chunks_exact(LANES)) {
+        let at = token * strip.shape.value_width() + columns.start;
+        // SAFETY: the caller's promise.
+        let target = unsafe { read.slice(at, columns.len()) };
+        target.copy_from_slice(&found[..columns.len()]);
     }
 }
 
