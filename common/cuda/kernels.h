@@ -382,6 +382,41 @@ DELTA_VARIANTS(DELTA_STEP, delta_step);
 DELTA_KEEP(delta_keep_f32, float);
 DELTA_KEEP(delta_keep_bf16, bf16);
 
+// ---- Short convolutions between gates -------------------------------------------------------------------------------
+// common/src/kernels/gated_conv.rs says what they are. A row of the fused projection, `raw`, is [b | c | x], each of so many
+// `channels`; `out` [T, channels] is c·conv(b·x). `weight` [channels, kernel], the oldest token's first; segments as above.
+// Grid (rows, ceil(channels / 256)).
+#define GATED_CONV(name, T) KERNEL(256, name, const T* raw, const int* segment_of, const DeltaSegment* segments, \
+    const float* weight, T* out, int channels, int kernel)
+GATED_CONV(gated_conv_f32, float);
+GATED_CONV(gated_conv_bf16, bf16);
+GATED_CONV(gated_conv_f16, f16);
+
+// The gradient of `raw`, given that of `out`. Grid as above.
+#define GATED_CONV_BACKWARD(name, T) KERNEL(256, name, const T* raw, const int* segment_of, const DeltaSegment* segments, \
+    const float* weight, const T* d_out, T* d_raw, int channels, int kernel)
+GATED_CONV_BACKWARD(gated_conv_backward_f32, float);
+GATED_CONV_BACKWARD(gated_conv_backward_bf16, bf16);
+
+// That of `weight`: `partial` [parts, channels·kernel], part by part of ceil(count / parts) rows.
+// Grid (ceil(channels / 256), parts).
+#define GATED_CONV_GRADIENT(name, T) KERNEL(256, name, const T* raw, const int* segment_of, const DeltaSegment* segments, \
+    const T* d_out, float* partial, int count, int channels, int kernel)
+GATED_CONV_GRADIENT(gated_conv_gradient_f32, float);
+GATED_CONV_GRADIENT(gated_conv_gradient_bf16, bf16);
+
+// Decoding: one token of each slot, which goes on from b·x of the last tokens, `past` [*, kernel − 1, channels] at from[slot],
+// the oldest first; they are left as the slot's own. Slots that are `finished` are left alone. Grid (slots, ceil(channels / 256)).
+#define GATED_CONV_STEP(name, T) KERNEL(256, name, const T* raw, float* past, const int* from, const int* finished, \
+    const float* weight, T* out, int channels, int kernel)
+GATED_CONV_STEP(gated_conv_step_f32, float);
+GATED_CONV_STEP(gated_conv_step_bf16, bf16);
+
+// b·x of the last rows of each of `spans` into `past`, where it leaves its memory. Grid (ceil(channels / 256), spans).
+#define GATED_CONV_KEEP(name, T) KERNEL(256, name, const T* raw, const DeltaSpan* spans, float* past, int channels, int kernel)
+GATED_CONV_KEEP(gated_conv_keep_f32, float);
+GATED_CONV_KEEP(gated_conv_keep_bf16, bf16);
+
 // ---- Attention over a packed, prefix-shared batch -------------------------------------------------------------------
 // Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256 (D). Take the
 // smallest that is at least `dim`; any even `dim` works (multiples of 8 load in vectors).

@@ -2,7 +2,7 @@
 // back have in common.
 #pragma once
 #include "activation.h"
-#include "kernels.h"
+#include "taps.h"
 
 namespace device {
 
@@ -52,25 +52,6 @@ struct KeptHead {
             int c = lane() + k * WARP;
             if (c < head.dim) visit(head.first + c, at[k]);
         }
-    }
-};
-
-// The rows that a token's convolution sees.
-template <class T> struct Taps {
-    const T* raw;
-    int width;
-    DeltaSegment segment;
-    int token;
-
-    // The token so far back; below 0 before the first of the sequence.
-    __device__ int back(int by) const {
-        int own = token - by, after = token - segment.first - by;
-        if (after >= 0) return own;
-        return segment.prefix_len + after >= 0 ? segment.prefix + segment.prefix_len + after : -1;
-    }
-    __device__ const T* operator()(int by) const {
-        int at = back(by);
-        return at < 0 ? nullptr : raw + (long long)at * width;
     }
 };
 

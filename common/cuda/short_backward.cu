@@ -36,25 +36,16 @@ __device__ void delta_inputs_backward(const T* raw, const int* segment_of, const
     });
 }
 
-// A row is seen by those after it in its segment, and a root's last rows by the first of its branches.
 template <class T>
 __device__ void delta_conv_backward(const T* d_convolved, const int* segment_of, const DeltaSegment* segments, const float* conv,
                                     T* d_raw, DeltaHeads heads) {
     int token = blockIdx.x, width = heads.qkv_width();
-    const DeltaSegment* own = segments + segment_of[token];
-    int end = own->first + own->rows;
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        const float* weight = conv + (long long)c * heads.kernel + heads.kernel - 1;
         float sum = 0;
-        for (int by = 0; by < heads.kernel; ++by) {
-            float weight = conv[(long long)c * heads.kernel + heads.kernel - 1 - by];
-            auto give = [&](int row) { sum += weight * widen(d_convolved[(long long)row * width + c]); };
-            int after = token + by - end;
-            if (after < 0) give(token + by);
-            for (const DeltaSegment* branch = own + 1; after >= 0 && end < own->end; ++branch) {
-                if (after < branch->rows) give(branch->first + after);
-                if (branch->end == own->end) break;
-            }
-        }
+        for_followers(segments + segment_of[token], token, heads.kernel, [&](int row, int by) {
+            sum += weight[-by] * widen(d_convolved[(long long)row * width + c]);
+        });
         d_raw[(long long)token * heads.raw_width() + c] = narrow<T>(sum);
     }
 }

@@ -79,8 +79,10 @@ fn experts_of_odd_sizes_are_refused() {
 fn keys_of_linear_attention_that_are_too_long_are_refused() {
     let (weights, _) = open(DELTA);
     let mut config = weights.config.clone();
-    for shape in config.deltas.iter_mut().flatten() {
-        shape.key_dim = 130;
+    for recurrence in config.recurrences.iter_mut().flatten() {
+        if let Recurrence::Delta(shape) = recurrence {
+            shape.key_dim = 130;
+        }
     }
     let line = cuda::Decoder::check(&config).unwrap_err().to_string();
     assert!(

@@ -28,6 +28,7 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -431,6 +432,39 @@ FAMILIES = {
         ),
         {"seed": 103, "legacy": True},
     ),
+    # Short convolutions between gates around a layer of attention; the MLP is two thirds of what the file says, 1.1 times
+    # that, rounded up.
+    "lfm2": (
+        Lfm2Config,
+        dict(
+            num_hidden_layers=3,
+            layer_types=["conv", "full_attention", "conv"],
+            intermediate_size=60,
+            block_multiple_of=16,
+            block_ffn_dim_multiplier=1.1,
+            norm_eps=1e-3,
+            rms_norm_eps=0.5,  # nobody hears it
+            tie_word_embeddings=True,
+            rope_parameters=rope(1000000.0),
+        ),
+        {"seed": 104},
+    ),
+    # As the first ones were published, the layers with attention by their numbers.
+    "lfm2-untied": (
+        Lfm2Config,
+        dict(
+            num_hidden_layers=3,
+            full_attn_idxs=[2],
+            conv_L_cache=4,
+            block_auto_adjust_ff_dim=False,
+            norm_eps=1e-3,
+            rms_norm_eps=0.5,  # nobody hears it
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            rope_parameters=rope(10000.0),
+        ),
+        {"seed": 105, "legacy": True},
+    ),
 }
 
 
@@ -447,6 +481,8 @@ def fill(model, seed):
                 p.copy_(0.2 * noise + (0.0 if any(part in name for part in from_one) else 1.0))
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
+            elif "conv.conv" in name:
+                p.copy_(0.8 * noise)
             elif "embed_tokens" in name:
                 p.copy_(0.4 * noise)
             else:

@@ -169,7 +169,7 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
                 false,
             )
         }
-        "llama-bpe" | "llama3" | "llama-v3" => (Json::Null, split(LLAMA3), true, true),
+        "llama-bpe" | "llama3" | "llama-v3" | "lfm2" => (Json::Null, split(LLAMA3), true, true),
         "dbrx" | "smaug-bpe" | "chatglm-bpe" => (Json::Null, split(LLAMA3), false, false),
         "glm4" => (Json::Null, split(LLAMA3), true, false),
         "hunyuan-dense" => (Json::Null, splits(&DEEPSEEK3), false, false),
@@ -181,7 +181,7 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
         "gpt-4o" => (Json::Null, split(O200K), false, false),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, qwen35, olmo, tekken, gpt-4o): use the model's HF folder"
+             refact, llama-bpe, lfm2, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, qwen35, olmo, tekken, gpt-4o): use the model's HF folder"
         ),
     })
 }

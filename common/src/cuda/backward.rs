@@ -3,11 +3,12 @@
 use super::args;
 use super::batch::Shape;
 use super::decoder::{Decoder, Linear, Mlp};
-use super::delta_backward::{self, DeltaRoom};
+use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
 use super::launches::{Scores, THREADS, head_lanes, norm_rows};
 use super::pass::{Pass, Widths};
+use super::recurrent;
 use crate::model::{Matrix, Params, Span};
 use crate::weights::{Config, Norms, QkNorm};
 use anyhow::Result;
@@ -160,7 +161,7 @@ impl<'a> Backward<'a> {
         self.bias_gradient(&places.mlp().gate_up, &pass.gate_up, self.decoder.precision)
     }
 
-    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or linear attention.
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place.
     fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let norm = (&layer.norms.after_attention, &places.norms.after_attention);
@@ -168,8 +169,8 @@ impl<'a> Backward<'a> {
         self.input_gradient(&layer.output, dy, &self.d_attention, pass)?;
         self.weight_gradient(&layer.output, &places.output, &pass.attention, dy, pass)?;
         self.given_bias_gradient(&places.output)?;
-        match (&layer.delta, &places.delta) {
-            (Some(delta), Some(places)) => self.attend_linearly(delta, places, pass)?,
+        match (&layer.recurrent, &places.recurrent) {
+            (Some(recurrent), Some(places)) => self.recur(recurrent, places, pass)?,
             _ => {
                 self.gate(i, pass)?;
                 self.attend(i, pass)?;
@@ -196,10 +197,15 @@ impl<'a> Backward<'a> {
     /// Back through the gates of attention, where there are some: `d_attention` becomes the gradient of what it gave, and `d_raw`
     /// gets theirs.
     fn gate(&self, i: usize, pass: &Pass) -> Result<()> {
-        let (Some(raw), Some(read), Some(d_raw)) = (&pass.qkv_raw, &pass.read, &self.d_raw) else {
+        let (decoder, count) = (self.decoder, self.shape.tokens);
+        let (Some(raw), Some(read), Some(d_raw), true) = (
+            &pass.qkv_raw,
+            &pass.read,
+            &self.d_raw,
+            decoder.config.attention_gate,
+        ) else {
             return Ok(());
         };
-        let (decoder, count) = (self.decoder, self.shape.tokens);
         let (width, stride) = (decoder.heads(i).q_width(), decoder.layers[i].qkv.rows);
         decoder.device.launch(
             &decoder.kernels.of_format("gate_backward"),
@@ -613,7 +619,7 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
             most = most.max(count.min(NORM_BLOCKS) * config.heads * config.head_dim);
         }
     }
-    most = most.max(delta_backward::partial_elements(config, count));
+    most = most.max(recurrent::partial_elements(config, count));
     let widths = Widths::new(config);
     let qkv = widths.gated.max(widths.qkv);
     for (has, width) in [

@@ -1,12 +1,13 @@
 //! A model's weights on the device. What is done with them is in `pass` and `backward`.
 
 use super::batch::Rotation;
-use super::delta::{self, Delta};
+use super::delta;
 use super::device::{Buffer, Device, Precision, bytes_of};
 use super::experts::{self, Mixture};
 use super::launches::{AttentionTiles, Kernels};
 use super::lora::LowRank;
 use super::pass::Widths;
+use super::recurrent::Recurrent;
 use crate::kernels::layout::Heads;
 use crate::model::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use crate::weights::Config;
@@ -36,8 +37,8 @@ pub(super) struct Layer {
     pub norms: LayerNorms<Buffer>,
     pub qkv: Linear,
     pub qk_norms: Option<(Buffer, Buffer)>,
-    /// Linear attention in the place of attention.
-    pub delta: Option<Delta>,
+    /// What it has in the place of attention.
+    pub recurrent: Option<Recurrent>,
     pub output: Linear,
     pub mlp: Mlp,
 }
@@ -170,8 +171,8 @@ impl Decoder {
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
-                delta: (p.delta.as_ref())
-                    .map(|p| Delta::new(p, vector))
+                recurrent: (p.recurrent.as_ref())
+                    .map(|p| Recurrent::new(p, vector))
                     .transpose()?,
                 output: linear(&p.output)?,
                 mlp: match (config.experts, &p.router) {

@@ -6,7 +6,7 @@ use super::batch;
 use super::decoder::Decoder;
 use super::device::{Address, Arg, Buffer, Launch, Plain};
 use super::launches::THREADS;
-use super::pass::{Kept, Pass};
+use super::pass::Pass;
 use super::slots::Slots;
 use super::walks::{DeltaSpan, MOST_MEMORIES, Walks};
 use crate::kernels::delta::Shape;
@@ -26,7 +26,7 @@ const SCAN_COLUMNS: usize = 64;
 /// Fails for heads that there are no kernels for.
 pub(super) fn check(config: &Config) -> Result<()> {
     let most = KEY_DIMS[KEY_DIMS.len() - 1];
-    for shape in config.deltas.iter().flatten() {
+    for shape in config.deltas() {
         ensure!(
             shape.key_dim <= most,
             "linear attention's keys of {} are more than the GPU's kernels take ({most}): use --device cpu",
@@ -83,11 +83,9 @@ impl Memories {
         })
     }
 
-    /// The bytes of a number in all layers, in a format of so many bytes.
-    pub fn table_bytes(config: &Config, size: usize) -> usize {
-        let shapes = config.deltas.iter().flatten();
-        let bytes = |&shape: &Shape| memory_bytes(shape) + past_bytes(shape, size);
-        shapes.map(bytes).sum()
+    /// The bytes of a number, in a format of so many bytes.
+    pub fn bytes(shape: Shape, size: usize) -> usize {
+        memory_bytes(shape) + past_bytes(shape, size)
     }
 }
 
@@ -127,8 +125,7 @@ pub(super) fn memory_bytes(shape: Shape) -> usize {
 
 /// The bytes of the largest memory of a layer.
 pub(super) fn largest_memory(config: &Config) -> usize {
-    let shapes = config.deltas.iter().flatten();
-    shapes.map(|&shape| memory_bytes(shape)).max().unwrap_or(0)
+    config.deltas().map(memory_bytes).max().unwrap_or(0)
 }
 
 /// The bytes of the memories that the roots of a batch leave behind for their branches, at most.
@@ -137,11 +134,11 @@ pub(super) fn memories_bytes(config: &Config) -> usize {
 }
 
 impl Decoder {
-    /// The walks over a batch, where there is linear attention.
+    /// The walks over a batch, where something stands in the place of attention.
     pub(super) fn walks(&self, layout: &Layout) -> Result<Option<Walks>> {
-        let bytes = largest_memory(&self.config);
-        let some = || Walks::new(&self.device, layout, bytes);
-        (bytes > 0).then(some).transpose()
+        let any = self.config.recurrences.iter().any(Option::is_some);
+        let some = || Walks::new(&self.device, layout, largest_memory(&self.config));
+        any.then(some).transpose()
     }
 
     /// The name of a walk over a layer's tokens.
@@ -155,11 +152,11 @@ impl Decoder {
         delta: &Delta,
         batch: &batch::Shape,
         pass: &Pass,
-        kept: Option<Kept>,
+        kept: Option<(&Memories, &Buffer)>,
     ) -> Result<()> {
         let walks = batch.walks.as_ref().expect("made for such models");
         self.delta_inputs(delta, batch.tokens, walks, pass)?;
-        if let Some(Kept::Memories(memories, spans)) = kept {
+        if let Some((memories, spans)) = kept {
             let count = spans.bytes() / size_of::<DeltaSpan>();
             self.scan(delta, (spans.address(), count), &memories.heads, pass)?;
             self.keep_past(delta, (spans, count), &memories.past, pass)?;

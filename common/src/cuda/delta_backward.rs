@@ -2,6 +2,7 @@
 
 use super::args;
 use super::backward::{Backward, NORM_BLOCKS};
+use super::conv::weight_parts;
 use super::decoder::Decoder;
 use super::delta::{
     Delta, heads_of, inputs_launch, key_size, largest_memory, memories_bytes, stage_bytes,
@@ -18,10 +19,6 @@ use std::ops::Range;
 
 /// Columns of a memory that a block walks back with (`DELTA_STRIP` of `common/cuda/kernels.h`).
 const STRIP: usize = 128;
-
-/// The most parts of the gradient of a convolution's weights, and the rows of one, at least.
-const CONV_PARTS: usize = 64;
-const CONV_ROWS: usize = 64;
 
 /// What the way back through linear attention needs, `[T, …]`, float32.
 pub(super) struct DeltaRoom {
@@ -40,11 +37,10 @@ pub(super) struct DeltaRoom {
 
 /// Their widths, of the layers that they are widest in: values, keys of all strips, heads.
 fn widths(config: &Config) -> [usize; 3] {
-    let shapes = || config.deltas.iter().flatten();
-    let most = |width: fn(&Shape) -> usize| shapes().map(width).max().unwrap_or(0);
+    let most = |width: fn(Shape) -> usize| config.deltas().map(width).max().unwrap_or(0);
     [
         most(|shape| shape.value_width()),
-        most(|shape| shape.value_heads * strips(*shape) * shape.key_dim),
+        most(|shape| shape.value_heads * strips(shape) * shape.key_dim),
         most(|shape| shape.value_heads),
     ]
 }
@@ -56,12 +52,12 @@ fn strips(shape: Shape) -> usize {
 impl DeltaRoom {
     /// For a batch; none where there is no linear attention.
     pub fn new(decoder: &Decoder, count: usize, walks: Option<&Walks>) -> Result<Option<Self>> {
-        let Some(walks) = walks else {
+        let memory = largest_memory(&decoder.config);
+        let Some(walks) = walks.filter(|_| memory > 0) else {
             return Ok(None);
         };
         let [values, keys, heads] = widths(&decoder.config);
         let rows = |width: usize| decoder.device.allocate(count * width * size_of::<f32>());
-        let memory = largest_memory(&decoder.config);
         Ok(Some(Self {
             memories: decoder.device.allocate(walks.most * memory)?,
             lack: rows(values)?,
@@ -81,19 +77,11 @@ impl DeltaRoom {
     }
 }
 
-/// Parts of a convolution's gradient.
-fn conv_parts(count: usize) -> usize {
-    count.div_ceil(CONV_ROWS).min(CONV_PARTS)
-}
-
 /// Elements of the largest partial sums.
-pub(super) fn partial_elements(config: &Config, count: usize) -> usize {
-    let each = |shape: &Shape| {
-        let conv = conv_parts(count) * shape.qkv_width() * shape.kernel;
-        let rows = shape.value_dim.max(2 * shape.value_heads);
-        conv.max(count.min(NORM_BLOCKS) * rows)
-    };
-    config.deltas.iter().flatten().map(each).max().unwrap_or(0)
+pub(super) fn partial_elements(shape: Shape, count: usize) -> usize {
+    let conv = weight_parts(count) * shape.qkv_width() * shape.kernel;
+    let rows = shape.value_dim.max(2 * shape.value_heads);
+    conv.max(count.min(NORM_BLOCKS) * rows)
 }
 
 impl Backward<'_> {
@@ -325,7 +313,7 @@ impl Backward<'_> {
         let Some(to) = self.gradients.span(&places.conv) else {
             return Ok(());
         };
-        let parts = conv_parts(count);
+        let parts = weight_parts(count);
         device.launch(
             &kernels.of_format("delta_conv_gradient"),
             Launch::plane(shape.qkv_width().div_ceil(THREADS), parts, THREADS),

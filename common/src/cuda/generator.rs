@@ -401,9 +401,9 @@ impl<'a> Generator<'a> {
         let pass = &memory.pass;
         decoder.embed(&memory.state, slots, &pass.x)?;
         for (i, layer) in decoder.layers.iter().enumerate() {
-            if let (Some(delta), Some(memories)) = (&layer.delta, memory.memories(i)) {
+            if let (Some(recurrent), Some(memories)) = (&layer.recurrent, memory.memories(i)) {
                 decoder.project_raw(i, slots, pass)?;
-                decoder.step_linearly(delta, memory, memories, slots)?;
+                decoder.recur_once(recurrent, memory, memories, slots)?;
             } else {
                 let cache = CacheRows {
                     cache: memory.cache_of(i),

@@ -6,6 +6,7 @@
 
 mod backward;
 mod batch;
+mod conv;
 mod decoder;
 mod delta;
 mod delta_backward;
@@ -24,6 +25,7 @@ mod launches;
 mod lora;
 mod optimizer;
 mod pass;
+mod recurrent;
 mod reward;
 mod scoring;
 mod slots;

@@ -3,12 +3,12 @@
 use super::args;
 use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
-use super::delta::Memories;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{Routes, rows_each};
 use super::launches::{Scores, THREADS, head_lanes, norm_rows};
 use super::optimizer::elements;
-use crate::weights::{Config, Norms, QkNorm};
+use super::recurrent::Memories;
+use crate::weights::{Config, Norms, QkNorm, Recurrence};
 use anyhow::Result;
 
 /// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
@@ -24,9 +24,9 @@ pub struct Pass {
     pub qkv: Buffer,
     /// Of linear attention, decays and rates, float32.
     pub gates: Option<Buffer>,
-    /// What attention or linear attention gives before it is gated, where it is.
+    /// What attention, or what stands in its place, gives before it is gated, where it is.
     pub read: Option<Buffer>,
-    /// What the output projection of attention or linear attention reads.
+    /// What the output projection of attention, or of what stands in its place, reads.
     pub attention: Buffer,
     /// Log-sum-exp of the scores, `[T, heads]`, float32.
     pub lse: Buffer,
@@ -54,12 +54,14 @@ pub(super) struct CacheRows<'a> {
 /// The widths of what layers have on their way, of whichever it is widest in.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Widths {
-    /// The fused projection, where some layer has gates in it; else 0.
+    /// The fused projection, where some layer has gates in it, or no attention; else 0.
     pub gated: usize,
     /// `[q | k | v]`.
     pub qkv: usize,
-    /// What is read by the output projection.
+    /// What is read by the output projection,
     pub attention: usize,
+    /// and that before it is gated, where some layer has it first.
+    pub read: usize,
     /// Decays and rates of linear attention.
     pub gates: usize,
 }
@@ -67,29 +69,41 @@ pub(super) struct Widths {
 impl Widths {
     pub fn new(c: &Config) -> Self {
         let mut widths = Self::default();
-        for (i, delta) in c.deltas.iter().enumerate() {
+        for (i, recurrence) in c.recurrences.iter().enumerate() {
             let heads = c.heads_of(i);
-            let own = match delta {
-                Some(shape) => Self {
+            let own = match *recurrence {
+                Some(Recurrence::Delta(shape)) => Self {
                     gated: shape.input_width(),
                     qkv: shape.qkv_width(),
                     attention: shape.value_width(),
+                    read: shape.value_width(),
                     gates: 2 * shape.value_heads,
                 },
-                None => Self {
-                    gated: match c.attention_gate {
-                        true => heads.qkv_width() + heads.q_width(),
-                        false => 0,
-                    },
-                    qkv: heads.qkv_width(),
-                    attention: heads.q_width(),
-                    gates: 0,
+                Some(Recurrence::Conv(shape)) => Self {
+                    gated: shape.input_width(),
+                    attention: shape.channels,
+                    ..Self::default()
                 },
+                None => {
+                    let (q, qkv) = (heads.q_width(), heads.qkv_width());
+                    let [gated, read] = match c.attention_gate {
+                        true => [qkv + q, q],
+                        false => [0, 0],
+                    };
+                    Self {
+                        gated,
+                        qkv,
+                        attention: q,
+                        read,
+                        gates: 0,
+                    }
+                }
             };
             widths = Self {
                 gated: widths.gated.max(own.gated),
                 qkv: widths.qkv.max(own.qkv),
                 attention: widths.attention.max(own.attention),
+                read: widths.read.max(own.read),
                 gates: widths.gates.max(own.gates),
             };
         }
@@ -101,14 +115,6 @@ impl Widths {
         match c.qk_norm {
             Some(_) => self.gated.max(self.qkv),
             None => self.gated,
-        }
-    }
-
-    /// What is read before it is gated.
-    pub fn read(&self) -> usize {
-        match self.gated {
-            0 => 0,
-            _ => self.attention,
         }
     }
 }
@@ -149,7 +155,7 @@ impl Decoder {
             qkv_raw: some(widths.gated, self.size())?,
             qkv: rows(widths.qkv, self.size())?,
             gates: some(widths.gates, size_of::<f32>())?,
-            read: (widths.gated > 0).then(|| attention.clone()), // it is gated where it is
+            read: (widths.read > 0).then(|| attention.clone()), // it is gated where it is
             attention,
             lse: rows(c.heads, size_of::<f32>())?,
             output: given.clone(),
@@ -201,7 +207,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Attention or linear attention of layer `i`: from `pass.x` to `pass.attention`.
+    /// Attention of layer `i`, or what stands in its place: from `pass.x` to `pass.attention`.
     pub(super) fn mix(
         &self,
         i: usize,
@@ -210,9 +216,9 @@ impl Decoder {
         kept: Option<Kept>,
     ) -> Result<()> {
         let count = shape.tokens;
-        if let Some(delta) = &self.layers[i].delta {
+        if let Some(recurrent) = &self.layers[i].recurrent {
             self.project_raw(i, count, pass)?;
-            return self.attend_linearly(delta, shape, pass, kept);
+            return self.recur(recurrent, shape, pass, kept);
         }
         let cache = match kept {
             Some(Kept::Keys(cache)) => Some(cache),
@@ -367,7 +373,8 @@ impl Decoder {
 
     /// Gated attention: from `pass.read` to `pass.attention`. Nothing where layer `i` has no gates.
     pub(super) fn gate(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
-        let (Some(raw), Some(read)) = (&pass.qkv_raw, &pass.read) else {
+        let (Some(raw), Some(read), true) = (&pass.qkv_raw, &pass.read, self.config.attention_gate)
+        else {
             return Ok(());
         };
         let (width, stride) = (self.heads(i).q_width(), self.layers[i].qkv.rows);

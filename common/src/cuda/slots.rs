@@ -1,9 +1,9 @@
 //! What sequences have on the device while they are generated, and how its memory is shared out among them.
 
 use super::decoder::Decoder;
-use super::delta::Memories;
 use super::device::{Address, Buffer, Plain};
 use super::pass::{CacheRows, Kept, Pass};
+use super::recurrent::Memories;
 use crate::generate::Sampling;
 use crate::weights::Config;
 use anyhow::{Result, bail};
@@ -116,7 +116,7 @@ pub struct Slots {
     pub ends: Buffer,
     pub end_count: usize,
     /// `[slots + prompts' tables, vocab]`, float32: of the slots, then of prompts that wait for their first draws. Memories of
-    /// linear attention have the same rows.
+    /// what stands in the place of attention have the same rows.
     pub logits: Buffer,
     /// `[PROMPTS, vocab]`, float32: of a pass over prompts.
     pub after_prompts: Buffer,
@@ -235,7 +235,7 @@ impl Sizes {
 }
 
 fn layers_with_keys(config: &Config) -> usize {
-    config.deltas.iter().filter(|delta| delta.is_none()).count()
+    config.recurrences.iter().filter(|r| r.is_none()).count()
 }
 
 /// Parts that a sequence's own keys are read in side by side, a warp each: more where sequences are few.
@@ -277,14 +277,18 @@ impl Slots {
         let block = numbers((7 + SEQUENCE) * slots + TILE * most_tiles)?;
         let of_slots = |first: usize| block.part(first * slots, slots, size_of::<i32>());
         let mut with_keys = 0..;
-        let layer = |delta: &Option<_>| match delta {
+        let layer = |recurrence: &Option<_>| match recurrence {
             None => Ok(Layer::Keys(with_keys.next().expect("numbers go on"))),
-            Some(shape) => Memories::new(decoder, *shape, tables).map(Layer::Memories),
+            Some(of) => Memories::new(decoder, *of, tables).map(Layer::Memories),
         };
         Ok(Self {
             cache: device.allocate(layer_bytes * layers_with_keys(config))?,
             layer_bytes,
-            layers: config.deltas.iter().map(layer).collect::<Result<_>>()?,
+            layers: config
+                .recurrences
+                .iter()
+                .map(layer)
+                .collect::<Result<_>>()?,
             tables: numbers(tables * most)?,
             state: block.part(0, 3 * slots, size_of::<i32>()),
             logps: of_slots(1),
@@ -351,7 +355,7 @@ impl Slots {
         }
     }
 
-    /// The memories of a layer with linear attention.
+    /// The memories of a layer without attention.
     pub fn memories(&self, i: usize) -> Option<&Memories> {
         match &self.layers[i] {
             Layer::Keys(_) => None,

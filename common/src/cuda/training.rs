@@ -234,7 +234,7 @@ impl Decoder {
             qkv_raw: some(widths.raw(c), size)?,
             qkv: rows(widths.qkv, size)?,
             gates: some(widths.gates, float)?,
-            read: some(widths.read(), size)?,
+            read: some(widths.read, size)?,
             attention: rows(widths.attention, size)?,
             lse: rows(c.heads, float)?,
             output: self.room_for_given(tokens)?,
@@ -370,7 +370,7 @@ impl Footprint<'_> {
     fn layer(&self) -> usize {
         let (c, widths) = (self.config, Widths::new(self.config));
         let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
-        let mixed = widths.raw(c) + widths.qkv + widths.read() + widths.attention;
+        let mixed = widths.raw(c) + widths.qkv + widths.read + widths.attention;
         let streams = if c.norms == Norms::Before { 1 } else { 3 };
         let (routes, _) = Routes::bytes(c, self.precision);
         let in_format = mixed + 2 * c.ffn * rows_each(c);

@@ -6,7 +6,7 @@ use super::trainer::Settings;
 use crate::budget;
 use crate::cuda::Footprint;
 use crate::kernels::gemm::Precision;
-use crate::model::{Delta, Lora, Params};
+use crate::model::{Lora, Params, Recurrent};
 use crate::policy::Place;
 use crate::weights::Config;
 use anyhow::{Result, ensure};
@@ -120,11 +120,8 @@ fn pair_bytes(config: &Config) -> usize {
         Some(experts) => experts.used * (4 * config.ffn + 3 * config.hidden),
     };
     let attention = 2 * config.heads * config.head_dim;
-    let linear = config
-        .deltas
-        .iter()
-        .flatten()
-        .map(|shape| Delta::state_words(*shape));
-    let row = 4 * config.hidden + linear.fold(attention, usize::max) + mlp;
+    let recurrences = config.recurrences.iter().flatten();
+    let mixed = recurrences.map(|recurrence| Recurrent::state_words(*recurrence));
+    let row = 4 * config.hidden + mixed.fold(attention, usize::max) + mlp;
     (config.layers * config.hidden + 3 * row) * size_of::<f32>()
 }

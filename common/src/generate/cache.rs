@@ -6,16 +6,16 @@
 //! the order in which they are read.
 
 use crate::kernels::decoding::{AHEAD, Block, Format};
-use crate::kernels::delta;
 use crate::kernels::gemm::{Aligned, panel_width};
 use crate::kernels::layout::Heads;
+use crate::model::Memory;
 
-/// What attention, or linear attention, knows of the past.
+/// What attention, or what stands in its place, knows of the past.
 pub enum Past {
     /// Keys and values of a prompt, or of a response so far.
     Keys(LayerCache),
-    /// Of linear attention: of a prompt, or of that and the response so far.
-    Delta(delta::Memory),
+    /// Of what stands in its place: of a prompt, or of that and the response so far.
+    Memory(Memory),
 }
 
 impl Past {
@@ -23,7 +23,7 @@ impl Past {
     pub fn keys(&self) -> &LayerCache {
         match self {
             Self::Keys(cache) => cache,
-            Self::Delta(_) => unreachable!("linear attention has no keys"),
+            Self::Memory(_) => unreachable!("a memory has no keys"),
         }
     }
 
@@ -31,7 +31,7 @@ impl Past {
     pub fn keys_mut(&mut self) -> &mut LayerCache {
         match self {
             Self::Keys(cache) => cache,
-            Self::Delta(_) => unreachable!("linear attention has no keys"),
+            Self::Memory(_) => unreachable!("a memory has no keys"),
         }
     }
 }

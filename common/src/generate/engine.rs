@@ -7,10 +7,9 @@ use super::sampler::{Drawn, Sampling, draw, stream};
 use super::step::{Step, Storage};
 use crate::jsonl::FinishReason;
 use crate::kernels::decoding::Format;
-use crate::kernels::delta::Memory;
 use crate::kernels::layout::Layout;
 use crate::kernels::team;
-use crate::model::{Decoder, LayerState, Rotations};
+use crate::model::{Decoder, LayerState, Memory, Rotations};
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -163,13 +162,13 @@ impl<'a> Generator<'a> {
         let mut prefixes: Vec<Prefix> = together.iter().map(|_| Prefix::default()).collect();
         let keep = |i: usize, state: &mut LayerState| {
             let parts = prefixes.iter_mut().zip(layout.segments());
-            if let Some(delta) = self.decoder.delta(i) {
-                let width = delta.shape.input_width();
+            if let Some(recurrent) = self.decoder.recurrent(i) {
+                let width = recurrent.kind().input_width();
                 // (The heads are shared out there.)
                 for (prefix, segment) in parts {
                     let raw =
                         &state.qkv_raw[segment.tokens.start * width..segment.tokens.end * width];
-                    prefix.past.push(Past::Delta(delta.after(raw)));
+                    prefix.past.push(Past::Memory(recurrent.after(raw)));
                 }
                 return;
             }
@@ -230,7 +229,7 @@ impl<'a> Generator<'a> {
             let longest = self.longest(request.prompt.len());
             let past = |(i, prompt): (usize, &Past)| match prompt {
                 Past::Keys(_) => Past::Keys(LayerCache::new(self.shape(i), longest)),
-                Past::Delta(memory) => Past::Delta(memory.clone()),
+                Past::Memory(memory) => Past::Memory(memory.clone()),
             };
             let mut sequence = Sequence {
                 group: number,
@@ -298,9 +297,9 @@ impl<'a> Generator<'a> {
 
     fn past_bytes(&self, tokens: usize) -> usize {
         let layers = 0..self.decoder.config.layers;
-        let bytes = |i: usize| match self.decoder.delta(i) {
+        let bytes = |i: usize| match self.decoder.recurrent(i) {
             None => LayerCache::bytes(self.shape(i), tokens),
-            Some(delta) => Memory::bytes(delta.shape),
+            Some(recurrent) => Memory::bytes(recurrent.kind()),
         };
         layers.map(bytes).sum()
     }

@@ -7,7 +7,7 @@ use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
 use crate::kernels::{fit, team};
-use crate::model::{Decoder, Delta, LayerState, Rotations};
+use crate::model::{Decoder, LayerState, Recurrent, Rotations};
 use std::cell::Cell;
 
 /// What all sequences share.
@@ -60,8 +60,8 @@ impl Step<'_> {
         decoder.embed(&last, &mut state.x);
         for i in 0..decoder.config.layers {
             decoder.project(i, &positions, self.rotations, state);
-            match decoder.delta(i) {
-                Some(delta) => linear_attention(i, delta, running, state),
+            match decoder.recurrent(i) {
+                Some(recurrent) => go_on(i, recurrent, running, state),
                 None => {
                     let width = decoder.heads(i).q_width();
                     state.attention.resize(last.len() * width, 0.0);
@@ -117,19 +117,19 @@ impl Step<'_> {
     }
 }
 
-/// Linear attention of each sequence's last token: from `state.qkv_raw` to `state.attention`.
-fn linear_attention(layer: usize, delta: &Delta, running: &mut [Sequence], state: &mut LayerState) {
-    let (width, values) = (delta.shape.input_width(), delta.shape.value_width());
-    fit(&mut state.attention, running.len() * values);
+/// What stands in the place of attention, of each sequence's last token: from `state.qkv_raw` to `state.attention`.
+fn go_on(layer: usize, recurrent: &Recurrent, running: &mut [Sequence], state: &mut LayerState) {
+    let kind = recurrent.kind();
+    fit(&mut state.attention, running.len() * kind.output_width());
     let rows = state
         .qkv_raw
-        .chunks_exact(width)
-        .zip(state.attention.chunks_exact_mut(values));
+        .chunks_exact(kind.input_width())
+        .zip(state.attention.chunks_exact_mut(kind.output_width()));
     team::items(
         running.iter_mut().zip(rows).collect(),
         |_, (sequence, (raw, out))| match &mut sequence.past[layer] {
-            Past::Delta(memory) => delta.go_on(memory, raw, out),
-            Past::Keys(_) => unreachable!("linear attention keeps no keys"),
+            Past::Memory(memory) => recurrent.go_on(memory, raw, out),
+            Past::Keys(_) => unreachable!("it keeps no keys"),
         },
     );
 }

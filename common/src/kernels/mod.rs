@@ -1,4 +1,4 @@
-//! The arithmetic on a CPU: matrix products, norms, rotary positions, gated activations, attention, linear attention, soft-max; forward and backward.
+//! The arithmetic on a CPU: matrix products, norms, rotary positions, gated activations, attention, linear attention, short convolutions, soft-max; forward and backward.
 //!
 //! All of it works on plain `f32` slices, row-major. Every result row depends on its own inputs alone, never on how
 //! many other rows were computed with it or by how many threads, so batch size and packing cannot change a number.
@@ -8,6 +8,7 @@ pub mod attention;
 pub mod cap;
 pub mod decoding;
 pub mod delta;
+pub mod gated_conv;
 pub mod gemm;
 pub mod isa;
 pub mod layout;

@@ -135,8 +135,8 @@ impl<'a> Pass<'a, '_> {
         self.read(norm, map, &state.middle, d_gate_up, dx);
     }
 
-    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or linear attention: turns the gradient of `middle` into that
-    /// of `x`.
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place: turns the gradient of `middle`
+    /// into that of `x`.
     fn attention(&mut self, state: &LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
         let mut d_given = std::mem::take(&mut self.b.d_given);
@@ -152,9 +152,9 @@ impl<'a> Pass<'a, '_> {
         linear(&layer.output, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
         let mut d_raw = std::mem::take(&mut b.d_raw);
-        if let (Some(delta), Some(places)) = (&layer.delta, &p.delta) {
+        if let (Some(recurrent), Some(places)) = (&layer.recurrent, &p.recurrent) {
             let d_attention = &mut b.d_inner;
-            delta.backward(
+            recurrent.backward(
                 places,
                 self.layout,
                 state,

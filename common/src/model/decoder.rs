@@ -1,10 +1,10 @@
 //! The forward pass: attention with rotary positions and a gated MLP on a residual stream, with norms where the family has
 //! them.
 
-use super::delta::Delta;
 use super::experts::Routes;
 use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+use super::recurrent::Recurrent;
 use super::rotations::Rotations;
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
@@ -31,8 +31,8 @@ pub(super) struct Layer {
     pub norms: LayerNorms<Vec<f32>>,
     pub qkv: Linear,
     pub qk_norms: Option<(Vec<f32>, Vec<f32>)>,
-    /// Linear attention in the place of attention.
-    pub delta: Option<Delta>,
+    /// What it has in the place of attention.
+    pub recurrent: Option<Recurrent>,
     pub output: Linear,
     /// What says which experts a token goes to, where there are several.
     pub router: Option<Linear>,
@@ -169,8 +169,8 @@ impl Mlp {
 pub struct LayerState {
     /// The layer's input, the residual stream.
     pub x: Vec<f32>,
-    /// The fused projection before its norms and rotation, kept only where there are norms or gates in it; of linear attention
-    /// as it is.
+    /// The fused projection before its norms and rotation, kept only where there are norms or gates in it; what stands in
+    /// the place of attention reads it as it is.
     pub qkv_raw: Vec<f32>,
     /// `[q | k | v]` after norms and rotation; of linear attention as its rule reads them.
     pub qkv: Vec<f32>,
@@ -178,7 +178,7 @@ pub struct LayerState {
     pub gates: Vec<f32>,
     /// and what is read before its norm.
     pub read: Vec<f32>,
-    /// What attention or linear attention gives, before its output projection and gates.
+    /// What attention, or what stands in its place, gives, before its output projection and gates.
     pub attention: Vec<f32>,
     /// Log-sum-exp of the scores, `[T, heads]`.
     pub lse: Vec<f32>,
@@ -224,8 +224,8 @@ impl Decoder {
                     .as_ref()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
-                delta: (p.delta.as_ref())
-                    .map(|p| Delta::new(p, config.norm_eps, |span| source.get(span)))
+                recurrent: (p.recurrent.as_ref())
+                    .map(|p| Recurrent::new(p, config.norm_eps, |span| source.get(span)))
                     .transpose()?,
                 output: linear(&p.output)?,
                 router: p.router.as_ref().map(linear).transpose()?,
@@ -273,9 +273,10 @@ impl Decoder {
                 vector(q, q_span);
                 vector(k, k_span);
             }
-            if let (Some(delta), Some(p)) = (&mut layer.delta, &p.delta) {
+            if let (Some(recurrent), Some(p)) = (&mut layer.recurrent, &p.recurrent) {
                 let values = |span: &Span| Ok(flat[span.range.clone()].into());
-                *delta = Delta::new(p, self.config.norm_eps, values).expect("the values are there");
+                *recurrent =
+                    Recurrent::new(p, self.config.norm_eps, values).expect("the values are there");
             }
             for (linear, matrix) in layer.linears_mut().zip(p.matrices()) {
                 linear.update(flat, matrix);
@@ -323,11 +324,11 @@ impl Decoder {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
         let gates = if c.attention_gate { q } else { 0 };
-        let mixed = |delta: &Option<_>| match delta {
+        let mixed = |recurrence: &Option<_>| match recurrence {
             None => qkv + gates + q + c.heads,
-            Some(shape) => Delta::state_words(*shape),
+            Some(recurrence) => Recurrent::state_words(*recurrence),
         };
-        let mixed: usize = c.deltas.iter().map(mixed).sum();
+        let mixed: usize = c.recurrences.iter().map(mixed).sum();
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
         let mlp = match c.experts {
             None => 2 * c.ffn,
@@ -355,9 +356,9 @@ impl Decoder {
         self.layers[i].heads
     }
 
-    /// Layer `i`'s linear attention, where it has that.
-    pub fn delta(&self, i: usize) -> Option<&Delta> {
-        self.layers[i].delta.as_ref()
+    /// What layer `i` has in the place of attention, where it has.
+    pub fn recurrent(&self, i: usize) -> Option<&Recurrent> {
+        self.layers[i].recurrent.as_ref()
     }
 
     /// The rotations of all layers for so many positions.
@@ -440,8 +441,8 @@ impl Decoder {
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
         self.project(i, &positions, rotations, state);
-        if let Some(delta) = &self.layers[i].delta {
-            delta.forward(layout, state);
+        if let Some(recurrent) = &self.layers[i].recurrent {
+            recurrent.forward(layout, state);
             return self.finish(i, state, next);
         }
         fit(&mut state.attention, tokens * heads.q_width());
@@ -457,8 +458,8 @@ impl Decoder {
         self.finish(i, state, next);
     }
 
-    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position; before linear attention,
-    /// to `state.qkv_raw`.
+    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position; before what stands in its
+    /// place, to `state.qkv_raw`.
     pub fn project(
         &self,
         i: usize,
@@ -472,7 +473,7 @@ impl Decoder {
         let queries = rotations.of(i).map_or(0, Rotary::queries);
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
-        let apart = layer.delta.is_some() || self.config.attention_gate;
+        let apart = layer.recurrent.is_some() || self.config.attention_gate;
         let fused = if apart {
             &mut state.qkv_raw
         } else {
@@ -480,7 +481,7 @@ impl Decoder {
         };
         fit(fused, positions.len() * layer.qkv.weight.n());
         layer.qkv.forward_made(read, fused, Write::Set);
-        if layer.delta.is_some() {
+        if layer.recurrent.is_some() {
             return;
         }
         if self.config.attention_gate {
@@ -537,7 +538,7 @@ impl Decoder {
         let layer = &self.layers[i];
         let q = layer.heads.q_width();
         let width = q + layer.heads.qkv_width();
-        let gated = self.config.attention_gate && layer.delta.is_none();
+        let gated = self.config.attention_gate && layer.recurrent.is_none();
         gated.then_some(move |token: usize| &qkv_raw[token * width + q..][..q])
     }
 

@@ -3,6 +3,7 @@
 use super::decoder::LayerState;
 use super::gradients::Gradients;
 use super::params::DeltaParams;
+use super::recurrent::turned;
 use crate::kernels::delta::{self, Memory, Shape, State, WeightGradients, Weights};
 use crate::kernels::fit;
 use crate::kernels::layout::Layout;
@@ -12,21 +13,13 @@ use std::borrow::Cow;
 /// It, beside the projections.
 pub struct Delta {
     /// Its heads.
-    pub shape: Shape,
+    pub(super) shape: Shape,
     /// `[kernel, qkv_width]`: files have a channel's weights side by side.
     conv: Vec<f32>,
     dt_bias: Vec<f32>,
     a_log: Vec<f32>,
     norm: Vec<f32>,
     eps: f32,
-}
-
-/// `[rows, cols]` as `[cols, rows]`.
-fn turned(values: &[f32], cols: usize) -> Vec<f32> {
-    let rows = values.len() / cols;
-    (0..values.len())
-        .map(|i| values[i % rows * cols + i / rows])
-        .collect()
 }
 
 impl Delta {
@@ -80,10 +73,9 @@ impl Delta {
         layout: &Layout,
         state: &LayerState,
         d_attention: &mut [f32],
-        d_raw: &mut Vec<f32>,
+        d_raw: &mut [f32],
         gradients: &mut Gradients,
     ) {
-        fit(d_raw, state.qkv_raw.len());
         let made = (&state.qkv[..], &state.gates[..], &state.read[..]);
         let WeightGradients {
             conv,
@@ -101,31 +93,17 @@ impl Delta {
         );
         let conv = turned(&conv, self.shape.qkv_width());
         for (span, d) in params.spans().into_iter().zip([conv, dt_bias, a_log, norm]) {
-            if let Some(sum) = gradients.vector(span) {
-                sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += d);
-            }
+            gradients.add(span, &d);
         }
     }
 
-    /// What a sequence leaves behind, of which `raw` is the fused projection.
-    pub fn after(&self, raw: &[f32]) -> Memory {
-        let mut memory = Memory::new(self.shape);
-        let tokens = raw.len() / self.shape.input_width();
-        self.go_on(
-            &mut memory,
-            raw,
-            &mut vec![0.0; tokens * self.shape.value_width()],
-        );
-        memory
-    }
-
     /// Carries a sequence on over tokens, of which `raw` is the fused projection; `out` `[n, value_width]` is what they give.
-    pub fn go_on(&self, memory: &mut Memory, raw: &[f32], out: &mut [f32]) {
+    pub(super) fn go_on(&self, memory: &mut Memory, raw: &[f32], out: &mut [f32]) {
         memory.read(&self.weights(), raw, out);
     }
 
-    /// Words that a layer's state takes for each token.
-    pub fn state_words(shape: Shape) -> usize {
-        shape.input_width() + shape.qkv_width() + 2 * shape.value_heads + 2 * shape.value_width()
+    /// Words that a layer's state takes for each token beside what comes in and goes out.
+    pub(super) fn state_words(shape: Shape) -> usize {
+        shape.qkv_width() + 2 * shape.value_heads + shape.value_width()
     }
 }

@@ -101,6 +101,13 @@ impl Gradients<'_> {
         }
     }
 
+    /// Adds to a vector's gradient, where it is trained.
+    pub fn add(&mut self, span: &Span, d: &[f32]) {
+        if let Some(sum) = self.vector(span) {
+            sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += d);
+        }
+    }
+
     /// The LM head's gradient `[vocab, hidden]`, and how a pass's first products go into it; none where it is not trained.
     pub fn head(&mut self) -> Option<(&mut [f32], Write)> {
         match self {

@@ -1,20 +1,25 @@
 //! The one decoder: where its parameters lie, its forward pass over packed, prefix-shared batches, and its backward pass.
 
 mod backward;
+mod conv;
 mod decoder;
 mod delta;
 mod experts;
 mod gradients;
 mod lora;
 mod params;
+mod recurrent;
 mod rotations;
 mod workspace;
 
 pub use backward::{Model, backward};
 pub use decoder::{Decoder, LayerState};
-pub use delta::Delta;
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora};
-pub use params::{DeltaParams, LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
+pub use params::{
+    ConvParams, DeltaParams, LayerNorms, LayerParams, Matrix, MlpParams, Params, RecurrentParams,
+    Source, Span,
+};
+pub use recurrent::{Memory, Recurrent};
 pub use rotations::Rotations;
 pub use workspace::{Kept, Workspace};

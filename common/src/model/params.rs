@@ -1,8 +1,8 @@
 //! Where every parameter lies: one flat buffer of float32, with the matrices that are multiplied together side by side.
 
-use crate::kernels::delta;
 use crate::kernels::gemm::Mat;
-use crate::weights::{Config, Weights};
+use crate::kernels::{delta, gated_conv};
+use crate::weights::{Config, Recurrence, Weights};
 use anyhow::Result;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -112,18 +112,54 @@ impl<T> LayerNorms<T> {
 pub struct LayerParams {
     /// Norms on the residual stream.
     pub norms: LayerNorms<Span>,
-    /// `[q | k | v]`, of gated attention `[q | gate | k | v]`; of linear attention as [`delta::Shape`] has it.
+    /// `[q | k | v]`, of gated attention `[q | gate | k | v]`; of what stands in the place of
+    /// attention as [`delta::Shape`] or [`gated_conv::Shape`] have it.
     pub qkv: Matrix,
     /// Norm of queries and norm of keys, where the family has them.
     pub qk_norms: Option<(Span, Span)>,
-    /// Of linear attention, what it has beside projections.
-    pub delta: Option<DeltaParams>,
-    /// The output projection of attention or linear attention.
+    /// Of what stands in the place of attention, what it has beside projections.
+    pub recurrent: Option<RecurrentParams>,
+    /// The output projection of attention, or of that.
     pub output: Matrix,
     /// What says which experts a token goes to, where there are several.
     pub router: Option<Matrix>,
     /// The MLP, or the experts.
     pub mlps: Vec<MlpParams>,
+}
+
+/// The parameters of what stands in the place of attention, beside its projections.
+#[derive(Clone, Debug)]
+pub enum RecurrentParams {
+    /// Of linear attention.
+    Delta(DeltaParams),
+    /// Of a gated short convolution.
+    Conv(ConvParams),
+}
+
+impl RecurrentParams {
+    /// All of them.
+    pub fn spans(&self) -> Vec<&Span> {
+        match self {
+            Self::Delta(delta) => delta.spans().to_vec(),
+            Self::Conv(conv) => vec![&conv.weight],
+        }
+    }
+
+    /// Those of linear attention.
+    pub fn delta(&self) -> Option<&DeltaParams> {
+        match self {
+            Self::Delta(delta) => Some(delta),
+            Self::Conv(_) => None,
+        }
+    }
+}
+
+/// The parameters of a gated short convolution beside its projections.
+#[derive(Clone, Debug)]
+pub struct ConvParams {
+    pub shape: gated_conv::Shape,
+    /// `[channels, 1, kernel]`.
+    pub weight: Span,
 }
 
 /// The parameters of linear attention beside its projections: see [`delta::Weights`].
@@ -231,7 +267,7 @@ impl Params {
                 all.extend(&matrix.bias);
             }
             all.extend(layer.qk_norms.iter().flat_map(|(q, k)| [q, k]));
-            all.extend(layer.delta.iter().flat_map(DeltaParams::spans));
+            all.extend(layer.recurrent.iter().flat_map(RecurrentParams::spans));
         }
         all.push(&self.norm);
         all.extend(&self.head);
@@ -315,28 +351,35 @@ impl Cursor<'_> {
         let c = self.config;
         let prefix = format!("model.layers.{i}.");
         let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
-        let linear = ["qkv", "z", "b", "a"].map(|part| format!("linear_attn.in_proj_{part}"));
-        let linear = linear.each_ref().map(String::as_str);
         let [before_attention, after_attention, before_mlp, after_mlp] = c.layer_norms();
         let norm = |cursor: &mut Self, name: Option<&str>| {
             name.map(|name| cursor.span(&prefix, &[&format!("{name}.weight")]))
         };
         // In the order of the forward pass: what is used together lies together.
         let before_attention = norm(self, before_attention);
-        let qk_norm = c.qk_norm.filter(|_| c.deltas[i].is_none());
-        let (qkv, delta) = match c.deltas[i] {
-            None => (self.matrix(&prefix, &attention, c.qkv_bias), None),
-            Some(shape) => {
-                let qkv = self.matrix(&prefix, &linear, false);
-                (qkv, Some(self.delta(shape, &prefix)))
+        let qk_norm = c.qk_norm.filter(|_| c.recurrences[i].is_none());
+        let (qkv, recurrent, output, o_bias) = match c.recurrences[i] {
+            None => {
+                let qkv = self.matrix(&prefix, &attention, c.qkv_bias);
+                (qkv, None, "self_attn.o_proj", c.o_bias)
+            }
+            Some(Recurrence::Delta(shape)) => {
+                let parts =
+                    ["qkv", "z", "b", "a"].map(|part| format!("linear_attn.in_proj_{part}"));
+                let qkv = self.matrix(&prefix, &parts.each_ref().map(String::as_str), false);
+                let delta = RecurrentParams::Delta(self.delta(shape, &prefix));
+                (qkv, Some(delta), "linear_attn.out_proj", false)
+            }
+            Some(Recurrence::Conv(shape)) => {
+                let qkv = self.matrix(&prefix, &["conv.in_proj"], false);
+                let weight = self.span(&prefix, &["conv.conv.weight"]);
+                let conv = RecurrentParams::Conv(ConvParams { shape, weight });
+                (qkv, Some(conv), "conv.out_proj", false)
             }
         };
         let qk_norms = (norm(self, qk_norm.map(|_| "self_attn.q_norm")))
             .zip(norm(self, qk_norm.map(|_| "self_attn.k_norm")));
-        let output = match &delta {
-            None => self.matrix(&prefix, &["self_attn.o_proj"], c.o_bias),
-            Some(_) => self.matrix(&prefix, &["linear_attn.out_proj"], false),
-        };
+        let output = self.matrix(&prefix, &[output], o_bias);
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
         let router = (c.experts).map(|_| self.matrix(&prefix, &["mlp.gate"], false));
@@ -356,7 +399,7 @@ impl Cursor<'_> {
             },
             qkv,
             qk_norms,
-            delta,
+            recurrent,
             output,
             router,
             mlps,

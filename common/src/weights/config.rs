@@ -4,8 +4,8 @@ use super::family;
 use super::rope::{QueryGrowth, Rope};
 use crate::gguf;
 use crate::kernels::activation::Activation;
-use crate::kernels::delta;
 use crate::kernels::layout::Heads;
+use crate::kernels::{delta, gated_conv};
 use anyhow::{Result, ensure};
 
 /// Where a layer has RMS norms.
@@ -46,6 +46,48 @@ pub struct Experts {
     pub used: usize,
     /// Whether what those are worth is normed to a sum of 1.
     pub normed: bool,
+}
+
+/// What a layer has in the place of attention: its past is a memory of one size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recurrence {
+    /// Linear attention by the gated delta rule (Qwen3.5).
+    Delta(delta::Shape),
+    /// A short convolution between gates (LFM2).
+    Conv(gated_conv::Shape),
+}
+
+impl Recurrence {
+    /// Elements of a row of its fused projection.
+    pub fn input_width(self) -> usize {
+        match self {
+            Self::Delta(shape) => shape.input_width(),
+            Self::Conv(shape) => shape.input_width(),
+        }
+    }
+
+    /// Elements of a row of what it gives to its output projection.
+    pub fn output_width(self) -> usize {
+        match self {
+            Self::Delta(shape) => shape.value_width(),
+            Self::Conv(shape) => shape.channels,
+        }
+    }
+
+    /// The heads of linear attention, if it is that.
+    pub fn delta(self) -> Option<delta::Shape> {
+        match self {
+            Self::Delta(shape) => Some(shape),
+            Self::Conv(_) => None,
+        }
+    }
+
+    fn check(self) -> Result<()> {
+        match self {
+            Self::Delta(shape) => shape.check(),
+            Self::Conv(shape) => shape.check(),
+        }
+    }
 }
 
 /// Name, rows, columns, and whether it has a bias.
@@ -102,8 +144,8 @@ pub struct Config {
     /// What attention gives is multiplied by the sigmoid of gates, for which the query projection has as many rows again
     /// (Qwen3.5).
     pub attention_gate: bool,
-    /// Per layer: linear attention by the gated delta rule, or None for attention.
-    pub deltas: Vec<Option<delta::Shape>>,
+    /// Per layer: what it has in the place of attention, or None for attention.
+    pub recurrences: Vec<Option<Recurrence>>,
     /// Biases on the three projections of the MLP.
     pub mlp_bias: bool,
     pub norms: Norms,
@@ -138,6 +180,12 @@ impl Config {
             scale: self.attention_scale,
             cap: self.attention_cap,
         }
+    }
+
+    /// The linear attention of layers that have that.
+    pub fn deltas(&self) -> impl Iterator<Item = delta::Shape> {
+        let recurrences = self.recurrences.iter().flatten();
+        recurrences.filter_map(|recurrence| recurrence.delta())
     }
 
     /// Every tensor of the model by its Hugging Face name, with its shape (row-major, `[out, in]`
@@ -187,8 +235,9 @@ impl Config {
                 }
             }
         };
-        match self.deltas[layer] {
-            Some(shape) => self.delta_parameters(shape, &mut push),
+        match self.recurrences[layer] {
+            Some(Recurrence::Delta(shape)) => self.delta_parameters(shape, &mut push),
+            Some(Recurrence::Conv(shape)) => self.conv_parameters(shape, &mut push),
             None => {
                 plain(&mut push, attention);
                 self.qk_norm_parameters(&mut push);
@@ -240,6 +289,13 @@ impl Config {
         ] {
             push(&format!("linear_attn.{name}"), shape);
         }
+    }
+
+    fn conv_parameters(&self, shape: gated_conv::Shape, push: &mut dyn FnMut(&str, Vec<usize>)) {
+        let channels = shape.channels;
+        push("conv.conv.weight", vec![channels, 1, shape.kernel]);
+        push("conv.in_proj.weight", vec![3 * channels, self.hidden]);
+        push("conv.out_proj.weight", vec![self.hidden, channels]);
     }
 
     /// The names of a layer's norms on the residual stream: before and after attention, before and after the MLP.
@@ -353,8 +409,8 @@ impl Config {
         if self.attention_gate {
             text += " attention_gate";
         }
-        if self.deltas.iter().any(Option::is_some) {
-            text += &format!(" deltas {:?}", self.deltas);
+        if self.recurrences.iter().any(Option::is_some) {
+            text += &format!(" recurrences {:?}", self.recurrences);
         }
         text + "\n"
     }
@@ -405,8 +461,8 @@ impl Config {
                 self.layers
             );
         }
-        for shape in self.deltas.iter().flatten() {
-            shape.check()?;
+        for recurrence in self.recurrences.iter().flatten() {
+            recurrence.check()?;
         }
         for rope in self.ropes.iter().flatten() {
             rope.check(self.rotary_dim / 2)?;

@@ -39,8 +39,10 @@ pub(super) struct Family {
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
     pub windows: Windows,
-    /// What a GGUF calls the norm before the MLP.
+    /// What a GGUF calls the norm before the MLP,
     pub gguf_mlp_norm: &'static str,
+    /// and the last one.
+    pub gguf_last_norm: &'static str,
     /// A GGUF has the rows of query and key heads in an order for rotating neighbours.
     pub permuted: bool,
     /// `llama_4_scaling_beta` is heard.
@@ -53,8 +55,12 @@ pub(super) struct Family {
     pub neighbours: bool,
     /// A "dynamic" scaling with an `alpha` is a larger base.
     pub alpha: bool,
-    /// Attention is gated, and layers may have linear attention by the gated delta rule in its place.
-    pub delta: bool,
+    /// Attention is gated.
+    pub attention_gate: bool,
+    /// What layers may have in the place of attention.
+    pub recurrence: Option<RecurrenceKind>,
+    /// `block_auto_adjust_ff_dim` is heard, and true where a file has none.
+    pub ffn_adjusted: bool,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
@@ -63,6 +69,8 @@ pub(super) struct Family {
     pub fused: &'static [Fused],
     /// What has another name in a Hugging Face folder: the decoder's, and that.
     pub renamed: &'static [(&'static str, &'static str)],
+    /// Fields of a config that have another name, too, which counts before the usual one: that, and the usual.
+    pub spelled: &'static [(&'static str, &'static str)],
 }
 
 impl Family {
@@ -114,6 +122,13 @@ pub(super) enum Scales {
     Roots,
     /// Embeddings, scores, what a layer adds and logits, each by a number of the file (Granite).
     Multipliers,
+}
+
+/// What a layer may have in the place of attention: see [`super::config::Recurrence`].
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum RecurrenceKind {
+    Delta,
+    Conv,
 }
 
 /// Which layers have a window.
@@ -172,17 +187,21 @@ const LLAMA: Family = Family {
     gguf_apart: None,
     windows: Windows::None,
     gguf_mlp_norm: "ffn_norm",
+    gguf_last_norm: "output_norm",
     permuted: true,
     query_growth: false,
     partial: false,
     rotated_part: 1.0,
     neighbours: false,
     alpha: false,
-    delta: false,
+    attention_gate: false,
+    recurrence: None,
+    ffn_adjusted: false,
     hybrid: false,
     mixture: None,
     fused: &[],
     renamed: &[],
+    spelled: &[],
 };
 
 /// Of families that do not hear `mlp_bias`.
@@ -298,7 +317,7 @@ const GLM4: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 26] = [
+const FAMILIES: [Family; 27] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -457,7 +476,8 @@ const FAMILIES: [Family; 26] = [
         partial: true,
         rotated_part: 0.25,
         gguf_mlp_norm: "post_attention_norm",
-        delta: true,
+        attention_gate: true,
+        recurrence: Some(RecurrenceKind::Delta),
         ..LLAMA
     },
     GLM4,
@@ -533,6 +553,38 @@ const FAMILIES: [Family; 26] = [
         windows: Windows::All,
         query_growth: true,
         ..MISTRAL
+    },
+    Family {
+        model_type: "lfm2",
+        class: "Lfm2",
+        gguf: "lfm2",
+        kv_heads: Some(8),
+        tied: true,
+        norm_eps: 1e-5,
+        theta: 1_000_000.0,
+        biases: [None; 3],
+        qk_norm: Some(QkNorm::Heads),
+        gguf_last_norm: "token_embd_norm",
+        permuted: false,
+        recurrence: Some(RecurrenceKind::Conv),
+        ffn_adjusted: true,
+        renamed: &[
+            ("self_attn.q_norm", "self_attn.q_layernorm"),
+            ("self_attn.k_norm", "self_attn.k_layernorm"),
+            ("self_attn.o_proj", "self_attn.out_proj"),
+            ("mlp.gate_proj", "feed_forward.w1"),
+            ("mlp.up_proj", "feed_forward.w3"),
+            ("mlp.down_proj", "feed_forward.w2"),
+            ("input_layernorm", "operator_norm"),
+            ("post_attention_layernorm", "ffn_norm"),
+            ("norm", "embedding_norm"),
+        ],
+        spelled: &[
+            ("norm_eps", "rms_norm_eps"),
+            ("block_ff_dim", "intermediate_size"),
+            ("tie_embedding", "tie_word_embeddings"),
+        ],
+        ..LLAMA
     },
 ];
 

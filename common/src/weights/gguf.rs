@@ -107,6 +107,15 @@ impl Gguf {
 
 /// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
 pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Place> {
+    let squeezed;
+    let shape = match shape {
+        // A convolution of each channel by itself.
+        &[channels, 1, kernel] => {
+            squeezed = [channels, kernel];
+            &squeezed[..]
+        }
+        _ => shape,
+    };
     if let Some(place) = gguf_delta::place(name, shape) {
         return Some(place);
     }
@@ -146,20 +155,22 @@ fn named(config: &Config, place: Place) -> Option<Place> {
 fn gguf_name(config: &Config, name: &str) -> Option<String> {
     let whole = match name {
         "model.embed_tokens.weight" => Some("token_embd.weight"),
-        "model.norm.weight" => Some("output_norm.weight"),
         "lm_head.weight" => Some("output.weight"),
         _ => None,
     };
     if let Some(whole) = whole {
         return Some(whole.to_owned());
     }
+    let family = family::of(&config.model_type)?;
+    if name == "model.norm.weight" {
+        return Some(format!("{}.weight", family.gguf_last_norm));
+    }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let (module, kind) = rest.rsplit_once('.')?;
-    let mlp_norm = family::of(&config.model_type).map_or("ffn_norm", |f| f.gguf_mlp_norm);
     let norms = [
         "attn_norm",
         "post_attention_norm",
-        mlp_norm,
+        family.gguf_mlp_norm,
         "post_ffw_norm",
     ];
     let mut norms = config.layer_norms().into_iter().zip(norms);
@@ -178,6 +189,9 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
         "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         "mlp.gate" => "ffn_gate_inp",
+        "conv.conv" => "shortconv.conv",
+        "conv.in_proj" => "shortconv.in_proj",
+        "conv.out_proj" => "shortconv.out_proj",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

@@ -1,13 +1,14 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
+use super::config::{Config, Experts, Multipliers, Recurrence, bounded_layers, plain_scale};
 use super::config_json::CAPS;
-use super::family::{self, Family, Rotated, Scales, Windows};
+use super::family::{self, Family, RecurrenceKind, Rotated, Scales, Windows};
 use super::gguf::Gguf;
 use super::gguf_delta;
 use super::layout::Place;
 use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
 use crate::gguf;
+use crate::kernels::gated_conv;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
@@ -59,7 +60,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
     // With it the rows of heads are in another order (GLM-4's text part of a model that reads images), but for Qwen3.5.
     let sections = "rope.dimension_sections";
     ensure!(
-        family.delta || fields.get(sections).is_none(),
+        family.recurrence == Some(RecurrenceKind::Delta) || fields.get(sections).is_none(),
         "{sections}: positions of more than one kind are not supported"
     );
     let split = fields.whole_of("split.count")?.unwrap_or(1);
@@ -96,7 +97,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         hidden,
         layers,
         heads,
-        kv_heads: fields.whole("attention.head_count_kv")?.unwrap_or(heads),
+        kv_heads: kv_heads(&fields)?.unwrap_or(heads),
         head_dim,
         rotary_dim,
         ffn: match fields.whole("expert_feed_forward_length")? {
@@ -132,10 +133,11 @@ fn read(gguf: &Gguf) -> Result<Config> {
         logit_cap,
         logit_scale: 1.0,
         activation: family.activation,
-        attention_gate: family.delta,
-        deltas: match family.delta {
-            true => gguf_delta::deltas(&fields, layers)?,
-            false => vec![None; layers],
+        attention_gate: family.attention_gate,
+        recurrences: match family.recurrence {
+            Some(RecurrenceKind::Delta) => gguf_delta::deltas(&fields, layers)?,
+            Some(RecurrenceKind::Conv) => convolutions(&fields, layers, hidden)?,
+            None => vec![None; layers],
         },
         ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
         windows,
@@ -147,6 +149,41 @@ fn read(gguf: &Gguf) -> Result<Config> {
     }
     .checked()
 }
+
+/// Key and value heads: of those layers that have some, where a file has a list.
+fn kv_heads(fields: &Metadata) -> Result<Option<usize>> {
+    match fields.get(KV_HEADS) {
+        Some(gguf::Value::Wholes(all)) => {
+            let some = all.iter().copied().filter(|&heads| heads != 0).collect();
+            whole(KV_HEADS, Some(&gguf::Value::Wholes(some)))
+        }
+        other => whole(KV_HEADS, other),
+    }
+}
+
+/// LFM2's: layers without key and value heads have a convolution in the place of attention.
+fn convolutions(
+    fields: &Metadata,
+    layers: usize,
+    hidden: usize,
+) -> Result<Vec<Option<Recurrence>>> {
+    let conv = Recurrence::Conv(gated_conv::Shape {
+        channels: hidden,
+        kernel: fields.size("shortconv.l_cache")?,
+    });
+    let Some(gguf::Value::Wholes(heads)) = fields.get(KV_HEADS) else {
+        return Ok(vec![None; layers]);
+    };
+    ensure!(
+        heads.len() == layers,
+        "{KV_HEADS}: has {} entries for {layers} layers",
+        heads.len()
+    );
+    let conv = |&heads: &i128| (heads == 0).then_some(conv);
+    Ok(heads.iter().map(conv).collect())
+}
+
+const KV_HEADS: &str = "attention.head_count_kv";
 
 /// What the names of tensors begin with that are of layers which predict further ahead than the next token: after the others.
 pub(super) fn ahead(gguf: &Gguf, layers: usize) -> Vec<String> {

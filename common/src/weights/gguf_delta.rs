@@ -1,7 +1,7 @@
 //! Linear attention as llama.cpp has it in its files (`qwen35`; `conversion/qwen.py` there): under other names, with value heads
 //! in another order, and the speed at which memories fade in the place of its logarithm.
 
-use super::config::Config;
+use super::config::{Config, Recurrence};
 use super::gguf_config::Metadata;
 use super::layout::Place;
 use crate::gguf::Value;
@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 
 /// Per layer, its linear attention, where it has that: `attention.recurrent_layers` says, or all layers but every
 /// `full_attention_interval`-th have.
-pub(super) fn deltas(fields: &Metadata, layers: usize) -> Result<Vec<Option<Shape>>> {
+pub(super) fn deltas(fields: &Metadata, layers: usize) -> Result<Vec<Option<Recurrence>>> {
     let values = fields.size("ssm.inner_size")?;
     let value_heads = fields.size("ssm.time_step_rank")?;
     ensure!(
@@ -38,8 +38,8 @@ pub(super) fn deltas(fields: &Metadata, layers: usize) -> Result<Vec<Option<Shap
         "{key}: has {} entries for {layers} layers",
         linear.len()
     );
-    let shapes = linear.into_iter().map(|linear| linear.then_some(shape));
-    Ok(shapes.take(layers).collect())
+    let delta = |linear: bool| linear.then_some(Recurrence::Delta(shape));
+    Ok(linear.into_iter().map(delta).take(layers).collect())
 }
 
 /// The name of a tensor after its layer; None for one that is not of linear attention.
@@ -62,10 +62,7 @@ fn name(of: &str) -> Option<&'static str> {
 pub(super) fn place(tensor: &str, shape: &[usize]) -> Option<Place> {
     let (layer, rest) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
     let stored = format!("blk.{layer}.{}", name(rest)?);
-    Some(match shape {
-        [channels, 1, kernel] => Place::whole(&stored, &[*channels, *kernel]),
-        _ => Place::whole(&stored, shape),
-    })
+    Some(Place::whole(&stored, shape))
 }
 
 /// How a file has the value heads in a tensor of linear attention, if it has: the elements before those of the first, the
@@ -94,7 +91,7 @@ fn stored_head(shape: Shape, h: usize) -> usize {
 
 /// A tensor that is read as a file has it, as the decoder has it.
 pub(super) fn restored(config: &Config, tensor: &str, mut values: Vec<f32>) -> Vec<f32> {
-    let Some(&shape) = config.deltas.iter().flatten().next() else {
+    let Some(shape) = config.deltas().next() else {
         return values;
     };
     if tensor.ends_with("linear_attn.A_log") {
@@ -125,7 +122,7 @@ mod tests {
 
     /// As the converter writes a tensor: heads moved the other way, and speeds for their logarithms.
     fn as_stored(config: &Config, tensor: &str, values: &[f32]) -> Vec<f32> {
-        let shape = config.deltas[0].unwrap();
+        let shape = config.deltas().next().unwrap();
         let mut stored = values.to_vec();
         if let Some((first, each, period)) = heads_in(shape, tensor, values.len()) {
             for (to, from) in stored

@@ -15,7 +15,7 @@ mod save;
 mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
-pub use config::{Config, Experts, Norms, QkNorm};
+pub use config::{Config, Experts, Norms, QkNorm, Recurrence};
 pub use family::families;
 pub use rope::{QueryGrowth, Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 34] = [
+pub const FAMILIES: [&str; 36] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -46,10 +46,15 @@ pub const FAMILIES: [&str; 34] = [
     "ministral3",
     "ministral3-images",
     "mistral-images",
+    CONV,
+    "lfm2-untied",
 ];
 
 /// The one among them with linear attention.
 pub const DELTA: &str = "qwen3.5";
+
+/// One of those with short convolutions.
+pub const CONV: &str = "lfm2";
 
 /// Mixtures of experts.
 pub const MIXTURES: [&str; 4] = ["olmoe", "mixtral", "granite-moe", ODD_MIXTURE];

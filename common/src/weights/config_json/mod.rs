@@ -3,6 +3,7 @@
 mod fields;
 mod positions;
 mod read;
+mod recurrences;
 mod write;
 
 pub(super) use fields::Fields;

@@ -5,10 +5,11 @@ use super::super::family::{self, Family, Mixture, Scales, families};
 use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::CAPS;
 use super::fields::Fields;
-use super::positions::{layer_types, positions};
-use crate::kernels::delta;
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use super::positions::positions;
+use super::recurrences;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
 
 /// A config of what a file says.
 ///
@@ -24,6 +25,8 @@ pub fn read(fields: &Fields) -> Result<Config> {
             families().collect::<Vec<_>>().join(", ")
         )
     })?;
+    let usual = usual(fields, family);
+    let fields = &Fields(&usual);
     refuse_what_would_be_read_wrongly(fields, family)?;
     let (hidden, heads) = (
         fields.size("hidden_size")?,
@@ -68,7 +71,7 @@ pub fn read(fields: &Fields) -> Result<Config> {
         kv_heads,
         head_dim,
         rotary_dim: rotary_dim(fields, family, head_dim)?,
-        ffn: fields.size(ffn)?,
+        ffn: adjusted(fields, family, fields.size(ffn)?)?,
         experts: (family.mixture.as_ref())
             .map(|mixture| experts(fields, mixture))
             .transpose()?,
@@ -79,8 +82,8 @@ pub fn read(fields: &Fields) -> Result<Config> {
         qkv_bias: said(qkv_bias)?.unwrap_or(family.qkv_bias),
         o_bias: said(output_bias)?.unwrap_or(false),
         mlp_bias: said(mlp_bias)?.unwrap_or(false),
-        attention_gate: family.delta,
-        deltas: deltas(fields, family, layers)?,
+        attention_gate: family.attention_gate,
+        recurrences: recurrences::read(fields, family, layers, hidden)?,
         norms: family.norms,
         qk_norm: family.qk_norm,
         attention_scale: match family.scales {
@@ -103,6 +106,31 @@ pub fn read(fields: &Fields) -> Result<Config> {
         Scales::Multipliers => config.multiplied(multipliers(fields)?),
     }
     .checked()
+}
+
+/// The fields by their usual names.
+fn usual<'a>(fields: &Fields<'a>, family: &Family) -> Cow<'a, Map<String, Value>> {
+    let mut usual = Cow::Borrowed(fields.0);
+    for (theirs, name) in family.spelled {
+        if let Some(value) = fields.present(theirs) {
+            usual.to_mut().insert((*name).to_owned(), value.clone());
+        }
+    }
+    usual
+}
+
+/// The MLP's width, which LFM2 makes of what the file says: two thirds of it, scaled and rounded up.
+fn adjusted(fields: &Fields, family: &Family, said: usize) -> Result<usize> {
+    if !family.ffn_adjusted || !fields.flag("block_auto_adjust_ff_dim")?.unwrap_or(true) {
+        return Ok(said);
+    }
+    let scale = fields.number("block_ffn_dim_multiplier")?.unwrap_or(1.0);
+    let multiple = match fields.present("block_multiple_of") {
+        None => 256,
+        Some(_) => fields.size("block_multiple_of")?,
+    };
+    let two_thirds = (2.0 * said as f64 / 3.0).floor();
+    Ok(((two_thirds * scale) as usize).next_multiple_of(multiple))
 }
 
 /// The names of the number of experts: transformers saves some under the other than they were published with.
@@ -134,40 +162,6 @@ fn multipliers(fields: &Fields) -> Result<Multipliers> {
         residual: number("residual_multiplier")?,
         logits: number("logits_scaling")?,
     })
-}
-
-/// Per layer, the shape of its linear attention, where it has that: as `layer_types` says, or all layers but every
-/// `full_attention_interval`-th.
-fn deltas(fields: &Fields, family: &Family, layers: usize) -> Result<Vec<Option<delta::Shape>>> {
-    if !family.delta {
-        return Ok(vec![None; layers]);
-    }
-    let size = |key: &str, unsaid: usize| match fields.present(key) {
-        None => Ok(unsaid),
-        Some(_) => fields.size(key),
-    };
-    let shape = delta::Shape {
-        key_heads: size("linear_num_key_heads", 16)?,
-        value_heads: size("linear_num_value_heads", 32)?,
-        key_dim: size("linear_key_head_dim", 128)?,
-        value_dim: size("linear_value_head_dim", 128)?,
-        kernel: size("linear_conv_kernel_dim", 4)?,
-    };
-    let interval = size("full_attention_interval", 4)?;
-    let kinds = layer_types(fields, layers)?;
-    let linear = |layer: usize| match kinds.as_ref().map(|kinds| &kinds[layer]) {
-        None => Ok(!(layer + 1).is_multiple_of(interval)),
-        Some(kind) => match kind.as_str() {
-            Some("linear_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            _ => bail!(
-                "layer_types: {kind} is not supported; known: full_attention, linear_attention"
-            ),
-        },
-    };
-    (0..layers)
-        .map(|layer| Ok(linear(layer)?.then_some(shape)))
-        .collect()
 }
 
 /// How much of a head is rotated.
@@ -242,10 +236,8 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     if family.hybrid {
         refuse_other_hybrids(fields)?;
     }
-    if family.delta {
-        // transformers does not ask.
-        let gated = fields.flag("attn_output_gate")?.unwrap_or(true);
-        ensure!(gated, "attn_output_gate: only true is supported");
+    if let Some(kind) = family.recurrence {
+        recurrences::refuse_others(fields, kind)?;
     }
     if family.mixture.is_some() {
         refuse_other_mixtures(fields)?;

@@ -421,9 +421,9 @@ fn linear_attention_is_read_as_its_layers_have_it() {
         json
     };
     let config = read(&bare(8)).unwrap();
-    let linear: Vec<bool> = config.deltas.iter().map(Option::is_some).collect();
+    let linear: Vec<bool> = config.recurrences.iter().map(Option::is_some).collect();
     assert_eq!(linear, [true, true, true, false, true, true, true, false]);
-    let shape = config.deltas[0].unwrap();
+    let shape = config.deltas().next().unwrap();
     assert_eq!((shape.key_heads, shape.value_heads), (16, 32));
     assert_eq!(
         (shape.key_dim, shape.value_dim, shape.kernel),
@@ -434,7 +434,7 @@ fn linear_attention_is_read_as_its_layers_have_it() {
     let mut every_second = bare(4);
     every_second["full_attention_interval"] = json!(2);
     let config = read(&every_second).unwrap();
-    assert!(config.deltas[0].is_some() && config.deltas[1].is_none());
+    assert!(config.recurrences[0].is_some() && config.recurrences[1].is_none());
     for (changes, part) in [
         (
             json!({"attn_output_gate": false}),
@@ -460,7 +460,7 @@ fn linear_attention_is_read_as_its_layers_have_it() {
         "llama",
         json!({"layer_types": ["linear_attention", "full_attention"]}),
     ));
-    assert!(of_another.unwrap().deltas.iter().all(Option::is_none)); // transformers' Llama does not heed it
+    assert!(of_another.unwrap().recurrences.iter().all(Option::is_none)); // transformers' Llama does not heed it
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::super::config::Config;
 use super::super::family::{self, Family, Rotated, Scales, Windows};
 use super::super::rope::{Rope, RopeScaling};
-use super::{CAPS, shortest};
+use super::{CAPS, recurrences, shortest};
 use serde_json::{Map, Value, json};
 
 /// Writes what is known over what there is.
@@ -17,10 +17,15 @@ pub fn write(config: &Config, fields: &mut Map<String, Value>) {
     rotation(config, family, &mut set);
     scales(config, family, &mut set);
     windows(config, family, &mut set);
+    for (theirs, name) in family.spelled {
+        if let Some(value) = fields.get(*name).cloned() {
+            fields.insert((*theirs).to_owned(), value);
+        }
+    }
 }
 
 /// Takes a field.
-type Set<'a> = dyn FnMut(&str, Value) + 'a;
+pub type Set<'a> = dyn FnMut(&str, Value) + 'a;
 
 fn shape(config: &Config, family: &Family, set: &mut Set) {
     set("architectures", json!([family.architecture()]));
@@ -54,8 +59,11 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
         set("position_embedding_type", json!("rope"));
         set("layer_types", json!(vec!["attention"; config.layers]));
     }
-    if family.delta {
-        deltas(config, set);
+    if let Some(kind) = family.recurrence {
+        recurrences::write(config, kind, set);
+    }
+    if family.ffn_adjusted {
+        set("block_auto_adjust_ff_dim", json!(false));
     }
     let (key, names) = family.activation_names[0];
     set(key, json!(names[0]));
@@ -65,21 +73,6 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
         if let Some(key) = key {
             set(key, json!(bias));
         }
-    }
-}
-
-fn deltas(config: &Config, set: &mut Set) {
-    let kind = |shape: &Option<_>| match shape {
-        Some(_) => "linear_attention",
-        None => "full_attention",
-    };
-    set("layer_types", config.deltas.iter().map(kind).collect());
-    if let Some(shape) = config.deltas.iter().flatten().next() {
-        set("linear_num_key_heads", json!(shape.key_heads));
-        set("linear_num_value_heads", json!(shape.value_heads));
-        set("linear_key_head_dim", json!(shape.key_dim));
-        set("linear_value_head_dim", json!(shape.value_dim));
-        set("linear_conv_kernel_dim", json!(shape.kernel));
     }
 }
 
