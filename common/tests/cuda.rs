@@ -8,9 +8,9 @@ use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling, S
 use common::kernels::gemm;
 use common::logprob::{self, Group};
 use common::model::Decoder;
-use common::weights::Weights;
+use common::weights::{Recurrence, Weights};
 use serde_json::Value;
-use shared::{DELTA, ODD_MIXTURE, device, ids, on_gpus, open};
+use shared::{CONV, DELTA, ODD_MIXTURE, device, ids, on_gpus, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -177,6 +177,8 @@ fn samples_are_the_cpus() {
         "olmoe",
         "granite-moe",
         DELTA,
+        CONV,
+        "lfm2-untied",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;
@@ -251,7 +253,7 @@ fn every_way_to_draw_is_the_cpus() {
 #[test]
 fn bfloat16_samples_know_their_log_probs() {
     let device = device();
-    for family in ["qwen3", DELTA] {
+    for family in ["qwen3", DELTA, CONV] {
         let (weights, _) = open(family);
         let gpu = on(&device, &weights, Precision::Bf16);
         let generator = cuda::Generator::new(&gpu, how(), &[0, 7], Some(8)).unwrap();
@@ -302,6 +304,7 @@ fn neighbours_change_nothing() {
         ("llama", Precision::F32),
         ("llama", Precision::Bf16),
         (DELTA, Precision::Bf16),
+        (CONV, Precision::F32),
     ] {
         let (mut weights, _) = open(family);
         weights.config.context = 1024;

@@ -16,8 +16,8 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus, open, run,
-    settings, tiny_pairs,
+    CONV, DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus,
+    open, run, settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -173,7 +173,7 @@ fn gradients_of_every_parameter_are_the_cpus() {
 #[test]
 fn gradients_of_adapters_are_the_cpus() {
     let device = device();
-    for family in ["llama-bias", "qwen3", "smollm", "olmoe", DELTA] {
+    for family in ["llama-bias", "qwen3", "smollm", "olmoe", DELTA, CONV] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let batch = refs(&pairs);
@@ -251,6 +251,7 @@ fn steps_are_the_cpus() {
         ("llama-bias", usual()),
         ("qwen3", adapted(usual())),
         (DELTA, slower),
+        (CONV, usual()),
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
@@ -458,8 +459,16 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     let little = 100_000;
     // A part is at least that large, or a pair.
     let least = 256;
-    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention.
-    let families = ["llama-bias", "qwen3", "olmo3", "gemma2", "olmoe", DELTA];
+    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention; convolutions.
+    let families = [
+        "llama-bias",
+        "qwen3",
+        "olmo3",
+        "gemma2",
+        "olmoe",
+        DELTA,
+        CONV,
+    ];
     // Each kind of settings with three of them.
     let kinds = kinds().into_iter().flat_map(|kind| vec![kind; 3]);
     for (family, (settings, precision)) in families.into_iter().cycle().zip(kinds) {
