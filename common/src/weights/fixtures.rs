@@ -1,6 +1,6 @@
 //! Tiny random models that the tests write themselves.
 
-use super::{Config, Given, Weights, save};
+use super::{Config, Given, Recurrence, Weights, save};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -36,6 +36,11 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["linear_num_value_heads"] = json!(2);
         json["linear_key_head_dim"] = json!(4);
         json["linear_value_head_dim"] = json!(6);
+    }
+    if model_type == "lfm2" {
+        json["layer_types"] = json!(["conv", "full_attention"]);
+        json["block_multiple_of"] = json!(16);
+        json["norm_eps"] = json!(1e-5);
     }
     if model_type == "ministral3" {
         json["rope_parameters"] = json!({
@@ -253,6 +258,18 @@ pub(super) fn gguf(
     };
     let stored = as_gguf(&config, arch, &tensors);
     let mut metadata = gguf_metadata(&config, arch);
+    if let Some(Recurrence::Conv(shape)) = config.recurrences[0] {
+        metadata.retain(|(key, _)| !key.ends_with(".head_count_kv"));
+        let kernel = gguf_file::Value::U32(shape.kernel as u32);
+        metadata.push((format!("{arch}.shortconv.l_cache"), kernel));
+        let heads = |recurrence: &Option<_>| match recurrence {
+            Some(_) => gguf_file::Value::I32(0),
+            None => gguf_file::Value::I32(config.kv_heads as i32),
+        };
+        let heads = config.recurrences.iter().map(heads).collect();
+        let heads = gguf_file::Value::Array(heads);
+        metadata.push((format!("{arch}.attention.head_count_kv"), heads));
+    }
     if let Some(window) = config.windows[0] {
         let window = gguf_file::Value::U32(window as u32);
         metadata.push((format!("{arch}.attention.sliding_window"), window));

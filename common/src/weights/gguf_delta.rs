@@ -151,13 +151,17 @@ mod tests {
         let tensors = random_tensors(&config, 5);
         let mut stored: Tensors = tensors
             .iter()
-            .map(|(tensor, shape, values)| match place(tensor, shape) {
-                Some(place) => (place.name, place.shape, as_stored(&config, tensor, values)),
-                None => {
-                    let place = super::super::gguf::place(&config, tensor, shape).unwrap();
-                    let values = config.stored_rows(tensor, shape, values.into());
-                    (place.name, place.shape, values.into_owned())
-                }
+            .map(|(tensor, shape, values)| {
+                let Place {
+                    name,
+                    shape: stored,
+                    ..
+                } = super::super::gguf::place(&config, tensor, shape).unwrap();
+                let values = match tensor.contains("linear_attn.") {
+                    true => as_stored(&config, tensor, values),
+                    false => (config.stored_rows(tensor, shape, values.into())).into_owned(),
+                };
+                (name, stored, values)
             })
             .collect();
         stored.push(("blk.2.nextn.enorm.weight".into(), vec![32], vec![1.0; 32]));

@@ -17,7 +17,29 @@ const STRIP: usize = 128;
 struct Heads([i32; 5]);
 
 /// `DeltaSpan` and `DeltaSegment`.
-type Numbers = [i32; 5];
+pub type Numbers = [i32; 5];
+
+/// Prompts with their responses.
+fn groups(layout: &Layout) -> Vec<&[Segment]> {
+    let segments = layout.segments();
+    segments.chunk_by(|_, next| next.prefix.is_some()).collect()
+}
+
+/// The segment of each row, and the segments.
+pub fn segments(layout: &Layout) -> (Vec<i32>, Vec<Numbers>) {
+    let (mut of, mut segments) = (vec![], vec![]);
+    for group in groups(layout) {
+        let end = group[group.len() - 1].tokens.end;
+        for segment in group {
+            of.extend(vec![segments.len() as i32; segment.tokens.len()]);
+            let prefix = segment.prefix.clone().unwrap_or(0..0);
+            let end = segment.prefix.as_ref().map_or(end, |_| segment.tokens.end);
+            let (start, rows) = (segment.tokens.start, segment.tokens.len());
+            segments.push([start, rows, prefix.start, prefix.len(), end].map(|n| n as i32));
+        }
+    }
+    (of, segments)
+}
 
 /// A layer and a batch: prompts with responses, some shorter than the convolution, some of nothing.
 struct Case {
@@ -79,24 +101,12 @@ impl Case {
     }
 
     fn groups(&self) -> Vec<&[Segment]> {
-        let segments = self.layout.segments();
-        segments.chunk_by(|_, next| next.prefix.is_some()).collect()
+        groups(&self.layout)
     }
 
     /// Which segment each row is of, and the segments.
     fn segments(&self) -> (Vec<i32>, Vec<Numbers>) {
-        let (mut of, mut segments) = (vec![], vec![]);
-        for group in self.groups() {
-            let end = group[group.len() - 1].tokens.end;
-            for segment in group {
-                of.extend(vec![segments.len() as i32; segment.tokens.len()]);
-                let prefix = segment.prefix.clone().unwrap_or(0..0);
-                let end = segment.prefix.as_ref().map_or(end, |_| segment.tokens.end);
-                let (start, rows) = (segment.tokens.start, segment.tokens.len());
-                segments.push([start, rows, prefix.start, prefix.len(), end].map(|n| n as i32));
-            }
-        }
-        (of, segments)
+        segments(&self.layout)
     }
 
     /// Spans of roots and of branches, forth and back, every segment with a memory of its own.

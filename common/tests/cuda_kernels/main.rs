@@ -8,6 +8,7 @@
 mod kernels;
 
 mod attention;
+mod conv;
 mod decode;
 mod delta;
 mod device;

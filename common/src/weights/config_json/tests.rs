@@ -1,7 +1,7 @@
 //! What files say of each family, and what is refused.
 
 use super::super::fixtures::config_json;
-use super::super::{Experts, Norms, QkNorm, Rope, RopeScaling};
+use super::super::{Experts, Norms, QkNorm, Recurrence, Rope, RopeScaling};
 use super::*;
 use crate::kernels::activation::Activation;
 
@@ -463,6 +463,74 @@ fn linear_attention_is_read_as_its_layers_have_it() {
     assert!(of_another.unwrap().recurrences.iter().all(Option::is_none)); // transformers' Llama does not heed it
 }
 
+/// LFM2's, as `Lfm2Config` and `Lfm2MLP` of transformers have it.
+#[test]
+fn convolutions_are_read_as_their_layers_have_them() {
+    let mut json = config_json("lfm2");
+    let fields = json.as_object_mut().unwrap();
+    fields.retain(|key, _| !["layer_types", "block_multiple_of", "norm_eps"].contains(&&key[..]));
+    let with = |changes: Value| {
+        let mut json = json.clone();
+        let fields = json.as_object_mut().unwrap();
+        fields.extend(changes.as_object().unwrap().clone());
+        json
+    };
+    let convs = |config: &Config| -> Vec<usize> {
+        let each = config
+            .recurrences
+            .iter()
+            .map(|recurrence| match recurrence {
+                Some(Recurrence::Conv(shape)) => shape.kernel,
+                _ => 0,
+            });
+        each.collect()
+    };
+    // Silent: attention everywhere; two thirds of 64, up to 256.
+    let config = read(&with(json!({}))).unwrap();
+    assert_eq!((convs(&config), config.ffn), (vec![0, 0], 256));
+    let config = read(&with(json!({"full_attn_idxs": [1], "conv_L_cache": 5}))).unwrap();
+    assert_eq!(convs(&config), [5, 0]);
+    // Names that only LFM2 has count before the usual ones.
+    let said = json!({"norm_eps": 1e-3, "block_ff_dim": 96, "tie_embedding": true});
+    let config = read(&with(said)).unwrap();
+    assert_eq!(
+        (config.norm_eps, config.ffn, config.tied),
+        (1e-3, 256, true)
+    );
+    for (changes, ffn) in [
+        (json!({"block_auto_adjust_ff_dim": false}), 64),
+        (json!({"block_multiple_of": 8}), 48),
+        (
+            json!({"block_multiple_of": 2, "block_ffn_dim_multiplier": 1.3}),
+            54,
+        ),
+        (
+            json!({"block_ff_dim": 12288, "block_ffn_dim_multiplier": 1.0}),
+            8192,
+        ),
+    ] {
+        assert_eq!(read(&with(changes)).unwrap().ffn, ffn);
+    }
+    for (changes, part) in [
+        (json!({"conv_bias": true}), "conv_bias: only false"),
+        (
+            json!({"conv_L_cache": 65, "full_attn_idxs": []}),
+            "conv_L_cache is 65",
+        ),
+        (
+            json!({"full_attn_idxs": ["1"]}),
+            "full_attn_idxs: \"1\" is no number",
+        ),
+        (
+            json!({"layer_types": ["mamba", "conv"]}),
+            "\"mamba\" is not supported; known: full_attention, conv",
+        ),
+    ] {
+        let line = error(&with(changes));
+        assert!(line.contains(part), "{line}");
+    }
+}
+
 #[test]
 fn what_cannot_be_run_is_named_with_its_file() {
     for (changes, wanted) in [
@@ -777,6 +845,10 @@ fn a_written_config_reads_back_the_same() {
         (
             "qwen3_5_text",
             json!({"partial_rotary_factor": 0.5, "linear_conv_kernel_dim": 3}),
+        ),
+        (
+            "lfm2",
+            json!({"conv_L_cache": 4, "block_multiple_of": 8, "tie_embedding": true}),
         ),
         ("glm4", json!({"attention_bias": false})),
         ("glm", json!({"partial_rotary_factor": 0.75})),
