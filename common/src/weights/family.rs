@@ -17,8 +17,9 @@ pub(super) struct Family {
     pub head_dim: Option<usize>,
     /// `tie_word_embeddings`,
     pub tied: bool,
-    /// `rms_norm_eps`,
+    /// the norms' epsilon, and the field of that,
     pub norm_eps: f64,
+    pub norm_eps_field: &'static str,
     /// `rope_theta`.
     pub theta: f64,
     /// The fields that say whether there are biases: on queries, keys and values; on the output projection; in the MLP.
@@ -170,6 +171,7 @@ const LLAMA: Family = Family {
     head_dim: None,
     tied: false,
     norm_eps: 1e-6,
+    norm_eps_field: "rms_norm_eps",
     theta: 10_000.0,
     biases: [
         Some("attention_bias"),
@@ -561,6 +563,7 @@ const FAMILIES: [Family; 27] = [
         kv_heads: Some(8),
         tied: true,
         norm_eps: 1e-5,
+        norm_eps_field: "norm_eps",
         theta: 1_000_000.0,
         biases: [None; 3],
         qk_norm: Some(QkNorm::Heads),
@@ -580,7 +583,6 @@ const FAMILIES: [Family; 27] = [
             ("norm", "embedding_norm"),
         ],
         spelled: &[
-            ("norm_eps", "rms_norm_eps"),
             ("block_ff_dim", "intermediate_size"),
             ("tie_embedding", "tie_word_embeddings"),
         ],

@@ -75,7 +75,9 @@ pub fn read(fields: &Fields) -> Result<Config> {
         experts: (family.mixture.as_ref())
             .map(|mixture| experts(fields, mixture))
             .transpose()?,
-        norm_eps: fields.number("rms_norm_eps")?.unwrap_or(family.norm_eps) as f32,
+        norm_eps: fields
+            .number(family.norm_eps_field)?
+            .unwrap_or(family.norm_eps) as f32,
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),

@@ -486,12 +486,14 @@ fn convolutions_are_read_as_their_layers_have_them() {
         each.collect()
     };
     // Silent: attention everywhere; two thirds of 64, up to 256.
-    let config = read(&with(json!({}))).unwrap();
+    let config = read(&with(json!({"rms_norm_eps": 0.5}))).unwrap();
     assert_eq!((convs(&config), config.ffn), (vec![0, 0], 256));
+    assert_eq!(config.norm_eps, 1e-5);
     let config = read(&with(json!({"full_attn_idxs": [1], "conv_L_cache": 5}))).unwrap();
     assert_eq!(convs(&config), [5, 0]);
-    // Names that only LFM2 has count before the usual ones.
-    let said = json!({"norm_eps": 1e-3, "block_ff_dim": 96, "tie_embedding": true});
+    // Names that only LFM2 has count before the usual ones, or in their place.
+    let said =
+        json!({"norm_eps": 1e-3, "rms_norm_eps": 0.5, "block_ff_dim": 96, "tie_embedding": true});
     let config = read(&with(said)).unwrap();
     assert_eq!(
         (config.norm_eps, config.ffn, config.tied),
@@ -862,7 +864,12 @@ fn a_written_config_reads_back_the_same() {
         let written = config.to_json(None);
         assert_eq!(read(&written).unwrap(), config);
         assert_eq!(written["torch_dtype"], "float32");
-        assert_eq!(written["rms_norm_eps"], json!(1e-5));
+        let field = if family == "lfm2" {
+            "norm_eps"
+        } else {
+            "rms_norm_eps"
+        };
+        assert_eq!(written[field], json!(1e-5));
     }
     // An odd factor of what layers add is in the others.
     let config = read(&with("granite", json!({"residual_multiplier": 0.22}))).unwrap();

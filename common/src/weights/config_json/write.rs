@@ -38,7 +38,7 @@ fn shape(config: &Config, family: &Family, set: &mut Set) {
     set("num_key_value_heads", json!(config.kv_heads));
     set("head_dim", json!(config.head_dim));
     set("max_position_embeddings", json!(config.context));
-    set("rms_norm_eps", shortest(config.norm_eps));
+    set(family.norm_eps_field, shortest(config.norm_eps));
     set("tie_word_embeddings", json!(config.tied));
 }
 
