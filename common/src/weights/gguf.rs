@@ -1,5 +1,6 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
+use super::config::SELECTION;
 use super::family::{self, QKV};
 use super::layout::{Expert, ExpertPart, Place};
 use super::{Config, gguf_delta};
@@ -110,7 +111,7 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
     if let Some(place) = gguf_delta::place(name, shape) {
         return Some(place);
     }
-    if let (Some(expert), Some(experts)) = (Expert::of(name), config.experts) {
+    if let (Some(expert), Some(experts)) = (Expert::of(name), config.mixture()) {
         let layer = expert.layer.strip_prefix("model.layers.")?;
         let what = match expert.projection {
             ExpertPart::Gate => "gate",
@@ -124,14 +125,15 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
             rows: first..first + shape[0],
         });
     }
-    let place = match name.contains(".mlp.gate.") {
-        true => Place::whole(name, shape), // whatever folders call the router
-        false => {
-            let family = family::of(&config.model_type);
-            config.place_in(family.map_or(&[], |f| f.fused), name, shape)
-        }
-    };
-    named(config, place)
+    if name.contains(".mlp.shared_expert") {
+        // Gates and ups are apart, however folders have them.
+        return named(config, Place::whole(name, shape));
+    }
+    let family = family::of(&config.model_type);
+    named(
+        config,
+        config.place_in(family.map_or(&[], |f| f.fused), name, shape),
+    )
 }
 
 /// The same place by its GGUF name.
@@ -154,6 +156,9 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
         return Some(whole.to_owned());
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    if rest == SELECTION {
+        return Some(format!("blk.{layer}.exp_probs_b.bias"));
+    }
     let (module, kind) = rest.rsplit_once('.')?;
     let mlp_norm = family::of(&config.model_type).map_or("ffn_norm", |f| f.gguf_mlp_norm);
     let norms = [
@@ -178,6 +183,10 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
         "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         "mlp.gate" => "ffn_gate_inp",
+        "mlp.shared_expert_gate" => "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj" => "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj" => "ffn_up_shexp",
+        "mlp.shared_expert.down_proj" => "ffn_down_shexp",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))
