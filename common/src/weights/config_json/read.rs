@@ -116,31 +116,25 @@ pub fn read(fields: &Fields) -> Result<Config> {
 /// Per layer, its mixture of experts, where it has one.
 fn experts(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Option<Experts>>> {
     let number = |key: Option<&str>, unsaid: f64| match key {
-        Some(key) => Ok(fields.number(key)?.unwrap_or(unsaid)),
-        None => anyhow::Ok(unsaid),
+        Some(key) => positive(key, fields.number(key)?.unwrap_or(unsaid)),
+        None => Ok(unsaid as f32),
     };
     let ffn = fields.size(mixture.width)?;
     let normed = match mixture.normed {
         Normed::Always => true,
         Normed::Asked { unsaid, .. } => fields.flag("norm_topk_prob")?.unwrap_or(unsaid),
     };
-    let least = number(mixture.least.0, mixture.least.1)? as f32;
-    let scale = number(mixture.scale, 1.0)? as f32;
-    for (key, number) in [(mixture.least.0, least), (mixture.scale, scale)] {
-        ensure!(
-            number.is_finite() && number >= 0.0,
-            "{}: must be a number from 0 on, not {number}",
-            key.unwrap_or_default()
-        );
-    }
     let of_each = Experts {
         count: size_of_either(fields, mixture.count)?,
         used: size_of_either(fields, mixture.used)?,
         ffn,
         scores: mixture.scores,
         biased: mixture.selection.is_some(),
-        normed: normed.then_some(least),
-        scale,
+        normed: match normed {
+            true => Some(number(mixture.least.0, mixture.least.1)?),
+            false => None,
+        },
+        scale: number(mixture.scale, 1.0)?,
         shared: match &mixture.shared {
             Some(shared) => shared_expert(fields, shared, ffn)?,
             None => None,
