@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import (
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -23,11 +24,14 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     HunYuanDenseV1Config,
+    HunYuanMoEV1Config,
     Lfm2Config,
     LlamaConfig,
     Ministral3Config,
@@ -41,6 +45,8 @@ from transformers import (
     Phi3Config,
     PixtralVisionConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -417,7 +423,8 @@ FAMILIES = {
         {"seed": 101, "legacy": True},
     ),
     "ernie4-5": (
-        Ernie4_5Config,
+        Ernie4_5_MoeConfig,
+    Ernie4_5Config,
         dict(head_dim=16, use_bias=True, tie_word_embeddings=True, rope_parameters=rope(500000.0)),
         {"seed": 102},
     ),
@@ -431,6 +438,119 @@ FAMILIES = {
             rope_parameters=rope(10000.0, "dynamic", alpha=1000.0, factor=1.0),
         ),
         {"seed": 103, "legacy": True},
+    ),
+    # An expert for all tokens, gated; of three layers the middle one has one MLP.
+    "qwen2-moe": (
+        Qwen2MoeConfig,
+        dict(
+            num_hidden_layers=3,
+            mlp_only_layers=[1],
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            rope_parameters=rope(1000000.0),
+        ),
+        {"seed": 104},
+    ),
+    # The first layer has one MLP, and what the best are worth is normed.
+    "qwen3-moe-steps": (
+        Qwen3MoeConfig,
+        dict(
+            head_dim=16,
+            decoder_sparse_step=2,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=16,
+            norm_topk_prob=True,
+            rope_parameters=rope(1000000.0),
+        ),
+        {"seed": 113},
+    ),
+    "qwen3.5-moe": (
+        Qwen3_5MoeTextConfig,
+        dict(
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            rope_parameters=rope(10000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        ),
+        {"seed": 106},
+    ),
+    "granite-moe-shared": (
+        GraniteMoeSharedConfig,
+        dict(
+            MULTIPLIERS,
+            **EXPERTS,
+            num_local_experts=5,
+            shared_intermediate_size=40,
+            tie_word_embeddings=True,
+            rope_parameters=rope(10000.0),
+        ),
+        {"seed": 107},
+    ),
+    "hunyuan-moe": (
+        HunYuanMoEV1Config,
+        dict(
+            head_dim=16,
+            intermediate_size=16,
+            num_experts=5,
+            moe_topk=[2, 2],
+            tie_word_embeddings=True,
+            rope_parameters=rope(10000.0, "dynamic", alpha=1000.0, factor=1.0),
+        ),
+        {"seed": 108},
+    ),
+    # The best are chosen by more than what they are worth; some sums of what those are worth are below 0.4, and so not divided
+    # by.
+    "ernie4-5-moe": (
+        Ernie4_5_MoeConfig,
+        dict(
+            tie_word_embeddings=True,
+            moe_num_experts=6,
+            moe_k=2,
+            moe_intermediate_size=16,
+            moe_num_shared_experts=2,
+            moe_norm_min=0.4,
+            rope_parameters=rope(500000.0),
+        ),
+        {"seed": 112},
+    ),
+    # Scores that are no shares, and what they are multiplied by.
+    "glm4-moe": (
+        Glm4MoeConfig,
+        dict(
+            use_qk_norm=True,
+            n_routed_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=16,
+            n_shared_experts=2,
+            routed_scaling_factor=2.5,
+            rope_parameters=rope(1000000.0, partial_rotary_factor=0.5),
+        ),
+        {"seed": 110},
+    ),
+    "glm4-moe-plain": (
+        Glm4MoeConfig,
+        dict(
+            num_hidden_layers=3,
+            attention_bias=True,
+            first_k_dense_replace=2,
+            n_routed_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            norm_topk_prob=False,
+            routed_scaling_factor=1.5,
+            rope_parameters=rope(10000.0, partial_rotary_factor=0.5),
+        ),
+        {"seed": 111},
     ),
     # Short convolutions between gates around a layer of attention; the MLP is two thirds of what the file says, 1.1 times
     # that, rounded up.
@@ -468,6 +588,10 @@ FAMILIES = {
 }
 
 
+# What decides beside the scores which experts are the best: no gradient reaches it, be it a parameter or not.
+SELECTION = "e_score_correction_bias"
+
+
 def fill(model, seed):
     """Random weights of a size at which attention and logits are far from flat; no parameter is left at 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -487,6 +611,9 @@ def fill(model, seed):
                 p.copy_(0.4 * noise)
             else:
                 p.copy_(0.22 * noise)
+        for name, b in model.named_buffers():
+            if name.endswith(SELECTION):
+                b.copy_(0.3 * torch.randn(b.shape, generator=generator))
 
 
 def legacy_config(config):
@@ -558,7 +685,9 @@ def sequences(model, generator):
 def stored_gradients(model):
     """Gradients by the names of the tensors in the folder."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if model.config.to_dict().get("num_experts_per_tok"):
+    fixed = {name: x for name, x in model.state_dict().items() if name.endswith(SELECTION)}
+    grads.update({name: torch.zeros_like(x) for name, x in fixed.items()})
+    if getattr(model.config, "num_experts_per_tok", None):
         return revert_weight_conversion(model, grads)
     return {name.replace("model.language_model.", "model."): grad for name, grad in grads.items()}
 

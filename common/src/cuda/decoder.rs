@@ -128,7 +128,7 @@ impl Decoder {
         Self::build(device, config, precision, |span, format| {
             // Products of experts read 16 bytes; what else is read in vectors, the embedding, begins everything.
             ensure!(
-                config.experts.is_none() || span.range.start.is_multiple_of(8),
+                config.mixture().is_none() || span.range.start.is_multiple_of(8),
                 "{:?} does not begin at a multiple of 8 elements, as training experts on a GPU wants it: use --device cpu",
                 span.tensors[0].0
             );
@@ -175,7 +175,7 @@ impl Decoder {
                     .map(|p| Recurrent::new(p, vector))
                     .transpose()?,
                 output: linear(&p.output)?,
-                mlp: match (config.experts, &p.router) {
+                mlp: match (config.experts[i], &p.router) {
                     (Some(how), Some(router)) => {
                         let weights = in_format(&experts::all_experts(p))?;
                         Mlp::Experts(Mixture::new(how, linear(router)?, weights, p))

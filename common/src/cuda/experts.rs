@@ -8,7 +8,7 @@ use super::device::{Address, Buffer, Device, Launch, Operand, Precision, bytes_o
 use super::launches::THREADS;
 use super::pass::Pass;
 use crate::model::{LayerParams, Span};
-use crate::weights::{Config, Experts};
+use crate::weights::{Config, Experts, Scores};
 use anyhow::{Result, ensure};
 
 /// `EXPERT_TILE`, `MOST_EXPERTS` and `EXPERT_SHARED` of `common/cuda/kernels.h`, and the bytes of an `ExpertTile`.
@@ -19,12 +19,12 @@ const TILE_BYTES: usize = 3 * size_of::<i32>();
 
 /// Rows that the MLPs of a layer have for each token.
 pub(super) fn rows_each(config: &Config) -> usize {
-    config.experts.map_or(1, |how| how.used)
+    config.mixture().map_or(1, |how| how.used)
 }
 
 /// Fails for mixtures that there are no kernels for.
 pub(super) fn check(config: &Config) -> Result<()> {
-    let Some(how) = config.experts else {
+    let Some(how) = config.mixture() else {
         return Ok(());
     };
     ensure!(
@@ -33,10 +33,17 @@ pub(super) fn check(config: &Config) -> Result<()> {
         how.count
     );
     ensure!(
-        config.hidden.is_multiple_of(8) && config.ffn.is_multiple_of(8),
+        config.hidden.is_multiple_of(8) && how.ffn.is_multiple_of(8),
         "experts of {} x {} are no multiples of 8, as the GPU's kernels want them: use --device cpu",
         config.hidden,
-        config.ffn
+        how.ffn
+    );
+    let plain =
+        how.scores == Scores::Softmax && how.shared.is_none() && !how.biased && how.scale == 1.0;
+    ensure!(
+        plain && !config.experts.contains(&None),
+        "{}: a GPU takes no such mixtures of experts yet: use --device cpu",
+        config.model_type
     );
     Ok(())
 }
@@ -123,7 +130,7 @@ pub struct Routes {
 impl Routes {
     /// The bytes that they take for each token, and those of what the experts give.
     pub fn bytes(config: &Config, precision: Precision) -> (usize, usize) {
-        let Some(how) = config.experts else {
+        let Some(how) = config.mixture() else {
             return (0, 0);
         };
         let numbers = how.count + 5 * how.used;
@@ -133,7 +140,7 @@ impl Routes {
 
     /// Room for those of so many tokens; with `shared`, what the experts give has its room there.
     pub fn new(decoder: &Decoder, tokens: usize, shared: Option<&Self>) -> Result<Option<Self>> {
-        let Some(how) = decoder.config.experts else {
+        let Some(how) = decoder.config.mixture() else {
             return Ok(None);
         };
         let device = &decoder.device;
@@ -170,7 +177,7 @@ impl Routes {
                 count as i32,
                 experts,
                 used,
-                i32::from(how.normed),
+                i32::from(how.normed.is_some()),
             ],
         )?;
         let by_experts = Launch::row(how.count, THREADS);
@@ -374,13 +381,13 @@ pub(super) struct OnTheWay {
 impl OnTheWay {
     /// The bytes that it takes for each token.
     pub fn bytes(config: &Config, precision: Precision) -> usize {
-        config.experts.map_or(0, |how| {
+        config.mixture().map_or(0, |how| {
             how.used * size_of::<f32>() + (how.count + config.hidden) * bytes_of(precision)
         })
     }
 
     pub fn new(decoder: &Decoder, tokens: usize) -> Result<Option<Self>> {
-        let Some(how) = decoder.config.experts else {
+        let Some(how) = decoder.config.mixture() else {
             return Ok(None);
         };
         let rows = |width: usize, size: usize| decoder.device.allocate(tokens * width * size);
@@ -452,7 +459,7 @@ impl Backward<'_> {
                 work.count as i32,
                 how.count as i32,
                 how.used as i32,
-                i32::from(how.normed),
+                i32::from(how.normed.is_some()),
             ],
         )?;
         let d_logits = self.operand(&own.d_logits, how.count);

@@ -115,10 +115,9 @@ fn fixed_bytes(config: &Config, settings: &Settings, precision: Precision) -> us
 /// What each token of a pair takes on a CPU whose states do not fit: it keeps its layers' inputs, and makes one layer's state
 /// and gradients at a time.
 fn pair_bytes(config: &Config) -> usize {
-    let mlp = match config.experts {
-        None => 4 * config.ffn,
-        Some(experts) => experts.used * (4 * config.ffn + 3 * config.hidden),
-    };
+    let given = config.mixture().map_or(0, |experts| experts.each());
+    let inner = (0..config.layers).map(|i| config.inner_width(i)).max();
+    let mlp = 4 * inner.unwrap_or(0) + 3 * given * config.hidden;
     let attention = 2 * config.heads * config.head_dim;
     let recurrences = config.recurrences.iter().flatten();
     let mixed = recurrences.map(|recurrence| Recurrent::state_words(*recurrence));

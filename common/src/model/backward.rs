@@ -115,21 +115,20 @@ impl<'a> Pass<'a, '_> {
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_mlp, &p.norms.after_mlp);
         let dy = self.given(norm, &state.down, dx, &mut d_given);
-        if let Some(how) = decoder.config.experts {
+        if let Some(how) = decoder.config.experts[self.layer] {
             copy(dy, &mut self.b.experts.dy);
             self.b.d_given = d_given;
             return self.experts(how, state, dx);
         }
         let (mlp, places) = (&layer.mlps[0], p.mlp());
         let b = &mut *self.b;
-        decoder.mlp_inner(&state.gate_up, &mut b.inner);
+        decoder.mlp_inner(mlp, &state.gate_up, &mut b.inner);
         self.gradients
             .linear(&places.down, &b.inner, dy, &mut b.right);
         linear(&mlp.down, dy, &mut b.d_inner, &mut b.right);
         b.d_given = d_given;
         let d_gate_up = &mut state.gate_up;
-        let (activation, ffn) = (decoder.config.activation, decoder.config.ffn);
-        activation::backward(activation, d_gate_up, ffn, &b.d_inner);
+        activation::backward(decoder.config.activation, d_gate_up, mlp.ffn(), &b.d_inner);
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
         let map = (&mlp.gate_up, &places.gate_up);
         self.read(norm, map, &state.middle, d_gate_up, dx);

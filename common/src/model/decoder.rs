@@ -34,9 +34,11 @@ pub(super) struct Layer {
     /// What it has in the place of attention.
     pub recurrent: Option<Recurrent>,
     pub output: Linear,
-    /// What says which experts a token goes to, where there are several.
+    /// What says which experts a token goes to, where there are several, and what the one for all tokens counts.
     pub router: Option<Linear>,
-    /// The MLP, or the experts.
+    /// What is added to scores where the best are chosen.
+    pub selection: Option<Vec<f32>>,
+    /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<Mlp>,
 }
 
@@ -140,6 +142,11 @@ impl Linear {
 }
 
 impl Mlp {
+    /// Its inner width.
+    pub fn ffn(&self) -> usize {
+        self.down.weight.k()
+    }
+
     /// `y` `[T, hidden]` is set to, or gains, the MLP of rows that `read(r, row)` writes. `gate_up` `[T, 2·ffn]` is what it
     /// makes on its way. Row r counts `weights[r]` times.
     pub fn forward(
@@ -152,9 +159,9 @@ impl Mlp {
         write: Write,
     ) {
         self.gate_up.forward_made(read, gate_up, Write::Set);
-        let curve = c.activation.curve();
+        let (curve, ffn) = (c.activation.curve(), self.ffn());
         let inner = |r: usize, row: &mut [f32]| {
-            let (gate, up) = gate_up[r * 2 * c.ffn..][..2 * c.ffn].split_at(c.ffn);
+            let (gate, up) = gate_up[r * 2 * ffn..][..2 * ffn].split_at(ffn);
             activation::forward_row(curve, gate, up, row);
             if let Some(weights) = weights {
                 row.iter_mut().for_each(|x| *x *= weights[r]);
@@ -188,7 +195,7 @@ pub struct LayerState {
     pub middle: Vec<f32>,
     /// Which experts the tokens went to, where there are several.
     pub routes: Routes,
-    /// `[gate | up]`; of experts a row for each token that one got, as the routes have them.
+    /// `[gate | up]`; of experts a row for each token that one got, as the routes have them, expert after expert.
     pub gate_up: Vec<f32>,
     /// What the MLP's output projection gives, kept only where there is a norm after it.
     pub down: Vec<f32>,
@@ -229,6 +236,7 @@ impl Decoder {
                     .transpose()?,
                 output: linear(&p.output)?,
                 router: p.router.as_ref().map(linear).transpose()?,
+                selection: p.selection.as_ref().map(vector).transpose()?,
                 mlps: (p.mlps.iter())
                     .map(|mlp| {
                         Ok(Mlp {
@@ -272,6 +280,9 @@ impl Decoder {
             if let (Some((q, k)), Some((q_span, k_span))) = (&mut layer.qk_norms, &p.qk_norms) {
                 vector(q, q_span);
                 vector(k, k_span);
+            }
+            if let (Some(selection), Some(span)) = (&mut layer.selection, &p.selection) {
+                vector(selection, span);
             }
             if let (Some(recurrent), Some(p)) = (&mut layer.recurrent, &p.recurrent) {
                 let values = |span: &Span| Ok(flat[span.range.clone()].into());
@@ -330,11 +341,10 @@ impl Decoder {
         };
         let mixed: usize = c.recurrences.iter().map(mixed).sum();
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
-        let mlp = match c.experts {
-            None => 2 * c.ffn,
-            Some(experts) => experts.used * (2 * c.ffn + 3) + experts.count,
-        };
-        let rows = (streams * c.hidden + mlp) * c.layers + mixed;
+        let routes = c.experts.iter().flatten();
+        let routes: usize = routes.map(|e| 3 * e.each() + e.outputs()).sum();
+        let inner: usize = (0..c.layers).map(|i| 2 * c.inner_width(i)).sum();
+        let rows = streams * c.hidden * c.layers + inner + routes + mixed;
         tokens * rows * size_of::<f32>()
     }
 
@@ -342,7 +352,7 @@ impl Decoder {
     pub fn forward_bytes(c: &Config, tokens: usize) -> usize {
         let layer = Self::state_bytes(c, tokens) / c.layers.max(1);
         // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed; what experts give.
-        let given = c.experts.map_or(0, |experts| experts.used);
+        let given = c.mixture().map_or(0, |experts| experts.each());
         layer + tokens * (3 + given) * c.hidden * size_of::<f32>()
     }
 
@@ -574,9 +584,9 @@ impl Decoder {
             &layer.norms.after_mlp,
             eps,
             &mut state.down,
-            |y, write| match self.config.experts {
+            |y, write| match self.config.experts[i] {
                 None => {
-                    fit(gate_up, y.len() / hidden * 2 * self.config.ffn);
+                    fit(gate_up, y.len() / hidden * 2 * layer.mlps[0].ffn());
                     layer.mlps[0].forward(&self.config, read, None, gate_up, y, write);
                 }
                 Some(how) => routes.forward(layer, (&self.config, how), read, gate_up, y, write),
@@ -584,10 +594,10 @@ impl Decoder {
         );
     }
 
-    /// The MLP's inner activation.
-    pub(super) fn mlp_inner(&self, gate_up: &[f32], out: &mut Vec<f32>) {
+    /// An MLP's inner activation.
+    pub(super) fn mlp_inner(&self, mlp: &Mlp, gate_up: &[f32], out: &mut Vec<f32>) {
         fit(out, gate_up.len() / 2);
-        activation::forward(self.config.activation, gate_up, self.config.ffn, out);
+        activation::forward(self.config.activation, gate_up, mlp.ffn(), out);
     }
 }
 

@@ -1,22 +1,23 @@
-//! Mixtures of experts: a router's soft-max says what each expert is worth to a token, and what the token's MLP gives is
-//! the weighted sum of what the best few give. Each expert's tokens are one product.
+//! Mixtures of experts: a router's scores say what each expert is worth to a token, and what the token's MLP gives is
+//! the weighted sum of what the best few give. An expert that all tokens go to is one more, after the others. Each expert's
+//! tokens are one product.
 
 use super::backward::{Pass, linear, norm_at, normed};
 use super::decoder::{Layer, LayerState};
 use crate::kernels::gemm::Write;
 use crate::kernels::{activation, fit, rows, softmax};
-use crate::weights::{Config, Experts};
+use crate::weights::{Config, Experts, Scores};
 use std::cell::Cell;
 use std::ops::Range;
 
 /// Which tokens went to which experts. A row is a token at one of them; an expert's rows lie together.
 #[derive(Default)]
 pub struct Routes {
-    /// The router's soft-max, `[T, experts]`.
-    shares: Vec<f32>,
+    /// The scores, `[T, experts]`; where a gate says what the expert for all tokens counts, that after each token's.
+    scores: Vec<f32>,
     /// The experts of each token, the best first, `[T, used]`,
     chosen: Vec<usize>,
-    /// and its rows at them.
+    /// and its rows at them, and at the one for all, `[T, each]`.
     places: Vec<usize>,
     /// The token of each row,
     tokens: Vec<usize>,
@@ -44,23 +45,27 @@ impl Routes {
         write: Write,
     ) {
         let router = layer.router.as_ref().expect("experts have a router");
-        fit(&mut self.shares, y.len() / c.hidden * how.count);
-        router.forward_made(&read, &mut self.shares, Write::Set);
-        self.choose(how);
-        fit(gate_up, self.tokens.len() * 2 * c.ffn);
+        let count = y.len() / c.hidden;
+        fit(&mut self.scores, count * how.outputs());
+        router.forward_made(&read, &mut self.scores, Write::Set);
+        self.choose(how, layer.selection.as_deref());
+        fit(gate_up, count * 2 * how.width());
         let mut all = GIVEN.take();
         fit(&mut all, self.tokens.len() * c.hidden);
+        let mut left = &mut gate_up[..];
         for (expert, mlp) in layer.mlps.iter().enumerate() {
             let of = self.of(expert);
             let tokens = &self.tokens[of.clone()];
             let read = |r: usize, row: &mut [f32]| read(tokens[r], row);
-            let gate_up = &mut gate_up[of.start * 2 * c.ffn..of.end * 2 * c.ffn];
+            let gate_up = left
+                .split_off_mut(..tokens.len() * 2 * mlp.ffn())
+                .expect("there is room for all rows");
             let given = &mut all[of.start * c.hidden..of.end * c.hidden];
             let weights = Some(&self.weights[of]);
             mlp.forward(c, read, weights, gate_up, given, Write::Set);
         }
         rows(y, c.hidden, |first, y| {
-            let places = self.places[first * how.used..].chunks_exact(how.used);
+            let places = self.places[first * how.each()..].chunks_exact(how.each());
             for (y, places) in y.chunks_exact_mut(c.hidden).zip(places) {
                 if write == Write::Set {
                     y.fill(0.0);
@@ -78,18 +83,26 @@ impl Routes {
         self.starts[expert]..self.starts[expert + 1]
     }
 
-    /// Goes by the router's logits in `shares`, which become their soft-max. Of equals the first is the better.
-    fn choose(&mut self, how: Experts) {
-        let tokens = self.shares.len() / how.count;
+    /// Goes by the router's logits in `scores`, which become these. Of equals the first is the better.
+    fn choose(&mut self, how: Experts, selection: Option<&[f32]>) {
+        let count = self.scores.len() / how.outputs();
         self.chosen.clear();
-        for shares in self.shares.chunks_exact_mut(how.count) {
-            let most = softmax::max(shares);
-            let sum = softmax::exp_in_place(shares, most);
-            shares.iter_mut().for_each(|x| *x /= sum);
+        for scores in self.scores.chunks_exact_mut(how.outputs()) {
+            let (scores, gate) = scores.split_at_mut(how.count);
+            gate.iter_mut().for_each(|x| *x = sigmoid(*x));
+            match how.scores {
+                Scores::Softmax => {
+                    let most = softmax::max(scores);
+                    let sum = softmax::exp_in_place(scores, most);
+                    scores.iter_mut().for_each(|x| *x /= sum);
+                }
+                Scores::Sigmoid => scores.iter_mut().for_each(|x| *x = sigmoid(*x)),
+            }
+            let rank = |expert: usize| scores[expert] + selection.map_or(0.0, |s| s[expert]);
             let begun = self.chosen.len();
             for expert in 0..how.count {
-                let better = |other: &usize| shares[*other] >= shares[expert];
-                let at = self.chosen[begun..].partition_point(better);
+                let own = rank(expert);
+                let at = self.chosen[begun..].partition_point(|&other| rank(other) >= own);
                 if at < how.used {
                     self.chosen.truncate(begun + how.used - 1);
                     self.chosen.insert(begun + at, expert);
@@ -105,51 +118,79 @@ impl Routes {
             self.starts[expert + 1] += self.starts[expert];
         }
         let mut next = self.starts.clone();
+        // The expert for all tokens has its rows in their order.
+        let shared = count * how.used;
+        self.starts.extend(how.shared.map(|_| shared + count));
         self.places.clear();
-        self.tokens.resize(tokens * how.used, 0);
-        self.weights.resize(tokens * how.used, 0.0);
-        let shares = self.shares.chunks_exact(how.count);
-        for (token, (chosen, shares)) in self.chosen.chunks_exact(how.used).zip(shares).enumerate()
+        self.tokens.resize(count * how.each(), 0);
+        self.weights.resize(count * how.each(), 0.0);
+        let scores = self.scores.chunks_exact(how.outputs());
+        for (token, (chosen, scores)) in self.chosen.chunks_exact(how.used).zip(scores).enumerate()
         {
-            let sum = match how.normed {
-                true => chosen.iter().map(|&expert| shares[expert]).sum(),
-                false => 1.0,
-            };
+            let (sum, _) = norming(how, chosen, scores);
             for &expert in chosen {
                 let row = next[expert];
                 next[expert] += 1;
                 self.places.push(row);
                 self.tokens[row] = token;
-                self.weights[row] = shares[expert] / sum;
+                self.weights[row] = scores[expert] / sum * how.scale;
+            }
+            if how.shared.is_some() {
+                let row = shared + token;
+                self.places.push(row);
+                self.tokens[row] = token;
+                self.weights[row] = scores.get(how.count).copied().unwrap_or(1.0);
             }
         }
     }
 
-    /// The gradient of the router's logits, `[T, experts]`, given that of each row's weight.
+    /// The gradient of the router's logits, `[T, outputs]`, given that of each row's weight.
     fn d_logits(&self, how: Experts, d_weights: &[f32], out: &mut Vec<f32>) {
-        fit(out, self.shares.len());
+        fit(out, self.scores.len());
         let of_tokens =
-            (self.chosen.chunks_exact(how.used)).zip(self.places.chunks_exact(how.used));
-        let out = out.chunks_exact_mut(how.count);
-        let shares = self.shares.chunks_exact(how.count);
-        for ((out, shares), (chosen, places)) in out.zip(shares).zip(of_tokens) {
-            let mean: f32 = places
-                .iter()
-                .map(|&row| self.weights[row] * d_weights[row])
-                .sum();
-            // Where weights are normed, they are a soft-max of the chosen alone.
-            match how.normed {
-                true => out.fill(0.0),
-                false => out
-                    .iter_mut()
-                    .zip(shares)
-                    .for_each(|(out, share)| *out = -share * mean),
+            (self.chosen.chunks_exact(how.used)).zip(self.places.chunks_exact(how.each()));
+        let out = out.chunks_exact_mut(how.outputs());
+        let scores = self.scores.chunks_exact(how.outputs());
+        for ((out, scores), (chosen, places)) in out.zip(scores).zip(of_tokens) {
+            let (out, d_gate) = out.split_at_mut(how.count);
+            for d_gate in d_gate {
+                let gate = scores[how.count];
+                *d_gate = d_weights[places[how.used]] * gate * (1.0 - gate);
+            }
+            let part = |row: usize| self.weights[row] * d_weights[row];
+            let mean: f32 = places[..how.used].iter().map(|&row| part(row)).sum();
+            // What weights lose by their common divisor, and what a soft-max's scores lose by theirs: where those are normed,
+            // they are a soft-max of the chosen alone.
+            let (norming, spread) = match norming(how, chosen, scores).1 {
+                true => (mean / how.scale, 0.0),
+                false => (0.0, mean),
+            };
+            match how.scores {
+                Scores::Softmax => (out.iter_mut().zip(scores)).for_each(|(o, s)| *o = -s * spread),
+                Scores::Sigmoid => out.fill(0.0),
             }
             for (&expert, &row) in chosen.iter().zip(places) {
-                out[expert] = self.weights[row] * (d_weights[row] - mean);
+                let d = self.weights[row] * (d_weights[row] - norming);
+                out[expert] += match how.scores {
+                    Scores::Softmax => d,
+                    Scores::Sigmoid => d * (1.0 - scores[expert]),
+                };
             }
         }
     }
+}
+
+/// What the scores of a token's experts are divided by, and whether that is their sum.
+fn norming(how: Experts, chosen: &[usize], scores: &[f32]) -> (f32, bool) {
+    let Some(least) = how.normed else {
+        return (1.0, false);
+    };
+    let sum: f32 = chosen.iter().map(|&expert| scores[expert]).sum();
+    (sum.max(least), sum > least)
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 /// What the backward pass of a mixture uses, kept from layer to layer.
@@ -174,27 +215,30 @@ impl Pass<'_, '_> {
         let (layer, p) = self.layer();
         let c = &self.model.decoder.config;
         let mut own = std::mem::take(&mut self.b.experts);
-        let (routes, width) = (&state.routes, 2 * c.ffn);
+        let routes = &state.routes;
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
         let read = normed(norm, &state.middle, c.norm_eps, &mut own.read);
         fit(&mut own.d_read, dx.len());
         own.d_read.fill(0.0);
         fit(&mut own.d_weights, routes.tokens.len());
+        let mut left = &mut state.gate_up[..];
         for (expert, (mlp, places)) in layer.mlps.iter().zip(&p.mlps).enumerate() {
             let of = routes.of(expert);
             let (tokens, weights) = (&routes.tokens[of.clone()], &routes.weights[of.clone()]);
-            let gate_up = &mut state.gate_up[of.start * width..of.end * width];
+            let gate_up = left
+                .split_off_mut(..tokens.len() * 2 * mlp.ffn())
+                .expect("there was room for all rows");
             let b = &mut *self.b;
             gather(&own.dy, tokens, c.hidden, &mut own.d_rows);
-            self.model.decoder.mlp_inner(gate_up, &mut b.inner);
+            self.model.decoder.mlp_inner(mlp, gate_up, &mut b.inner);
             if !tokens.is_empty() {
                 linear(&mlp.down, &own.d_rows, &mut b.d_inner, &mut b.right);
             }
             // What the row counts was left out so far: its own gradient is what it multiplies.
             let inner = b
                 .inner
-                .chunks_exact(c.ffn)
-                .zip(b.d_inner.chunks_exact_mut(c.ffn));
+                .chunks_exact(mlp.ffn())
+                .zip(b.d_inner.chunks_exact_mut(mlp.ffn()));
             let d_rows = own.d_rows.chunks_exact_mut(c.hidden);
             let given = own.d_weights[of].iter_mut().zip(weights);
             for (((inner, d_inner), d_row), (d_weight, weight)) in inner.zip(d_rows).zip(given) {
@@ -204,7 +248,7 @@ impl Pass<'_, '_> {
             }
             self.gradients
                 .linear(&places.down, &b.inner, &own.d_rows, &mut b.right);
-            activation::backward(c.activation, gate_up, c.ffn, &b.d_inner);
+            activation::backward(c.activation, gate_up, mlp.ffn(), &b.d_inner);
             gather(read, tokens, c.hidden, &mut own.rows);
             self.gradients
                 .linear(&places.gate_up, &own.rows, gate_up, &mut b.right);
@@ -247,27 +291,34 @@ fn gather(x: &[f32], tokens: &[usize], width: usize, out: &mut Vec<f32>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::Shared;
 
-    fn routed(logits: &[f32], how: Experts) -> Routes {
+    fn routed(logits: &[f32], how: Experts, selection: Option<&[f32]>) -> Routes {
         let mut routes = Routes {
-            shares: logits.to_vec(),
+            scores: logits.to_vec(),
             ..Routes::default()
         };
-        routes.choose(how);
+        routes.choose(how, selection);
         routes
     }
 
+    const HOW: Experts = Experts {
+        count: 4,
+        used: 2,
+        ffn: 8,
+        scores: Scores::Softmax,
+        biased: false,
+        normed: None,
+        scale: 1.0,
+        shared: None,
+    };
+
     #[test]
     fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
-        let how = Experts {
-            count: 4,
-            used: 2,
-            normed: false,
-        };
         let logits = [
             0.0, 2.0, 1.0, 2.0, /**/ 3.0, 1.0, 1.0, -1.0, /**/ -5.0, 0.0, 4.0, 1.0,
         ];
-        let routes = routed(&logits, how);
+        let routes = routed(&logits, HOW, None);
         // Of equals the first.
         assert_eq!(routes.chosen, [1, 3, 0, 1, 2, 3]);
         assert_eq!(routes.starts, [0, 1, 3, 4, 6]);
@@ -276,46 +327,94 @@ mod tests {
         let sum: f64 = logits[..4].iter().map(|&x| f64::from(x).exp()).sum();
         let share = 2.0f64.exp() / sum;
         assert!((f64::from(routes.weights[1]) - share).abs() < 1e-6);
-        let normed = routed(
-            &logits,
-            Experts {
-                normed: true,
-                ..how
-            },
-        );
-        assert_eq!(normed.weights[1], 0.5);
+        let normed = Experts {
+            normed: Some(0.0),
+            scale: 3.0,
+            ..HOW
+        };
+        let normed = routed(&logits, normed, None);
+        assert_eq!(normed.weights[1], 1.5);
         assert_eq!(normed.chosen, routes.chosen);
+    }
+
+    #[test]
+    fn some_are_chosen_by_more_than_what_they_are_worth() {
+        let how = Experts {
+            scores: Scores::Sigmoid,
+            biased: true,
+            ..HOW
+        };
+        let routes = routed(&[0.0, 1.0, 2.0, -1.0], how, Some(&[0.0, -0.5, 0.0, 0.5]));
+        assert_eq!(routes.chosen, [2, 3]);
+        assert_eq!(routes.weights, [2.0, -1.0].map(sigmoid));
+    }
+
+    #[test]
+    fn all_tokens_go_to_the_last_that_counts_by_its_gate() {
+        let how = |gated| Experts {
+            shared: Some(Shared { ffn: 8, gated }),
+            used: 1,
+            count: 2,
+            ..HOW
+        };
+        let gated = routed(&[1.0, 0.0, 0.5, /**/ 0.0, 1.0, -0.5], how(true), None);
+        assert_eq!(gated.starts, [0, 1, 2, 4]);
+        assert_eq!(gated.tokens, [0, 1, 0, 1]);
+        assert_eq!(gated.places, [0, 2, 1, 3]);
+        assert_eq!(gated.weights[2..], [0.5, -0.5].map(sigmoid));
+        let plain = routed(&[1.0, 0.0, /**/ 0.0, 1.0], how(false), None);
+        assert_eq!(plain.weights[2..], [1.0; 2]);
+        assert_eq!(plain.weights[..2], gated.weights[..2]);
     }
 
     #[test]
     fn the_gradient_of_the_routers_logits_is_that_of_differences() {
         use crate::kernels::testing::{finite_difference, noise};
-        for (normed, used) in [(false, 2), (true, 2), (false, 5), (true, 1)] {
-            let how = Experts {
-                count: 5,
-                used,
-                normed,
-            };
-            let logits: Vec<f32> = noise(15, 3).iter().map(|x| 3.0 * x).collect();
-            let slopes = noise(15, 4); // of each token's weight at each expert
-            let weights = |routes: &Routes| -> Vec<(usize, f32)> {
-                let expert = |row| routes.starts.partition_point(|&start| start <= row) - 1;
-                (routes.weights.iter().enumerate())
-                    .map(|(row, &weight)| (routes.tokens[row] * 5 + expert(row), weight))
-                    .collect()
-            };
-            let loss = |logits: &[f32]| {
-                let routes = routed(logits, how);
-                let terms = weights(&routes).into_iter();
-                terms
-                    .map(|(i, weight)| f64::from(slopes[i]) * f64::from(weight))
-                    .sum()
-            };
-            let routes = routed(&logits, how);
-            let d_weights: Vec<f32> = weights(&routes).iter().map(|&(i, _)| slopes[i]).collect();
-            let mut gradient = vec![];
-            routes.d_logits(how, &d_weights, &mut gradient);
-            finite_difference(&logits, &gradient, loss);
+        let shared = Some(Shared {
+            ffn: 8,
+            gated: true,
+        });
+        for (normed, used, scale, shared) in [
+            (None, 2, 1.0, None),
+            (Some(0.0), 2, 1.0, None),
+            (None, 5, 2.5, shared),
+            (Some(0.0), 1, 1.5, None),
+            (Some(100.0), 3, 1.5, None), // no sum is as large
+            (Some(0.0), 3, 2.5, shared),
+        ] {
+            for scores in [Scores::Softmax, Scores::Sigmoid] {
+                let how = Experts {
+                    count: 5,
+                    used,
+                    normed,
+                    scores,
+                    scale,
+                    shared,
+                    ..HOW
+                };
+                let all = 3 * how.outputs();
+                let logits: Vec<f32> = noise(all, 3).iter().map(|x| 3.0 * x).collect();
+                let slopes = noise(3 * 6, 4); // of each token's weight at each expert
+                let weights = |routes: &Routes| -> Vec<(usize, f32)> {
+                    let expert = |row| routes.starts.partition_point(|&start| start <= row) - 1;
+                    (routes.weights.iter().enumerate())
+                        .map(|(row, &weight)| (routes.tokens[row] * 6 + expert(row), weight))
+                        .collect()
+                };
+                let loss = |logits: &[f32]| {
+                    let routes = routed(logits, how, None);
+                    let terms = weights(&routes).into_iter();
+                    terms
+                        .map(|(i, weight)| f64::from(slopes[i]) * f64::from(weight))
+                        .sum()
+                };
+                let routes = routed(&logits, how, None);
+                let d_weights: Vec<f32> =
+                    weights(&routes).iter().map(|&(i, _)| slopes[i]).collect();
+                let mut gradient = vec![];
+                routes.d_logits(how, &d_weights, &mut gradient);
+                finite_difference(&logits, &gradient, loss);
+            }
         }
     }
 }

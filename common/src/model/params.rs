@@ -2,7 +2,7 @@
 
 use crate::kernels::gemm::Mat;
 use crate::kernels::{delta, gated_conv};
-use crate::weights::{Config, Recurrence, Weights};
+use crate::weights::{Config, Recurrence, SELECTION, Weights};
 use anyhow::Result;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -121,10 +121,14 @@ pub struct LayerParams {
     pub recurrent: Option<RecurrentParams>,
     /// The output projection of attention, or of that.
     pub output: Matrix,
-    /// What says which experts a token goes to, where there are several.
+    /// What says which experts a token goes to, where there are several, and what the one for all tokens counts.
     pub router: Option<Matrix>,
-    /// The MLP, or the experts.
+    /// What is added to scores where the best are chosen.
+    pub selection: Option<Span>,
+    /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<MlpParams>,
+    /// Low-rank adapters are for the MLP, too.
+    adapts_mlp: bool,
 }
 
 /// The parameters of what stands in the place of attention, beside its projections.
@@ -202,10 +206,9 @@ impl LayerParams {
         &self.mlps[0]
     }
 
-    /// Those that low-rank adapters are for: all, but of a mixture of experts attention's alone.
+    /// Those that low-rank adapters are for: all, but in a model with mixtures of experts attention's alone.
     pub fn adapted(&self) -> impl Iterator<Item = &Matrix> {
-        let count = if self.router.is_some() { 2 } else { 4 };
-        self.matrices().take(count)
+        self.matrices().take(if self.adapts_mlp { 4 } else { 2 })
     }
 }
 
@@ -268,6 +271,7 @@ impl Params {
             }
             all.extend(layer.qk_norms.iter().flat_map(|(q, k)| [q, k]));
             all.extend(layer.recurrent.iter().flat_map(RecurrentParams::spans));
+            all.extend(&layer.selection);
         }
         all.push(&self.norm);
         all.extend(&self.head);
@@ -382,12 +386,25 @@ impl Cursor<'_> {
         let output = self.matrix(&prefix, &[output], o_bias);
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
-        let router = (c.experts).map(|_| self.matrix(&prefix, &["mlp.gate"], false));
-        let mlps = match c.experts {
-            None => vec![self.mlp(&format!("{prefix}mlp."), c.mlp_bias)],
-            Some(experts) => (0..experts.count)
-                .map(|expert| self.mlp(&format!("{prefix}mlp.experts.{expert}."), false))
-                .collect(),
+        let experts = c.experts[i];
+        let router = experts.map(|experts| {
+            let gate = ["mlp.gate", "mlp.shared_expert_gate"];
+            let gated = experts.outputs() > experts.count;
+            self.matrix(&prefix, &gate[..1 + usize::from(gated)], false)
+        });
+        let selection = experts.filter(|experts| experts.biased);
+        let selection = selection.map(|_| self.span(&prefix, &[SELECTION]));
+        let mut mlp = |name: &str, bias| self.mlp(&format!("{prefix}{name}."), bias);
+        let mlps = match experts {
+            None => vec![mlp("mlp", c.mlp_bias)],
+            Some(experts) => {
+                let each = 0..experts.count;
+                let mut mlps: Vec<_> = each
+                    .map(|expert| mlp(&format!("mlp.experts.{expert}"), false))
+                    .collect();
+                mlps.extend((experts.shared).map(|_| mlp("mlp.shared_expert", false)));
+                mlps
+            }
         };
         let after_mlp = norm(self, after_mlp);
         LayerParams {
@@ -402,7 +419,9 @@ impl Cursor<'_> {
             recurrent,
             output,
             router,
+            selection,
             mlps,
+            adapts_mlp: c.mixture().is_none(),
         }
     }
 

@@ -37,15 +37,78 @@ impl QkNorm {
     }
 }
 
-/// A layer's MLP as a mixture of experts: a router's soft-max says what each is worth to a token, which goes to the best.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A layer's MLP as a mixture of experts: a router scores them for a token, which goes to the best.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Experts {
     /// How many there are.
     pub count: usize,
     /// How many a token goes to.
     pub used: usize,
-    /// Whether what those are worth is normed to a sum of 1.
-    pub normed: bool,
+    /// Inner width of each.
+    pub ffn: usize,
+    /// What the router's logits become.
+    pub scores: Scores,
+    /// The best are those of the highest sums of a score and a number that each expert has for that alone (DeepSeek-V3,
+    /// arXiv 2412.19437): it is kept as it is, no gradient reaches it.
+    pub biased: bool,
+    /// Whether scores of those that a token goes to are divided by their sum, or by this number where that is less.
+    pub normed: Option<f32>,
+    /// What they are multiplied by, last.
+    pub scale: f32,
+    /// One more expert, which all tokens go to.
+    pub shared: Option<Shared>,
+}
+
+/// What the router's logits become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scores {
+    /// Their soft-max.
+    Softmax,
+    /// The sigmoid of each.
+    Sigmoid,
+}
+
+/// An expert that all tokens go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Its inner width.
+    pub ffn: usize,
+    /// What it gives counts by the sigmoid of a row of its own in the router; else it counts once.
+    pub gated: bool,
+}
+
+impl Experts {
+    /// How many experts a token goes to, the one for all of them included.
+    pub fn each(&self) -> usize {
+        self.used + usize::from(self.shared.is_some())
+    }
+
+    /// The inner widths of those together.
+    pub fn width(&self) -> usize {
+        self.used * self.ffn + self.shared.map_or(0, |shared| shared.ffn)
+    }
+
+    /// The rows of the router.
+    pub fn outputs(&self) -> usize {
+        self.count + usize::from(self.shared.is_some_and(|shared| shared.gated))
+    }
+
+    /// Its part of [`Config::arithmetic`].
+    fn arithmetic(&self) -> String {
+        let normed = self.normed.is_some();
+        let (count, used) = (self.count, self.used);
+        let mut text = format!(" Experts {{ count: {count}, used: {used}, normed: {normed} }}");
+        if self.scores != Scores::Softmax {
+            text += &format!(" scores {:?}", self.scores);
+        }
+        if let Some(least) = self.normed.filter(|&least| least != 0.0) {
+            text += &format!(" normed {least:?}");
+        }
+        if self.scale != 1.0 {
+            text += &format!(" experts_scale {:?}", self.scale);
+        }
+        text
+    }
 }
 
 /// What a layer has in the place of attention: its past is a memory of one size.
@@ -124,10 +187,10 @@ pub struct Config {
     pub head_dim: usize,
     /// How much of a head is rotated: mostly all (Phi-4-mini: three quarters).
     pub rotary_dim: usize,
-    /// Inner width of the MLP, or of each expert.
+    /// Inner width of the MLP in layers without experts; where there are none, of each expert.
     pub ffn: usize,
-    /// Layers' MLPs are mixtures of such experts.
-    pub experts: Option<Experts>,
+    /// Per layer: a mixture of experts, or None for one MLP. All mixtures of a model are alike.
+    pub experts: Vec<Option<Experts>>,
     /// Epsilon of every RMS norm.
     pub norm_eps: f32,
     /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
@@ -188,6 +251,16 @@ impl Config {
         recurrences.filter_map(|recurrence| recurrence.delta())
     }
 
+    /// What layers with a mixture of experts have, where there are some.
+    pub fn mixture(&self) -> Option<Experts> {
+        self.experts.iter().flatten().next().copied()
+    }
+
+    /// The inner widths of the MLPs that a token goes through in a layer, together.
+    pub fn inner_width(&self, layer: usize) -> usize {
+        self.experts[layer].map_or(self.ffn, |experts| experts.width())
+    }
+
     /// Every tensor of the model by its Hugging Face name, with its shape (row-major, `[out, in]`
     /// for projections), in the order of transformers' state dict. `lm_head.weight` only if untied.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
@@ -205,7 +278,7 @@ impl Config {
         all
     }
 
-    /// The projections of a layer with attention; those of the MLP stand for every expert's.
+    /// The projections of a layer with attention and one MLP.
     pub(super) fn projections(&self) -> [Projection; 7] {
         let (hidden, ffn) = (self.hidden, self.ffn);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
@@ -219,6 +292,16 @@ impl Config {
             ("mlp.up_proj", ffn, hidden, self.mlp_bias),
             ("mlp.down_proj", hidden, ffn, self.mlp_bias),
         ]
+    }
+
+    /// Those of the expert that all tokens go to, where there is one.
+    pub(super) fn shared_projections(&self) -> Option<[Projection; 3]> {
+        let (hidden, shared) = (self.hidden, self.mixture()?.shared?);
+        Some([
+            ("mlp.shared_expert.gate_proj", shared.ffn, hidden, false),
+            ("mlp.shared_expert.up_proj", shared.ffn, hidden, false),
+            ("mlp.shared_expert.down_proj", hidden, shared.ffn, false),
+        ])
     }
 
     fn layer_parameters(&self, layer: usize, all: &mut Vec<(String, Vec<usize>)>) {
@@ -243,24 +326,38 @@ impl Config {
                 self.qk_norm_parameters(&mut push);
             }
         }
-        match self.experts {
+        match self.experts[layer] {
             None => plain(&mut push, mlp),
-            Some(experts) => {
-                push("mlp.gate.weight", vec![experts.count, self.hidden]);
-                // Gates and ups of all of them, then downs: so files have them that have them as one.
-                for part in [&mlp[..2], &mlp[2..]] {
-                    for expert in 0..experts.count {
-                        for &(module, out, input, _) in part {
-                            let module = module.trim_start_matches("mlp.");
-                            let name = format!("mlp.experts.{expert}.{module}.weight");
-                            push(&name, vec![out, input]);
-                        }
-                    }
-                }
-            }
+            Some(experts) => self.expert_parameters(experts, &mut push),
         }
         for norm in self.layer_norms().into_iter().flatten() {
             push(&format!("{norm}.weight"), vec![self.hidden]);
+        }
+    }
+
+    fn expert_parameters(&self, experts: Experts, push: &mut dyn FnMut(&str, Vec<usize>)) {
+        let (hidden, ffn) = (self.hidden, experts.ffn);
+        push("mlp.gate.weight", vec![experts.count, hidden]);
+        if experts.biased {
+            push(SELECTION, vec![experts.count]);
+        }
+        // Gates and ups of all of them, then downs: so files have them that have them as one.
+        let gate_up = [("gate_proj", ffn, hidden), ("up_proj", ffn, hidden)];
+        for part in [&gate_up[..], &[("down_proj", hidden, ffn)]] {
+            for expert in 0..experts.count {
+                for &(module, out, input) in part {
+                    push(
+                        &format!("mlp.experts.{expert}.{module}.weight"),
+                        vec![out, input],
+                    );
+                }
+            }
+        }
+        for (module, out, input, _) in self.shared_projections().into_iter().flatten() {
+            push(&format!("{module}.weight"), vec![out, input]);
+        }
+        if experts.outputs() > experts.count {
+            push("mlp.shared_expert_gate.weight", vec![1, hidden]);
         }
     }
 
@@ -403,8 +500,12 @@ impl Config {
         if self.logit_scale != 1.0 {
             text += &format!(" logit_scale {:?}", self.logit_scale);
         }
-        if let Some(experts) = self.experts {
-            text += &format!(" {experts:?}");
+        if let Some(experts) = self.mixture() {
+            text += &experts.arithmetic();
+        }
+        if self.experts.contains(&None) && self.mixture().is_some() {
+            let sparse: Vec<_> = self.experts.iter().map(Option::is_some).collect();
+            text += &format!(" sparse {sparse:?}");
         }
         if self.attention_gate {
             text += " attention_gate";
@@ -450,11 +551,20 @@ impl Config {
             self.rotary_dim,
             self.head_dim
         );
-        if let Some(Experts { count, used, .. }) = self.experts {
+        if let Some(experts) = self.mixture() {
+            let (count, used) = (experts.count, experts.used);
             ensure!(
                 (1..=count).contains(&used),
                 "{used} of {count} experts for a token: these are no numbers of experts"
             );
+            for ffn in [Some(experts.ffn), experts.shared.map(|shared| shared.ffn)] {
+                ensure!(
+                    ffn.is_none_or(|ffn| (1..=1 << 22).contains(&ffn)),
+                    "an expert's size is {}, outside 1 to {}",
+                    ffn.unwrap_or(0),
+                    1 << 22
+                );
+            }
             ensure!(
                 count <= MOST_EXPERTS / self.layers,
                 "{count} experts in each of {} layers are more than {MOST_EXPERTS}",
@@ -479,6 +589,9 @@ impl Config {
         })
     }
 }
+
+/// What decides beside the scores which experts are the best.
+pub(crate) const SELECTION: &str = "mlp.gate.e_score_correction_bias";
 
 /// Experts of all layers together: each has tensors with names.
 const MOST_EXPERTS: usize = 1 << 16;

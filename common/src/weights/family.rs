@@ -1,6 +1,6 @@
 //! The model families that one decoder serves: what their configs mean and leave unsaid.
 
-use super::config::{Norms, QkNorm};
+use super::config::{Norms, QkNorm, SELECTION, Scores};
 use crate::kernels::activation::Activation;
 
 /// What is true of every model of a family.
@@ -30,6 +30,8 @@ pub(super) struct Family {
     /// Norms multiply by 1 + the weight in a Hugging Face folder (by the weight in a GGUF).
     pub norms_from_one: bool,
     pub qk_norm: Option<QkNorm>,
+    /// The field that says whether queries and keys are normed, where it is asked: unsaid they are not.
+    pub qk_norm_asked: Option<&'static str>,
     pub activation: Activation,
     /// The fields that name it, and its names there.
     pub activation_names: &'static [ActivationNames],
@@ -68,8 +70,7 @@ pub(super) struct Family {
     pub mixture: Option<Mixture>,
     /// Projections that are one matrix in files.
     pub fused: &'static [Fused],
-    /// What has another name in a Hugging Face folder: the decoder's, and that.
-    pub renamed: &'static [(&'static str, &'static str)],
+    pub renamed: &'static [Renamed],
     /// Fields of a config that have another name, too, which counts before the usual one: that, and the usual.
     pub spelled: &'static [(&'static str, &'static str)],
 }
@@ -91,24 +92,61 @@ impl Family {
 
 /// How files speak of experts.
 pub(super) struct Mixture {
-    /// The field of their number, as published files have it,
-    pub count: &'static str,
+    /// The fields of their number: as it is written, and what it is called, too,
+    pub count: [&'static str; 2],
+    /// those of how many a token goes to,
+    pub used: [&'static str; 2],
     /// and that of their inner width.
     pub width: &'static str,
-    /// Whether `norm_topk_prob` says that a token's weights are normed (absent: they are not); else they are, always.
-    pub asked: bool,
-    /// Whether they are in a GGUF, which does not say.
-    pub gguf_normed: bool,
-    /// The router.
-    pub router: &'static str,
+    /// Which layers have them; the others have one MLP, which is as wide as `intermediate_size`.
+    pub layers: SparseLayers,
+    pub scores: Scores,
+    pub normed: Normed,
+    /// The field of the least number that scores are divided by (a family without one has it as it is), and what it is unsaid.
+    pub least: (Option<&'static str>, f64),
+    /// The field of what they are multiplied by, where it is heard.
+    pub scale: Option<&'static str>,
+    /// What a folder calls the numbers that only choose, if there are some, and the dimensions before that of experts.
+    pub selection: Option<(&'static str, &'static [usize])>,
+    pub shared: Option<SharedExpert>,
     pub files: ExpertFiles,
+}
+
+/// Which layers have experts.
+pub(super) enum SparseLayers {
+    All,
+    /// Every `decoder_sparse_step`-th, but for those in `mlp_only_layers`.
+    Steps,
+    /// Every `moe_layer_interval`-th from `moe_layer_start_index` to `moe_layer_end_index`.
+    Span,
+    /// Those from `first_k_dense_replace` on.
+    From,
+}
+
+/// Whether the scores of those that a token goes to are divided by their sum.
+pub(super) enum Normed {
+    Always,
+    /// `norm_topk_prob` says so. A GGUF may, too; or else it is as in `gguf`.
+    Asked {
+        unsaid: bool,
+        gguf: bool,
+    },
+}
+
+/// An expert that all tokens go to.
+pub(super) struct SharedExpert {
+    /// The field of its inner width, or of how many experts' width it has: then this where the file has none.
+    pub width: (&'static str, Option<usize>),
+    /// Whether there must be one: else its width may be 0, which is what it is unsaid, and there is none.
+    pub always: bool,
+    pub gated: bool,
 }
 
 /// How a Hugging Face folder has the experts of a layer.
 pub(super) enum ExpertFiles {
     /// Each by itself: under which name, and what gate, up and down are called.
     Each(&'static str, [&'static str; 3]),
-    /// All of them in one tensor of gates and ups and one of downs, `[experts, rows, columns]`.
+    /// All of them in one tensor of gates and ups and one of downs, `[experts, rows, columns]`, of these names.
     Together([&'static str; 2]),
 }
 
@@ -182,6 +220,7 @@ const LLAMA: Family = Family {
     norms: Norms::Before,
     norms_from_one: false,
     qk_norm: None,
+    qk_norm_asked: None,
     activation: Activation::Silu,
     activation_names: &[("hidden_act", &["silu", "swish"])],
     scales: Scales::Plain,
@@ -216,16 +255,49 @@ const GELU_TANH: ActivationNames = ("hidden_activation", &["gelu_pytorch_tanh"])
 
 /// As most of them have it.
 const MIXTURE: Mixture = Mixture {
-    count: "num_experts",
+    count: ["num_experts", "num_local_experts"],
+    used: ["num_experts_per_tok"; 2],
     width: "intermediate_size",
-    asked: true,
-    gguf_normed: true,
-    router: "mlp.gate",
+    layers: SparseLayers::All,
+    scores: Scores::Softmax,
+    normed: Normed::Always,
+    least: (None, 0.0),
+    scale: None,
+    selection: None,
+    shared: None,
     files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
+};
+
+/// Qwen's.
+const QWEN_MIXTURE: Mixture = Mixture {
+    width: "moe_intermediate_size",
+    layers: SparseLayers::Steps,
+    ..MIXTURE
+};
+
+const QWEN_SHARED: Option<SharedExpert> = Some(SharedExpert {
+    width: ("shared_expert_intermediate_size", None),
+    always: true,
+    gated: true,
+});
+
+/// Granite's.
+const GRANITE_MIXTURE: Mixture = Mixture {
+    count: ["num_local_experts", "num_experts"],
+    files: ExpertFiles::Together([
+        "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.output_linear.weight",
+    ]),
+    ..MIXTURE
 };
 
 /// A matrix of a file, and the projections that are its rows in turn.
 pub(super) type Fused = (&'static str, &'static [&'static str]);
+
+/// A module that has another name in a Hugging Face folder: the decoder's, and that.
+pub(super) type Renamed = (&'static str, &'static str);
+
+const SHARED_EXPERTS: Renamed = ("mlp.shared_expert", "mlp.shared_experts");
 
 /// Queries, keys and values as one.
 pub(super) const QKV: Fused = (
@@ -242,6 +314,18 @@ const GRANITE: Family = Family {
     gguf: "granite",
     scales: Scales::Multipliers,
     ..LLAMA
+};
+
+const GRANITE_ROUTER: Renamed = ("mlp.gate", "block_sparse_moe.router.layer");
+
+const GRANITE_MOE: Family = Family {
+    model_type: "granitemoe",
+    class: "GraniteMoe",
+    gguf: "granitemoe",
+    biases: NO_MLP_BIAS,
+    mixture: Some(GRANITE_MIXTURE),
+    renamed: &[GRANITE_ROUTER],
+    ..GRANITE
 };
 
 const OLMO2: Family = Family {
@@ -319,7 +403,58 @@ const GLM4: Family = Family {
     ..LLAMA
 };
 
-const FAMILIES: [Family; 27] = [
+const QWEN3_5: Family = Family {
+    model_type: "qwen3_5_text",
+    class: "Qwen3_5",
+    gguf: "qwen35",
+    kv_heads: Some(4),
+    head_dim: Some(256),
+    biases: NO_MLP_BIAS,
+    norms_from_one: true,
+    qk_norm: Some(QkNorm::Heads),
+    permuted: false,
+    partial: true,
+    rotated_part: 0.25,
+    gguf_mlp_norm: "post_attention_norm",
+    attention_gate: true,
+    recurrence: Some(RecurrenceKind::Delta),
+    ..LLAMA
+};
+
+const ERNIE: Family = Family {
+    model_type: "ernie4_5",
+    class: "Ernie4_5",
+    gguf: "ernie4_5",
+    kv_heads: Some(2),
+    head_dim: Some(128),
+    tied: true,
+    norm_eps: 1e-5,
+    theta: 500_000.0,
+    biases: [Some("use_bias"); 3],
+    permuted: false,
+    neighbours: true,
+    ..LLAMA
+};
+
+const HUNYUAN: Family = Family {
+    model_type: "hunyuan_v1_dense",
+    class: "HunYuanDenseV1",
+    gguf: "hunyuan-dense",
+    norm_eps: 1e-5,
+    biases: NO_MLP_BIAS,
+    qk_norm: Some(QkNorm::Turned),
+    permuted: false,
+    alpha: true,
+    renamed: &HUNYUAN_NORMS,
+    ..LLAMA
+};
+
+const HUNYUAN_NORMS: [Renamed; 2] = [
+    ("self_attn.q_norm", "self_attn.query_layernorm"),
+    ("self_attn.k_norm", "self_attn.key_layernorm"),
+];
+
+const FAMILIES: [Family; 33] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -406,7 +541,10 @@ const FAMILIES: [Family; 27] = [
         qk_norm: Some(QkNorm::Rows),
         permuted: false,
         mixture: Some(Mixture {
-            gguf_normed: false,
+            normed: Normed::Asked {
+                unsaid: false,
+                gguf: false,
+            },
             ..MIXTURE
         }),
         ..LLAMA
@@ -420,8 +558,30 @@ const FAMILIES: [Family; 27] = [
         qk_norm: Some(QkNorm::Heads),
         permuted: false,
         mixture: Some(Mixture {
-            width: "moe_intermediate_size",
-            ..MIXTURE
+            normed: Normed::Asked {
+                unsaid: false,
+                gguf: true,
+            },
+            ..QWEN_MIXTURE
+        }),
+        ..LLAMA
+    },
+    Family {
+        model_type: "qwen2_moe",
+        class: "Qwen2Moe",
+        gguf: "qwen2moe",
+        kv_heads: Some(16),
+        qkv_bias: true,
+        biases: [Some("qkv_bias"), None, None],
+        windows: Windows::Last,
+        permuted: false,
+        mixture: Some(Mixture {
+            normed: Normed::Asked {
+                unsaid: false,
+                gguf: false,
+            },
+            shared: QWEN_SHARED,
+            ..QWEN_MIXTURE
         }),
         ..LLAMA
     },
@@ -434,30 +594,34 @@ const FAMILIES: [Family; 27] = [
         biases: [None; 3],
         windows: Windows::All,
         mixture: Some(Mixture {
-            count: "num_local_experts",
-            asked: false,
-            router: "block_sparse_moe.gate",
+            count: ["num_local_experts", "num_experts"],
             files: ExpertFiles::Each("block_sparse_moe.experts", ["w1", "w3", "w2"]),
             ..MIXTURE
         }),
+        renamed: &[("mlp.gate", "block_sparse_moe.gate")],
         ..LLAMA
     },
+    GRANITE_MOE,
     Family {
-        model_type: "granitemoe",
-        class: "GraniteMoe",
-        gguf: "granitemoe",
-        biases: NO_MLP_BIAS,
+        model_type: "granitemoeshared",
+        class: "GraniteMoeShared",
         mixture: Some(Mixture {
-            count: "num_local_experts",
-            asked: false,
-            router: "block_sparse_moe.router.layer",
-            files: ExpertFiles::Together([
-                "block_sparse_moe.input_linear",
-                "block_sparse_moe.output_linear",
-            ]),
-            ..MIXTURE
+            shared: Some(SharedExpert {
+                width: ("shared_intermediate_size", None),
+                always: false,
+                gated: false,
+            }),
+            ..GRANITE_MIXTURE
         }),
-        ..GRANITE
+        fused: &[(
+            "shared_mlp.input_linear",
+            &["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+        )],
+        renamed: &[
+            GRANITE_ROUTER,
+            ("mlp.shared_expert.down_proj", "shared_mlp.output_linear"),
+        ],
+        ..GRANITE_MOE
     },
     // What transformers makes of a Mistral with `layer_types`.
     Family {
@@ -465,22 +629,18 @@ const FAMILIES: [Family; 27] = [
         class: "Ministral",
         ..MISTRAL
     },
+    QWEN3_5,
     Family {
-        model_type: "qwen3_5_text",
-        class: "Qwen3_5",
-        gguf: "qwen35",
-        kv_heads: Some(4),
-        head_dim: Some(256),
-        biases: NO_MLP_BIAS,
-        norms_from_one: true,
-        qk_norm: Some(QkNorm::Heads),
-        permuted: false,
-        partial: true,
-        rotated_part: 0.25,
-        gguf_mlp_norm: "post_attention_norm",
-        attention_gate: true,
-        recurrence: Some(RecurrenceKind::Delta),
-        ..LLAMA
+        model_type: "qwen3_5_moe_text",
+        class: "Qwen3_5Moe",
+        gguf: "qwen35moe",
+        kv_heads: Some(2),
+        mixture: Some(Mixture {
+            layers: SparseLayers::All,
+            shared: QWEN_SHARED,
+            ..QWEN_MIXTURE
+        }),
+        ..QWEN3_5
     },
     GLM4,
     Family {
@@ -492,33 +652,86 @@ const FAMILIES: [Family; 27] = [
         ..GLM4
     },
     Family {
-        model_type: "ernie4_5",
-        class: "Ernie4_5",
-        gguf: "ernie4_5",
-        kv_heads: Some(2),
-        head_dim: Some(128),
-        tied: true,
+        model_type: "glm4_moe",
+        class: "Glm4Moe",
+        gguf: "glm4moe",
+        kv_heads: Some(8),
         norm_eps: 1e-5,
-        theta: 500_000.0,
-        biases: [Some("use_bias"); 3],
+        biases: [Some("attention_bias"), None, None],
+        qk_norm: Some(QkNorm::Heads),
+        qk_norm_asked: Some("use_qk_norm"),
+        gguf_mlp_norm: "post_attention_norm",
         permuted: false,
-        neighbours: true,
+        partial: true,
+        rotated_part: 0.5,
+        mixture: Some(Mixture {
+            count: ["n_routed_experts", "num_local_experts"],
+            width: "moe_intermediate_size",
+            layers: SparseLayers::From,
+            scores: Scores::Sigmoid,
+            normed: Normed::Asked {
+                unsaid: true,
+                gguf: false,
+            },
+            least: (None, 1e-20),
+            scale: Some("routed_scaling_factor"),
+            selection: Some((SELECTION, &[])),
+            shared: Some(SharedExpert {
+                width: ("n_shared_experts", Some(1)),
+                always: true,
+                gated: false,
+            }),
+            ..MIXTURE
+        }),
+        renamed: &[SHARED_EXPERTS],
         ..LLAMA
     },
+    ERNIE,
     Family {
-        model_type: "hunyuan_v1_dense",
-        class: "HunYuanDenseV1",
-        gguf: "hunyuan-dense",
-        norm_eps: 1e-5,
-        biases: NO_MLP_BIAS,
-        qk_norm: Some(QkNorm::Turned),
-        permuted: false,
-        alpha: true,
+        model_type: "ernie4_5_moe",
+        class: "Ernie4_5_Moe",
+        gguf: "ernie4_5-moe",
+        kv_heads: Some(4),
+        head_dim: None,
+        biases: [None; 3], // the LM head would have one, too
+        mixture: Some(Mixture {
+            count: ["moe_num_experts", "num_experts"],
+            used: ["moe_k", "num_experts_per_tok"],
+            width: "moe_intermediate_size",
+            layers: SparseLayers::Span,
+            least: (Some("moe_norm_min"), 1e-12),
+            selection: Some(("mlp.moe_statics.e_score_correction_bias", &[1])),
+            shared: Some(SharedExpert {
+                width: ("moe_num_shared_experts", Some(2)),
+                always: false,
+                gated: false,
+            }),
+            ..MIXTURE
+        }),
+        renamed: &[SHARED_EXPERTS],
+        ..ERNIE
+    },
+    HUNYUAN,
+    Family {
+        model_type: "hunyuan_v1_moe",
+        class: "HunYuanMoEV1",
+        gguf: "hunyuan-moe",
+        mixture: Some(Mixture {
+            used: ["moe_topk", "num_experts_per_tok"],
+            shared: Some(SharedExpert {
+                width: ("intermediate_size", None),
+                always: true,
+                gated: false,
+            }),
+            ..MIXTURE
+        }),
         renamed: &[
-            ("self_attn.q_norm", "self_attn.query_layernorm"),
-            ("self_attn.k_norm", "self_attn.key_layernorm"),
+            HUNYUAN_NORMS[0],
+            HUNYUAN_NORMS[1],
+            ("mlp.gate", "mlp.gate.wg"),
+            ("mlp.shared_expert", "mlp.shared_mlp"),
         ],
-        ..LLAMA
+        ..HUNYUAN
     },
     Family {
         model_type: "exaone4",
@@ -600,14 +813,22 @@ pub fn families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|f| f.model_type)
 }
 
-/// The family of a GGUF's `general.architecture`. With a window or experts some are other families, which have no name there.
-pub(super) fn of_gguf(architecture: &str, window: bool, experts: bool) -> Option<&'static Family> {
-    let mut named = FAMILIES
+/// The family of a GGUF's `general.architecture`. With a window, experts, or one that all tokens go to, some are other families,
+/// which have no name there.
+pub(super) fn of_gguf(
+    architecture: &str,
+    window: bool,
+    experts: bool,
+    shared: bool,
+) -> Option<&'static Family> {
+    let named = FAMILIES
         .iter()
         .filter(|f| f.gguf == architecture && f.mixture.is_some() == experts);
-    let first = named.next()?;
+    let first = named.clone().next()?;
+    let shares = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.shared.is_some());
     Some(match (first.windows, window) {
-        (Windows::None, true) => named.next().unwrap_or(first),
+        (Windows::None, true) => named.clone().nth(1).unwrap_or(first),
+        _ if shared => named.clone().find(shares).unwrap_or(first),
         _ => first,
     })
 }

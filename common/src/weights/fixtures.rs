@@ -23,14 +23,21 @@ pub(super) fn config_json(model_type: &str) -> Value {
         "eos_token_id": 2, "query_pre_attn_scalar": 8, "embedding_multiplier": 6, "attention_multiplier": 0.3,
         "residual_multiplier": 0.5, "logits_scaling": 6,
     });
-    if ["olmoe", "qwen3_moe", "mixtral", "granitemoe"].contains(&model_type) {
+    if model_type.contains("moe") || model_type == "mixtral" {
         json["num_experts"] = json!(3);
         json["num_local_experts"] = json!(3);
+        json["n_routed_experts"] = json!(3);
         json["num_experts_per_tok"] = json!(2);
         json["moe_intermediate_size"] = json!(24);
-        json["norm_topk_prob"] = json!(model_type == "qwen3_moe");
+        json["norm_topk_prob"] = json!(["qwen3_moe", "glm4_moe"].contains(&model_type));
+        json["routed_scaling_factor"] = json!(2.5);
+        json["shared_expert_intermediate_size"] = json!(40);
+        json["shared_intermediate_size"] = json!(40);
     }
-    if model_type == "qwen3_5_text" {
+    if model_type == "qwen2_moe" {
+        json["mlp_only_layers"] = json!([1]);
+    }
+    if model_type.starts_with("qwen3_5") {
         json["layer_types"] = json!(["linear_attention", "full_attention"]);
         json["linear_num_key_heads"] = json!(1);
         json["linear_num_value_heads"] = json!(2);
@@ -154,14 +161,19 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
     if config.rotary_dim < config.head_dim {
         metadata.push((key("rope.dimension_count"), number(config.rotary_dim)));
     }
-    if let Some(experts) = config.experts {
+    if let Some(experts) = config.mixture() {
         metadata.extend([
             (key("expert_count"), number(experts.count)),
             (key("expert_used_count"), number(experts.used)),
         ]);
     }
-    if arch == "qwen3moe" {
-        metadata.push((key("expert_feed_forward_length"), number(config.ffn)));
+    if arch == "glm4moe" {
+        let scale = config.mixture().unwrap().scale;
+        metadata.extend([
+            (key("expert_gating_func"), number(2)),
+            (key("expert_weights_norm"), gguf_file::Value::Bool(true)),
+            (key("expert_weights_scale"), F32(scale)),
+        ]);
     }
     if let Some(growth) = config.query_growth {
         metadata.extend([
@@ -249,7 +261,12 @@ pub(super) fn gguf(
     let arch = match model_type {
         "olmo3" => "olmo2",
         "gemma3_text" => "gemma3",
+        "qwen2_moe" => "qwen2moe",
         "qwen3_moe" => "qwen3moe",
+        "granitemoeshared" => "granitemoe",
+        "glm4_moe" => "glm4moe",
+        "ernie4_5_moe" => "ernie4_5-moe",
+        "hunyuan_v1_moe" => "hunyuan-moe",
         "mixtral" => "llama",
         "glm" => "chatglm",
         "hunyuan_v1_dense" => "hunyuan-dense",

@@ -1,5 +1,6 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
+use super::config::SELECTION;
 use super::family::{self, QKV};
 use super::layout::{Expert, ExpertPart, Place};
 use super::{Config, gguf_delta};
@@ -69,8 +70,10 @@ impl Gguf {
             .tensors
             .get(name)
             .with_context(|| format!("{path}: the tensor {name:?} is missing"))?;
+        // Tensors have four dimensions there; those of 1 may be said or not.
+        let said = |shape: &[usize]| shape.iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
         ensure!(
-            entry.shape == *shape,
+            said(&entry.shape) == said(shape),
             "{path}: the tensor {name:?} has shape {:?}, but the metadata asks for {shape:?}",
             entry.shape
         );
@@ -119,7 +122,7 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
     if let Some(place) = gguf_delta::place(name, shape) {
         return Some(place);
     }
-    if let (Some(expert), Some(experts)) = (Expert::of(name), config.experts) {
+    if let (Some(expert), Some(experts)) = (Expert::of(name), config.mixture()) {
         let layer = expert.layer.strip_prefix("model.layers.")?;
         let what = match expert.projection {
             ExpertPart::Gate => "gate",
@@ -133,14 +136,15 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
             rows: first..first + shape[0],
         });
     }
-    let place = match name.contains(".mlp.gate.") {
-        true => Place::whole(name, shape), // whatever folders call the router
-        false => {
-            let family = family::of(&config.model_type);
-            config.place_in(family.map_or(&[], |f| f.fused), name, shape)
-        }
-    };
-    named(config, place)
+    if name.contains(".mlp.shared_expert") {
+        // Gates and ups are apart, however folders have them.
+        return named(config, Place::whole(name, shape));
+    }
+    let family = family::of(&config.model_type);
+    named(
+        config,
+        config.place_in(family.map_or(&[], |f| f.fused), name, shape),
+    )
 }
 
 /// The same place by its GGUF name.
@@ -166,6 +170,9 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
         return Some(format!("{}.weight", family.gguf_last_norm));
     }
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    if rest == SELECTION {
+        return Some(format!("blk.{layer}.exp_probs_b.bias"));
+    }
     let (module, kind) = rest.rsplit_once('.')?;
     let norms = [
         "attn_norm",
@@ -192,6 +199,10 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
         "conv.conv" => "shortconv.conv",
         "conv.in_proj" => "shortconv.in_proj",
         "conv.out_proj" => "shortconv.out_proj",
+        "mlp.shared_expert_gate" => "ffn_gate_inp_shexp",
+        "mlp.shared_expert.gate_proj" => "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj" => "ffn_up_shexp",
+        "mlp.shared_expert.down_proj" => "ffn_down_shexp",
         _ => return None,
     };
     Some(format!("blk.{layer}.{module}.{kind}"))

@@ -1,8 +1,13 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{Config, Experts, Multipliers, Recurrence, bounded_layers, plain_scale};
+use super::config::{
+    Config, Experts, Multipliers, Recurrence, Scores, Shared, bounded_layers, plain_scale,
+};
 use super::config_json::CAPS;
-use super::family::{self, Family, RecurrenceKind, Rotated, Scales, Windows};
+use super::family::{
+    self, Family, Mixture, Normed, RecurrenceKind, Rotated, Scales, SharedExpert, SparseLayers,
+    Windows,
+};
 use super::gguf::Gguf;
 use super::gguf_delta;
 use super::layout::Place;
@@ -44,6 +49,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
     // One is none: so have Hunyuan's files it.
     let experts = fields.whole("expert_count")?.filter(|&count| count > 1);
     let experts = experts.unwrap_or(0);
+    let shared = gguf
+        .names()
+        .any(|name| name.ends_with(".ffn_up_shexp.weight"));
     let query_growth = query_growth(&fields)?;
     // Mistral's models have one name, whether or not their queries grow; those of them that do not are Llamas.
     let named = match (architecture, query_growth) {
@@ -51,7 +59,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         _ => architecture,
     };
     let family =
-        family::of_gguf(named, window.is_some(), experts > 0).with_context(|| {
+        family::of_gguf(named, window.is_some(), experts > 0, shared).with_context(|| {
             format!(
                 "general.architecture: {architecture:?} with {experts} experts is not supported; known: {}",
                 family::architectures().join(", ")
@@ -68,14 +76,6 @@ fn read(gguf: &Gguf) -> Result<Config> {
         split <= 1,
         "split.count: the model is split over {split} files; merge them with llama-gguf-split --merge"
     );
-    let shared = fields
-        .whole("expert_shared_feed_forward_length")?
-        .unwrap_or(0);
-    // Of a Granite 4 without experts it is the MLP's width once more.
-    ensure!(
-        shared == 0 || experts == 0,
-        "expert_shared_feed_forward_length: experts for all tokens are not supported"
-    );
     let embedding = gguf
         .shape("token_embd.weight")
         .context("the tensor \"token_embd.weight\" is missing")?;
@@ -91,6 +91,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let rotary_dim = rotary_dim(&fields, family, head_dim)?;
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     let [qkv_bias, output_bias, mlp_bias] = family.biases;
+    let experts = match &family.mixture {
+        Some(mixture) => mixtures(&fields, mixture, experts, layers)?,
+        None => vec![None; layers],
+    };
     let config = Config {
         model_type: family.model_type.to_owned(),
         vocab: embedding[0],
@@ -100,18 +104,11 @@ fn read(gguf: &Gguf) -> Result<Config> {
         kv_heads: kv_heads(&fields)?.unwrap_or(heads),
         head_dim,
         rotary_dim,
-        ffn: match fields.whole("expert_feed_forward_length")? {
-            Some(ffn) if experts > 0 => ffn,
+        ffn: match experts.iter().flatten().next() {
+            Some(of_each) if !experts.contains(&None) => of_each.ffn,
             _ => fields.size("feed_forward_length")?,
         },
-        experts: match &family.mixture {
-            Some(mixture) => Some(Experts {
-                count: experts,
-                used: fields.size("expert_used_count")?,
-                normed: mixture.gguf_normed,
-            }),
-            None => None,
-        },
+        experts,
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
             .context("attention.layer_norm_rms_epsilon is missing")? as f32,
@@ -124,7 +121,8 @@ fn read(gguf: &Gguf) -> Result<Config> {
         o_bias: output_bias.is_some() && has("blk.0.attn_output.bias"),
         mlp_bias: mlp_bias.is_some() && has("blk.0.ffn_up.bias"),
         norms: family.norms,
-        qk_norm: family.qk_norm,
+        qk_norm: (family.qk_norm)
+            .filter(|_| family.qk_norm_asked.is_none() || has("blk.0.attn_q_norm.weight")),
         attention_scale: match family.gguf_apart == Some(layers) {
             true => plain_scale(hidden / heads),
             false => plain_scale(head_dim),
@@ -184,6 +182,91 @@ fn convolutions(
 }
 
 const KV_HEADS: &str = "attention.head_count_kv";
+
+/// Per layer, its mixture of experts, where it has one. Which layers have one, how wide experts are and whether there is one
+/// that all tokens go to is read off the tensors: not every converter says it, or says it right (ERNIE's).
+fn mixtures(
+    fields: &Metadata,
+    mixture: &Mixture,
+    count: usize,
+    layers: usize,
+) -> Result<Vec<Option<Experts>>> {
+    let tensor = |layer: usize, name: &str| fields.gguf.shape(&format!("blk.{layer}.{name}"));
+    let used = fields.size("expert_used_count")?;
+    let all = matches!(mixture.layers, SparseLayers::All);
+    let sparse = |layer: &usize| all || tensor(*layer, "ffn_gate_inp.weight").is_some();
+    let first = (0..layers).find(sparse).unwrap_or(0);
+    let ffn = match tensor(first, "ffn_up_exps.weight") {
+        Some(&[_, ffn, _]) => ffn,
+        _ => fields.size("feed_forward_length")?, // it is missing, as will be said
+    };
+    let shared = mixture
+        .shared
+        .as_ref()
+        .zip(tensor(first, "ffn_up_shexp.weight"));
+    let shared = shared.map(|(shared, shape)| (shared, shape[0]));
+    if let Some((
+        SharedExpert {
+            width: (key, times),
+            ..
+        },
+        width,
+    )) = shared
+    {
+        let fits = match times {
+            Some(_) => width.is_multiple_of(ffn),
+            None => *key != mixture.width || width == ffn,
+        };
+        ensure!(
+            fits,
+            "an expert of size {width} for all tokens beside others of size {ffn} is not supported for {}",
+            fields.architecture
+        );
+    }
+    let asked = |key: &str| match fields.get(key) {
+        Some(gguf::Value::Flag(normed)) => Some(*normed),
+        _ => None,
+    };
+    let normed = match mixture.normed {
+        Normed::Always => true,
+        Normed::Asked { gguf, .. } => asked("expert_weights_norm").unwrap_or(gguf),
+    };
+    let groups = fields.whole("expert_group_count")?.unwrap_or(1);
+    ensure!(
+        groups <= 1,
+        "expert_group_count: {groups} groups of experts are not supported, only 1"
+    );
+    let key = "expert_weights_scale";
+    let scale = fields.real(key)?.filter(|_| mixture.scale.is_some());
+    let known = match mixture.scores {
+        Scores::Softmax => 1,
+        Scores::Sigmoid => 2,
+    };
+    let found = fields
+        .whole("expert_gating_func")?
+        .filter(|&found| found > 0);
+    ensure!(
+        found.is_none_or(|found| found == known),
+        "expert_gating_func: {} is not supported for {}, only {known}",
+        found.unwrap_or_default(),
+        fields.architecture
+    );
+    let of_each = Experts {
+        count,
+        used,
+        ffn,
+        scores: mixture.scores,
+        biased: mixture.selection.is_some(),
+        normed: normed.then_some(mixture.least.1 as f32),
+        scale: scale.map_or(Ok(1.0), |scale| positive(key, scale))?,
+        shared: shared.map(|(shared, ffn)| Shared {
+            ffn,
+            gated: shared.gated,
+        }),
+    };
+    let layers = (0..layers).map(|layer| sparse(&layer).then_some(of_each));
+    Ok(layers.collect())
+}
 
 /// What the names of tensors begin with that are of layers which predict further ahead than the next token: after the others.
 pub(super) fn ahead(gguf: &Gguf, layers: usize) -> Vec<String> {

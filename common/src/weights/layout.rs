@@ -2,7 +2,7 @@
 //! (GLM-4), experts under other names or all in one tensor, and the rows of heads that are rotated in another order or in
 //! part.
 
-use super::config::Config;
+use super::config::{Config, SELECTION};
 use super::family::{self, ExpertFiles, Fused};
 use super::save::{Given, Named};
 use anyhow::ensure;
@@ -71,8 +71,10 @@ impl Config {
             if let Some(expert) = Expert::of(name) {
                 return self.place_of_expert(&mixture.files, expert, shape);
             }
-            if name.contains(".mlp.gate.") {
-                return Place::whole(&name.replace("mlp.gate", mixture.router), shape);
+            if let Some((layer, (stored, before))) =
+                name.strip_suffix(SELECTION).zip(mixture.selection)
+            {
+                return Place::whole(&format!("{layer}{stored}"), &[before, shape].concat());
             }
         }
         let (fused, renamed) = family.map_or((&[][..], &[][..]), |f| (f.fused, f.renamed));
@@ -97,7 +99,8 @@ impl Config {
             return Place::whole(name, shape);
         };
         let rows = |module: &str| {
-            let mut all = self.projections().into_iter();
+            let shared = self.shared_projections().into_iter().flatten();
+            let mut all = self.projections().into_iter().chain(shared);
             let (_, rows, ..) = all.find(|p| p.0 == module).expect("parts are projections");
             rows
         };
@@ -114,23 +117,35 @@ impl Config {
     fn place_of_expert(&self, files: &ExpertFiles, expert: Expert, shape: &[usize]) -> Place {
         let Expert { layer, number, .. } = expert;
         let which = expert.projection as usize;
-        let (name, each, first) = match files {
+        match files {
             ExpertFiles::Each(experts, names) => {
                 let name = format!("{layer}{experts}.{number}.{}.weight", names[which]);
-                return Place::whole(&name, shape);
+                Place::whole(&name, shape)
             }
-            ExpertFiles::Together([gate_up, down]) => match expert.projection {
-                ExpertPart::Down => (down, shape[0], 0),
-                part => (gate_up, 2 * shape[0], part as usize * shape[0]),
-            },
+            ExpertFiles::Together(names) => self.place_together(names, expert, shape),
+        }
+    }
+
+    /// Where an expert's tensor is in those of all, of these names: gates and ups, and downs.
+    fn place_together(&self, names: &[&str; 2], expert: Expert, shape: &[usize]) -> Place {
+        let (name, each, first) = match expert.projection {
+            ExpertPart::Down => (names[1], shape[0], 0),
+            part => (names[0], 2 * shape[0], part as usize * shape[0]),
         };
-        let experts = self.experts.map_or(1, |experts| experts.count);
-        let first = number * each + first;
+        let experts = self.mixture().map_or(1, |experts| experts.count);
+        let first = expert.number * each + first;
         Place {
-            name: format!("{layer}{name}.weight"),
+            name: format!("{}{name}", expert.layer),
             shape: [&[experts, each], &shape[1..]].concat(),
             rows: first..first + shape[0],
         }
+    }
+
+    /// Where files have an expert's tensor that have all of them in one, as transformers has them in memory; None for any other
+    /// tensor. (So Qwen3.5's were published; they are saved each by itself.)
+    pub(super) fn place_as_in_memory(&self, name: &str, shape: &[usize]) -> Option<Place> {
+        let names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"];
+        Some(self.place_together(&names, Expert::of(name)?, shape))
     }
 
     /// [`Self::parameters`] as a Hugging Face folder has them.
@@ -370,8 +385,58 @@ mod tests {
             .iter()
             .filter(|(name, _)| name.contains(".1.block_sparse_moe"));
         assert_eq!(names.count(), 3);
+        let hunyuan = config("hunyuan_v1_moe");
+        let router = place(&hunyuan, "mlp.gate", [3, 32]);
+        assert_eq!(router.0, "mlp.gate.wg.weight");
+        let shared = place(&hunyuan, "mlp.shared_expert.up_proj", [64, 32]);
+        assert_eq!(shared.0, "mlp.shared_mlp.up_proj.weight");
+        let shared = place(
+            &config("granitemoeshared"),
+            "mlp.shared_expert.up_proj",
+            [40, 32],
+        );
+        let name = "shared_mlp.input_linear.weight";
+        assert_eq!(shared, (name.to_owned(), vec![80, 32], 40..80));
+        let place = config("ernie4_5_moe").place(&format!("model.layers.1.{SELECTION}"), &[3]);
+        let name = "model.layers.1.mlp.moe_statics.e_score_correction_bias";
+        assert_eq!((place.name.as_str(), place.shape), (name, vec![1, 3]));
         // All of the rows are whole in the file that is written.
         let (folder, _, tensors) = checkpoint("granitemoe");
+        assert_holds(&open(folder.path()).unwrap(), &tensors);
+    }
+
+    /// As transformers has them in memory, which is how Qwen3.5's were published.
+    #[test]
+    fn experts_may_be_in_one_tensor() {
+        let (folder, config, tensors) = checkpoint("qwen3_5_moe_text");
+        let path = folder.path().join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut stored: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
+        for (name, shape, _) in &tensors {
+            let usual = file.tensor(&config.place(name, shape).name).unwrap();
+            let place = config.place_as_in_memory(name, shape);
+            let place = place.unwrap_or(Place::whole(name, usual.shape()));
+            let at = stored.iter().position(|(name, ..)| *name == place.name);
+            let at = at.unwrap_or_else(|| {
+                let len = 4 * place.shape.iter().product::<usize>();
+                stored.push((place.name.clone(), place.shape.clone(), vec![0; len]));
+                stored.len() - 1
+            });
+            let first = place.rows.start * usual.data().len() / place.rows.len();
+            stored[at].2[first..][..usual.data().len()].copy_from_slice(usual.data());
+        }
+        assert!(
+            stored
+                .iter()
+                .any(|(name, ..)| name.ends_with("1.mlp.experts.gate_up_proj"))
+        );
+        let views = stored.iter().map(|(name, shape, bytes)| {
+            let view =
+                safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+            (name, view.unwrap())
+        });
+        fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
         assert_holds(&open(folder.path()).unwrap(), &tensors);
     }
 

@@ -15,7 +15,8 @@ mod save;
 mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
-pub use config::{Config, Experts, Norms, QkNorm, Recurrence};
+pub(crate) use config::SELECTION;
+pub use config::{Config, Experts, Norms, QkNorm, Recurrence, Scores, Shared};
 pub use family::families;
 pub use rope::{QueryGrowth, Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};
@@ -26,7 +27,6 @@ use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
 use hub::{Hub, HubId};
-use layout::Place;
 use rayon::prelude::*;
 use safetensors::Shards;
 use serde_json::{Value, json};
@@ -126,8 +126,8 @@ impl Weights {
                 config = Config::from_json(&original, &path)?;
             }
         }
-        for (name, shape) in config.stored_parameters() {
-            shards.check(&Place::whole(&name, &shape))?;
+        for (name, shape) in config.parameters() {
+            shards.check(&shards.place(&config, &name, &shape))?;
         }
         if config.tied {
             shards
@@ -182,7 +182,7 @@ impl Weights {
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let values = match &self.source {
             Source::Safetensors(shards) => {
-                let mut values = shards.read(&self.config.place(name, shape))?;
+                let mut values = shards.read(&shards.place(&self.config, name, shape))?;
                 let short = self.config.stored_short_of(name);
                 if short != 0.0 {
                     values.iter_mut().for_each(|v| *v += short);
@@ -216,7 +216,7 @@ impl Weights {
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         match self.as_stored(name) {
-            Some(shards) => shards.read_parts(&self.config.place(name, shape), take),
+            Some(shards) => shards.read_parts(&shards.place(&self.config, name, shape), take),
             None => take(&self.tensor(name, shape)?),
         }
     }
@@ -227,7 +227,7 @@ impl Weights {
     /// As [`Self::tensor`].
     pub fn bfloat16_bytes(&self, name: &str, shape: &[usize]) -> Result<Option<&[u8]>> {
         match self.as_stored(name) {
-            Some(shards) => shards.bytes_in(Dtype::BF16, &self.config.place(name, shape)),
+            Some(shards) => shards.bytes_in(Dtype::BF16, &shards.place(&self.config, name, shape)),
             None => Ok(None),
         }
     }
@@ -296,7 +296,7 @@ impl Weights {
             hash.update(format!("{name} {shape:?}\n").as_bytes());
             if let Some(shards) = self.as_stored(&name)
                 && let Some(bytes) =
-                    shards.bytes_in(Dtype::F32, &self.config.place(&name, &shape))?
+                    shards.bytes_in(Dtype::F32, &shards.place(&self.config, &name, &shape))?
             {
                 hash.update_rayon(bytes);
                 continue;

@@ -1,5 +1,6 @@
 //! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
 
+use super::config::Config;
 use super::layout::Place;
 use super::text_part::Names;
 use crate::mapped::Mapped;
@@ -112,6 +113,16 @@ impl Shards {
     /// Whether there is a tensor, which is called so in a model of text alone.
     pub(super) fn has(&self, name: &str) -> bool {
         self.shape(&self.names.stored(name)).is_some()
+    }
+
+    /// Where a tensor of the decoder's is.
+    pub(super) fn place(&self, config: &Config, name: &str, shape: &[usize]) -> Place {
+        let usual = config.place(name, shape);
+        if self.has(&usual.name) {
+            return usual;
+        }
+        let other = config.place_as_in_memory(name, shape);
+        other.filter(|other| self.has(&other.name)).unwrap_or(usual)
     }
 
     fn file_of(&self, name: &str) -> Option<&File> {

@@ -57,7 +57,20 @@ pub const DELTA: &str = "qwen3.5";
 pub const CONV: &str = "lfm2";
 
 /// Mixtures of experts.
-pub const MIXTURES: [&str; 4] = ["olmoe", "mixtral", "granite-moe", ODD_MIXTURE];
+pub const MIXTURES: [&str; 12] = [
+    "olmoe",
+    "mixtral",
+    "granite-moe",
+    ODD_MIXTURE,
+    "qwen3-moe-steps",
+    "qwen2-moe",
+    "qwen3.5-moe",
+    "granite-moe-shared",
+    "hunyuan-moe",
+    "ernie4-5-moe",
+    "glm4-moe",
+    "glm4-moe-plain",
+];
 
 /// The one among them whose experts are of a size that the GPU's kernels do not take.
 pub const ODD_MIXTURE: &str = "qwen3-moe";
@@ -66,7 +79,7 @@ pub const ODD_MIXTURE: &str = "qwen3-moe";
 #[cfg(feature = "cuda-emulated")]
 pub fn on_gpus() -> impl Iterator<Item = &'static str> {
     let all = FAMILIES.into_iter().chain(MIXTURES);
-    all.filter(|family| *family != ODD_MIXTURE)
+    all.take(FAMILIES.len() + 3)
 }
 
 /// A file of golden figures.

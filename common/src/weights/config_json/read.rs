@@ -1,7 +1,9 @@
 //! From fields to a config, as transformers 5 understands them; what the decoder would get wrong is refused.
 
-use super::super::config::{Config, Experts, Multipliers, bounded_layers, plain_scale};
-use super::super::family::{self, Family, Mixture, Scales, families};
+use super::super::config::{Config, Experts, Multipliers, Shared, bounded_layers, plain_scale};
+use super::super::family::{
+    self, Family, Mixture, Normed, Scales, SharedExpert, SparseLayers, families,
+};
 use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::CAPS;
 use super::fields::Fields;
@@ -57,10 +59,18 @@ pub fn read(fields: &Fields) -> Result<Config> {
     let context = fields.size("max_position_embeddings")?;
     let (windows, ropes) = positions(fields, family, layers, head_dim, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
-    let ffn = match (family.hybrid, &family.mixture) {
-        (true, _) => "shared_intermediate_size",
-        (false, Some(mixture)) => mixture.width,
-        (false, None) => "intermediate_size",
+    let experts = match &family.mixture {
+        Some(mixture) => experts(fields, mixture, layers)?,
+        None => vec![None; layers],
+    };
+    let ffn = match (experts.iter().flatten().next(), family.hybrid) {
+        (Some(of_each), _) if !experts.contains(&None) => of_each.ffn,
+        (_, true) => fields.size("shared_intermediate_size")?,
+        (_, false) => fields.size("intermediate_size")?,
+    };
+    let has_qk_norm = match family.qk_norm_asked {
+        Some(key) => fields.flag(key)?.unwrap_or(false),
+        None => true,
     };
     let config = Config {
         model_type: model_type.to_owned(),
@@ -71,10 +81,8 @@ pub fn read(fields: &Fields) -> Result<Config> {
         kv_heads,
         head_dim,
         rotary_dim: rotary_dim(fields, family, head_dim)?,
-        ffn: adjusted(fields, family, fields.size(ffn)?)?,
-        experts: (family.mixture.as_ref())
-            .map(|mixture| experts(fields, mixture))
-            .transpose()?,
+        ffn: adjusted(fields, family, ffn)?,
+        experts,
         norm_eps: fields
             .number(family.norm_eps_field)?
             .unwrap_or(family.norm_eps) as f32,
@@ -87,7 +95,7 @@ pub fn read(fields: &Fields) -> Result<Config> {
         attention_gate: family.attention_gate,
         recurrences: recurrences::read(fields, family, layers, hidden)?,
         norms: family.norms,
-        qk_norm: family.qk_norm,
+        qk_norm: family.qk_norm.filter(|_| has_qk_norm),
         attention_scale: match family.scales {
             Scales::Roots => attention_scale(fields)?,
             Scales::Plain | Scales::Embeddings | Scales::Multipliers => plain_scale(head_dim),
@@ -135,23 +143,113 @@ fn adjusted(fields: &Fields, family: &Family, said: usize) -> Result<usize> {
     Ok(((two_thirds * scale) as usize).next_multiple_of(multiple))
 }
 
-/// The names of the number of experts: transformers saves some under the other than they were published with.
-const EXPERTS: [&str; 2] = ["num_experts", "num_local_experts"];
+/// Per layer, its mixture of experts, where it has one.
+fn experts(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Option<Experts>>> {
+    let number = |key: Option<&str>, unsaid: f64| match key {
+        Some(key) => positive(key, fields.number(key)?.unwrap_or(unsaid)),
+        None => Ok(unsaid as f32),
+    };
+    let ffn = fields.size(mixture.width)?;
+    let normed = match mixture.normed {
+        Normed::Always => true,
+        Normed::Asked { unsaid, .. } => fields.flag("norm_topk_prob")?.unwrap_or(unsaid),
+    };
+    let of_each = Experts {
+        count: size_of_either(fields, mixture.count)?,
+        used: size_of_either(fields, mixture.used)?,
+        ffn,
+        scores: mixture.scores,
+        biased: mixture.selection.is_some(),
+        normed: match normed {
+            true => Some(number(mixture.least.0, mixture.least.1)?),
+            false => None,
+        },
+        scale: number(mixture.scale, 1.0)?,
+        shared: match &mixture.shared {
+            Some(shared) => shared_expert(fields, shared, ffn)?,
+            None => None,
+        },
+    };
+    let sparse = sparse_layers(fields, mixture, layers)?.into_iter();
+    Ok(sparse.map(|sparse| sparse.then_some(of_each)).collect())
+}
 
-fn experts(fields: &Fields, mixture: &Mixture) -> Result<Experts> {
-    Ok(Experts {
-        count: match EXPERTS
-            .into_iter()
-            .find(|key| fields.present(key).is_some())
-        {
-            Some(key) => fields.size(key)?,
-            None => fields.size(mixture.count)?,
-        },
-        used: fields.size("num_experts_per_tok")?,
-        normed: match mixture.asked {
-            true => fields.flag("norm_topk_prob")?.unwrap_or(false),
-            false => true,
-        },
+/// A size under one of two names. It may be a list of one for each layer, all the same (Hunyuan).
+fn size_of_either(fields: &Fields, [key, other]: [&str; 2]) -> Result<usize> {
+    let key = if fields.present(key).is_none() && fields.present(other).is_some() {
+        other
+    } else {
+        key
+    };
+    let Some(Value::Array(list)) = fields.present(key) else {
+        return fields.size(key);
+    };
+    let first = list.first().with_context(|| format!("{key}: is empty"))?;
+    ensure!(
+        list.iter().all(|other| other == first),
+        "{key}: layers of different numbers are not supported"
+    );
+    let one = Map::from_iter([(key.to_owned(), first.clone())]);
+    Fields(&one).size(key)
+}
+
+fn shared_expert(fields: &Fields, shared: &SharedExpert, ffn: usize) -> Result<Option<Shared>> {
+    let (key, times) = shared.width;
+    let said = fields.present(key).map(|_| match shared.always {
+        true => fields.size(key),
+        false => fields.count(key),
+    });
+    let width = match (said.transpose()?, times) {
+        (said, Some(unsaid)) => said.unwrap_or(unsaid).saturating_mul(ffn),
+        (Some(width), None) => width,
+        (None, None) if shared.always => fields.size(key)?,
+        (None, None) => 0,
+    };
+    Ok((width > 0).then_some(Shared {
+        ffn: width,
+        gated: shared.gated,
+    }))
+}
+
+/// Per layer, whether it has experts.
+fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<bool>> {
+    let size = |key: &str| fields.present(key).map_or(Ok(1), |_| fields.size(key));
+    let whole = |key: &str, unsaid: i64| match fields.present(key) {
+        None => Ok(unsaid),
+        Some(value) => {
+            (value.as_i64()).with_context(|| format!("{key}: must be a whole number, not {value}"))
+        }
+    };
+    let every = |step: usize| move |layer: &usize| (layer + 1).is_multiple_of(step);
+    let all = 0..layers;
+    Ok(match mixture.layers {
+        SparseLayers::All => vec![true; layers],
+        SparseLayers::Steps => {
+            let step = every(size("decoder_sparse_step")?);
+            let key = "mlp_only_layers";
+            let dense = match fields.present(key) {
+                None => &vec![],
+                Some(list) => list
+                    .as_array()
+                    .with_context(|| format!("{key}: must be a list"))?,
+            };
+            all.map(|layer| step(&layer) && !dense.contains(&json!(layer)))
+                .collect()
+        }
+        SparseLayers::Span => {
+            let step = every(size("moe_layer_interval")?);
+            let first = whole("moe_layer_start_index", 1)?;
+            let last = match whole("moe_layer_end_index", -1)? {
+                -1 => i64::MAX,
+                last => last,
+            };
+            let within = |layer: usize| (first..=last).contains(&(layer as i64));
+            all.map(|layer| step(&layer) && within(layer)).collect()
+        }
+        SparseLayers::From => {
+            let first = whole("first_k_dense_replace", 1)?;
+            all.map(|layer| layer as i64 >= first).collect()
+        }
     })
 }
 
@@ -255,13 +353,14 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     Ok(())
 }
 
-/// Those whose layers are mixtures in part, and options that no published one has set.
+/// Those with options that no published one has set.
 fn refuse_other_mixtures(fields: &Fields) -> Result<()> {
     for (key, only) in [
-        ("decoder_sparse_step", json!(1)),
-        ("mlp_only_layers", json!([])),
         ("use_sliding_window", json!(false)),
         ("clip_qkv", Value::Null),
+        ("use_bias", json!(false)),
+        ("n_group", json!(1)),
+        ("topk_group", json!(1)),
     ] {
         let found = fields.present(key).unwrap_or(&only);
         ensure!(

@@ -1,7 +1,7 @@
 //! What files say of each family, and what is refused.
 
 use super::super::fixtures::config_json;
-use super::super::{Experts, Norms, QkNorm, Recurrence, Rope, RopeScaling};
+use super::super::{Experts, Norms, QkNorm, Recurrence, Rope, RopeScaling, Scores};
 use super::*;
 use crate::kernels::activation::Activation;
 
@@ -389,16 +389,21 @@ fn experts_are_read_as_each_family_has_them() {
     let [olmoe, qwen, mixtral] =
         ["olmoe", "qwen3_moe", "mixtral"].map(|family| of(family, json!({"num_experts": null})));
     assert_eq!((olmoe.ffn, qwen.ffn), (64, 24));
-    let experts = |normed| Experts {
+    let experts = |normed: bool, ffn| Experts {
         count: 3,
         used: 2,
-        normed,
+        ffn,
+        scores: Scores::Softmax,
+        biased: false,
+        normed: normed.then_some(0.0),
+        scale: 1.0,
+        shared: None,
     };
-    assert_eq!(olmoe.experts, Some(experts(false)));
-    assert_eq!(qwen.experts, Some(experts(true)));
-    assert_eq!(mixtral.experts, Some(experts(true)));
+    assert_eq!(olmoe.mixture(), Some(experts(false, 64)));
+    assert_eq!(qwen.mixture(), Some(experts(true, 24)));
+    assert_eq!(mixtral.mixture(), Some(experts(true, 64)));
     let silent = of("qwen3_moe", json!({"norm_topk_prob": null}));
-    assert_eq!(silent.experts, Some(experts(false)));
+    assert_eq!(silent.mixture(), Some(experts(false, 24)));
     let names: Vec<_> = qwen
         .parameters()
         .into_iter()
@@ -408,6 +413,107 @@ fn experts_are_read_as_each_family_has_them() {
     assert!(at("0.mlp.gate.weight") < at("0.mlp.experts.0.gate_proj.weight"));
     assert!(at("0.mlp.experts.2.up_proj.weight") < at("0.mlp.experts.0.down_proj.weight"));
     assert_eq!(names.len(), 2 * (6 + 1 + 3 * 3 + 2) + 3);
+}
+
+/// Beside experts: which layers have them, what the best of them are chosen by and count, and who all tokens go to.
+#[test]
+fn mixtures_differ_as_transformers_has_them() {
+    let of = |model_type: &str, changes: Value| read(&with(model_type, changes)).unwrap();
+    let sparse = |config: &Config| -> Vec<usize> {
+        let numbered = config.experts.iter().enumerate();
+        let sparse = numbered.filter(|(_, experts)| experts.is_some());
+        sparse.map(|(layer, _)| layer).collect()
+    };
+    let four = |model_type: &str, mut changes: Value| {
+        changes["num_hidden_layers"] = json!(4);
+        sparse(&of(model_type, changes))
+    };
+    for qwen in ["qwen2_moe", "qwen3_moe"] {
+        let steps = |step: usize, dense: Value| {
+            four(
+                qwen,
+                json!({"decoder_sparse_step": step, "mlp_only_layers": dense}),
+            )
+        };
+        assert_eq!(steps(1, Value::Null), [0, 1, 2, 3]);
+        assert_eq!(steps(2, json!([])), [1, 3]);
+        assert_eq!(steps(2, json!([3, 9])), [1]);
+        assert!(steps(5, json!([])).is_empty());
+    }
+    assert_eq!(four("glm4_moe", json!({})), [1, 2, 3]);
+    assert_eq!(four("glm4_moe", json!({"first_k_dense_replace": 3})), [3]);
+    assert_eq!(four("ernie4_5_moe", json!({})), [1, 2, 3]);
+    let span =
+        json!({"moe_layer_start_index": 0, "moe_layer_end_index": 2, "moe_layer_interval": 2});
+    assert_eq!(four("ernie4_5_moe", span), [1]);
+    // One MLP is as wide as the file says of those; where there is none, it says nothing.
+    let qwen = of("qwen2_moe", json!({}));
+    assert_eq!(
+        (qwen.ffn, qwen.inner_width(0), qwen.inner_width(1)),
+        (64, 2 * 24 + 40, 64)
+    );
+    assert_eq!(
+        of("qwen3_5_moe_text", json!({"intermediate_size": null})).ffn,
+        24
+    );
+
+    let shared = |config: Config| {
+        let shared = config.mixture().unwrap().shared;
+        shared.map(|shared| (shared.ffn, shared.gated))
+    };
+    assert_eq!(shared(qwen), Some((40, true)));
+    assert_eq!(shared(of("qwen3_5_moe_text", json!({}))), Some((40, true)));
+    assert_eq!(shared(of("granitemoeshared", json!({}))), Some((40, false)));
+    let none = json!({"shared_intermediate_size": 0});
+    assert_eq!(shared(of("granitemoeshared", none)), None);
+    assert_eq!(shared(of("hunyuan_v1_moe", json!({}))), Some((64, false)));
+    assert_eq!(shared(of("glm4_moe", json!({}))), Some((24, false)));
+    assert_eq!(
+        shared(of("glm4_moe", json!({"n_shared_experts": 2}))),
+        Some((48, false))
+    );
+    assert_eq!(shared(of("ernie4_5_moe", json!({}))), Some((48, false)));
+    assert_eq!(
+        shared(of("ernie4_5_moe", json!({"moe_num_shared_experts": 0}))),
+        None
+    );
+
+    let weights = |config: Config| {
+        let experts = config.mixture().unwrap();
+        (
+            experts.scores,
+            experts.biased,
+            experts.normed,
+            experts.scale,
+        )
+    };
+    let glm = json!({"norm_topk_prob": null});
+    let (soft_max, sigmoid) = (Scores::Softmax, Scores::Sigmoid);
+    assert_eq!(
+        weights(of("glm4_moe", glm)),
+        (sigmoid, true, Some(1e-20), 2.5)
+    );
+    let plain = json!({"norm_topk_prob": false, "routed_scaling_factor": null});
+    assert_eq!(weights(of("glm4_moe", plain)), (sigmoid, true, None, 1.0));
+    let ernie = json!({"moe_norm_min": 0.25});
+    assert_eq!(
+        weights(of("ernie4_5_moe", ernie)),
+        (soft_max, true, Some(0.25), 1.0)
+    );
+    for (family, normed) in [("hunyuan_v1_moe", true), ("qwen2_moe", false)] {
+        let normed = normed.then_some(0.0);
+        assert_eq!(
+            weights(of(family, json!({}))),
+            (soft_max, false, normed, 1.0)
+        );
+    }
+    let layerwise = json!({"moe_topk": [1, 1], "num_experts_per_tok": null});
+    assert_eq!(of("hunyuan_v1_moe", layerwise).mixture().unwrap().used, 1);
+    // Some of GLM's have norms of heads.
+    assert_eq!(of("glm4_moe", json!({})).qk_norm, None);
+    let normed = of("glm4_moe", json!({"use_qk_norm": true}));
+    assert_eq!(normed.qk_norm, Some(QkNorm::Heads));
+    assert_eq!((normed.rotary_dim, normed.head_dim), (4, 8));
 }
 
 /// The sizes and layers of Qwen3.5 where its file is silent are those of transformers' config.
@@ -628,8 +734,21 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "clip_qkv: 8.0 is not supported for mixtures of experts, only null",
         ),
         (
-            json!({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2}),
-            "decoder_sparse_step: 2 is not supported",
+            json!({"model_type": "glm4_moe", "n_group": 4}),
+            "n_group: 4 is not supported for mixtures of experts, only 1",
+        ),
+        (
+            json!({"model_type": "ernie4_5_moe", "use_bias": true}),
+            "use_bias: true is not supported for mixtures of experts, only false",
+        ),
+        (
+            json!({"model_type": "qwen2_moe", "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
+                "shared_expert_intermediate_size": 40, "mlp_only_layers": 1}),
+            "mlp_only_layers: must be a list",
+        ),
+        (
+            json!({"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": [2, 1]}),
+            "moe_topk: layers of different numbers are not supported",
         ),
         (
             json!({"quantization_config": {"bits": 4}}),
