@@ -15,10 +15,12 @@ import shutil
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
+    FineGrainedFP8Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -585,6 +587,13 @@ FAMILIES = {
         ),
         {"seed": 105, "legacy": True},
     ),
+    # Weights in FP8: blocks of 16 x 8 share a scale, or all of a tensor do.
+    "llama-fp8": (LlamaConfig, dict(rope_parameters=rope(10000.0)), {"seed": 114, "fp8": [16, 8]}),
+    "ministral3-fp8": (
+        functools.partial(mistral_with_images, Ministral3Config),
+        dict(head_dim=16, tie_word_embeddings=True, rope_parameters=GROWING),
+        {"seed": 115, "fp8": None},
+    ),
 }
 
 
@@ -646,6 +655,32 @@ def save(folder, model, how):
         dump(folder / "config.json", legacy_config(config), indent=2)
     if how.get("legacy_beside"):
         dump(folder / "config.legacy.json", legacy_config(config), indent=2)
+    if "fp8" in how:
+        quantise(folder, config, how["fp8"])
+
+
+def quantise(folder, config, block):
+    """Puts the text part's projections in FP8, as transformers' fp8 quantisation stores them."""
+    tensors, stored = load_file(folder / "model.safetensors"), {}
+    for name, w in tensors.items():
+        if "vision" in name or not name.endswith("_proj.weight"):
+            stored[name] = w
+            continue
+        high, wide = block or w.shape
+        blocks = w.unflatten(1, (-1, wide)).unflatten(0, (-1, high))  # [rows / high, high, cols / wide, wide]
+        scales = (blocks.abs().amax((1, 3), keepdim=True) / 448).to(torch.bfloat16)
+        stored[name] = (blocks / scales).to(torch.float8_e4m3fn).reshape(w.shape)
+        stored[f"{name}_scale_inv"] = scales[:, 0, :, 0].contiguous() if block else scales.reshape(())
+        if not block:
+            stored[name.replace("weight", "activation_scale")] = torch.tensor(0.02, dtype=torch.bfloat16)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic" if block else "static",
+        "weight_block_size": block,
+        "modules_to_not_convert": ["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    }
+    dump(folder / "config.json", config, indent=2)
 
 
 def auto_class(config):
@@ -655,10 +690,15 @@ def auto_class(config):
 
 
 def load(folder):
-    """The checkpoint as a stranger would load it, widened to float64."""
+    """The checkpoint as a stranger would load it, FP8 as what it stands for, widened to float64."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    rest = {}
+    if how := getattr(config, "quantization_config", None):
+        rest["quantization_config"] = FineGrainedFP8Config(**{**how, "dequantize": True})
     # float32 first: the rotary frequencies are then the float32 ones that every user of the model has.
-    model, info = auto_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         folder,
+        **rest,
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",

@@ -4,6 +4,7 @@ mod adapter;
 mod config;
 mod config_json;
 mod family;
+mod fp8;
 mod gguf;
 mod gguf_config;
 mod gguf_delta;
@@ -115,7 +116,8 @@ impl Weights {
         let path = folder.join("config.json");
         let mut original = text_part::config_of(read_json(&path)?);
         let mut config = Config::from_json(&original, &path)?;
-        let shards = Shards::open_folder(folder)?;
+        let scaling = fp8::Scaling::of(original.get("quantization_config"))?;
+        let shards = Shards::open_folder(folder, scaling)?;
         let shape = [config.vocab, config.hidden];
         // Configs of a whole and its part do not agree on it, so the tensors say: a head that is not there is the embedding,
         // and one that is another is not, as transformers 5 has it.

@@ -1,6 +1,7 @@
 //! Float tensors of a Hugging Face folder: one safetensors file, or shards named by an index.
 
 use super::config::Config;
+use super::fp8::{E4M3, Scaling};
 use super::layout::Place;
 use super::text_part::Names;
 use crate::mapped::Mapped;
@@ -26,6 +27,8 @@ pub(super) struct Shards {
     /// Tensor name to the file that the index names; empty for a single file.
     index: HashMap<String, usize>,
     names: Names,
+    /// How weights in FP8 are scaled, where there may be some.
+    scaling: Option<Scaling>,
 }
 
 /// One mapped safetensors file with its checked header.
@@ -39,8 +42,9 @@ struct File {
 impl Shards {
     /// Opens `model.safetensors`, else the shards of `model.safetensors.index.json`. Tensors of a text part are found by the
     /// names that they have in a model of text alone.
-    pub(super) fn open_folder(folder: &Path) -> Result<Self> {
+    pub(super) fn open_folder(folder: &Path, scaling: Option<Scaling>) -> Result<Self> {
         let mut shards = Self::open_files(folder)?;
+        shards.scaling = scaling;
         shards.names = Names::of(|name| shards.shape(name).is_some());
         Ok(shards)
     }
@@ -81,6 +85,7 @@ impl Shards {
             files: vec![File::open(path)?],
             index: HashMap::new(),
             names: Names::Plain,
+            scaling: None,
         })
     }
 
@@ -102,6 +107,7 @@ impl Shards {
             files,
             index,
             names: Names::Plain,
+            scaling: None,
         })
     }
 
@@ -148,7 +154,10 @@ impl Shards {
 
     /// Fails unless the tensor is there with this shape and a float dtype that can be widened.
     pub(super) fn check(&self, place: &Place) -> Result<()> {
-        self.find(place).map(|_| ())
+        match self.find(place)?.0 {
+            Dtype::F8_E4M3 => self.scales(place).map(|_| ()),
+            _ => Ok(()),
+        }
     }
 
     /// Whether a head lies beside the embedding as another matrix, or in another format.
@@ -191,8 +200,11 @@ impl Shards {
             place.shape
         );
         ensure!(
-            matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
-            "{path}: the tensor {name:?} has dtype {:?}; known: F32, F16, BF16",
+            matches!(
+                info.dtype,
+                Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3
+            ),
+            "{path}: the tensor {name:?} has dtype {:?}; known: F32, F16, BF16, F8_E4M3",
             info.dtype
         );
         let (from, to) = info.data_offsets;
@@ -200,11 +212,46 @@ impl Shards {
         Ok((info.dtype, place.rows_of(bytes)))
     }
 
+    /// The scales of a tensor in FP8, and how it shares them.
+    fn scales(&self, place: &Place) -> Result<(Scaling, Vec<f32>)> {
+        let at = || {
+            let file = self.file_of(&self.names.stored(&place.name));
+            let path = &file.unwrap_or(&self.files[0]).mapped.path;
+            format!("{}: the tensor {:?}", path.display(), place.name)
+        };
+        let scaling = self.scaling.with_context(|| {
+            format!(
+                "{} is in FP8, but the config has no quantization_config",
+                at()
+            )
+        })?;
+        let name = format!("{}_scale_inv", place.name);
+        let mut shape = scaling.grid(&place.shape).with_context(at)?;
+        if self.shape(&self.names.stored(&name)) == Some(&[1]) && shape.is_empty() {
+            shape.push(1);
+        }
+        let scales = Place::whole(&name, &shape);
+        let (dtype, bytes) = self.find(&scales)?;
+        ensure!(
+            dtype != Dtype::F8_E4M3,
+            "{}: its scales are in FP8, too",
+            at()
+        );
+        let mut values = vec![0.0; scales.len()];
+        widen(dtype, bytes, &mut values);
+        Ok((scaling, values))
+    }
+
     /// Reads a tensor, widened to float32.
     pub(super) fn read(&self, place: &Place) -> Result<Vec<f32>> {
         let (dtype, bytes) = self.find(place)?;
         let mut values = vec![0.0; place.len()];
         widen(dtype, bytes, &mut values);
+        if dtype == Dtype::F8_E4M3 {
+            let (scaling, scales) = self.scales(place)?;
+            let cols = place.shape[1];
+            scaling.apply(&scales, (place.rows.start, cols), &mut values);
+        }
         Ok(values)
     }
 
@@ -216,6 +263,9 @@ impl Shards {
     ) -> Result<()> {
         const PART: usize = 64 * CHUNK;
         let (dtype, bytes) = self.find(place)?;
+        if dtype == Dtype::F8_E4M3 {
+            return take(&self.read(place)?);
+        }
         let size = bytes.len() / place.len().max(1);
         let mut values = vec![];
         for bytes in bytes.chunks((PART * size).max(1)) {
@@ -300,6 +350,7 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     }
     match dtype {
         Dtype::F16 => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::F8_E4M3 => each(bytes, out, |[b]| E4M3[usize::from(b)]),
         Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
         _ => each(bytes, out, f32::from_le_bytes),
     }

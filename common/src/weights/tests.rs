@@ -101,6 +101,58 @@ fn sixteen_bit_floats_are_widened_exactly_and_do_not_change_the_fingerprint() {
     }
 }
 
+/// (`families` holds its numbers to transformers'.)
+#[test]
+fn what_was_in_fp8_is_saved_in_float32_and_says_so() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/llama-fp8");
+    let weights = open(&golden).unwrap();
+    let tensors: Tensors = (weights.config.parameters().into_iter())
+        .map(|(name, shape)| {
+            let values = weights.tensor(&name, &shape).unwrap();
+            (name, shape, values)
+        })
+        .collect();
+    let next = tempfile::tempdir().unwrap();
+    save(
+        next.path(),
+        &weights.config,
+        Some(&weights),
+        borrowed(&tensors),
+    )
+    .unwrap();
+    let again = open(next.path()).unwrap();
+    assert_holds(&again, &tensors);
+    assert_eq!(again.fingerprint().unwrap(), weights.fingerprint().unwrap());
+    let mut config = read_json(&golden.join("config.json")).unwrap();
+    config
+        .as_object_mut()
+        .unwrap()
+        .remove("quantization_config");
+    let saved = read_json(&next.path().join("config.json")).unwrap();
+    assert_eq!(saved, config);
+    // Without what says how to read them.
+    let model = fs::read(golden.join("model.safetensors")).unwrap();
+    fs::write(next.path().join("model.safetensors"), &model).unwrap();
+    let line = error(next.path());
+    assert!(
+        line.contains("in FP8, but the config has no quantization_config"),
+        "{line}"
+    );
+    config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [16, 16]});
+    fs::write(next.path().join("config.json"), config.to_string()).unwrap();
+    let line = error(next.path());
+    assert!(line.contains("_scale_inv\" has shape"), "{line}");
+    let nameless = String::from_utf8_lossy(&model[..])
+        .find("scale_inv")
+        .unwrap();
+    let mut model = model;
+    model[nameless..][..9].copy_from_slice(b"scale_vni");
+    fs::write(next.path().join("model.safetensors"), &model).unwrap();
+    fs::copy(golden.join("config.json"), next.path().join("config.json")).unwrap();
+    let line = error(next.path());
+    assert!(line.contains("_scale_inv\" is missing"), "{line}");
+}
+
 #[test]
 fn the_fingerprint_follows_values_and_arithmetic_only() {
     let (folder, config, mut tensors) = checkpoint("llama");

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 36] = [
+pub const FAMILIES: [&str; 38] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -48,6 +48,8 @@ pub const FAMILIES: [&str; 36] = [
     "mistral-images",
     CONV,
     "lfm2-untied",
+    "llama-fp8",
+    "ministral3-fp8",
 ];
 
 /// The one among them with linear attention.

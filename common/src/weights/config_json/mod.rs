@@ -29,7 +29,7 @@ impl Config {
     }
 
     /// The `config.json` of a saved checkpoint. A folder's own file is kept as it was but for the
-    /// dtype, float32; otherwise (GGUF) the fields are written with the names that transformers 4 and 5
+    /// dtype, float32, and how weights were quantised; otherwise (GGUF) the fields are written with the names that transformers 4 and 5
     /// and vLLM all read, over whatever `original` holds (token ids).
     pub fn to_json(&self, original: Option<&Value>) -> Value {
         let mut fields = original
@@ -45,6 +45,7 @@ impl Config {
             .find(|key| fields.contains_key(*key))
             .unwrap_or("torch_dtype");
         fields.insert(dtype.to_owned(), json!("float32"));
+        fields.shift_remove("quantization_config");
         Value::Object(fields)
     }
 }

@@ -4,6 +4,7 @@ use super::super::config::{Config, Experts, Multipliers, Shared, bounded_layers,
 use super::super::family::{
     self, Family, Mixture, Normed, Scales, SharedExpert, SparseLayers, families,
 };
+use super::super::fp8::Scaling;
 use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::CAPS;
 use super::fields::Fields;
@@ -318,10 +319,7 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
             );
         }
     }
-    ensure!(
-        fields.present("quantization_config").is_none(),
-        "quantization_config: quantised safetensors are not supported; use the float checkpoint, or a GGUF"
-    );
+    Scaling::of(fields.present("quantization_config"))?;
     let per_layer = fields.present("per_layer_config");
     ensure!(
         per_layer.is_none_or(|layers| *layers == json!({})),
