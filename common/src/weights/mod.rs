@@ -7,6 +7,7 @@ mod family;
 mod gguf;
 mod gguf_config;
 mod gguf_delta;
+mod gguf_experts;
 mod hub;
 mod layout;
 mod rope;
