@@ -71,7 +71,13 @@ impl Gguf {
             .get(name)
             .with_context(|| format!("{path}: the tensor {name:?} is missing"))?;
         // Tensors have four dimensions there; those of 1 may be said or not.
-        let said = |shape: &[usize]| shape.iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
+        let said = |shape: &[usize]| {
+            shape
+                .iter()
+                .copied()
+                .filter(|&n| n != 1)
+                .collect::<Vec<_>>()
+        };
         ensure!(
             said(&entry.shape) == said(shape),
             "{path}: the tensor {name:?} has shape {:?}, but the metadata asks for {shape:?}",
