@@ -45,7 +45,7 @@ pub(super) struct Layer {
 /// What a layer has after attention.
 pub(super) enum Mlp {
     One(OneMlp),
-    Experts(Mixture),
+    Experts(Box<Mixture>),
 }
 
 /// An MLP, or the expert that all tokens go to.
@@ -196,7 +196,8 @@ impl Decoder {
                         let shared = p.mlps.last().filter(|_| how.shared.is_some());
                         let shared = shared.map(one_mlp).transpose()?;
                         let router = linear(router)?;
-                        Mlp::Experts(Mixture::new((how, p), router, selection, weights, shared))
+                        let mixture = Mixture::new((how, p), router, selection, weights, shared);
+                        Mlp::Experts(Box::new(mixture))
                     }
                     _ => Mlp::One(one_mlp(p.mlp())?),
                 },

@@ -432,7 +432,7 @@ const HUNYUAN_NORMS: [Renamed; 2] = [
     ("self_attn.k_norm", "self_attn.key_layernorm"),
 ];
 
-const FAMILIES: [Family; 32] = [
+static FAMILIES: [Family; 32] = [
     LLAMA,
     MISTRAL,
     Family {
