@@ -100,7 +100,8 @@ ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
 // ---- Mixtures of experts --------------------------------------------------------------------------------------------
 // A token's MLP is the weighted sum of `used` of `experts` MLPs, which a router chooses. A row is a token at one of its
 // experts: rows = count·used. The rows of an expert lie together, in the order of their tokens. Nothing of this is known to
-// the host, so that a step with it is a graph like any other.
+// the host, so that a step with it is a graph like any other. Where there is one more expert, which all tokens go to, its rows
+// are after these, a token each.
 
 // Rows, and columns, of an expert that a block multiplies at a time; and the most experts that there are kernels for.
 constexpr int EXPERT_TILE = 128;
@@ -112,19 +113,33 @@ struct ExpertTile {
     int rows;  // 1 … EXPERT_TILE; 0: nothing to do
 };
 
-// `shares` [count, experts]: the router's logits become their soft-max. `chosen` [count, used]: the experts of the largest,
-// the best first, of equals the first; `worth` [count, used]: their shares, divided by their sum where `normed`.
+// How experts are chosen.
+struct Routing {
+    int experts;
+    int used;    // by a token
+    int outputs; // of the router: one more than experts where a gate says what the expert for all tokens counts
+    int each;    // rows of a token: one more than used where there is that expert
+    int sigmoid; // scores are the sigmoids of logits; else their soft-max
+    int normed;  // what is chosen counts by its score over their sum, or over `least` where that is less; else by its score
+    float least;
+    float scale; // times this
+};
+
+// `scores` [count, outputs]: the router's logits become scores, that of a gate its sigmoid. `chosen` [count, used]: the experts
+// of the largest scores, or of those plus `selection` [experts] where that is not null; the best first, of equals the first;
+// `worth` [count, used]: what they count. `places` and `weights` of the expert for all tokens are set (see `place_rows`).
 // Grid (ceil(count / 8)).
-KERNEL(256, route, float* shares, int* chosen, float* worth, int count, int experts, int used, int normed);
+KERNEL(256, route, float* scores, const float* selection, int* chosen, float* worth, int* places, float* weights, int count,
+    Routing how);
 
 // counts[e] = how many of `chosen` [rows] are e. Grid (experts).
 KERNEL(256, count_rows, const int* chosen, int* counts, int rows);
 
-// Where rows lie: starts[e] .. starts[e+1] are expert e's, `starts` [experts + 1]. `places` [count, used] is the row of each
-// of `chosen`; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles` [tile_count] cover all rows; there are
+// Where rows lie: starts[e] .. starts[e+1] are expert e's, `starts` [experts + 1]. `places` [count, each] is the row of each
+// of `chosen`, and that at the expert for all tokens; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles` [tile_count] cover all rows; there are
 // at most rows / EXPERT_TILE + min(experts, rows), and what is left of them gets no rows. Grid (experts).
 KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
-    float* weights, ExpertTile* tiles, int rows, int used, int tile_count);
+    float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count);
 
 // y[r] = x[i]·W_eᵀ for the rows r of each expert e, with i = tokens[r] (or r where `tokens` is null): `x` [*, k], `y` [rows, n].
 // W_e [n, k] is at `weights` + e·stride. EXPERT_COLUMNS: y[r] = x[i]·W_e with W_e [k, n]. n, k and `stride` are multiples of 8,
@@ -163,10 +178,10 @@ MIX(mix_bf16_bf16, bf16, bf16);
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_f32, float);
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16);
 
-// The gradient of the router's logits, `d_logits` [count, experts], given that of each row's weight and what `route` and
+// The gradient of the router's logits, `d_logits` [count, outputs], given that of each row's weight and what `route` and
 // `place_rows` made. Grid (ceil(count / 8)).
-#define ROUTE_BACKWARD(name, T) KERNEL(256, name, const float* shares, const int* chosen, const int* places, \
-    const float* weights, const float* d_weights, T* d_logits, int count, int experts, int used, int normed)
+#define ROUTE_BACKWARD(name, T) KERNEL(256, name, const float* scores, const int* chosen, const int* places, \
+    const float* weights, const float* d_weights, T* d_logits, int count, Routing how)
 ROUTE_BACKWARD(route_backward_f32, float);
 ROUTE_BACKWARD(route_backward_bf16, bf16);
 

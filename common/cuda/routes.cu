@@ -4,66 +4,96 @@
 
 namespace device {
 
-// The larger share is the better, of equals the first.
+// The larger rank is the better, of equals the first.
 struct Candidate {
-    float share;
+    float rank;
     int expert;
     __device__ bool better(Candidate other) const {
-        return share > other.share || (share == other.share && expert < other.expert);
+        return rank > other.rank || (rank == other.rank && expert < other.expert);
     }
 };
 
 __device__ inline Candidate warp_best(Candidate best) {
     for (int step = 16; step > 0; step /= 2) {
-        Candidate other{__shfl_xor_sync(ALL, best.share, step), __shfl_xor_sync(ALL, best.expert, step)};
+        Candidate other{__shfl_xor_sync(ALL, best.rank, step), __shfl_xor_sync(ALL, best.expert, step)};
         if (other.better(best)) best = other;
     }
     return best;
 }
 
-// A warp has a token; a lane every 32nd expert.
-__device__ inline void route(float* shares, int* chosen, float* worth, int count, int experts, int used, int normed) {
-    constexpr int EACH = MOST_EXPERTS / WARP;
-    long long token = (long long)blockIdx.x * 8 + warp();
-    if (token >= count) return;
-    float* row = shares + token * experts;
-    float own[EACH];
+constexpr int EXPERTS_EACH = MOST_EXPERTS / WARP;  // of a lane: every 32nd
+
+// Logits of experts, -INFINITY where there is none, become scores.
+__device__ inline void score(float (&own)[EXPERTS_EACH], bool by_sigmoid) {
+    if (by_sigmoid) {
+#pragma unroll
+        for (int i = 0; i < EXPERTS_EACH; ++i) own[i] = sigmoid(own[i]);
+        return;
+    }
     float most = -INFINITY, sum = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        int expert = i * WARP + lane();
-        own[i] = expert < experts ? row[expert] : -INFINITY;
-        most = fmaxf(most, own[i]);
-    }
+    for (int i = 0; i < EXPERTS_EACH; ++i) most = fmaxf(most, own[i]);
     most = warp_max(most);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) sum += own[i] = expf(own[i] - most);
+    for (int i = 0; i < EXPERTS_EACH; ++i) sum += own[i] = expf(own[i] - most);
     sum = warp_sum(sum);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
+    for (int i = 0; i < EXPERTS_EACH; ++i) own[i] /= sum;
+}
+
+// A warp has a token.
+__device__ inline void route(float* scores, const float* selection, int* chosen, float* worth, int* places, float* weights,
+                             int count, const Routing& how) {
+    long long token = (long long)blockIdx.x * 8 + warp();
+    if (token >= count) return;
+    float* row = scores + token * how.outputs;
+    float own[EXPERTS_EACH], rank[EXPERTS_EACH];
+#pragma unroll
+    for (int i = 0; i < EXPERTS_EACH; ++i) {
         int expert = i * WARP + lane();
-        own[i] /= sum;
-        if (expert < experts) row[expert] = own[i];
+        own[i] = expert < how.experts ? row[expert] : -INFINITY;
+    }
+    score(own, how.sigmoid);
+#pragma unroll
+    for (int i = 0; i < EXPERTS_EACH; ++i) {
+        int expert = i * WARP + lane();
+        rank[i] = -INFINITY;
+        if (expert >= how.experts) continue;
+        row[expert] = own[i];
         // Numbers that are none must choose experts that there are.
-        own[i] = expert >= experts ? -1.0f : own[i] >= 0 ? own[i] : 0.0f;
+        rank[i] = fmaxf(selection ? own[i] + selection[expert] : own[i], -1e30f);
     }
     float all = 0;
-    for (int place = 0; place < used; ++place) {
-        Candidate best{-1.0f, MOST_EXPERTS};
+    for (int place = 0; place < how.used; ++place) {
+        Candidate best{-INFINITY, MOST_EXPERTS};
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            Candidate one{own[i], i * WARP + lane()};
+        for (int i = 0; i < EXPERTS_EACH; ++i) {
+            Candidate one{rank[i], i * WARP + lane()};
             if (one.better(best)) best = one;
         }
         best = warp_best(best);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (best.expert == i * WARP + lane()) own[i] = -1.0f;
-        if (lane() == 0) chosen[token * used + place] = best.expert, worth[token * used + place] = best.share;
-        all += best.share;
+        for (int i = 0; i < EXPERTS_EACH; ++i) {
+            if (best.expert != i * WARP + lane()) continue;
+            rank[i] = -INFINITY;
+            chosen[token * how.used + place] = best.expert;
+            worth[token * how.used + place] = own[i];
+            all += own[i];
+        }
     }
+    all = warp_sum(all);
+    float over = how.normed ? fmaxf(all, how.least) : 1.0f;
     __syncwarp();
-    for (int place = lane(); normed && place < used; place += WARP) worth[token * used + place] /= all;
+    for (int place = lane(); place < how.used; place += WARP) {
+        float* to = worth + token * how.used + place;
+        *to = *to / over * how.scale;
+    }
+    if (lane() != 0 || how.each == how.used) return;
+    float counts = 1;
+    if (how.outputs > how.experts) counts = row[how.experts] = sigmoid(row[how.experts]);
+    int shared = count * how.used + int(token);
+    places[token * how.each + how.used] = shared;
+    weights[shared] = counts;
 }
 
 // A run of all entries for each thread of a block.
@@ -99,7 +129,8 @@ __device__ inline int tiles_of(int rows) { return (rows + EXPERT_TILE - 1) / EXP
 
 // A block has an expert; a thread a run of entries.
 __device__ inline void place_rows(const int* chosen, const float* worth, const int* counts, int* starts, int* places,
-                                  int* tokens, float* weights, ExpertTile* tiles, int rows, int used, int tile_count) {
+                                  int* tokens, float* weights, ExpertTile* tiles, int rows, int used, int each,
+                                  int tile_count) {
     int expert = blockIdx.x, experts = gridDim.x;
     int rows_before = 0, tiles_before = 0;
     for (int e = threadIdx.x; e < expert; e += blockDim.x) rows_before += counts[e], tiles_before += tiles_of(counts[e]);
@@ -119,7 +150,7 @@ __device__ inline void place_rows(const int* chosen, const float* worth, const i
     int row = start + block_sum_before(entries.count(chosen, expert));
     for (int i = entries.first; i < entries.last; ++i) {
         if (chosen[i] != expert) continue;
-        places[i] = row;
+        places[i / used * each + i % used] = row;
         tokens[row] = i / used;
         weights[row] = worth[i];
         ++row;
@@ -171,26 +202,37 @@ __device__ void activation_backward(T* gate_up, T* dy, const float* weights, flo
 
 // A warp has a token.
 template <class T>
-__device__ void route_backward(const float* shares, const int* chosen, const int* places, const float* weights,
-                               const float* d_weights, T* d_logits, int count, int experts, int used, int normed) {
+__device__ void route_backward(const float* scores, const int* chosen, const int* places, const float* weights,
+                               const float* d_weights, T* d_logits, int count, const Routing& how) {
     long long token = (long long)blockIdx.x * 8 + warp();
     if (token >= count) return;
-    const int *own = chosen + token * used, *rows = places + token * used;
-    float mean = 0;
-    for (int i = 0; i < used; ++i) mean += weights[rows[i]] * d_weights[rows[i]];
-    for (int expert = lane(); expert < experts; expert += WARP) {
-        // Where weights are normed, they are a soft-max of the chosen alone.
-        float d = normed ? 0.0f : -shares[token * experts + expert] * mean;
-        for (int i = 0; i < used; ++i)
-            if (own[i] == expert) d = weights[rows[i]] * (d_weights[rows[i]] - mean);
-        d_logits[token * experts + expert] = narrow<T>(d);
+    const int *own = chosen + token * how.used, *rows = places + token * how.each;
+    const float* row = scores + token * how.outputs;
+    float mean = 0, sum = 0;
+    for (int i = 0; i < how.used; ++i) {
+        mean += weights[rows[i]] * d_weights[rows[i]];
+        sum += row[own[i]];
+    }
+    // What weights lose by their common divisor, and what a soft-max's scores lose by theirs: where those are normed, they are
+    // a soft-max of the chosen alone.
+    bool normed = how.normed && sum > how.least;
+    float norming = normed ? mean / how.scale : 0.0f;
+    float spread = normed || how.sigmoid ? 0.0f : mean;
+    for (int expert = lane(); expert < how.outputs; expert += WARP) {
+        float score = row[expert], d = -score * spread;
+        if (expert == how.experts) d = d_weights[rows[how.used]] * score * (1.0f - score);  // the gate
+        for (int i = 0; i < how.used; ++i)
+            if (own[i] == expert)
+                d += weights[rows[i]] * (d_weights[rows[i]] - norming) * (how.sigmoid ? 1.0f - score : 1.0f);
+        d_logits[token * how.outputs + expert] = narrow<T>(d);
     }
 }
 
 }  // namespace device
 
-KERNEL(256, route, float* shares, int* chosen, float* worth, int count, int experts, int used, int normed) {
-    device::route(shares, chosen, worth, count, experts, used, normed);
+KERNEL(256, route, float* scores, const float* selection, int* chosen, float* worth, int* places, float* weights, int count,
+       Routing how) {
+    device::route(scores, selection, chosen, worth, places, weights, count, how);
 }
 
 KERNEL(256, count_rows, const int* chosen, int* counts, int rows) {
@@ -199,8 +241,8 @@ KERNEL(256, count_rows, const int* chosen, int* counts, int rows) {
 }
 
 KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
-       float* weights, ExpertTile* tiles, int rows, int used, int tile_count) {
-    device::place_rows(chosen, worth, counts, starts, places, tokens, weights, tiles, rows, used, tile_count);
+       float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count) {
+    device::place_rows(chosen, worth, counts, starts, places, tokens, weights, tiles, rows, used, each, tile_count);
 }
 
 MIX(mix_f32_f32, float, float) { device::mix(given, places, weights, out, width, used, scale, keep); }
@@ -216,8 +258,8 @@ EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16) {
 }
 
 ROUTE_BACKWARD(route_backward_f32, float) {
-    device::route_backward(shares, chosen, places, weights, d_weights, d_logits, count, experts, used, normed);
+    device::route_backward(scores, chosen, places, weights, d_weights, d_logits, count, how);
 }
 ROUTE_BACKWARD(route_backward_bf16, bf16) {
-    device::route_backward(shares, chosen, places, weights, d_weights, d_logits, count, experts, used, normed);
+    device::route_backward(scores, chosen, places, weights, d_weights, d_logits, count, how);
 }

@@ -173,7 +173,16 @@ fn gradients_of_every_parameter_are_the_cpus() {
 #[test]
 fn gradients_of_adapters_are_the_cpus() {
     let device = device();
-    for family in ["llama-bias", "qwen3", "smollm", "olmoe", DELTA, CONV] {
+    for family in [
+        "llama-bias",
+        "qwen3",
+        "smollm",
+        "olmoe",
+        "qwen2-moe",
+        "glm4-moe",
+        DELTA,
+        CONV,
+    ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
         let batch = refs(&pairs);

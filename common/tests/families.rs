@@ -5,7 +5,7 @@ mod shared;
 
 use common::chat::Chat;
 use common::dpo::checkpoint::{Writer, resume};
-use common::dpo::{Kept, Pair, State, Train, Trainer};
+use common::dpo::{Kept, Pair, Settings, State, Train, Trainer};
 use common::generate::{Generate, Generator, Limits, Request, Sampling};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
@@ -186,6 +186,35 @@ fn a_checkpoint_has_every_bit_of_the_weights() {
             bits
         };
         assert!(bits(&resumed) == bits(&trainer), "{family}");
+    }
+}
+
+#[test]
+fn what_only_chooses_experts_is_left_as_it_is() {
+    for family in ["ernie4-5-moe", "glm4-moe"] {
+        let (weights, figures) = open(family);
+        let settings = Settings {
+            weight_decay: 0.1,
+            ..settings(objective(0.1), 0.3)
+        };
+        let mut trainer = Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap();
+        for _ in 0..2 {
+            trainer.step(&[&pair(&figures["dpo"], "")], 0.0).unwrap();
+        }
+        let mut flat = vec![];
+        let mut take = |run: &[f32]| {
+            flat.extend_from_slice(run);
+            Ok(())
+        };
+        trainer.runs(Kept::Trained, &mut take).unwrap();
+        let mut found = 0;
+        for (name, shape, range) in trainer.params().tensors() {
+            let chooses = name.ends_with("e_score_correction_bias");
+            let same = flat[range] == weights.tensor(name, shape).unwrap();
+            assert_eq!(same, chooses, "{family}: {name}");
+            found += usize::from(chooses);
+        }
+        assert_eq!(found, 1, "{family}");
     }
 }
 

@@ -441,6 +441,7 @@ FAMILIES = {
         ),
         {"seed": 103, "legacy": True},
     ),
+    # Seeds from here on are such that no choice of experts is close, which rounding to bfloat16 would make another.
     # An expert for all tokens, gated; of three layers the middle one has one MLP.
     "qwen2-moe": (
         Qwen2MoeConfig,
@@ -453,7 +454,7 @@ FAMILIES = {
             shared_expert_intermediate_size=24,
             rope_parameters=rope(1000000.0),
         ),
-        {"seed": 104},
+        {"seed": 201},
     ),
     # The first layer has one MLP, and what the best are worth is normed.
     "qwen3-moe-steps": (
@@ -467,7 +468,7 @@ FAMILIES = {
             norm_topk_prob=True,
             rope_parameters=rope(1000000.0),
         ),
-        {"seed": 113},
+        {"seed": 203},
     ),
     "qwen3.5-moe": (
         Qwen3_5MoeTextConfig,
@@ -475,16 +476,16 @@ FAMILIES = {
             head_dim=16,
             layer_types=["linear_attention", "full_attention"],
             linear_num_key_heads=2,
-            linear_num_value_heads=4,
+            linear_num_value_heads=8,
             linear_key_head_dim=8,
-            linear_value_head_dim=6,
+            linear_value_head_dim=8,
             num_experts=5,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
             shared_expert_intermediate_size=24,
             rope_parameters=rope(10000.0, partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
         ),
-        {"seed": 106},
+        {"seed": 218},
     ),
     "granite-moe-shared": (
         GraniteMoeSharedConfig,
@@ -496,7 +497,7 @@ FAMILIES = {
             tie_word_embeddings=True,
             rope_parameters=rope(10000.0),
         ),
-        {"seed": 107},
+        {"seed": 202},
     ),
     "hunyuan-moe": (
         HunYuanMoEV1Config,
@@ -508,7 +509,7 @@ FAMILIES = {
             tie_word_embeddings=True,
             rope_parameters=rope(10000.0, "dynamic", alpha=1000.0, factor=1.0),
         ),
-        {"seed": 108},
+        {"seed": 212},
     ),
     # The best are chosen by more than what they are worth; some sums of what those are worth are below 0.4, and so not divided
     # by.
@@ -523,7 +524,7 @@ FAMILIES = {
             moe_norm_min=0.4,
             rope_parameters=rope(500000.0),
         ),
-        {"seed": 112},
+        {"seed": 202},
     ),
     # Scores that are no shares, and what they are multiplied by.
     "glm4-moe": (
@@ -537,7 +538,7 @@ FAMILIES = {
             routed_scaling_factor=2.5,
             rope_parameters=rope(1000000.0, partial_rotary_factor=0.5),
         ),
-        {"seed": 110},
+        {"seed": 201},
     ),
     "glm4-moe-plain": (
         Glm4MoeConfig,
@@ -552,7 +553,7 @@ FAMILIES = {
             routed_scaling_factor=1.5,
             rope_parameters=rope(10000.0, partial_rotary_factor=0.5),
         ),
-        {"seed": 111},
+        {"seed": 201},
     ),
     # Short convolutions between gates around a layer of attention; the MLP is two thirds of what the file says, 1.1 times
     # that, rounded up.

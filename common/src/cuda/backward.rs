@@ -2,7 +2,7 @@
 
 use super::args;
 use super::batch::Shape;
-use super::decoder::{Decoder, Linear, Mlp};
+use super::decoder::{Decoder, Linear, Mlp, OneMlp};
 use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
@@ -135,13 +135,14 @@ impl<'a> Backward<'a> {
     fn mlp(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (config, count) = (&self.decoder.config, self.shape.tokens);
-        let (ffn, [c, a]) = (config.ffn, config.activation.curve());
+        let [c, a] = config.activation.curve();
         let norm = (&layer.norms.after_mlp, &places.norms.after_mlp);
         let dy = self.given(norm, pass.down.as_ref())?;
-        let (gate_up, down) = match &layer.mlp {
-            Mlp::One { gate_up, down } => (gate_up, down),
+        let OneMlp { gate_up, down } = match &layer.mlp {
+            Mlp::One(mlp) => mlp,
             Mlp::Experts(mixture) => return self.experts(i, mixture, dy, pass),
         };
+        let ffn = down.cols;
         self.input_gradient(down, dy, &pass.inner, pass)?;
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("activation_backward"),
@@ -508,7 +509,13 @@ impl<'a> Backward<'a> {
     }
 
     /// For y = x·Wᵀ: sets `dx` `[T, in]` to dy·W.
-    fn input_gradient(&self, linear: &Linear, dy: Operand, dx: &Buffer, pass: &Pass) -> Result<()> {
+    pub fn input_gradient(
+        &self,
+        linear: &Linear,
+        dy: Operand,
+        dx: &Buffer,
+        pass: &Pass,
+    ) -> Result<()> {
         let dx = self.operand(dx, linear.cols);
         self.add_input_gradient(linear, dy, dx, 0.0, pass)
     }

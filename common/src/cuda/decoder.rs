@@ -9,7 +9,7 @@ use super::lora::LowRank;
 use super::pass::Widths;
 use super::recurrent::Recurrent;
 use crate::kernels::layout::Heads;
-use crate::model::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+use crate::model::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
 use crate::weights::Config;
 use anyhow::{Result, ensure};
 use std::sync::{Arc, Mutex};
@@ -45,16 +45,25 @@ pub(super) struct Layer {
 
 /// What a layer has after attention.
 pub(super) enum Mlp {
-    One { gate_up: Linear, down: Linear },
-    Experts(Mixture),
+    One(OneMlp),
+    Experts(Box<Mixture>),
+}
+
+/// An MLP, or the expert that all tokens go to.
+pub(super) struct OneMlp {
+    /// `[gate | up]`.
+    pub gate_up: Linear,
+    /// Its output projection.
+    pub down: Linear,
 }
 
 impl Layer {
-    /// The linear maps that adapters are for, in the order of the forward pass (see [`LayerParams::adapted`]).
+    /// The linear maps that adapters may be for, in the order of the forward pass: [`LayerParams::adapted`] has the first of them,
+    /// or all.
     pub fn adapted(&self) -> Vec<&Linear> {
         let attention = [&self.qkv, &self.output];
         match &self.mlp {
-            Mlp::One { gate_up, down } => [attention, [gate_up, down]].concat(),
+            Mlp::One(mlp) => [attention, [&mlp.gate_up, &mlp.down]].concat(),
             Mlp::Experts(_) => attention.to_vec(),
         }
     }
@@ -62,8 +71,8 @@ impl Layer {
     /// The same, to be changed.
     pub fn adapted_mut(&mut self) -> Vec<&mut Linear> {
         let mut all = vec![&mut self.qkv, &mut self.output];
-        if let Mlp::One { gate_up, down } = &mut self.mlp {
-            all.extend([gate_up, down]);
+        if let Mlp::One(mlp) = &mut self.mlp {
+            all.extend([&mut mlp.gate_up, &mut mlp.down]);
         }
         all
     }
@@ -161,6 +170,12 @@ impl Decoder {
                 adapters: vec![],
             })
         };
+        let one_mlp = |mlp: &MlpParams| -> Result<OneMlp> {
+            Ok(OneMlp {
+                gate_up: linear(&mlp.gate_up)?,
+                down: linear(&mlp.down)?,
+            })
+        };
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
             Ok(Layer {
                 heads: config.heads_of(i),
@@ -177,13 +192,15 @@ impl Decoder {
                 output: linear(&p.output)?,
                 mlp: match (config.experts[i], &p.router) {
                     (Some(how), Some(router)) => {
-                        let weights = in_format(&experts::all_experts(p))?;
-                        Mlp::Experts(Mixture::new(how, linear(router)?, weights, p))
+                        let weights = in_format(&experts::all_experts(how, p))?;
+                        let selection = p.selection.as_ref().map(vector).transpose()?;
+                        let shared = p.mlps.last().filter(|_| how.shared.is_some());
+                        let shared = shared.map(one_mlp).transpose()?;
+                        let router = linear(router)?;
+                        let mixture = Mixture::new((how, p), router, selection, weights, shared);
+                        Mlp::Experts(Box::new(mixture))
                     }
-                    _ => Mlp::One {
-                        gate_up: linear(&p.mlp().gate_up)?,
-                        down: linear(&p.mlp().down)?,
-                    },
+                    _ => Mlp::One(one_mlp(p.mlp())?),
                 },
             })
         };

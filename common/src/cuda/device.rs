@@ -74,14 +74,14 @@ impl Launch {
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(8))]
 pub struct Arg {
-    bytes: [u8; 24],
+    bytes: [u8; 32],
     size: usize,
 }
 
 impl Arg {
     /// A number, or a structure of numbers as the kernel declares it.
     pub fn plain<T: Plain>(value: T) -> Self {
-        let mut bytes = [0; 24];
+        let mut bytes = [0; 32];
         let size = size_of::<T>();
         bytes[..size].copy_from_slice(bytes_of_slice(std::slice::from_ref(&value)));
         Self { bytes, size }

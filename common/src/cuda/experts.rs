@@ -3,8 +3,8 @@
 
 use super::args;
 use super::backward::{Backward, Norm};
-use super::decoder::{Decoder, Linear};
-use super::device::{Address, Buffer, Device, Launch, Operand, Precision, bytes_of};
+use super::decoder::{Decoder, Linear, OneMlp};
+use super::device::{Address, Arg, Buffer, Device, Launch, Operand, Plain, Precision, bytes_of};
 use super::launches::THREADS;
 use super::pass::Pass;
 use crate::model::{LayerParams, Span};
@@ -17,9 +17,36 @@ const MOST: usize = 512;
 const SHARED: usize = 81_920;
 const TILE_BYTES: usize = 3 * size_of::<i32>();
 
-/// Rows that the MLPs of a layer have for each token.
-pub(super) fn rows_each(config: &Config) -> usize {
-    config.mixture().map_or(1, |how| how.used)
+/// How the kernels choose experts (see `kernels.h`).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Routing {
+    experts: i32,
+    used: i32,
+    outputs: i32,
+    each: i32,
+    sigmoid: i32,
+    normed: i32,
+    least: f32,
+    scale: f32,
+}
+
+// SAFETY: eight numbers of four bytes, no padding.
+unsafe impl Plain for Routing {}
+
+impl Routing {
+    fn of(how: Experts) -> Arg {
+        Arg::plain(Self {
+            experts: how.count as i32,
+            used: how.used as i32,
+            outputs: how.outputs() as i32,
+            each: how.each() as i32,
+            sigmoid: i32::from(how.scores == Scores::Sigmoid),
+            normed: i32::from(how.normed.is_some()),
+            least: how.normed.unwrap_or(0.0),
+            scale: how.scale,
+        })
+    }
 }
 
 /// Fails for mixtures that there are no kernels for.
@@ -32,19 +59,14 @@ pub(super) fn check(config: &Config) -> Result<()> {
         "{} experts are more than the GPU's kernels take ({MOST}): use --device cpu",
         how.count
     );
-    ensure!(
-        config.hidden.is_multiple_of(8) && how.ffn.is_multiple_of(8),
-        "experts of {} x {} are no multiples of 8, as the GPU's kernels want them: use --device cpu",
-        config.hidden,
-        how.ffn
-    );
-    let plain =
-        how.scores == Scores::Softmax && how.shared.is_none() && !how.biased && how.scale == 1.0;
-    ensure!(
-        plain && !config.experts.contains(&None),
-        "{}: a GPU takes no such mixtures of experts yet: use --device cpu",
-        config.model_type
-    );
+    for ffn in [Some(how.ffn), how.shared.map(|shared| shared.ffn)] {
+        let ffn = ffn.unwrap_or(0);
+        ensure!(
+            config.hidden.is_multiple_of(8) && ffn.is_multiple_of(8),
+            "experts of {} x {ffn} are no multiples of 8, as the GPU's kernels want them: use --device cpu",
+            config.hidden
+        );
+    }
     Ok(())
 }
 
@@ -52,10 +74,14 @@ pub(super) fn check(config: &Config) -> Result<()> {
 pub(super) struct Mixture {
     how: Experts,
     router: Linear,
+    /// What is added to scores where the best are chosen.
+    selection: Option<Buffer>,
     /// Expert after expert: `[gate | up]`, then the output projection.
     weights: Buffer,
     gate_up: Place,
     down: Place,
+    /// The one that all tokens go to.
+    shared: Option<OneMlp>,
 }
 
 /// A matrix that each expert has, in all of their weights.
@@ -70,14 +96,22 @@ struct Place {
 
 impl Mixture {
     /// `weights` are those of [`all_experts`], in the decoder's format.
-    pub fn new(how: Experts, router: Linear, weights: Buffer, params: &LayerParams) -> Self {
+    pub fn new(
+        (how, params): (Experts, &LayerParams),
+        router: Linear,
+        selection: Option<Buffer>,
+        weights: Buffer,
+        shared: Option<OneMlp>,
+    ) -> Self {
         let mlp = params.mlp();
         let (gate_up, down) = (&mlp.gate_up, &mlp.down);
         let stride = gate_up.weight.range.len() + down.weight.range.len();
         Self {
             how,
             router,
+            selection,
             weights,
+            shared,
             gate_up: Place {
                 first: 0,
                 stride,
@@ -94,9 +128,11 @@ impl Mixture {
     }
 }
 
-/// The parameters of all experts of a layer, which follow each other.
-pub(super) fn all_experts(params: &LayerParams) -> Span {
-    let matrices = params.mlps.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
+/// The parameters of the experts of a layer that are chosen among, which follow each other.
+pub(super) fn all_experts(how: Experts, params: &LayerParams) -> Span {
+    let matrices = params.mlps[..how.count]
+        .iter()
+        .flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
     let mut spans = matrices.map(|matrix| &matrix.weight);
     let mut all = spans.next().expect("there are experts").clone();
     for span in spans {
@@ -107,23 +143,26 @@ pub(super) fn all_experts(params: &LayerParams) -> Span {
     all
 }
 
-/// Which tokens went to which experts, as the kernels have it; a row is a token at one of its experts.
+/// Which tokens went to which experts, as the kernels have it; a row is a token at one of its experts. Those of the expert that
+/// all tokens go to are after the others.
 #[derive(Clone)]
 pub struct Routes {
-    /// The router's soft-max, `[T, experts]`, float32.
-    shares: Buffer,
+    /// The scores, and that of a gate, `[T, outputs]`, float32.
+    scores: Buffer,
     /// `[T, used]`
     chosen: Buffer,
     worth: Buffer,
+    /// `[T, each]`
     places: Buffer,
     /// `[rows]`
     tokens: Buffer,
+    /// `[T · each]`
     weights: Buffer,
     /// `[experts]`, and one more
     counts: Buffer,
     starts: Buffer,
     tiles: Buffer,
-    /// What the experts give, `[rows, hidden]`, in the decoder's format; done with when they are mixed.
+    /// What the experts give, `[T · each, hidden]`, in the decoder's format; done with when they are mixed.
     given: Buffer,
 }
 
@@ -133,8 +172,8 @@ impl Routes {
         let Some(how) = config.mixture() else {
             return (0, 0);
         };
-        let numbers = how.count + 5 * how.used;
-        let given = how.used * config.hidden * bytes_of(precision);
+        let numbers = how.outputs() + 3 * how.used + 2 * how.each();
+        let given = how.each() * config.hidden * bytes_of(precision);
         (numbers * size_of::<i32>(), given)
     }
 
@@ -145,39 +184,40 @@ impl Routes {
         };
         let device = &decoder.device;
         let numbers = |count: usize| device.allocate(count * size_of::<i32>());
-        let rows = tokens * how.used;
+        let (rows, all) = (tokens * how.used, tokens * how.each());
         Ok(Some(Self {
-            shares: numbers(tokens * how.count)?,
+            scores: numbers(tokens * how.outputs())?,
             chosen: numbers(rows)?,
             worth: numbers(rows)?,
-            places: numbers(rows)?,
+            places: numbers(all)?,
             tokens: numbers(rows)?,
-            weights: numbers(rows)?,
+            weights: numbers(all)?,
             counts: numbers(how.count)?,
             starts: numbers(how.count + 1)?,
             tiles: device.allocate(tiles(how, tokens) * TILE_BYTES)?,
             given: match shared {
                 Some(routes) => routes.given.clone(),
-                None => device.allocate(rows * decoder.config.hidden * decoder.size())?,
+                None => device.allocate(all * decoder.config.hidden * decoder.size())?,
             },
         }))
     }
 
-    /// By the router's logits in `shares`, which become their soft-max.
-    fn choose(&self, device: &Device, how: Experts, count: usize) -> Result<()> {
+    /// By the router's logits in `scores`, which become these.
+    fn choose(&self, device: &Device, mixture: &Mixture, count: usize) -> Result<()> {
+        let how = mixture.how;
         let rows = (count * how.used) as i32;
-        let [experts, used] = [how.count, how.used].map(|n| n as i32);
         device.launch(
             "route",
             Launch::row(count.div_ceil(8), THREADS),
             args![
-                &self.shares,
+                &self.scores,
+                mixture.selection.as_ref(),
                 &self.chosen,
                 &self.worth,
+                &self.places,
+                &self.weights,
                 count as i32,
-                experts,
-                used,
-                i32::from(how.normed.is_some()),
+                Routing::of(how),
             ],
         )?;
         let by_experts = Launch::row(how.count, THREADS);
@@ -199,7 +239,8 @@ impl Routes {
                 &self.weights,
                 &self.tiles,
                 rows,
-                used,
+                how.used as i32,
+                how.each() as i32,
                 tiles(how, count) as i32,
             ],
         )
@@ -235,6 +276,18 @@ impl<'a> AtWork<'a> {
 
     fn rows(&self) -> usize {
         self.count * self.mixture.how.used
+    }
+
+    /// The inner width of the experts that are chosen among.
+    fn ffn(&self) -> usize {
+        self.mixture.down.cols
+    }
+
+    /// The part of `buffer` that the expert for all tokens has, whose rows are so wide there; `others` is how wide those of the
+    /// others are.
+    fn shared(&self, buffer: &Buffer, others: usize, width: usize) -> Buffer {
+        let (first, len) = (self.rows() * others, self.count * width);
+        buffer.part(first, len, self.decoder.size())
     }
 
     /// y = x·Wᵀ for all rows, each with its expert's W.
@@ -316,7 +369,7 @@ impl<'a> AtWork<'a> {
                 weights,
                 y,
                 self.decoder.config.hidden as i32,
-                self.mixture.how.used as i32,
+                self.mixture.how.each() as i32,
                 scale,
                 i32::from(keep),
             ],
@@ -333,7 +386,7 @@ impl Decoder {
         pass: &Pass,
     ) -> Result<()> {
         let work = AtWork::new(self, mixture, count, pass);
-        let logits = (work.routes.shares).rows(0, mixture.how.count, Precision::F32);
+        let logits = (work.routes.scores).rows(0, mixture.how.outputs(), Precision::F32);
         self.multiply(
             &mixture.router,
             (&pass.normed, 1.0),
@@ -342,9 +395,25 @@ impl Decoder {
             0.0,
             pass,
         )?;
-        work.routes.choose(&self.device, mixture.how, count)?;
+        work.routes.choose(&self.device, mixture, count)?;
+        if let Some(mlp) = &mixture.shared {
+            let gate_up = work.shared(&pass.gate_up, 2 * work.ffn(), mlp.gate_up.rows);
+            self.product(&mlp.gate_up, &pass.normed, &gate_up, count, pass)?;
+        }
         let read = (pass.normed.address(), Some(&work.routes.tokens));
         work.by_rows(mixture.gate_up, read, &pass.gate_up)
+    }
+
+    /// From `pass.gate_up` of the experts' rows to `pass.inner`.
+    pub(super) fn experts_inner(&self, mixture: &Mixture, count: usize, pass: &Pass) -> Result<()> {
+        let work = AtWork::new(self, mixture, count, pass);
+        self.inner((&pass.gate_up, &pass.inner), work.rows(), work.ffn())?;
+        let Some(mlp) = &mixture.shared else {
+            return Ok(());
+        };
+        let gate_up = work.shared(&pass.gate_up, 2 * work.ffn(), mlp.gate_up.rows);
+        let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
+        self.inner((&gate_up, &inner), count, mlp.down.cols)
     }
 
     /// From `pass.inner` of the experts' rows to their mixture times `scale`: `pass.down`, where there is a norm after it; else the
@@ -362,6 +431,11 @@ impl Decoder {
             (pass.inner.address(), None),
             &work.routes.given,
         )?;
+        if let Some(mlp) = &mixture.shared {
+            let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
+            let given = work.shared(&work.routes.given, mlp.down.rows, mlp.down.rows);
+            self.product(&mlp.down, &inner, &given, count, pass)?;
+        }
         let to = pass.down.as_ref().unwrap_or(x).address();
         let weights = Some(&work.routes.weights);
         work.mix(weights, (to, Precision::F32), scale, pass.down.is_none())
@@ -370,9 +444,9 @@ impl Decoder {
 
 /// What the way back through a mixture has on its way.
 pub(super) struct OnTheWay {
-    /// Of each row's weight, `[rows]`, float32.
+    /// Of each row's weight, `[T · each]`, float32.
     d_weights: Buffer,
-    /// Of the router's logits, `[T, experts]`,
+    /// Of the router's logits, `[T, outputs]`,
     d_logits: Buffer,
     /// and of what router and experts read, `[T, hidden]`, in the decoder's format.
     d_read: Buffer,
@@ -382,7 +456,7 @@ impl OnTheWay {
     /// The bytes that it takes for each token.
     pub fn bytes(config: &Config, precision: Precision) -> usize {
         config.mixture().map_or(0, |how| {
-            how.used * size_of::<f32>() + (how.count + config.hidden) * bytes_of(precision)
+            how.each() * size_of::<f32>() + (how.outputs() + config.hidden) * bytes_of(precision)
         })
     }
 
@@ -392,8 +466,8 @@ impl OnTheWay {
         };
         let rows = |width: usize, size: usize| decoder.device.allocate(tokens * width * size);
         Ok(Some(Self {
-            d_weights: rows(how.used, size_of::<f32>())?,
-            d_logits: rows(how.count, decoder.size())?,
+            d_weights: rows(how.each(), size_of::<f32>())?,
+            d_logits: rows(how.outputs(), decoder.size())?,
             d_read: rows(decoder.config.hidden, decoder.size())?,
         }))
     }
@@ -417,20 +491,9 @@ impl Backward<'_> {
         let (inner, gate_up) = (pass.inner.address(), pass.gate_up.address());
         let wanted = |span: &Span| self.gradients.span(span);
         work.by_columns(mixture.down, (dy.at, tokens), &pass.inner)?;
-        let (ffn, [c, a]) = (decoder.config.ffn as i32, decoder.config.activation.curve());
-        decoder.device.launch(
-            &decoder.kernels.of_format("expert_activation_backward"),
-            Launch::row(work.rows(), THREADS),
-            args![
-                &pass.gate_up,
-                &pass.inner,
-                &work.routes.weights,
-                &own.d_weights,
-                ffn,
-                c,
-                a
-            ],
-        )?;
+        let weights = (&work.routes.weights, &own.d_weights);
+        let rows = (&pass.gate_up, &pass.inner);
+        self.experts_activation(rows, work.rows(), work.ffn(), weights)?;
         let (first, read) = (places.mlp(), pass.normed.address());
         let at = wanted(&first.down.weight);
         work.gradient(mixture.down, (dy.at, tokens), (inner, None), at)?;
@@ -439,7 +502,53 @@ impl Backward<'_> {
         let at = wanted(&first.gate_up.weight);
         work.gradient(mixture.gate_up, (gate_up, None), (read, tokens), at)?;
         work.by_columns(mixture.gate_up, (gate_up, None), &work.routes.given)?;
+        if let Some(mlp) = &mixture.shared {
+            self.shared_expert(i, mlp, &work, dy, pass)?;
+        }
         self.router(i, &work, own, pass)
+    }
+
+    /// From the gradient of what MLPs give, in `inner`, to that of `gate_up`, of rows that count by `weights`, which gain theirs;
+    /// `inner` becomes what was read by output projections.
+    fn experts_activation(
+        &self,
+        (gate_up, inner): (&Buffer, &Buffer),
+        rows: usize,
+        ffn: usize,
+        (weights, d_weights): (&Buffer, &Buffer),
+    ) -> Result<()> {
+        let [c, a] = self.decoder.config.activation.curve();
+        self.decoder.device.launch(
+            &self.decoder.kernels.of_format("expert_activation_backward"),
+            Launch::row(rows, THREADS),
+            args![gate_up, inner, weights, d_weights, ffn as i32, c, a],
+        )
+    }
+
+    /// The same for the expert that all tokens go to, the last of the layer's: its part of what it reads is left in the routes.
+    fn shared_expert(
+        &self,
+        i: usize,
+        mlp: &OneMlp,
+        work: &AtWork,
+        dy: Operand,
+        pass: &Pass,
+    ) -> Result<()> {
+        let own = self.experts.as_ref().expect("made for a mixture");
+        let places = self.gradients.params.layers[i].mlps.last();
+        let places = places.expect("it is the last");
+        let gate_up = work.shared(&pass.gate_up, 2 * work.ffn(), mlp.gate_up.rows);
+        let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
+        let of_rows = |buffer: &Buffer| buffer.part(work.rows(), work.count, size_of::<f32>());
+        let weights = (&of_rows(&work.routes.weights), &of_rows(&own.d_weights));
+        self.input_gradient(&mlp.down, dy, &inner, pass)?;
+        self.experts_activation((&gate_up, &inner), work.count, mlp.down.cols, weights)?;
+        self.weight_gradient(&mlp.down, &places.down, &inner, dy, pass)?;
+        let d_gate_up = self.operand(&gate_up, mlp.gate_up.rows);
+        let gate_up = (&mlp.gate_up, &places.gate_up);
+        self.weight_gradient(gate_up.0, gate_up.1, &pass.normed, d_gate_up, pass)?;
+        let given = work.shared(&work.routes.given, mlp.down.rows, mlp.down.rows);
+        self.input_gradient(&mlp.gate_up, d_gate_up, &given, pass)
     }
 
     /// Back through the router and what it reads as the experts do, whose rows' part is in the routes.
@@ -450,19 +559,17 @@ impl Backward<'_> {
             &decoder.kernels.of_format("route_backward"),
             Launch::row(work.count.div_ceil(8), THREADS),
             args![
-                &routes.shares,
+                &routes.scores,
                 &routes.chosen,
                 &routes.places,
                 &routes.weights,
                 &own.d_weights,
                 &own.d_logits,
                 work.count as i32,
-                how.count as i32,
-                how.used as i32,
-                i32::from(how.normed.is_some()),
+                Routing::of(how),
             ],
         )?;
-        let d_logits = self.operand(&own.d_logits, how.count);
+        let d_logits = self.operand(&own.d_logits, how.outputs());
         let (router, place) = (&work.mixture.router, places.router.as_ref());
         let place = place.expect("experts have a router");
         self.weight_gradient(router, place, &pass.normed, d_logits, pass)?;

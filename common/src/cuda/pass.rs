@@ -4,7 +4,7 @@ use super::args;
 use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
-use super::experts::{Routes, rows_each};
+use super::experts::Routes;
 use super::launches::{Scores, THREADS, head_lanes, norm_rows};
 use super::optimizer::elements;
 use super::recurrent::Memories;
@@ -32,7 +32,7 @@ pub struct Pass {
     pub lse: Buffer,
     /// What attention's output projection gives, float32, where there is a norm after it.
     pub output: Option<Buffer>,
-    /// `[gate | up]`; of experts `[rows, …]`, a row being a token at one of its experts.
+    /// `[gate | up]`; of experts `[rows, …]`, a row being a token at one of its experts, those at the one for all tokens last.
     pub gate_up: Buffer,
     /// The MLP's inner activation, of as many rows.
     pub inner: Buffer,
@@ -132,7 +132,7 @@ impl Decoder {
     pub fn pass_bytes(c: &Config, precision: Precision) -> usize {
         let widths = Widths::new(c);
         let mixed = widths.gated + widths.qkv + widths.attention;
-        let in_format = c.hidden + mixed + 3 * c.ffn * rows_each(c);
+        let in_format = c.hidden + mixed + 3 * c.widest_mlp();
         let streams = if c.norms == Norms::Before { 1 } else { 2 };
         let (routes, given) = Routes::bytes(c, precision);
         in_format * bytes_of(precision)
@@ -159,8 +159,8 @@ impl Decoder {
             attention,
             lse: rows(c.heads, size_of::<f32>())?,
             output: given.clone(),
-            gate_up: rows(2 * c.ffn * rows_each(c), self.size())?,
-            inner: rows(c.ffn * rows_each(c), self.size())?,
+            gate_up: rows(2 * c.widest_mlp(), self.size())?,
+            inner: rows(c.widest_mlp(), self.size())?,
             routes: Routes::new(self, tokens, None)?,
             down: given,
             low_rank: match self.rank() {
@@ -421,14 +421,14 @@ impl Decoder {
             &pass.normed,
         )?;
         let gate_up = match &layer.mlp {
-            Mlp::One { gate_up, .. } => gate_up,
+            Mlp::One(mlp) => &mlp.gate_up,
             Mlp::Experts(mixture) => return self.send_to_experts(mixture, count, pass),
         };
         self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &gate_up.bias {
             Some(bias) => {
-                let width = 2 * self.config.ffn;
-                self.bias(&self.kernels.add_bias, &pass.gate_up, bias, count, width)
+                let rows = &pass.gate_up;
+                self.bias(&self.kernels.add_bias, rows, bias, count, gate_up.rows)
             }
             None => Ok(()),
         }
@@ -452,25 +452,15 @@ impl Decoder {
 
     /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
     pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
-        let (ffn, [c, a]) = (self.config.ffn, self.config.activation.curve());
-        let rows = count * rows_each(&self.config);
-        self.device.launch(
-            &self.kernels.activation,
-            Launch::plane(rows, ffn.div_ceil(1024), THREADS),
-            args![
-                &pass.gate_up,
-                &pass.inner,
-                ffn as i32,
-                c,
-                a,
-                self.inner_scale()
-            ],
-        )?;
         let scale = 1.0 / self.inner_scale();
         let down = match &self.layers[i].mlp {
-            Mlp::One { down, .. } => down,
-            Mlp::Experts(mixture) => return self.mix_experts(mixture, count, pass, (x, scale)),
+            Mlp::One(mlp) => &mlp.down,
+            Mlp::Experts(mixture) => {
+                self.experts_inner(mixture, count, pass)?;
+                return self.mix_experts(mixture, count, pass, (x, scale));
+            }
         };
+        self.inner((&pass.gate_up, &pass.inner), count, down.cols)?;
         self.give(
             down,
             (&pass.inner, scale),
@@ -478,6 +468,21 @@ impl Decoder {
             x,
             count,
             pass,
+        )
+    }
+
+    /// The inner activation of so many rows of an MLP of such a width.
+    pub(super) fn inner(
+        &self,
+        (gate_up, inner): (&Buffer, &Buffer),
+        rows: usize,
+        ffn: usize,
+    ) -> Result<()> {
+        let [c, a] = self.config.activation.curve();
+        self.device.launch(
+            &self.kernels.activation,
+            Launch::plane(rows, ffn.div_ceil(1024), THREADS),
+            args![gate_up, inner, ffn as i32, c, a, self.inner_scale()],
         )
     }
 
@@ -561,7 +566,7 @@ impl Decoder {
     }
 
     /// y = x·Wᵀ; the bias is left to whoever comes next.
-    fn product(
+    pub(super) fn product(
         &self,
         linear: &Linear,
         x: &Buffer,

@@ -9,7 +9,7 @@ use super::batch::Shape;
 use super::decoder::Decoder;
 use super::delta_backward::DeltaRoom;
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
-use super::experts::{OnTheWay, Routes, rows_each};
+use super::experts::{OnTheWay, Routes};
 use super::launches::THREADS;
 use super::optimizer::elements;
 use super::pass::{Pass, Widths};
@@ -239,7 +239,7 @@ impl Decoder {
             lse: rows(c.heads, float)?,
             output: self.room_for_given(tokens)?,
             down: self.room_for_given(tokens)?,
-            gate_up: rows(2 * c.ffn * rows_each(c), size)?,
+            gate_up: rows(2 * c.widest_mlp(), size)?,
             routes: Routes::new(self, tokens, shared.and_then(|pass| pass.routes.as_ref()))?,
             normed: match shared {
                 Some(pass) => pass.normed.clone(),
@@ -247,7 +247,7 @@ impl Decoder {
             },
             inner: match shared {
                 Some(pass) => pass.inner.clone(),
-                None => rows(c.ffn * rows_each(c), size)?,
+                None => rows(c.widest_mlp(), size)?,
             },
             low_rank: match (shared, self.rank()) {
                 (Some(pass), _) => pass.low_rank.clone(),
@@ -347,7 +347,7 @@ impl Footprint<'_> {
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
         let (_, given) = Routes::bytes(c, self.precision);
-        let shared = (c.hidden + c.ffn * rows_each(c) + self.rank) * size + given;
+        let shared = (c.hidden + c.widest_mlp() + self.rank) * size + given;
         let (of_deltas, memories) = DeltaRoom::bytes(c);
         let gradients = (c.hidden + c.heads + 2 * q) * float
             + c.hidden * copied
@@ -373,7 +373,7 @@ impl Footprint<'_> {
         let mixed = widths.raw(c) + widths.qkv + widths.read + widths.attention;
         let streams = if c.norms == Norms::Before { 1 } else { 3 };
         let (routes, _) = Routes::bytes(c, self.precision);
-        let in_format = mixed + 2 * c.ffn * rows_each(c);
+        let in_format = mixed + 2 * c.widest_mlp();
         (streams * c.hidden + c.heads + widths.gates) * float + in_format * size + routes
     }
 

@@ -116,8 +116,7 @@ fn fixed_bytes(config: &Config, settings: &Settings, precision: Precision) -> us
 /// and gradients at a time.
 fn pair_bytes(config: &Config) -> usize {
     let given = config.mixture().map_or(0, |experts| experts.each());
-    let inner = (0..config.layers).map(|i| config.inner_width(i)).max();
-    let mlp = 4 * inner.unwrap_or(0) + 3 * given * config.hidden;
+    let mlp = 4 * config.widest_mlp() + 3 * given * config.hidden;
     let attention = 2 * config.heads * config.head_dim;
     let recurrences = config.recurrences.iter().flatten();
     let mixed = recurrences.map(|recurrence| Recurrent::state_words(*recurrence));

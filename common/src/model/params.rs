@@ -236,9 +236,15 @@ impl Params {
             at: 0,
         };
         let embedding = cursor.span("model.", &["embed_tokens.weight"]);
-        let layers = (0..config.layers).map(|i| cursor.layer(i)).collect();
+        let mut layers: Vec<_> = (0..config.layers).map(|i| cursor.layer(i)).collect();
         let norm = cursor.span("model.", &["norm.weight"]);
         let head = (!config.tied).then(|| cursor.span("", &["lm_head.weight"]));
+        // Last, since there are as many numbers as experts: all else begins where vectors can be read.
+        for (i, layer) in layers.iter_mut().enumerate() {
+            let selects = config.experts[i].is_some_and(|experts| experts.biased);
+            let prefix = format!("model.layers.{i}.");
+            layer.selection = selects.then(|| cursor.span(&prefix, &[SELECTION]));
+        }
         Self {
             embedding,
             layers,
@@ -392,8 +398,6 @@ impl Cursor<'_> {
             let gated = experts.outputs() > experts.count;
             self.matrix(&prefix, &gate[..1 + usize::from(gated)], false)
         });
-        let selection = experts.filter(|experts| experts.biased);
-        let selection = selection.map(|_| self.span(&prefix, &[SELECTION]));
         let mut mlp = |name: &str, bias| self.mlp(&format!("{prefix}{name}."), bias);
         let mlps = match experts {
             None => vec![mlp("mlp", c.mlp_bias)],
@@ -419,7 +423,7 @@ impl Cursor<'_> {
             recurrent,
             output,
             router,
-            selection,
+            selection: None,
             mlps,
             adapts_mlp: c.mixture().is_none(),
         }

@@ -261,6 +261,12 @@ impl Config {
         self.experts[layer].map_or(self.ffn, |experts| experts.width())
     }
 
+    /// That of the layer where it is largest.
+    pub fn widest_mlp(&self) -> usize {
+        let widths = (0..self.layers).map(|layer| self.inner_width(layer));
+        widths.max().unwrap_or(0)
+    }
+
     /// Every tensor of the model by its Hugging Face name, with its shape (row-major, `[out, in]`
     /// for projections), in the order of transformers' state dict. `lm_head.weight` only if untied.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {

@@ -454,7 +454,7 @@ const HUNYUAN_NORMS: [Renamed; 2] = [
     ("self_attn.k_norm", "self_attn.key_layernorm"),
 ];
 
-const FAMILIES: [Family; 33] = [
+static FAMILIES: [Family; 33] = [
     LLAMA,
     MISTRAL,
     Family {

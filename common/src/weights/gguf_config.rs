@@ -1,17 +1,12 @@
 //! The config that a GGUF file's metadata and tensor table imply.
 
-use super::config::{
-    Config, Experts, Multipliers, Recurrence, Scores, Shared, bounded_layers, plain_scale,
-};
+use super::config::{Config, Multipliers, Recurrence, bounded_layers, plain_scale};
 use super::config_json::CAPS;
-use super::family::{
-    self, Family, Mixture, Normed, RecurrenceKind, Rotated, Scales, SharedExpert, SparseLayers,
-    Windows,
-};
+use super::family::{self, Family, RecurrenceKind, Rotated, Scales, Windows};
 use super::gguf::Gguf;
-use super::gguf_delta;
 use super::layout::Place;
 use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
+use super::{gguf_delta, gguf_experts};
 use crate::gguf;
 use crate::kernels::gated_conv;
 use anyhow::{Context, Result, bail, ensure};
@@ -92,7 +87,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     let [qkv_bias, output_bias, mlp_bias] = family.biases;
     let experts = match &family.mixture {
-        Some(mixture) => mixtures(&fields, mixture, experts, layers)?,
+        Some(mixture) => gguf_experts::mixtures(&fields, mixture, experts, layers)?,
         None => vec![None; layers],
     };
     let config = Config {
@@ -182,91 +177,6 @@ fn convolutions(
 }
 
 const KV_HEADS: &str = "attention.head_count_kv";
-
-/// Per layer, its mixture of experts, where it has one. Which layers have one, how wide experts are and whether there is one
-/// that all tokens go to is read off the tensors: not every converter says it, or says it right (ERNIE's).
-fn mixtures(
-    fields: &Metadata,
-    mixture: &Mixture,
-    count: usize,
-    layers: usize,
-) -> Result<Vec<Option<Experts>>> {
-    let tensor = |layer: usize, name: &str| fields.gguf.shape(&format!("blk.{layer}.{name}"));
-    let used = fields.size("expert_used_count")?;
-    let all = matches!(mixture.layers, SparseLayers::All);
-    let sparse = |layer: &usize| all || tensor(*layer, "ffn_gate_inp.weight").is_some();
-    let first = (0..layers).find(sparse).unwrap_or(0);
-    let ffn = match tensor(first, "ffn_up_exps.weight") {
-        Some(&[_, ffn, _]) => ffn,
-        _ => fields.size("feed_forward_length")?, // it is missing, as will be said
-    };
-    let shared = mixture
-        .shared
-        .as_ref()
-        .zip(tensor(first, "ffn_up_shexp.weight"));
-    let shared = shared.map(|(shared, shape)| (shared, shape[0]));
-    if let Some((
-        SharedExpert {
-            width: (key, times),
-            ..
-        },
-        width,
-    )) = shared
-    {
-        let fits = match times {
-            Some(_) => width.is_multiple_of(ffn),
-            None => *key != mixture.width || width == ffn,
-        };
-        ensure!(
-            fits,
-            "an expert of size {width} for all tokens beside others of size {ffn} is not supported for {}",
-            fields.architecture
-        );
-    }
-    let asked = |key: &str| match fields.get(key) {
-        Some(gguf::Value::Flag(normed)) => Some(*normed),
-        _ => None,
-    };
-    let normed = match mixture.normed {
-        Normed::Always => true,
-        Normed::Asked { gguf, .. } => asked("expert_weights_norm").unwrap_or(gguf),
-    };
-    let groups = fields.whole("expert_group_count")?.unwrap_or(1);
-    ensure!(
-        groups <= 1,
-        "expert_group_count: {groups} groups of experts are not supported, only 1"
-    );
-    let key = "expert_weights_scale";
-    let scale = fields.real(key)?.filter(|_| mixture.scale.is_some());
-    let known = match mixture.scores {
-        Scores::Softmax => 1,
-        Scores::Sigmoid => 2,
-    };
-    let found = fields
-        .whole("expert_gating_func")?
-        .filter(|&found| found > 0);
-    ensure!(
-        found.is_none_or(|found| found == known),
-        "expert_gating_func: {} is not supported for {}, only {known}",
-        found.unwrap_or_default(),
-        fields.architecture
-    );
-    let of_each = Experts {
-        count,
-        used,
-        ffn,
-        scores: mixture.scores,
-        biased: mixture.selection.is_some(),
-        normed: normed.then_some(mixture.least.1 as f32),
-        scale: scale.map_or(Ok(1.0), |scale| positive(key, scale))?,
-        shared: shared.map(|(shared, ffn)| Shared {
-            ffn,
-            gated: shared.gated,
-        }),
-    };
-    let layers = (0..layers).map(|layer| sparse(&layer).then_some(of_each));
-    Ok(layers.collect())
-}
 
 /// What the names of tensors begin with that are of layers which predict further ahead than the next token: after the others.
 pub(super) fn ahead(gguf: &Gguf, layers: usize) -> Vec<String> {
@@ -530,8 +440,8 @@ fn llama3_from_divisors(divisors: &[f32], theta: f32, dims: usize) -> Result<Rop
 
 /// Typed reading of `{architecture}.KEY`.
 pub(super) struct Metadata<'a> {
-    gguf: &'a Gguf,
-    architecture: &'a str,
+    pub gguf: &'a Gguf,
+    pub architecture: &'a str,
 }
 
 impl Metadata<'_> {
@@ -557,7 +467,7 @@ impl Metadata<'_> {
         Ok(size)
     }
 
-    fn real(&self, key: &str) -> Result<Option<f64>> {
+    pub(super) fn real(&self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
             Some(gguf::Value::Real(value)) => Ok(Some(*value)),

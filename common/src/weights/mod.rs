@@ -8,6 +8,7 @@ mod fp8;
 mod gguf;
 mod gguf_config;
 mod gguf_delta;
+mod gguf_experts;
 mod hub;
 mod layout;
 mod rope;

@@ -1,17 +1,102 @@
 //! Mixtures of experts: who goes where, products of many experts' rows at once, and the way back.
 
 use crate::device::{
-    Element, assert_close, for_both, in_every_order, launch, noise, unwritten, wide,
+    Arg, Element, Null, assert_close, for_both, in_every_order, launch, noise, unwritten, wide,
 };
 use half::f16;
 
 const TILE: usize = 128;
 const SHARED: usize = 4 * 2 * TILE * 80;
 
+/// How experts are chosen.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Routing {
+    experts: i32,
+    used: i32,
+    outputs: i32,
+    each: i32,
+    sigmoid: i32,
+    normed: i32,
+    least: f32,
+    scale: f32,
+}
+
+impl From<Routing> for Arg {
+    fn from(how: Routing) -> Self {
+        Self::value(how)
+    }
+}
+
+impl Routing {
+    fn new(experts: usize, used: usize) -> Self {
+        Self {
+            experts: experts as i32,
+            used: used as i32,
+            outputs: experts as i32,
+            each: used as i32,
+            sigmoid: 0,
+            normed: 0,
+            least: 0.0,
+            scale: 1.0,
+        }
+    }
+
+    fn normed(self) -> Self {
+        Self { normed: 1, ..self }
+    }
+
+    /// With an expert that all tokens go to.
+    fn shared(self, gated: bool) -> Self {
+        Self {
+            outputs: self.experts + i32::from(gated),
+            each: self.used + 1,
+            ..self
+        }
+    }
+
+    /// As GLM-4.5 has it.
+    fn sigmoid(self) -> Self {
+        Self {
+            sigmoid: 1,
+            scale: 2.5,
+            ..self
+        }
+    }
+
+    /// Scores of a token, and its gate.
+    fn scores(self, logits: &[f64]) -> Vec<f64> {
+        let (logits, gate) = logits.split_at(self.experts as usize);
+        let sigmoid = |x: &f64| 1.0 / (1.0 + (-x).exp());
+        let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+        let scores = logits.iter().map(|x| match self.sigmoid {
+            0 => x.exp() / sum,
+            _ => sigmoid(x),
+        });
+        scores.chain(gate.iter().map(sigmoid)).collect()
+    }
+
+    /// What the experts that a token goes to count, that for all of them last.
+    fn counts(self, scores: &[f64], chosen: &[i32]) -> Vec<f64> {
+        let worth = |&expert: &i32| scores[expert as usize];
+        let sum: f64 = chosen.iter().map(worth).sum();
+        let over = match self.normed {
+            0 => 1.0,
+            _ => sum.max(self.least.into()),
+        };
+        let counts = chosen
+            .iter()
+            .map(|e| worth(e) / over * f64::from(self.scale));
+        let gate = scores.get(self.experts as usize).copied().unwrap_or(1.0);
+        let shared = (self.used..self.each).map(|_| gate);
+        counts.chain(shared).collect()
+    }
+}
+
 /// What `route`, `count_rows` and `place_rows` find.
 #[derive(Clone, Debug, PartialEq)]
 struct Routes {
-    shares: Vec<f32>,
+    scores: Vec<f32>,
     chosen: Vec<i32>,
     starts: Vec<i32>,
     places: Vec<i32>,
@@ -21,27 +106,28 @@ struct Routes {
 }
 
 impl Routes {
-    fn new(logits: &[f32], experts: usize, used: usize, normed: bool) -> Self {
-        let count = logits.len() / experts;
-        let rows = count * used;
+    fn new(logits: &[f32], how: Routing, selection: Option<&Vec<f32>>) -> Self {
+        let count = logits.len() / how.outputs as usize;
+        let (experts, rows) = (how.experts as usize, count * how.used as usize);
+        let all = count * how.each as usize;
         in_every_order(|| {
             let mut found = Self {
-                shares: logits.to_vec(),
+                scores: logits.to_vec(),
                 chosen: vec![-1; rows],
                 starts: vec![-1; experts + 1],
-                places: vec![-1; rows],
+                places: vec![-1; all],
                 tokens: vec![-1; rows],
-                weights: unwritten(rows),
+                weights: unwritten(all),
                 tiles: vec![[-1; 3]; rows / TILE + experts.min(rows)],
             };
             let (mut worth, mut counts): (Vec<f32>, _) = (unwritten(rows), vec![-1i32; experts]);
-            launch!("route", [count.div_ceil(8), 1, 1], 256, 0; &mut found.shares, &mut found.chosen, &mut worth,
-                count as i32, experts as i32, used as i32, i32::from(normed));
+            launch!("route", [count.div_ceil(8), 1, 1], 256, 0; &mut found.scores, selection, &mut found.chosen,
+                &mut worth, &mut found.places, &mut found.weights, count as i32, how);
             launch!("count_rows", [experts, 1, 1], 256, 0; &found.chosen, &mut counts, rows as i32);
             let tiles = found.tiles.len();
             launch!("place_rows", [experts, 1, 1], 256, 0; &found.chosen, &worth, &counts, &mut found.starts,
-                &mut found.places, &mut found.tokens, &mut found.weights, &mut found.tiles, rows as i32, used as i32,
-                tiles as i32);
+                &mut found.places, &mut found.tokens, &mut found.weights, &mut found.tiles, rows as i32, how.used,
+                how.each, tiles as i32);
             found
         })
     }
@@ -53,47 +139,55 @@ impl Routes {
 }
 
 /// Logits whose experts are wanted unevenly, one by nobody.
-fn logits(count: usize, experts: usize) -> Vec<f32> {
-    let mut logits: Vec<f32> = noise(count * experts, 5);
-    for row in logits.chunks_exact_mut(experts) {
+fn logits(count: usize, how: Routing) -> Vec<f32> {
+    let mut logits: Vec<f32> = noise(count * how.outputs as usize, 5);
+    for row in logits.chunks_exact_mut(how.outputs as usize) {
         row[0] += 1.5;
-        row[experts - 1] = -20.0;
+        row[how.experts as usize - 1] = -20.0;
     }
     logits
 }
 
 #[test]
 fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
-    for (count, experts, used, normed) in [
-        (1, 2, 1, false),
-        (9, 8, 2, true),
-        (300, 40, 8, false),
-        (33, 512, 5, true),
+    for (count, how, selects) in [
+        (1, Routing::new(2, 1), false),
+        (9, Routing::new(8, 2).normed(), false),
+        (300, Routing::new(40, 8), false),
+        (33, Routing::new(512, 5).normed(), false),
+        (33, Routing::new(60, 4).shared(true), false),
+        (9, Routing::new(64, 6).shared(false).normed(), true),
+        (300, Routing::new(128, 8).sigmoid().normed(), true),
+        (17, Routing::new(5, 5).sigmoid().shared(true), true),
     ] {
-        let logits = logits(count, experts);
-        let found = Routes::new(&logits, experts, used, normed);
-        let (mut shares, mut weights) = (vec![], vec![f64::NAN; count * used]);
-        for (token, logits) in logits.chunks_exact(experts).enumerate() {
-            let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        let logits = logits(count, how);
+        let experts = how.experts as usize;
+        let (used, each) = (how.used as usize, how.each as usize);
+        let selection: Vec<f32> = noise(experts, 7);
+        let selection = selects.then_some(&selection);
+        let found = Routes::new(&logits, how, selection);
+        let (mut all_scores, mut weights) = (vec![], vec![f64::NAN; count * each]);
+        for (token, logits) in logits.chunks_exact(how.outputs as usize).enumerate() {
+            let scores = how.scores(&wide(logits));
+            let rank = |e: usize| scores[e] + selection.map_or(0.0, |s| f64::from(s[e]));
             let mut order: Vec<usize> = (0..experts).collect();
-            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-            let share = |expert: usize| f64::from(logits[expert]).exp() / sum;
-            shares.extend((0..experts).map(share));
-            let best = &order[..used];
-            let all: f64 = if normed {
-                best.iter().map(|&expert| share(expert)).sum()
-            } else {
-                1.0
-            };
-            for (place, &expert) in (token * used..).zip(best) {
-                assert_eq!(found.chosen[place], expert as i32);
-                let row = found.places[place] as usize;
-                assert!(found.of(expert).contains(&row));
-                assert_eq!(found.tokens[row], token as i32);
-                weights[row] = share(expert) / all;
+            order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
+            let best: Vec<i32> = order[..used].iter().map(|&e| e as i32).collect();
+            assert_eq!(found.chosen[token * used..][..used], best);
+            let places = &found.places[token * each..][..each];
+            for (&row, weight) in places.iter().zip(how.counts(&scores, &best)) {
+                weights[row as usize] = weight;
             }
+            for (&row, &expert) in places.iter().zip(&best) {
+                assert!(found.of(expert as usize).contains(&(row as usize)));
+                assert_eq!(found.tokens[row as usize], token as i32);
+            }
+            for &row in &places[used..] {
+                assert_eq!(row as usize, count * used + token);
+            }
+            all_scores.extend(scores);
         }
-        assert_close("shares", &found.shares, &shares, 20.0);
+        assert_close("scores", &found.scores, &all_scores, 20.0);
         assert_close("weights", &found.weights, &weights, 20.0);
         assert_eq!(
             (found.starts[0], found.starts[experts]),
@@ -117,11 +211,14 @@ fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
 
 #[test]
 fn of_equals_the_first_is_chosen_and_numbers_that_are_none_choose_somebody() {
-    let found = Routes::new(&[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], 6, 4, false);
+    let how = Routing::new(6, 4);
+    let found = Routes::new(&[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], how, None);
     assert_eq!(found.chosen, [1, 2, 4, 0]);
     // (They are not equal to themselves: one order of threads will do.)
-    let (mut shares, mut chosen, mut worth) = (vec![f32::NAN; 6], vec![-1i32; 4], vec![0f32; 4]);
-    launch!("route", [1, 1, 1], 256, 0; &mut shares, &mut chosen, &mut worth, 1i32, 6i32, 4i32, 1i32);
+    let (mut scores, mut chosen) = (vec![f32::NAN; 6], vec![-1i32; 4]);
+    let (mut worth, mut places, mut weights) = (vec![0f32; 4], vec![0i32; 4], vec![0f32; 4]);
+    launch!("route", [1, 1, 1], 256, 0; &mut scores, Null, &mut chosen, &mut worth, &mut places, &mut weights, 1i32,
+        how.normed());
     assert_eq!(chosen, [0, 1, 2, 3]);
 }
 
@@ -142,7 +239,7 @@ fn uneven() -> Routes {
     }
     tiles.push([0; 3]);
     Routes {
-        shares: vec![],
+        scores: vec![],
         chosen: vec![],
         starts: starts.to_vec(),
         places: vec![],
@@ -338,40 +435,45 @@ fn activations<T: Element>() {
 
 fn routers_gradients<T: Element>() {
     let (count, experts, used) = (9, 40, 5);
-    for normed in [false, true] {
-        let logits = logits(count, experts);
-        let routes = Routes::new(&logits, experts, used, normed);
-        let d_weights: Vec<f32> = noise(count * used, 8);
+    let how = Routing::new(experts, used);
+    let floored = Routing {
+        least: 50.0, // more than any sum
+        ..how.normed()
+    };
+    for how in [
+        how,
+        how.normed(),
+        floored,
+        how.shared(true),
+        how.normed().shared(true).sigmoid(),
+        how.shared(false).sigmoid(),
+        floored.sigmoid(),
+    ] {
+        let (outputs, each) = (how.outputs as usize, how.each as usize);
+        let logits = logits(count, how);
+        let routes = Routes::new(&logits, how, None);
+        let d_weights: Vec<f32> = noise(count * each, 8);
         let found = in_every_order(|| {
-            let mut d_logits: Vec<T> = unwritten(count * experts);
-            launch!(format!("route_backward_{}", T::NAME), [count.div_ceil(8), 1, 1], 256, 0; &routes.shares,
-                &routes.chosen, &routes.places, &routes.weights, &d_weights, &mut d_logits, count as i32,
-                experts as i32, used as i32, i32::from(normed));
+            let mut d_logits: Vec<T> = unwritten(count * outputs);
+            launch!(format!("route_backward_{}", T::NAME), [count.div_ceil(8), 1, 1], 256, 0; &routes.scores,
+                &routes.chosen, &routes.places, &routes.weights, &d_weights, &mut d_logits, count as i32, how);
             d_logits
         });
         // Σ d_weights·weights by finite differences, the choice as it was.
         let mut exact = vec![];
         for token in 0..count {
-            let places = token * used..(token + 1) * used;
             let loss = |logits: &[f64]| -> f64 {
-                let chosen = &routes.chosen[places.clone()];
-                let part = |e: i32| logits[e as usize].exp();
-                let all: f64 = if normed {
-                    chosen.iter().map(|&e| part(e)).sum()
-                } else {
-                    logits.iter().map(|x| x.exp()).sum()
-                };
-                let rows = &routes.places[places.clone()];
-                let terms = chosen.iter().zip(rows);
-                terms
-                    .map(|(&e, &row)| f64::from(d_weights[row as usize]) * part(e) / all)
-                    .sum()
+                let chosen = &routes.chosen[token * used..][..used];
+                let counts = how.counts(&how.scores(logits), chosen).into_iter();
+                let rows = &routes.places[token * each..][..each];
+                let d = rows.iter().map(|&row| f64::from(d_weights[row as usize]));
+                counts.zip(d).map(|(count, d)| count * d).sum()
             };
-            let own: Vec<f64> = wide(&logits[token * experts..][..experts]);
-            for expert in 0..experts {
+            let own: Vec<f64> = wide(&logits[token * outputs..][..outputs]);
+            for output in 0..outputs {
                 let at = |step: f64| {
                     let mut moved = own.clone();
-                    moved[expert] += step;
+                    moved[output] += step;
                     loss(&moved)
                 };
                 exact.push((at(1e-4) - at(-1e-4)) / 2e-4);

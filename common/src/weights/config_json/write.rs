@@ -115,7 +115,7 @@ fn mixtures(config: &Config, mixture: &Mixture, experts: Experts, set: &mut Set)
             let step = of(true).nth(1).map_or(1, |second| second - first);
             set("moe_layer_interval", json!(step));
             set("moe_layer_start_index", json!(first));
-            set("moe_layer_end_index", json!(of(true).last()));
+            set("moe_layer_end_index", json!(of(true).next_back()));
         }
         SparseLayers::From => set("first_k_dense_replace", json!(first)),
     }
