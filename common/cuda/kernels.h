@@ -120,8 +120,9 @@ struct Routing {
     int outputs; // of the router: one more than experts where a gate says what the expert for all tokens counts
     int each;    // rows of a token: one more than used where there is that expert
     int sigmoid; // scores are the sigmoids of logits; else their soft-max
-    int normed;  // what is chosen counts by its score over their sum, or over `least` where that is less; else by its score
+    int normed;  // what is chosen counts by its score over their sum and `plus`, or over `least` where that is less; else by its score
     float least;
+    float plus;  // 0 with a soft-max
     float scale; // times this
 };
 

@@ -82,7 +82,7 @@ __device__ inline void route(float* scores, const float* selection, int* chosen,
         }
     }
     all = warp_sum(all);
-    float over = how.normed ? fmaxf(all, how.least) : 1.0f;
+    float over = how.normed ? fmaxf(all + how.plus, how.least) : 1.0f;
     __syncwarp();
     for (int place = lane(); place < how.used; place += WARP) {
         float* to = worth + token * how.used + place;
@@ -215,7 +215,7 @@ __device__ void route_backward(const float* scores, const int* chosen, const int
     }
     // What weights lose by their common divisor, and what a soft-max's scores lose by theirs: where those are normed, they are
     // a soft-max of the chosen alone.
-    bool normed = how.normed && sum > how.least;
+    bool normed = how.normed && sum + how.plus > how.least;
     float norming = normed ? mean / how.scale : 0.0f;
     float spread = normed || how.sigmoid ? 0.0f : mean;
     for (int expert = lane(); expert < how.outputs; expert += WARP) {

@@ -35,6 +35,7 @@ from transformers import (
     HunYuanDenseV1Config,
     HunYuanMoEV1Config,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -588,6 +589,22 @@ FAMILIES = {
         ),
         {"seed": 105, "legacy": True},
     ),
+    "lfm2-moe": (
+        Lfm2MoeConfig,
+        dict(
+            num_hidden_layers=3,
+            layer_types=["conv", "full_attention", "conv"],
+            num_dense_layers=1,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            routed_scaling_factor=1.5,
+            norm_eps=1e-3,
+            tie_word_embeddings=True,
+            rope_parameters=rope(1000000.0),
+        ),
+        {"seed": 116},
+    ),
     # Weights in FP8: blocks of 16 x 8 share a scale, or all of a tensor do.
     "llama-fp8": (LlamaConfig, dict(rope_parameters=rope(10000.0)), {"seed": 114, "fp8": [16, 8]}),
     "ministral3-fp8": (
@@ -599,7 +616,7 @@ FAMILIES = {
 
 
 # What decides beside the scores which experts are the best: no gradient reaches it, be it a parameter or not.
-SELECTION = "e_score_correction_bias"
+SELECTION = ("e_score_correction_bias", "expert_bias")
 
 
 def fill(model, seed):

@@ -28,10 +28,11 @@ struct Routing {
     sigmoid: i32,
     normed: i32,
     least: f32,
+    plus: f32,
     scale: f32,
 }
 
-// SAFETY: eight numbers of four bytes, no padding.
+// SAFETY: nine numbers of four bytes, no padding.
 unsafe impl Plain for Routing {}
 
 impl Routing {
@@ -44,6 +45,7 @@ impl Routing {
             sigmoid: i32::from(how.scores == Scores::Sigmoid),
             normed: i32::from(how.normed.is_some()),
             least: how.normed.unwrap_or(0.0),
+            plus: how.plus,
             scale: how.scale,
         })
     }

@@ -186,7 +186,7 @@ fn norming(how: Experts, chosen: &[usize], scores: &[f32]) -> (f32, bool) {
         return (1.0, false);
     };
     let sum: f32 = chosen.iter().map(|&expert| scores[expert]).sum();
-    (sum.max(least), sum > least)
+    ((sum + how.plus).max(least), sum + how.plus > least)
 }
 
 fn sigmoid(x: f32) -> f32 {
@@ -309,6 +309,7 @@ mod tests {
         scores: Scores::Softmax,
         biased: false,
         normed: None,
+        plus: 0.0,
         scale: 1.0,
         shared: None,
     };

@@ -53,6 +53,8 @@ pub struct Experts {
     pub biased: bool,
     /// Whether scores of those that a token goes to are divided by their sum, or by this number where that is less.
     pub normed: Option<f32>,
+    /// What is added to that sum.
+    pub plus: f32,
     /// What they are multiplied by, last.
     pub scale: f32,
     /// One more expert, which all tokens go to.
@@ -103,6 +105,9 @@ impl Experts {
         }
         if let Some(least) = self.normed.filter(|&least| least != 0.0) {
             text += &format!(" normed {least:?}");
+        }
+        if self.plus != 0.0 {
+            text += &format!(" plus {:?}", self.plus);
         }
         if self.scale != 1.0 {
             text += &format!(" experts_scale {:?}", self.scale);

@@ -104,6 +104,8 @@ pub(super) struct Mixture {
     pub normed: Normed,
     /// The field of the least number that scores are divided by (a family without one has it as it is), and what it is unsaid.
     pub least: (Option<&'static str>, f64),
+    /// What is added to the sum that they are divided by.
+    pub plus: f32,
     /// The field of what they are multiplied by, where it is heard.
     pub scale: Option<&'static str>,
     /// What a folder calls the numbers that only choose, if there are some, and the dimensions before that of experts.
@@ -119,8 +121,8 @@ pub(super) enum SparseLayers {
     Steps,
     /// Every `moe_layer_interval`-th from `moe_layer_start_index` to `moe_layer_end_index`.
     Span,
-    /// Those from `first_k_dense_replace` on.
-    From,
+    /// Those from the one on that a field says, which is this where a file has none.
+    From(&'static str, i64),
 }
 
 /// Whether the scores of those that a token goes to are divided by their sum.
@@ -262,6 +264,7 @@ const MIXTURE: Mixture = Mixture {
     scores: Scores::Softmax,
     normed: Normed::Always,
     least: (None, 0.0),
+    plus: 0.0,
     scale: None,
     selection: None,
     shared: None,
@@ -454,7 +457,43 @@ const HUNYUAN_NORMS: [Renamed; 2] = [
     ("self_attn.k_norm", "self_attn.key_layernorm"),
 ];
 
-static FAMILIES: [Family; 33] = [
+const LFM2_NAMES: [Renamed; 10] = [
+    ("mlp.gate", "feed_forward.gate"),
+    ("self_attn.q_norm", "self_attn.q_layernorm"),
+    ("self_attn.k_norm", "self_attn.k_layernorm"),
+    ("self_attn.o_proj", "self_attn.out_proj"),
+    ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.up_proj", "feed_forward.w3"),
+    ("mlp.down_proj", "feed_forward.w2"),
+    ("input_layernorm", "operator_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("norm", "embedding_norm"),
+];
+
+const LFM2: Family = Family {
+    model_type: "lfm2",
+    class: "Lfm2",
+    gguf: "lfm2",
+    kv_heads: Some(8),
+    tied: true,
+    norm_eps: 1e-5,
+    norm_eps_field: "norm_eps",
+    theta: 1_000_000.0,
+    biases: [None; 3],
+    qk_norm: Some(QkNorm::Heads),
+    gguf_last_norm: "token_embd_norm",
+    permuted: false,
+    recurrence: Some(RecurrenceKind::Conv),
+    ffn_adjusted: true,
+    renamed: &LFM2_NAMES,
+    spelled: &[
+        ("block_ff_dim", "intermediate_size"),
+        ("tie_embedding", "tie_word_embeddings"),
+    ],
+    ..LLAMA
+};
+
+static FAMILIES: [Family; 34] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -667,7 +706,7 @@ static FAMILIES: [Family; 33] = [
         mixture: Some(Mixture {
             count: ["n_routed_experts", "num_local_experts"],
             width: "moe_intermediate_size",
-            layers: SparseLayers::From,
+            layers: SparseLayers::From("first_k_dense_replace", 1),
             scores: Scores::Sigmoid,
             normed: Normed::Asked {
                 unsaid: true,
@@ -769,37 +808,28 @@ static FAMILIES: [Family; 33] = [
         query_growth: true,
         ..MISTRAL
     },
+    LFM2,
     Family {
-        model_type: "lfm2",
-        class: "Lfm2",
-        gguf: "lfm2",
-        kv_heads: Some(8),
-        tied: true,
-        norm_eps: 1e-5,
-        norm_eps_field: "norm_eps",
-        theta: 1_000_000.0,
-        biases: [None; 3],
-        qk_norm: Some(QkNorm::Heads),
-        gguf_last_norm: "token_embd_norm",
-        permuted: false,
-        recurrence: Some(RecurrenceKind::Conv),
-        ffn_adjusted: true,
-        renamed: &[
-            ("self_attn.q_norm", "self_attn.q_layernorm"),
-            ("self_attn.k_norm", "self_attn.k_layernorm"),
-            ("self_attn.o_proj", "self_attn.out_proj"),
-            ("mlp.gate_proj", "feed_forward.w1"),
-            ("mlp.up_proj", "feed_forward.w3"),
-            ("mlp.down_proj", "feed_forward.w2"),
-            ("input_layernorm", "operator_norm"),
-            ("post_attention_layernorm", "ffn_norm"),
-            ("norm", "embedding_norm"),
-        ],
-        spelled: &[
-            ("block_ff_dim", "intermediate_size"),
-            ("tie_embedding", "tie_word_embeddings"),
-        ],
-        ..LLAMA
+        model_type: "lfm2_moe",
+        class: "Lfm2Moe",
+        gguf: "lfm2moe",
+        ffn_adjusted: false,
+        mixture: Some(Mixture {
+            width: "moe_intermediate_size",
+            layers: SparseLayers::From("num_dense_layers", 2),
+            scores: Scores::Sigmoid,
+            normed: Normed::Asked {
+                unsaid: true,
+                gguf: true,
+            },
+            plus: 1e-6,
+            scale: Some("routed_scaling_factor"),
+            selection: Some(("feed_forward.expert_bias", &[])),
+            files: ExpertFiles::Each("feed_forward.experts", ["w1", "w3", "w2"]),
+            ..MIXTURE
+        }),
+        spelled: &[("tie_embedding", "tie_word_embeddings")],
+        ..LFM2
     },
 ];
 

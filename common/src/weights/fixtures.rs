@@ -29,7 +29,7 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["n_routed_experts"] = json!(3);
         json["num_experts_per_tok"] = json!(2);
         json["moe_intermediate_size"] = json!(24);
-        json["norm_topk_prob"] = json!(["qwen3_moe", "glm4_moe"].contains(&model_type));
+        json["norm_topk_prob"] = json!(["qwen3_moe", "glm4_moe", "lfm2_moe"].contains(&model_type));
         json["routed_scaling_factor"] = json!(2.5);
         json["shared_expert_intermediate_size"] = json!(40);
         json["shared_intermediate_size"] = json!(40);
@@ -44,9 +44,10 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["linear_key_head_dim"] = json!(4);
         json["linear_value_head_dim"] = json!(6);
     }
-    if model_type == "lfm2" {
+    if model_type.starts_with("lfm2") {
         json["layer_types"] = json!(["conv", "full_attention"]);
         json["block_multiple_of"] = json!(16);
+        json["num_dense_layers"] = json!(1);
         json["norm_eps"] = json!(1e-5);
     }
     if model_type == "ministral3" {
@@ -167,7 +168,7 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             (key("expert_used_count"), number(experts.used)),
         ]);
     }
-    if arch == "glm4moe" {
+    if ["glm4moe", "lfm2moe"].contains(&arch) {
         let scale = config.mixture().unwrap().scale;
         metadata.extend([
             (key("expert_gating_func"), number(2)),
@@ -265,6 +266,7 @@ pub(super) fn gguf(
         "qwen3_moe" => "qwen3moe",
         "granitemoeshared" => "granitemoe",
         "glm4_moe" => "glm4moe",
+        "lfm2_moe" => "lfm2moe",
         "ernie4_5_moe" => "ernie4_5-moe",
         "hunyuan_v1_moe" => "hunyuan-moe",
         "mixtral" => "llama",

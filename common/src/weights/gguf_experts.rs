@@ -39,6 +39,7 @@ pub(super) fn mixtures(
         scores: mixture.scores,
         biased: mixture.selection.is_some(),
         normed: is_normed(fields, mixture).then_some(mixture.least.1 as f32),
+        plus: mixture.plus,
         scale: scale.map_or(Ok(1.0), |scale| positive(key, scale))?,
         shared,
     };

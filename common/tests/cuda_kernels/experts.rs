@@ -19,6 +19,7 @@ struct Routing {
     sigmoid: i32,
     normed: i32,
     least: f32,
+    plus: f32,
     scale: f32,
 }
 
@@ -38,6 +39,7 @@ impl Routing {
             sigmoid: 0,
             normed: 0,
             least: 0.0,
+            plus: 0.0,
             scale: 1.0,
         }
     }
@@ -82,7 +84,7 @@ impl Routing {
         let sum: f64 = chosen.iter().map(worth).sum();
         let over = match self.normed {
             0 => 1.0,
-            _ => sum.max(self.least.into()),
+            _ => (sum + f64::from(self.plus)).max(self.least.into()),
         };
         let counts = chosen
             .iter()
@@ -448,6 +450,10 @@ fn routers_gradients<T: Element>() {
         how.normed().shared(true).sigmoid(),
         how.shared(false).sigmoid(),
         floored.sigmoid(),
+        Routing {
+            plus: 0.5,
+            ..how.normed().sigmoid()
+        },
     ] {
         let (outputs, each) = (how.outputs as usize, how.each as usize);
         let logits = logits(count, how);

@@ -59,7 +59,7 @@ pub const DELTA: &str = "qwen3.5";
 pub const CONV: &str = "lfm2";
 
 /// Mixtures of experts.
-pub const MIXTURES: [&str; 12] = [
+pub const MIXTURES: [&str; 13] = [
     "olmoe",
     "mixtral",
     "granite-moe",
@@ -72,6 +72,7 @@ pub const MIXTURES: [&str; 12] = [
     "ernie4-5-moe",
     "glm4-moe",
     "glm4-moe-plain",
+    "lfm2-moe",
 ];
 
 /// The one among them whose experts are of a size that the GPU's kernels do not take.

@@ -165,6 +165,7 @@ fn experts(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Opti
             true => Some(number(mixture.least.0, mixture.least.1)?),
             false => None,
         },
+        plus: mixture.plus,
         scale: number(mixture.scale, 1.0)?,
         shared: match &mixture.shared {
             Some(shared) => shared_expert(fields, shared, ffn)?,
@@ -247,8 +248,8 @@ fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Ve
             let within = |layer: usize| (first..=last).contains(&(layer as i64));
             all.map(|layer| step(&layer) && within(layer)).collect()
         }
-        SparseLayers::From => {
-            let first = whole("first_k_dense_replace", 1)?;
+        SparseLayers::From(key, unsaid) => {
+            let first = whole(key, unsaid)?;
             all.map(|layer| layer as i64 >= first).collect()
         }
     })
@@ -359,6 +360,7 @@ fn refuse_other_mixtures(fields: &Fields) -> Result<()> {
         ("use_bias", json!(false)),
         ("n_group", json!(1)),
         ("topk_group", json!(1)),
+        ("use_expert_bias", json!(true)),
     ] {
         let found = fields.present(key).unwrap_or(&only);
         ensure!(

@@ -396,6 +396,7 @@ fn experts_are_read_as_each_family_has_them() {
         scores: Scores::Softmax,
         biased: false,
         normed: normed.then_some(0.0),
+        plus: 0.0,
         scale: 1.0,
         shared: None,
     };
@@ -495,6 +496,15 @@ fn mixtures_differ_as_transformers_has_them() {
     );
     let plain = json!({"norm_topk_prob": false, "routed_scaling_factor": null});
     assert_eq!(weights(of("glm4_moe", plain)), (sigmoid, true, None, 1.0));
+    let lfm = of("lfm2_moe", json!({}));
+    assert_eq!(lfm.mixture().unwrap().plus, 1e-6);
+    assert_eq!((lfm.ffn, lfm.experts[0]), (64, None));
+    assert_eq!(weights(lfm), (sigmoid, true, Some(0.0), 2.5));
+    let unsaid = of(
+        "lfm2_moe",
+        json!({"num_dense_layers": null, "num_hidden_layers": 3, "layer_types": null}),
+    );
+    assert_eq!(unsaid.experts.iter().flatten().count(), 1);
     let ernie = json!({"moe_norm_min": 0.25});
     assert_eq!(
         weights(of("ernie4_5_moe", ernie)),
@@ -983,7 +993,7 @@ fn a_written_config_reads_back_the_same() {
         let written = config.to_json(None);
         assert_eq!(read(&written).unwrap(), config);
         assert_eq!(written["torch_dtype"], "float32");
-        let field = if family == "lfm2" {
+        let field = if family.starts_with("lfm2") {
             "norm_eps"
         } else {
             "rms_norm_eps"

@@ -117,7 +117,7 @@ fn mixtures(config: &Config, mixture: &Mixture, experts: Experts, set: &mut Set)
             set("moe_layer_start_index", json!(first));
             set("moe_layer_end_index", json!(of(true).next_back()));
         }
-        SparseLayers::From => set("first_k_dense_replace", json!(first)),
+        SparseLayers::From(key, _) => set(key, json!(first)),
     }
 }
 
