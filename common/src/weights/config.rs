@@ -521,7 +521,11 @@ impl Config {
         if self.attention_gate {
             text += " attention_gate";
         }
-        if self.recurrences.iter().any(Option::is_some) {
+        let recurrences = self.recurrences.iter();
+        let deltas: Vec<_> = recurrences.map(|r| r.and_then(Recurrence::delta)).collect();
+        if deltas.iter().any(Option::is_some) {
+            text += &format!(" deltas {deltas:?}");
+        } else if self.recurrences.iter().any(Option::is_some) {
             text += &format!(" recurrences {:?}", self.recurrences);
         }
         text + "\n"

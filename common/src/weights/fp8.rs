@@ -84,11 +84,11 @@ pub(super) const E4M3: [f32; 256] = {
 };
 
 const fn value(byte: u32) -> f32 {
-    let (exponent, mantissa) = (byte >> 3 & 15, byte & 7);
+    let (exponent, mantissa) = ((byte >> 3) & 15, byte & 7);
     let magnitude = match (exponent, mantissa) {
         (15, 7) => f32::NAN,
         (0, mantissa) => mantissa as f32 / 512.0,
-        (exponent, mantissa) => f32::from_bits(exponent + 120 << 23 | mantissa << 20),
+        (exponent, mantissa) => f32::from_bits(((exponent + 120) << 23) | (mantissa << 20)),
     };
     if byte >> 7 == 1 {
         -magnitude

@@ -1,5 +1,6 @@
 //! `config.json`: read as each family means it, written as transformers 4 and 5 and vLLM all read it.
 
+mod experts;
 mod fields;
 mod positions;
 mod read;

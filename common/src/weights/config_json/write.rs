@@ -1,11 +1,9 @@
 //! From a config to fields under the names that transformers 4 and 5 and vLLM all read.
 
-use super::super::config::{Config, Experts};
-use super::super::family::{
-    self, Family, Mixture, Normed, Rotated, Scales, SharedExpert, SparseLayers, Windows,
-};
+use super::super::config::Config;
+use super::super::family::{self, Family, Rotated, Scales, Windows};
 use super::super::rope::{Rope, RopeScaling};
-use super::{CAPS, recurrences, shortest};
+use super::{CAPS, experts, recurrences, shortest};
 use serde_json::{Map, Value, json};
 
 /// Writes what is known over what there is.
@@ -47,7 +45,7 @@ fn shape(config: &Config, family: &Family, set: &mut Set) {
 /// What the layers are made of: experts, activation, biases.
 fn layers(config: &Config, family: &Family, set: &mut Set) {
     if let (Some(mixture), Some(experts)) = (&family.mixture, config.mixture()) {
-        mixtures(config, mixture, experts, set);
+        experts::write(config, mixture, experts, set);
     }
     if let Some(key) = family.qk_norm_asked {
         set(key, json!(config.qk_norm.is_some()));
@@ -73,51 +71,6 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
         if let Some(key) = key {
             set(key, json!(bias));
         }
-    }
-}
-
-fn mixtures(config: &Config, mixture: &Mixture, experts: Experts, set: &mut Set) {
-    set(mixture.width, json!(experts.ffn));
-    set(mixture.count[0], json!(experts.count));
-    set(mixture.used[0], json!(experts.used));
-    if let Normed::Asked { .. } = mixture.normed {
-        set("norm_topk_prob", json!(experts.normed.is_some()));
-    }
-    if let (Some(key), Some(least)) = (mixture.least.0, experts.normed) {
-        set(key, shortest(least));
-    }
-    if let Some(key) = mixture.scale {
-        set(key, shortest(experts.scale));
-    }
-    if let Some(SharedExpert {
-        width: (key, times),
-        ..
-    }) = mixture.shared
-    {
-        let width = experts.shared.map_or(0, |shared| shared.ffn);
-        set(key, json!(times.map_or(width, |_| width / experts.ffn)));
-    }
-    let numbered = config.experts.iter().enumerate();
-    let of = |sparse: bool| {
-        let layers = numbered
-            .clone()
-            .filter(move |(_, own)| own.is_some() == sparse);
-        layers.map(|(layer, _)| layer)
-    };
-    let first = of(true).next().unwrap_or(config.layers);
-    match mixture.layers {
-        SparseLayers::All => {}
-        SparseLayers::Steps => {
-            set("decoder_sparse_step", json!(1));
-            set("mlp_only_layers", of(false).collect());
-        }
-        SparseLayers::Span => {
-            let step = of(true).nth(1).map_or(1, |second| second - first);
-            set("moe_layer_interval", json!(step));
-            set("moe_layer_start_index", json!(first));
-            set("moe_layer_end_index", json!(of(true).next_back()));
-        }
-        SparseLayers::From(key, _) => set(key, json!(first)),
     }
 }
 
