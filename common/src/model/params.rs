@@ -148,14 +148,6 @@ impl RecurrentParams {
             Self::Conv(conv) => vec![&conv.weight],
         }
     }
-
-    /// Those of linear attention.
-    pub fn delta(&self) -> Option<&DeltaParams> {
-        match self {
-            Self::Delta(delta) => Some(delta),
-            Self::Conv(_) => None,
-        }
-    }
 }
 
 /// The parameters of a gated short convolution beside its projections.
