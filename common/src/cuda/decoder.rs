@@ -135,9 +135,12 @@ impl Decoder {
         working: &Buffer,
     ) -> Result<Self> {
         Self::build(device, config, precision, |span, format| {
-            // Products of experts read 16 bytes; what else is read in vectors, the embedding, begins everything.
+            // Products of experts read 16 bytes; what else is read in vectors, the embedding, begins everything. (What only chooses
+            // experts is read one by one.)
+            let (_, shape) = &span.tensors[0];
+            let wants = config.mixture().is_some() && shape.len() > 1;
             ensure!(
-                config.mixture().is_none() || span.range.start.is_multiple_of(8),
+                !wants || span.range.start.is_multiple_of(8),
                 "{:?} does not begin at a multiple of 8 elements, as training experts on a GPU wants it: use --device cpu",
                 span.tensors[0].0
             );

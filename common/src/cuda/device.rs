@@ -70,18 +70,21 @@ impl Launch {
     }
 }
 
+/// The bytes of the largest argument: `Routing` has nine numbers.
+const MOST_BYTES: usize = 40;
+
 /// An argument of a kernel: its bytes in the order of this machine, which is the device's.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(8))]
 pub struct Arg {
-    bytes: [u8; 32],
+    bytes: [u8; MOST_BYTES],
     size: usize,
 }
 
 impl Arg {
     /// A number, or a structure of numbers as the kernel declares it.
     pub fn plain<T: Plain>(value: T) -> Self {
-        let mut bytes = [0; 32];
+        let mut bytes = [0; MOST_BYTES];
         let size = size_of::<T>();
         bytes[..size].copy_from_slice(bytes_of_slice(std::slice::from_ref(&value)));
         Self { bytes, size }

@@ -59,7 +59,7 @@ impl Element for f16 {
 /// A parameter of a kernel: a value, or the address of a vector.
 #[derive(Clone, Copy)]
 pub struct Arg {
-    bytes: [u64; 4],
+    bytes: [u64; 5],
     size: usize,
     vector: Option<Vector>,
 }
@@ -82,11 +82,11 @@ impl Plain for f64 {}
 impl Arg {
     pub fn value<T: Copy>(value: T) -> Self {
         let mut arg = Self {
-            bytes: [0; 4],
+            bytes: [0; 5],
             size: size_of::<T>(),
             vector: None,
         };
-        assert!(arg.size <= 32 && align_of::<T>() <= 8);
+        assert!(arg.size <= size_of_val(&arg.bytes) && align_of::<T>() <= 8);
         // SAFETY: the value fits, as was just checked.
         unsafe { arg.bytes.as_mut_ptr().cast::<T>().write(value) };
         arg
