@@ -137,8 +137,9 @@ KERNEL(256, route, float* scores, const float* selection, int* chosen, float* wo
 KERNEL(256, count_rows, const int* chosen, int* counts, int rows);
 
 // Where rows lie: starts[e] .. starts[e+1] are expert e's, `starts` [experts + 1]. `places` [count, each] is the row of each
-// of `chosen`, and that at the expert for all tokens; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles` [tile_count] cover all rows; there are
-// at most rows / EXPERT_TILE + min(experts, rows), and what is left of them gets no rows. Grid (experts).
+// of `chosen`, and that at the expert for all tokens; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles`
+// [tile_count] cover all rows; there are at most rows / EXPERT_TILE + min(experts, rows), and what is left of them gets no rows.
+// Grid (experts).
 KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
     float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count);
 

@@ -213,7 +213,9 @@ pub(super) fn write_gguf(
             } else {
                 dtype
             };
-            let tensor = Tensor::from_slice(values, shape.clone(), &Device::Cpu).unwrap();
+            // The converter leaves out dimensions of 1.
+            let said: Vec<_> = shape.iter().copied().filter(|&n| n != 1).collect();
+            let tensor = Tensor::from_slice(values, said, &Device::Cpu).unwrap();
             (name.clone(), QTensor::quantize(&tensor, dtype).unwrap())
         })
         .collect();

@@ -116,15 +116,6 @@ impl Gguf {
 
 /// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
 pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Place> {
-    let squeezed;
-    let shape = match shape {
-        // A convolution of each channel by itself.
-        &[channels, 1, kernel] => {
-            squeezed = [channels, kernel];
-            &squeezed[..]
-        }
-        _ => shape,
-    };
     if let Some(place) = gguf_delta::place(name, shape) {
         return Some(place);
     }

@@ -212,8 +212,8 @@ impl Shards {
         Ok((info.dtype, place.rows_of(bytes)))
     }
 
-    /// The scales of a tensor in FP8, and how it shares them.
-    fn scales(&self, place: &Place) -> Result<(Scaling, Vec<f32>)> {
+    /// The format and the bytes of the scales of a tensor in FP8, and how it shares them.
+    fn scales(&self, place: &Place) -> Result<(Scaling, Dtype, &[u8])> {
         let at = || {
             let file = self.file_of(&self.names.stored(&place.name));
             let path = &file.unwrap_or(&self.files[0]).mapped.path;
@@ -237,9 +237,7 @@ impl Shards {
             "{}: its scales are in FP8, too",
             at()
         );
-        let mut values = vec![0.0; scales.len()];
-        widen(dtype, bytes, &mut values);
-        Ok((scaling, values))
+        Ok((scaling, dtype, bytes))
     }
 
     /// Reads a tensor, widened to float32.
@@ -248,8 +246,10 @@ impl Shards {
         let mut values = vec![0.0; place.len()];
         widen(dtype, bytes, &mut values);
         if dtype == Dtype::F8_E4M3 {
-            let (scaling, scales) = self.scales(place)?;
+            let (scaling, dtype, bytes) = self.scales(place)?;
             let cols = place.shape[1];
+            let mut scales = vec![0.0; scaling.grid(&place.shape)?.iter().product()];
+            widen(dtype, bytes, &mut scales);
             scaling.apply(&scales, (place.rows.start, cols), &mut values);
         }
         Ok(values)

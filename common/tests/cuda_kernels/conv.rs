@@ -1,6 +1,6 @@
 //! Short convolutions between gates: held to the CPU's kernels, and token by token to what a batch gives.
 
-use crate::delta::{Numbers, segments};
+use crate::delta::{Numbers, narrow, segments, turn};
 use crate::device::{
     Element, assert_close, for_both, in_every_order, launch, noise, unwritten, wide,
 };
@@ -33,18 +33,6 @@ fn grid(shape: Shape, rows: usize) -> [usize; 3] {
 
 fn numbers(shape: Shape) -> (i32, i32) {
     (shape.channels as i32, shape.kernel as i32)
-}
-
-fn narrow<T: Element>(x: &[T]) -> Vec<f32> {
-    x.iter().map(|x| x.to()).collect()
-}
-
-/// `[channels, kernel]`, as files and the device have it, as the CPU does.
-fn turn(x: &[f32], width: usize) -> Vec<f32> {
-    let rows = x.len() / width;
-    (0..x.len())
-        .map(|i| x[i % rows * width + i / rows])
-        .collect()
 }
 
 fn forward<T: Element>(shape: Shape, layout: &Layout, weight: &Vec<f32>, raw: &Vec<T>) -> Vec<T> {

@@ -344,7 +344,7 @@ struct Parameters {
 }
 
 /// `[rows, cols]` as `[cols, rows]`.
-fn turn(values: &[f32], cols: usize) -> Vec<f32> {
+pub fn turn(values: &[f32], cols: usize) -> Vec<f32> {
     let rows = values.len() / cols;
     let at = |i| values[i % rows * cols + i / rows];
     (0..values.len()).map(at).collect()
@@ -472,7 +472,7 @@ fn backward<T: Element>(
     (d_raw, sums)
 }
 
-fn narrow<T: Element>(x: &[T]) -> Vec<f32> {
+pub fn narrow<T: Element>(x: &[T]) -> Vec<f32> {
     x.iter().map(|x| x.to()).collect()
 }
 

@@ -80,7 +80,6 @@ fn shared_expert(fields: &Fields, shared: &SharedExpert, ffn: usize) -> Result<O
 
 /// Per layer, whether it has experts.
 fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<bool>> {
-    let size = |key: &str| fields.present(key).map_or(Ok(1), |_| fields.size(key));
     let whole = |key: &str, unsaid: i64| match fields.present(key) {
         None => Ok(unsaid),
         Some(value) => {
@@ -92,7 +91,7 @@ fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Ve
     Ok(match mixture.layers {
         SparseLayers::All => vec![true; layers],
         SparseLayers::Steps => {
-            let step = every(size("decoder_sparse_step")?);
+            let step = every(fields.size_or("decoder_sparse_step", 1)?);
             let key = "mlp_only_layers";
             let dense = match fields.present(key) {
                 None => &vec![],
@@ -104,7 +103,7 @@ fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Ve
                 .collect()
         }
         SparseLayers::Span => {
-            let step = every(size("moe_layer_interval")?);
+            let step = every(fields.size_or("moe_layer_interval", 1)?);
             let first = whole("moe_layer_start_index", 1)?;
             let last = match whole("moe_layer_end_index", -1)? {
                 -1 => i64::MAX,

@@ -27,6 +27,14 @@ impl<'a> Fields<'a> {
         Ok(size)
     }
 
+    /// A size, or this where the file has none.
+    pub fn size_or(&self, key: &str, unsaid: usize) -> Result<usize> {
+        match self.present(key) {
+            None => Ok(unsaid),
+            Some(_) => self.size(key),
+        }
+    }
+
     pub fn number(&self, key: &str) -> Result<Option<f64>> {
         self.present(key)
             .map(|value| {

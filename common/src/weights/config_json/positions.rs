@@ -115,10 +115,7 @@ fn sliding_window(fields: &Fields, unsaid: Option<usize>) -> Result<Option<usize
 /// SmolLM3: a list that is there, or all but every fourth layer.
 fn rotating_layers(fields: &Fields, layers: usize) -> Result<Vec<bool>> {
     let Some(list) = fields.present("no_rope_layers") else {
-        let interval = match fields.present("no_rope_layer_interval") {
-            None => 4,
-            Some(_) => fields.size("no_rope_layer_interval")?,
-        };
+        let interval = fields.size_or("no_rope_layer_interval", 4)?;
         return Ok((1..=layers).map(|layer| layer % interval != 0).collect());
     };
     let list = list.as_array().context("no_rope_layers: must be a list")?;

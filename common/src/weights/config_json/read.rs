@@ -134,10 +134,7 @@ fn adjusted(fields: &Fields, family: &Family, said: usize) -> Result<usize> {
         return Ok(said);
     }
     let scale = fields.number("block_ffn_dim_multiplier")?.unwrap_or(1.0);
-    let multiple = match fields.present("block_multiple_of") {
-        None => 256,
-        Some(_) => fields.size("block_multiple_of")?,
-    };
+    let multiple = fields.size_or("block_multiple_of", 256)?;
     let two_thirds = (2.0 * said as f64 / 3.0).floor();
     Ok(((two_thirds * scale) as usize).next_multiple_of(multiple))
 }

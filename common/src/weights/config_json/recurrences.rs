@@ -32,7 +32,7 @@ pub fn read(
         RecurrenceKind::Delta => Recurrence::Delta(delta_shape(fields)?),
         RecurrenceKind::Conv => Recurrence::Conv(gated_conv::Shape {
             channels: hidden,
-            kernel: size(fields, "conv_L_cache", 3)?,
+            kernel: fields.size_or("conv_L_cache", 3)?,
         }),
     };
     let [attention, other] = names(kind);
@@ -47,7 +47,7 @@ pub fn read(
         }
         None => match kind {
             RecurrenceKind::Delta => {
-                let interval = size(fields, "full_attention_interval", 4)?;
+                let interval = fields.size_or("full_attention_interval", 4)?;
                 (1..=layers).map(|n| !n.is_multiple_of(interval)).collect()
             }
             RecurrenceKind::Conv => {
@@ -59,20 +59,13 @@ pub fn read(
     Ok(recurs.into_iter().map(|on| on.then_some(shape)).collect())
 }
 
-fn size(fields: &Fields, key: &str, unsaid: usize) -> Result<usize> {
-    match fields.present(key) {
-        None => Ok(unsaid),
-        Some(_) => fields.size(key),
-    }
-}
-
 fn delta_shape(fields: &Fields) -> Result<delta::Shape> {
     Ok(delta::Shape {
-        key_heads: size(fields, "linear_num_key_heads", 16)?,
-        value_heads: size(fields, "linear_num_value_heads", 32)?,
-        key_dim: size(fields, "linear_key_head_dim", 128)?,
-        value_dim: size(fields, "linear_value_head_dim", 128)?,
-        kernel: size(fields, "linear_conv_kernel_dim", 4)?,
+        key_heads: fields.size_or("linear_num_key_heads", 16)?,
+        value_heads: fields.size_or("linear_num_value_heads", 32)?,
+        key_dim: fields.size_or("linear_key_head_dim", 128)?,
+        value_dim: fields.size_or("linear_value_head_dim", 128)?,
+        kernel: fields.size_or("linear_conv_kernel_dim", 4)?,
     })
 }
 
