@@ -7,7 +7,7 @@
 use crate::kernels::gemm::{Left, Mat, Packed, PackedLeft, Threads, Write, matmul, multiply};
 use crate::kernels::layout::Layout;
 use crate::kernels::{cap, rows, softmax, team};
-use crate::model::{Decoder, Model};
+use crate::model::{Aside, Decoder, Model};
 use anyhow::Result;
 use std::cell::Cell;
 use std::ops::Range;
@@ -115,7 +115,8 @@ impl Batch {
 pub fn score(decoder: &Decoder, groups: &[Group]) -> Vec<f64> {
     let batch = Batch::new(groups);
     let found = team::with(|| {
-        let hidden = decoder.forward(&batch.layout, &batch.tokens, |_, _| {});
+        let mut aside = Aside::default();
+        let hidden = decoder.forward(&batch.layout, &batch.tokens, &mut aside, |_, _| {});
         let mut normed = vec![];
         decoder.final_norm(&batch.gather(&hidden, decoder.config.hidden), &mut normed);
         target_logps(decoder, &normed, &batch.targets)

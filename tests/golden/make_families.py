@@ -24,6 +24,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -127,6 +128,12 @@ GROWING = rope(
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.5,
 )
+
+
+GEMMA4_ROPES = {
+    "sliding_attention": rope(10000.0),
+    "full_attention": rope(1000.0, "proportional", partial_rotary_factor=0.5),
+}
 
 
 # name -> (config class, fields that differ from TINY, how it is saved and from which seed; else that is its place here)
@@ -612,11 +619,51 @@ FAMILIES = {
         dict(head_dim=16, tie_word_embeddings=True, rope_parameters=GROWING),
         {"seed": 115, "fp8": None},
     ),
+    # Two layers attend to the keys of earlier ones, one of each kind; every layer has embeddings of its own.
+    "gemma4": (
+        Gemma4TextConfig,
+        dict(
+            num_hidden_layers=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"] + ["sliding_attention", "full_attention"],
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+            intermediate_size=16,
+            head_dim=8,
+            global_head_dim=16,
+            sliding_window=8,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=TINY["vocab_size"],
+            final_logit_softcapping=4.0,
+            tie_word_embeddings=True,
+            rope_parameters=GEMMA4_ROPES,
+        ),
+        {"seed": 116},
+    ),
+    # Values are keys in layers that see everything, whose key heads are fewer, too.
+    "gemma4-keys": (
+        Gemma4TextConfig,
+        dict(
+            num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            attention_k_eq_v=True,
+            head_dim=8,
+            global_head_dim=12,
+            num_global_key_value_heads=1,
+            sliding_window=8,
+            hidden_size_per_layer_input=0,
+            final_logit_softcapping=4.0,
+            tie_word_embeddings=True,
+            rope_parameters=GEMMA4_ROPES,
+        ),
+        {"seed": 117},
+    ),
 }
 
 
 # What decides beside the scores which experts are the best: no gradient reaches it, be it a parameter or not.
 SELECTION = ("e_score_correction_bias", "expert_bias")
+# Nor this, which the residual stream is multiplied by.
+SCALE = "layer_scalar"
 
 
 def fill(model, seed):
@@ -624,7 +671,7 @@ def fill(model, seed):
     generator = torch.Generator().manual_seed(seed)
     # Norms that multiply by 1 + weight; not those of what Qwen3.5's linear attention reads.
     kind = model.config.model_type
-    from_one = ["norm"] if "gemma" in kind else ["layernorm", "_norm", "model.norm"] if "qwen3_5" in kind else []
+    from_one = ["norm"] if "gemma" in kind and "gemma4" not in kind else ["layernorm", "_norm", "model.norm"] if "qwen3_5" in kind else []
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
@@ -641,6 +688,8 @@ def fill(model, seed):
         for name, b in model.named_buffers():
             if name.endswith(SELECTION):
                 b.copy_(0.3 * torch.randn(b.shape, generator=generator))
+            if name.endswith(SCALE):
+                b.copy_(0.6 + torch.rand(b.shape, generator=generator))
 
 
 def legacy_config(config):
@@ -743,7 +792,7 @@ def sequences(model, generator):
 def stored_gradients(model):
     """Gradients by the names of the tensors in the folder."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    fixed = {name: x for name, x in model.state_dict().items() if name.endswith(SELECTION)}
+    fixed = {name: x for name, x in model.state_dict().items() if name.endswith((*SELECTION, SCALE))}
     grads.update({name: torch.zeros_like(x) for name, x in fixed.items()})
     if getattr(model.config, "num_experts_per_tok", None):
         return revert_weight_conversion(model, grads)

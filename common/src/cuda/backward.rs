@@ -356,7 +356,7 @@ impl<'a> Backward<'a> {
             _ => ((0, 0), 0),
         };
         // Both lie side by side, as the kernel sums them.
-        let wanted = places.qk_norms.as_ref().filter(|_| by_heads);
+        let wanted = places.qk_norms().filter(|_| by_heads);
         let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
         let (cos, sin, queries) = self.shape.rotary.of(i);
@@ -396,7 +396,7 @@ impl<'a> Backward<'a> {
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
         let (Some((q, k)), Some((q_span, k_span)), Some(QkNorm::Rows), Some(raw)) = (
             &layer.qk_norms,
-            &places.qk_norms,
+            places.qk_norms(),
             self.decoder.config.qk_norm,
             &pass.qkv_raw,
         ) else {

@@ -94,6 +94,10 @@ impl Decoder {
     /// # Errors
     /// Experts that are too many, or of odd sizes; linear attention with keys that are too long.
     pub fn check(config: &Config) -> Result<()> {
+        ensure!(
+            !config.layer_scales,
+            "Gemma 4 does not run on a GPU yet: use --device cpu"
+        );
         delta::check(config)?;
         experts::check(config)
     }
@@ -185,8 +189,7 @@ impl Decoder {
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
                 qk_norms: p
-                    .qk_norms
-                    .as_ref()
+                    .qk_norms()
                     .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
                     .transpose()?,
                 recurrent: (p.recurrent.as_ref())

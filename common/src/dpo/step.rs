@@ -3,7 +3,7 @@
 use super::loss::{Objective, PairLogps};
 use crate::kernels::team;
 use crate::logprob::{Batch, Group, TargetLogps, target_logps, target_logps_backward};
-use crate::model::{Decoder, Gradients, Kept, Model, Workspace, backward};
+use crate::model::{Aside, Decoder, Gradients, Kept, LayerState, Model, Workspace, backward};
 use crate::weights::Config;
 
 /// A pair ready to train on.
@@ -209,6 +209,7 @@ fn accumulate_part(
 pub(crate) struct Forward {
     pub batch: Batch,
     layers: Vec<Kept>,
+    aside: Aside,
     /// The residual stream of the rows that predict, `[targets, hidden]`.
     gathered: Vec<f32>,
     /// The same after the last norm.
@@ -220,9 +221,11 @@ impl Forward {
     /// Runs the batch. The states of the last `whole` layers are kept, of the others their inputs.
     pub fn new(decoder: &Decoder, batch: &Batch, whole: usize, workspace: &mut Workspace) -> Self {
         let mut layers = vec![];
-        let hidden = decoder.forward(&batch.layout, &batch.tokens, |i, state| {
+        let mut aside = Aside::default();
+        let keep = |i: usize, state: &mut LayerState| {
             layers.push(workspace.keep(state, i + whole >= decoder.config.layers));
-        });
+        };
+        let hidden = decoder.forward(&batch.layout, &batch.tokens, &mut aside, keep);
         let gathered = batch.gather(&hidden, decoder.config.hidden);
         let mut normed = vec![];
         decoder.final_norm(&gathered, &mut normed);
@@ -230,6 +233,7 @@ impl Forward {
         Self {
             batch: batch.clone(),
             layers,
+            aside,
             gathered,
             normed,
             found,
@@ -238,7 +242,7 @@ impl Forward {
 
     /// Adds the gradients, given ∂L/∂(log p) of every target.
     pub fn backward(
-        self,
+        mut self,
         model: Model,
         d_logps: &[f32],
         gradients: &mut Gradients,
@@ -270,6 +274,7 @@ impl Forward {
             &self.batch.layout,
             &self.batch.tokens,
             self.layers,
+            &mut self.aside,
             dx,
             gradients,
             workspace,

@@ -16,6 +16,8 @@ pub enum Past {
     Keys(LayerCache),
     /// Of what stands in its place: of a prompt, or of that and the response so far.
     Memory(Memory),
+    /// Keys and values are an earlier layer's.
+    Lent,
 }
 
 impl Past {
@@ -23,7 +25,7 @@ impl Past {
     pub fn keys(&self) -> &LayerCache {
         match self {
             Self::Keys(cache) => cache,
-            Self::Memory(_) => unreachable!("a memory has no keys"),
+            _ => unreachable!("it has no keys of its own"),
         }
     }
 
@@ -31,7 +33,7 @@ impl Past {
     pub fn keys_mut(&mut self) -> &mut LayerCache {
         match self {
             Self::Keys(cache) => cache,
-            Self::Memory(_) => unreachable!("a memory has no keys"),
+            _ => unreachable!("it has no keys of its own"),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::jsonl::FinishReason;
 use crate::kernels::decoding::Format;
 use crate::kernels::layout::Layout;
 use crate::kernels::team;
-use crate::model::{Decoder, LayerState, Memory, Rotations};
+use crate::model::{Aside, Decoder, LayerState, Memory, Rotations};
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -172,6 +172,10 @@ impl<'a> Generator<'a> {
                 }
                 return;
             }
+            if self.decoder.keys_of(i) != i {
+                parts.for_each(|(prefix, _)| prefix.past.push(Past::Lent));
+                return;
+            }
             let width = self.decoder.heads(i).qkv_width();
             team::items(parts.collect(), |_, (prefix, segment)| {
                 let mut cache = LayerCache::new(self.shape(i), segment.tokens.len());
@@ -182,7 +186,10 @@ impl<'a> Generator<'a> {
                 prefix.past.push(Past::Keys(cache));
             });
         };
-        let hidden = team::with(|| self.decoder.forward(&layout, &tokens, keep));
+        let hidden = team::with(|| {
+            self.decoder
+                .forward(&layout, &tokens, &mut Aside::default(), keep)
+        });
         let width = self.decoder.config.hidden;
         for ((number, mut prefix), segment) in
             together.into_iter().zip(prefixes).zip(layout.segments())
@@ -230,6 +237,7 @@ impl<'a> Generator<'a> {
             let past = |(i, prompt): (usize, &Past)| match prompt {
                 Past::Keys(_) => Past::Keys(LayerCache::new(self.shape(i), longest)),
                 Past::Memory(memory) => Past::Memory(memory.clone()),
+                Past::Lent => Past::Lent,
             };
             let mut sequence = Sequence {
                 group: number,
@@ -298,6 +306,7 @@ impl<'a> Generator<'a> {
     fn past_bytes(&self, tokens: usize) -> usize {
         let layers = 0..self.decoder.config.layers;
         let bytes = |i: usize| match self.decoder.recurrent(i) {
+            None if self.decoder.keys_of(i) != i => 0,
             None => LayerCache::bytes(self.shape(i), tokens),
             Some(recurrent) => Memory::bytes(recurrent.kind()),
         };

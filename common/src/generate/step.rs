@@ -7,7 +7,7 @@ use super::logits::Logits;
 use super::queue::{Group, Queue};
 use super::sampler::Sampling;
 use crate::kernels::{fit, team};
-use crate::model::{Decoder, LayerState, Recurrent, Rotations};
+use crate::model::{Aside, Decoder, LayerState, Recurrent, Rotations};
 use std::cell::Cell;
 
 /// What all sequences share.
@@ -22,6 +22,7 @@ pub(super) struct Step<'a> {
 #[derive(Default)]
 pub(super) struct Storage {
     state: LayerState,
+    aside: Aside,
     next: Vec<f32>,
     logits: Logits,
 }
@@ -54,12 +55,13 @@ impl Step<'_> {
             .collect();
         let Storage {
             state,
+            aside,
             next,
             logits,
         } = storage;
-        decoder.embed(&last, &mut state.x);
+        decoder.begin(&last, aside, &mut state.x);
         for i in 0..decoder.config.layers {
-            decoder.project(i, &positions, self.rotations, state);
+            decoder.project(i, &positions, self.rotations, aside, state);
             match decoder.recurrent(i) {
                 Some(recurrent) => go_on(i, recurrent, running, state),
                 None => {
@@ -68,16 +70,19 @@ impl Step<'_> {
                     self.attention(i, running, &state.qkv, &mut state.attention);
                 }
             }
-            decoder.finish(i, state, next);
+            decoder.finish(i, aside, state, next);
             std::mem::swap(&mut state.x, next);
         }
         logits.set(decoder, &state.x, self.how.scale());
     }
 
-    /// Attention of each sequence's last token over its prompt and its own past, to which its key and value are added:
+    /// Attention of each sequence's last token over its prompt and its own past, to which its key and value are added (where
+    /// these are an earlier layer's, that has added them):
     /// `qkv` `[running, qkv_width]`, `out` `[running, q_width]`.
     fn attention(&self, layer: usize, running: &mut [Sequence], qkv: &[f32], out: &mut [f32]) {
         let heads = self.decoder.heads(layer);
+        let keys_of = self.decoder.keys_of(layer);
+        let new = usize::from(keys_of == layer);
         // Enough in a task to share the reading of the prompt's keys, few enough to share the work.
         let most = (running.len() / (4 * rayon::current_num_threads())).clamp(1, 8);
         let mut tasks = vec![];
@@ -91,23 +96,25 @@ impl Step<'_> {
             }
         }
         team::items(tasks, |_, (members, qkv, out)| {
-            let prefix = self.group(&members[0]).own.past[layer].keys();
+            let prefix = self.group(&members[0]).own.past[keys_of].keys();
             let (shape, seen) = (prefix.shape(), prefix.tokens());
             let first = |m: &Sequence| {
-                let end = seen + m.past[layer].keys().tokens() + 1;
+                let end = seen + m.past[keys_of].keys().tokens() + new;
                 end.saturating_sub(heads.window.unwrap_or(usize::MAX))
             };
             let first: Vec<usize> = members.iter().map(first).collect();
             let mut rows = ROWS.take();
             rows.start(shape, qkv);
-            let own = members.first().map(|m| m.past[layer].keys());
+            let own = members.first().map(|m| m.past[keys_of].keys());
             rows.see(0..members.len(), (prefix, own), |m| first[m]);
             let mut left = members;
             for (m, qkv) in qkv.chunks_exact(heads.qkv_width()).enumerate() {
                 let (member, after) = left.split_first_mut().expect("one for each row");
-                let own = member.past[layer].keys_mut();
-                own.push(qkv);
-                let next = after.first().map(|m| m.past[layer].keys());
+                let own = member.past[keys_of].keys_mut();
+                if keys_of == layer {
+                    own.push(qkv);
+                }
+                let next = after.first().map(|m| m.past[keys_of].keys());
                 rows.see(m..m + 1, (own, next), |m| first[m].saturating_sub(seen));
                 left = after;
             }
@@ -129,7 +136,7 @@ fn go_on(layer: usize, recurrent: &Recurrent, running: &mut [Sequence], state: &
         running.iter_mut().zip(rows).collect(),
         |_, (sequence, (raw, out))| match &mut sequence.past[layer] {
             Past::Memory(memory) => recurrent.go_on(memory, raw, out),
-            Past::Keys(_) => unreachable!("it keeps no keys"),
+            _ => unreachable!("it keeps no keys"),
         },
     );
 }

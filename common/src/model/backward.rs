@@ -1,16 +1,19 @@
 //! The backward pass, layer by layer from the last, with each layer's state kept or made again from its input.
 
-use super::decoder::{Decoder, Layer, LayerState, Linear};
+use super::decoder::{Aside, Decoder, Layer, LayerState, Linear};
 use super::gradients::Gradients;
+use super::layer_inputs::Inputs;
 use super::params::{LayerParams, Matrix, Params, Span};
 use super::rotations::Rotations;
 use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
-use crate::kernels::layout::{Heads, Layout};
+use crate::kernels::layout::Layout;
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
+use crate::weights::Fused;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
 /// percent of a pass over some hundred tokens, and saves a second copy of the model.
@@ -35,12 +38,14 @@ pub(super) fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut 
 /// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
 /// every parameter's gradient on the way.
 ///
-/// `layers` holds what is kept of each layer of the forward pass over the same batch; it goes back to `workspace`.
+/// `layers` holds what is kept of each layer of the forward pass over the same batch; it goes back to `workspace`. `aside` is as
+/// that left it.
 pub fn backward(
     model: Model,
     layout: &Layout,
     tokens: &[u32],
     mut layers: Vec<Kept>,
+    aside: &mut Aside,
     mut dx: Vec<f32>,
     gradients: &mut Gradients,
     workspace: &mut Workspace,
@@ -49,6 +54,10 @@ pub fn backward(
     assert_eq!(layers.len(), decoder.layers.len());
     let rotations = decoder.rotations(layout.longest());
     let mut again = LayerState::default();
+    let mut d_aside = Aside {
+        inputs: vec![0.0; aside.inputs.len()],
+        keys: BTreeMap::new(),
+    };
     while let Some(mut kept) = layers.pop() {
         let i = layers.len();
         let buffers = &mut workspace.buffers;
@@ -56,7 +65,8 @@ pub fn backward(
             Kept::State(state) => state,
             Kept::Input(x) => {
                 std::mem::swap(&mut again.x, x);
-                decoder.run_layer(i, layout, &rotations, &mut again, &mut buffers.inner);
+                let next = &mut buffers.inner;
+                decoder.run_layer(i, layout, &rotations, aside, &mut again, next);
                 &mut again
             }
         };
@@ -67,16 +77,27 @@ pub fn backward(
             layer: i,
             b: buffers,
             gradients,
+            lent: &mut d_aside.keys,
         };
+        let (layer, p) = pass.layer();
+        if let Some(scale) = layer.scale {
+            rows(&mut dx, 1, |_, dx| dx.iter_mut().for_each(|x| *x *= scale));
+        }
+        if let (Some(input), Some(p)) = (&layer.input, &p.input) {
+            let given = (&*state, &aside.inputs[..]);
+            pass.input((input, p), given, &mut dx, &mut d_aside.inputs);
+        }
         pass.mlp(state, &mut dx);
         pass.attention(state, &mut dx);
         workspace.give_back(kept);
     }
+    let b = &mut workspace.buffers;
+    Inputs::backward((model, tokens), &mut d_aside.inputs, &mut dx, gradients, b);
     if decoder.config.embed_scale != 1.0 {
         let scale = decoder.config.embed_scale;
         rows(&mut dx, 1, |_, dx| dx.iter_mut().for_each(|x| *x *= scale));
     }
-    gradients.embedding(tokens, &dx);
+    gradients.table(&model.params.embedding, tokens, &dx);
 }
 
 /// The backward pass of one layer.
@@ -84,9 +105,11 @@ pub(super) struct Pass<'a, 'g> {
     pub model: Model<'a>,
     layout: &'a Layout,
     rotations: &'a Rotations,
-    layer: usize,
+    pub layer: usize,
     pub b: &'a mut Buffers,
     pub gradients: &'a mut Gradients<'g>,
+    /// Gradients of keys and values that later layers attended to, by the layer that made them.
+    lent: &'a mut BTreeMap<usize, Vec<f32>>,
 }
 
 /// A norm and its place among the parameters, where the layer has it.
@@ -114,7 +137,8 @@ impl<'a> Pass<'a, '_> {
         let decoder = self.model.decoder;
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_mlp, &p.norms.after_mlp);
-        let dy = self.given(norm, &state.down, dx, &mut d_given);
+        let eps = decoder.config.norm_eps;
+        let dy = self.given(norm, eps, &state.down, dx, &mut d_given);
         if let Some(how) = decoder.config.experts[self.layer] {
             copy(dy, &mut self.b.experts.dy);
             self.b.d_given = d_given;
@@ -140,7 +164,8 @@ impl<'a> Pass<'a, '_> {
         let (layer, p) = self.layer();
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_attention, &p.norms.after_attention);
-        let dy = self.given(norm, &state.output, dx, &mut d_given);
+        let eps = self.model.decoder.config.norm_eps;
+        let dy = self.given(norm, eps, &state.output, dx, &mut d_given);
         let b = &mut *self.b;
         let gates = self.model.decoder.gates_of(self.layer, &state.qkv_raw);
         let read = match &gates {
@@ -168,9 +193,9 @@ impl<'a> Pass<'a, '_> {
             }
             let mut d_qkv = std::mem::take(&mut b.d_qkv);
             self.attention_proper(state, &mut d_qkv);
-            match self.model.decoder.config.attention_gate {
-                true => with_gates(layer.heads, &d_qkv, &self.b.d_gates, &mut d_raw),
-                false => std::mem::swap(&mut d_raw, &mut d_qkv),
+            match layer.fused {
+                Fused::All => std::mem::swap(&mut d_raw, &mut d_qkv),
+                _ => layer.gather(&d_qkv, &self.b.d_gates, &mut d_raw),
             }
             self.b.d_qkv = d_qkv;
         }
@@ -192,10 +217,29 @@ impl<'a> Pass<'a, '_> {
             &self.b.d_inner,
             d_qkv,
         );
+        self.lent_keys(layer, d_qkv);
         let [before, after] = self.rotations.around_norms(self.layer);
         self.rotate_back(after, d_qkv);
         self.qk_norms(&state.qkv_raw, before, d_qkv);
         self.rotate_back(before, d_qkv);
+    }
+
+    /// Where keys and values are an earlier layer's, their gradients are kept for it; where they were lent, it gains those.
+    fn lent_keys(&mut self, layer: &Layer, d_qkv: &mut [f32]) {
+        let (q, width) = (layer.heads.q_width(), layer.heads.qkv_width());
+        let borrowed = layer.fused == Fused::Queries;
+        if !borrowed && !layer.lends_keys {
+            return;
+        }
+        let lent = self.lent.entry(layer.keys_of).or_default();
+        lent.resize(d_qkv.len() / width * (width - q), 0.0);
+        for (row, lent) in (d_qkv.chunks_exact_mut(width)).zip(lent.chunks_exact_mut(width - q)) {
+            let (from, to) = match borrowed {
+                true => (&row[q..], lent),
+                false => (&*lent, &mut row[q..]),
+            };
+            to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+        }
     }
 
     pub(super) fn layer(&self) -> (&'a Layer, &'a LayerParams) {
@@ -205,9 +249,10 @@ impl<'a> Pass<'a, '_> {
 
     /// The gradient of what a sublayer gave, given that of the residual stream, which gained it: the same, or, where there
     /// is a norm after it, through that, in `d_given`.
-    fn given<'d>(
+    pub(super) fn given<'d>(
         &mut self,
         norm: Norm,
+        eps: f32,
         given: &[f32],
         dx: &'d [f32],
         d_given: &'d mut Vec<f32>,
@@ -217,14 +262,13 @@ impl<'a> Pass<'a, '_> {
         };
         fit(d_given, dx.len());
         rows(d_given, 1, |_, part| part.fill(0.0)); // the norm adds to it
-        let eps = self.model.decoder.config.norm_eps;
         let d_weight = wanted(self.gradients, &mut self.b.unused, norm);
         norm::backward(given, norm.0, eps, dx, d_given, d_weight);
         d_given
     }
 
     /// y = map(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what `x` gains, given `dy`.
-    fn read(
+    pub(super) fn read(
         &mut self,
         norm: Norm,
         (map, matrix): (&Linear, &Matrix),
@@ -266,7 +310,8 @@ impl<'a> Pass<'a, '_> {
         let Some(rotary) = rotary else {
             return;
         };
-        let heads = self.model.decoder.layers[self.layer].heads;
+        let (layer, _) = self.layer();
+        let (heads, borrowed) = (layer.heads, layer.fused == Fused::Queries);
         let positions: Vec<usize> = self.layout.positions().collect();
         rows(d_qkv, heads.qkv_width(), |first, part| {
             for (row, &position) in part
@@ -274,7 +319,8 @@ impl<'a> Pass<'a, '_> {
                 .zip(&positions[first..])
             {
                 let (q, rest) = row.split_at_mut(heads.q_width());
-                for (part, first) in [(q, rotary.queries()), (&mut rest[..heads.kv_width()], 0)] {
+                let keys = if borrowed { 0 } else { heads.kv_width() };
+                for (part, first) in [(q, rotary.queries()), (&mut rest[..keys], 0)] {
                     let heads = part.chunks_exact_mut(heads.dim);
                     heads.for_each(|head| rotary.rotate_back(head, first + position));
                 }
@@ -286,20 +332,42 @@ impl<'a> Pass<'a, '_> {
     /// where that comes before.
     fn qk_norms(&mut self, qkv_raw: &[f32], rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
         let (layer, p) = self.layer();
-        let (Some((q, k)), Some((q_span, k_span))) = (&layer.qk_norms, &p.qk_norms) else {
-            return;
-        };
         let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
         let (q_width, k_width, width) = (heads.q_width(), heads.kv_width(), heads.qkv_width());
-        // Gates lie between them where there are some.
-        let raw_width = p.qkv.rows;
-        let keys_in_raw = q_width + raw_width - width;
+        let (raw_width, [keys_in_raw, values_in_raw]) = (p.qkv.rows, layer.keys_and_values());
         let queries = rotary.map_or(0, Rotary::queries);
-        for (weight, span, first, at, raw_at, len) in [
-            (q, q_span, queries, 0, 0, q_width),
-            (k, k_span, 0, q_width, keys_in_raw, k_width),
-        ] {
-            let d_weight = wanted(self.gradients, &mut self.b.unused, (weight, span));
+        let parts = [
+            (&layer.q_norm, &p.q_norm, rotary, queries, 0, 0, q_width),
+            (
+                &layer.k_norm,
+                &p.k_norm,
+                rotary,
+                0,
+                q_width,
+                keys_in_raw,
+                k_width,
+            ),
+            (
+                &layer.v_norm,
+                &None,
+                None,
+                0,
+                q_width + k_width,
+                values_in_raw,
+                k_width,
+            ),
+        ];
+        let own = if layer.fused == Fused::Queries { 1 } else { 3 };
+        for (weight, span, rotary, first, at, raw_at, len) in parts.into_iter().take(own) {
+            let Some(weight) = weight else {
+                continue;
+            };
+            let unused = &mut self.b.unused;
+            unused.resize(weight.len().max(unused.len()), 0.0);
+            let d_weight = match span.as_ref().and_then(|span| self.gradients.vector(span)) {
+                Some(d_weight) => d_weight,
+                None => &mut unused[..weight.len()],
+            };
             let tokens = qkv_raw
                 .chunks_exact(raw_width)
                 .zip(d_qkv.chunks_exact_mut(width));
@@ -355,19 +423,47 @@ fn gates_backward<'a>(
     }
 }
 
-/// From `[q | k | v]` and gates to `[q | gate | k | v]`.
-fn with_gates(heads: Heads, d_qkv: &[f32], d_gates: &[f32], d_raw: &mut Vec<f32>) {
-    let (q, width) = (heads.q_width(), heads.qkv_width());
-    fit(d_raw, d_qkv.len() + d_gates.len());
-    rows(d_raw, q + width, |first, part| {
-        let qkv = d_qkv[first * width..].chunks_exact(width);
-        let each = qkv.zip(d_gates[first * q..].chunks_exact(q));
-        for (raw, (qkv, gates)) in part.chunks_exact_mut(q + width).zip(each) {
-            raw[..q].copy_from_slice(&qkv[..q]);
-            raw[q..2 * q].copy_from_slice(gates);
-            raw[2 * q..].copy_from_slice(&qkv[q..]);
+impl Layer {
+    /// Where a row of the fused projection has keys, and where values.
+    fn keys_and_values(&self) -> [usize; 2] {
+        let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
+        match self.fused {
+            Fused::All => [q, q + kv],
+            Fused::Gated => [2 * q, 2 * q + kv],
+            Fused::QueriesAndKeys | Fused::Queries => [q, q],
         }
-    });
+    }
+
+    /// From gradients of `[q | k | v]`, and of gates, to those of rows of the fused projection, where these are something else.
+    fn gather(&self, d_qkv: &[f32], d_gates: &[f32], d_raw: &mut Vec<f32>) {
+        let (q, kv, width) = (
+            self.heads.q_width(),
+            self.heads.kv_width(),
+            self.heads.qkv_width(),
+        );
+        let raw_width = self.qkv.weight.n();
+        fit(d_raw, d_qkv.len() / width * raw_width);
+        rows(d_raw, raw_width, |first, part| {
+            let qkv = d_qkv[first * width..].chunks_exact(width);
+            for (r, (raw, d)) in (first..).zip(part.chunks_exact_mut(raw_width).zip(qkv)) {
+                let (queries, rest) = raw.split_at_mut(q);
+                queries.copy_from_slice(&d[..q]);
+                match self.fused {
+                    Fused::All => rest.copy_from_slice(&d[q..]),
+                    Fused::Gated => {
+                        rest[..q].copy_from_slice(&d_gates[r * q..][..q]);
+                        rest[q..].copy_from_slice(&d[q..]);
+                    }
+                    Fused::QueriesAndKeys => {
+                        let (keys, values) = d[q..].split_at(kv);
+                        let each = rest.iter_mut().zip(keys.iter().zip(values));
+                        each.for_each(|(raw, (k, v))| *raw = k + v);
+                    }
+                    Fused::Queries => {}
+                }
+            }
+        });
+    }
 }
 
 /// Where a norm's gradient is added: to the parameters', or, where they are not trained, to a place that nobody reads.

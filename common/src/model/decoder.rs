@@ -2,6 +2,7 @@
 //! them.
 
 use super::experts::Routes;
+use super::layer_inputs::{Inputs, LayerInput};
 use super::lora::Lora;
 use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
 use super::recurrent::Recurrent;
@@ -11,8 +12,9 @@ use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul,
 use crate::kernels::layout::{Heads, Layout};
 use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
-use crate::weights::{Config, Norms};
+use crate::weights::{Config, Fused, Norms};
 use anyhow::Result;
+use std::collections::BTreeMap;
 
 /// A model ready to run: its weights packed for the matrix products.
 pub struct Decoder {
@@ -24,13 +26,32 @@ pub struct Decoder {
     head: Option<Packed>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Vec<f32>,
+    pub(super) inputs: Option<Inputs>,
+}
+
+/// What layers take in beside what the layer before gives.
+#[derive(Default)]
+pub struct Aside {
+    /// Of each token, the embeddings that layers have of their own: see [`super::layer_inputs`].
+    pub(super) inputs: Vec<f32>,
+    /// Keys and values that later layers attend to, too, by the layer that made them: `[T, 2 · kv_width]`.
+    pub(super) keys: BTreeMap<usize, Vec<f32>>,
 }
 
 pub(super) struct Layer {
     pub heads: Heads,
     pub norms: LayerNorms<Vec<f32>>,
     pub qkv: Linear,
-    pub qk_norms: Option<(Vec<f32>, Vec<f32>)>,
+    /// What a row of that is,
+    pub fused: Fused,
+    /// and whose keys and values are attended to.
+    pub keys_of: usize,
+    /// Other layers attend to those of this one.
+    pub lends_keys: bool,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    /// Of ones.
+    pub v_norm: Option<Vec<f32>>,
     /// What it has in the place of attention.
     pub recurrent: Option<Recurrent>,
     pub output: Linear,
@@ -40,6 +61,10 @@ pub(super) struct Layer {
     pub selection: Option<Vec<f32>>,
     /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<Mlp>,
+    /// How it takes in an embedding of its own, where it does.
+    pub input: Option<LayerInput>,
+    /// What the residual stream is multiplied by after it.
+    pub scale: Option<f32>,
 }
 
 pub(super) struct Mlp {
@@ -53,7 +78,43 @@ impl Layer {
         let mlps = self.mlps.iter_mut();
         let mlps = mlps.flat_map(|mlp| [&mut mlp.gate_up, &mut mlp.down]);
         let attention = [&mut self.qkv, &mut self.output].into_iter();
-        attention.chain(&mut self.router).chain(mlps)
+        let input = self.input.iter_mut();
+        let input = input.flat_map(|input| [&mut input.gate, &mut input.projection]);
+        attention.chain(&mut self.router).chain(mlps).chain(input)
+    }
+}
+
+impl Layer {
+    /// From rows of the fused projection to `[q | k | v]`, where they are something else; keys and values that are an earlier
+    /// layer's come from `lent`.
+    fn spread(&self, raw: &[f32], lent: &BTreeMap<usize, Vec<f32>>, qkv: &mut Vec<f32>) {
+        let (q, kv, width) = (
+            self.heads.q_width(),
+            self.heads.kv_width(),
+            self.heads.qkv_width(),
+        );
+        let raw_width = self.qkv.weight.n();
+        let lent = lent.get(&self.keys_of);
+        fit(qkv, raw.len() / raw_width * width);
+        rows(qkv, width, |first, part| {
+            let raw = raw[first * raw_width..].chunks_exact(raw_width);
+            for (r, (row, raw)) in (first..).zip(part.chunks_exact_mut(width).zip(raw)) {
+                let (queries, keys) = row.split_at_mut(q);
+                queries.copy_from_slice(&raw[..q]);
+                match self.fused {
+                    Fused::All => keys.copy_from_slice(&raw[q..]),
+                    Fused::Gated => keys.copy_from_slice(&raw[2 * q..]),
+                    Fused::QueriesAndKeys => {
+                        keys[..kv].copy_from_slice(&raw[q..]);
+                        keys[kv..].copy_from_slice(&raw[q..]);
+                    }
+                    Fused::Queries => {
+                        let lent = lent.expect("that layer ran before");
+                        keys.copy_from_slice(&lent[r * 2 * kv..][..2 * kv]);
+                    }
+                }
+            }
+        });
     }
 }
 
@@ -96,7 +157,7 @@ impl Linear {
     }
 
     /// Packs changed weights into the storage that is there.
-    fn update(&mut self, flat: &[f32], matrix: &Matrix) {
+    pub fn update(&mut self, flat: &[f32], matrix: &Matrix) {
         self.weight.set_rows(matrix.of(flat));
         if let (Some(bias), Some(span)) = (&mut self.bias, &matrix.bias) {
             bias.copy_from_slice(&flat[span.range.clone()]);
@@ -104,7 +165,7 @@ impl Linear {
     }
 
     /// `y` `[T, out]` is set to, or gains, x·Wᵀ + b, for `x` `[T, in]`.
-    fn forward(&self, x: &[f32], y: &mut [f32], write: Write) {
+    pub fn forward(&self, x: &[f32], y: &mut [f32], write: Write) {
         let (n, k) = (self.weight.n(), self.weight.k());
         matmul(
             Left::Rows(Mat::new(x, x.len() / k, k)),
@@ -199,6 +260,12 @@ pub struct LayerState {
     pub gate_up: Vec<f32>,
     /// What the MLP's output projection gives, kept only where there is a norm after it.
     pub down: Vec<f32>,
+    /// Where the layer has an embedding of its own: the residual stream before it takes that in,
+    pub last: Vec<f32>,
+    /// the gates,
+    pub input_gates: Vec<f32>,
+    /// and what it gives to the stream, before its norm.
+    pub given_input: Vec<f32>,
 }
 
 impl Decoder {
@@ -214,23 +281,26 @@ impl Decoder {
         let params = Params::new(config);
         let table = |span: &Span| -> Result<Packed> {
             let values = source.get(span)?;
+            let cols = values.len() / config.vocab;
             Ok(Packed::of_weights(
-                Mat::new(&values, config.vocab, config.hidden),
+                Mat::new(&values, config.vocab, cols),
                 precision,
             ))
         };
         let vector = |span: &Span| source.get(span).map(|v| v.into_owned());
+        let linear = |matrix: &Matrix| Linear::new(source, matrix, precision);
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
-            let linear = |matrix: &Matrix| Linear::new(source, matrix, precision);
+            let heads = config.heads_of(i);
             Ok(Layer {
-                heads: config.heads_of(i),
+                heads,
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
-                qk_norms: p
-                    .qk_norms
-                    .as_ref()
-                    .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
-                    .transpose()?,
+                fused: config.fused(i),
+                keys_of: config.keys_of(i),
+                lends_keys: config.lends_keys(i),
+                q_norm: p.q_norm.as_ref().map(vector).transpose()?,
+                k_norm: p.k_norm.as_ref().map(vector).transpose()?,
+                v_norm: config.values_normed.then(|| vec![1.0; heads.dim]),
                 recurrent: (p.recurrent.as_ref())
                     .map(|p| Recurrent::new(p, config.norm_eps, |span| source.get(span)))
                     .transpose()?,
@@ -245,6 +315,18 @@ impl Decoder {
                         })
                     })
                     .collect::<Result<_>>()?,
+                input: (p.input.as_ref())
+                    .map(|p| {
+                        anyhow::Ok(LayerInput {
+                            gate: linear(&p.gate)?,
+                            projection: linear(&p.projection)?,
+                            norm: vector(&p.norm)?,
+                        })
+                    })
+                    .transpose()?,
+                scale: (p.scale.as_ref())
+                    .map(|span| anyhow::Ok(source.get(span)?[0]))
+                    .transpose()?,
             })
         };
         Ok(Self {
@@ -259,6 +341,9 @@ impl Decoder {
                 .map(layer)
                 .collect::<Result<_>>()?,
             norm: vector(&params.norm)?,
+            inputs: (params.inputs.as_ref())
+                .map(|p| Inputs::new(p, table, linear, vector))
+                .transpose()?,
         })
     }
 
@@ -277,9 +362,9 @@ impl Decoder {
             for (norm, span) in layer.norms.each_mut().zip(p.norms.each()) {
                 vector(norm, span);
             }
-            if let (Some((q, k)), Some((q_span, k_span))) = (&mut layer.qk_norms, &p.qk_norms) {
-                vector(q, q_span);
-                vector(k, k_span);
+            let head_norms = layer.q_norm.iter_mut().chain(&mut layer.k_norm);
+            for (norm, span) in head_norms.zip(p.q_norm.iter().chain(&p.k_norm)) {
+                vector(norm, span);
             }
             if let (Some(selection), Some(span)) = (&mut layer.selection, &p.selection) {
                 vector(selection, span);
@@ -289,9 +374,15 @@ impl Decoder {
                 *recurrent =
                     Recurrent::new(p, self.config.norm_eps, values).expect("the values are there");
             }
+            if let (Some(input), Some(p)) = (&mut layer.input, &p.input) {
+                vector(&mut input.norm, &p.norm);
+            }
             for (linear, matrix) in layer.linears_mut().zip(p.matrices()) {
                 linear.update(flat, matrix);
             }
+        }
+        if let (Some(inputs), Some(p)) = (&mut self.inputs, &params.inputs) {
+            inputs.update(flat, p);
         }
         vector(&mut self.norm, &params.norm);
     }
@@ -317,9 +408,9 @@ impl Decoder {
         precision: Precision,
     ) -> Result<usize> {
         let params = Params::new(config);
-        let matrices = params.layers.iter().flat_map(LayerParams::matrices);
-        let tables = [Some(&params.embedding), params.head.as_ref()];
-        let spans = matrices
+        let inputs = params.inputs.as_ref().map(|inputs| &inputs.table);
+        let tables = [Some(&params.embedding), params.head.as_ref(), inputs];
+        let spans = (params.matrices())
             .map(|m| &m.weight)
             .chain(tables.into_iter().flatten());
         let mut bytes = 0;
@@ -332,19 +423,22 @@ impl Decoder {
 
     /// The bytes that the states of all layers take for so many tokens.
     pub fn state_bytes(c: &Config, tokens: usize) -> usize {
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let qkv = (q + 2 * kv) * if c.qk_norm.is_some() { 2 } else { 1 };
-        let gates = if c.attention_gate { q } else { 0 };
-        let mixed = |recurrence: &Option<_>| match recurrence {
-            None => qkv + gates + q + c.heads,
-            Some(recurrence) => Recurrent::state_words(*recurrence),
+        let mixed = |i: usize| match c.recurrences[i] {
+            None => {
+                let heads = c.heads_of(i);
+                let qkv = heads.qkv_width() * if c.qk_norm.is_some() { 2 } else { 1 };
+                let gates = if c.attention_gate { heads.q_width() } else { 0 };
+                qkv + gates + heads.q_width() + c.heads
+            }
+            Some(recurrence) => Recurrent::state_words(recurrence),
         };
-        let mixed: usize = c.recurrences.iter().map(mixed).sum();
+        let mixed: usize = (0..c.layers).map(mixed).sum();
+        let own = c.layer_inputs.map_or(0, |width| width + 2 * c.hidden);
         let streams = if c.norms == Norms::Before { 2 } else { 4 };
         let routes = c.experts.iter().flatten();
         let routes: usize = routes.map(|e| 3 * e.each() + e.outputs()).sum();
         let inner: usize = (0..c.layers).map(|i| 2 * c.inner_width(i)).sum();
-        let rows = streams * c.hidden * c.layers + inner + routes + mixed;
+        let rows = (streams * c.hidden + own) * c.layers + inner + routes + mixed;
         tokens * rows * size_of::<f32>()
     }
 
@@ -353,7 +447,14 @@ impl Decoder {
         let layer = Self::state_bytes(c, tokens) / c.layers.max(1);
         // Beside one layer's state: its output; the rows that meet the LM head, gathered and normed; what experts give.
         let given = c.mixture().map_or(0, |experts| experts.each());
-        layer + tokens * (3 + given) * c.hidden * size_of::<f32>()
+        let rows = (3 + given) * c.hidden + Self::input_words(c) + Self::lent_words(c);
+        layer + tokens * rows * size_of::<f32>()
+    }
+
+    /// Words that keys and values for later layers take for each token of a pass.
+    fn lent_words(c: &Config) -> usize {
+        let lending = (0..c.layers).filter(|&i| c.lends_keys(i));
+        lending.map(|i| 2 * c.heads_of(i).kv_width()).sum()
     }
 
     /// The LM head, `[vocab, hidden]`.
@@ -371,6 +472,11 @@ impl Decoder {
         self.layers[i].recurrent.as_ref()
     }
 
+    /// Whose keys and values layer `i` attends to: mostly its own.
+    pub fn keys_of(&self, i: usize) -> usize {
+        self.layers[i].keys_of
+    }
+
     /// The rotations of all layers for so many positions.
     pub fn rotations(&self, positions: usize) -> Rotations {
         Rotations::new(&self.config, positions)
@@ -385,6 +491,14 @@ impl Decoder {
             if scale != 1.0 {
                 row.iter_mut().for_each(|x| *x *= scale);
             }
+        }
+    }
+
+    /// Where a pass begins: the residual stream, and what layers have of the tokens beside it.
+    pub fn begin(&self, tokens: &[u32], aside: &mut Aside, x: &mut Vec<f32>) {
+        self.embed(tokens, x);
+        if let Some(inputs) = &self.inputs {
+            inputs.make(&self.config, tokens, x, &mut aside.inputs);
         }
     }
 
@@ -419,19 +533,20 @@ impl Decoder {
     }
 
     /// The residual stream after the last layer, `[T, hidden]`, before the last norm. `seen` is shown each layer's
-    /// state right after it ran, and may take it and leave other storage.
+    /// state right after it ran, and may take it and leave other storage. `aside` is left as the backward pass wants it.
     pub fn forward(
         &self,
         layout: &Layout,
         tokens: &[u32],
+        aside: &mut Aside,
         mut seen: impl FnMut(usize, &mut LayerState),
     ) -> Vec<f32> {
         assert_eq!(layout.tokens(), tokens.len());
         let rotations = self.rotations(layout.longest());
         let (mut state, mut next) = (LayerState::default(), vec![]);
-        self.embed(tokens, &mut state.x);
+        self.begin(tokens, aside, &mut state.x);
         for i in 0..self.layers.len() {
-            self.run_layer(i, layout, &rotations, &mut state, &mut next);
+            self.run_layer(i, layout, &rotations, aside, &mut state, &mut next);
             seen(i, &mut state);
             std::mem::swap(&mut state.x, &mut next);
         }
@@ -444,16 +559,17 @@ impl Decoder {
         i: usize,
         layout: &Layout,
         rotations: &Rotations,
+        aside: &mut Aside,
         state: &mut LayerState,
         next: &mut Vec<f32>,
     ) {
         let heads = self.layers[i].heads;
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
-        self.project(i, &positions, rotations, state);
+        self.project(i, &positions, rotations, aside, state);
         if let Some(recurrent) = &self.layers[i].recurrent {
             recurrent.forward(layout, state);
-            return self.finish(i, state, next);
+            return self.finish(i, aside, state, next);
         }
         fit(&mut state.attention, tokens * heads.q_width());
         fit(&mut state.lse, tokens * heads.query);
@@ -465,7 +581,7 @@ impl Decoder {
             &mut state.attention,
             &mut state.lse,
         );
-        self.finish(i, state, next);
+        self.finish(i, aside, state, next);
     }
 
     /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position; before what stands in its
@@ -475,15 +591,16 @@ impl Decoder {
         i: usize,
         positions: &[usize],
         rotations: &Rotations,
+        aside: &mut Aside,
         state: &mut LayerState,
     ) {
         let layer = &self.layers[i];
         let (heads, eps) = (layer.heads, self.config.norm_eps);
-        let (width, [before, after]) = (heads.qkv_width(), rotations.around_norms(i));
+        let (width, around) = (heads.qkv_width(), rotations.around_norms(i));
         let queries = rotations.of(i).map_or(0, Rotary::queries);
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
         let read = norm::rows_of(x, self.config.hidden, norm, eps);
-        let apart = layer.recurrent.is_some() || self.config.attention_gate;
+        let apart = layer.recurrent.is_some() || layer.fused != Fused::All;
         let fused = if apart {
             &mut state.qkv_raw
         } else {
@@ -494,19 +611,22 @@ impl Decoder {
         if layer.recurrent.is_some() {
             return;
         }
-        if self.config.attention_gate {
-            self.leave_gates_out(heads, &state.qkv_raw, &mut state.qkv);
-        } else if layer.qk_norms.is_some() {
+        if apart {
+            layer.spread(&state.qkv_raw, &aside.keys, &mut state.qkv);
+        } else if layer.q_norm.is_some() {
             copy(&state.qkv, &mut state.qkv_raw);
         }
         rows(&mut state.qkv, width, |first, qkv| {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
-                let (q, k) =
-                    row[..heads.q_width() + heads.kv_width()].split_at_mut(heads.q_width());
-                for (part, norm, first) in [
-                    (q, layer.qk_norms.as_ref().map(|n| &n.0), queries),
-                    (k, layer.qk_norms.as_ref().map(|n| &n.1), 0),
-                ] {
+                let (q, rest) = row.split_at_mut(heads.q_width());
+                let (k, v) = rest.split_at_mut(heads.kv_width());
+                let own = if layer.fused == Fused::Queries { 1 } else { 3 };
+                let parts = [
+                    (q, &layer.q_norm, around, queries),
+                    (k, &layer.k_norm, around, 0),
+                    (v, &layer.v_norm, [None, None], 0),
+                ];
+                for (part, norm, [before, after], first) in parts.into_iter().take(own) {
                     let turn = |part: &mut [f32], rotary: Option<&Rotary>| {
                         if let Some(rotary) = rotary {
                             let heads = part.chunks_exact_mut(heads.dim);
@@ -523,20 +643,14 @@ impl Decoder {
                 }
             }
         });
-    }
-
-    /// From `[q | gate | k | v]` to `[q | k | v]`.
-    fn leave_gates_out(&self, heads: Heads, raw: &[f32], qkv: &mut Vec<f32>) {
-        let (q, width) = (heads.q_width(), heads.qkv_width());
-        let raw_width = width + q;
-        fit(qkv, raw.len() / raw_width * width);
-        rows(qkv, width, |first, part| {
-            let raw = raw[first * raw_width..].chunks_exact(raw_width);
-            for (row, raw) in part.chunks_exact_mut(width).zip(raw) {
-                row[..q].copy_from_slice(&raw[..q]);
-                row[q..].copy_from_slice(&raw[2 * q..]);
+        if layer.lends_keys {
+            let lent = aside.keys.entry(i).or_default();
+            fit(lent, positions.len() * 2 * heads.kv_width());
+            let tails = state.qkv.chunks_exact(width);
+            for (lent, row) in lent.chunks_exact_mut(2 * heads.kv_width()).zip(tails) {
+                lent.copy_from_slice(&row[heads.q_width()..]);
             }
-        });
+        }
     }
 
     /// Where layer `i` has gated attention: the gates of a token, in its row of the fused projection.
@@ -548,12 +662,12 @@ impl Decoder {
         let layer = &self.layers[i];
         let q = layer.heads.q_width();
         let width = q + layer.heads.qkv_width();
-        let gated = self.config.attention_gate && layer.recurrent.is_none();
+        let gated = layer.fused == Fused::Gated && layer.recurrent.is_none();
         gated.then_some(move |token: usize| &qkv_raw[token * width + q..][..q])
     }
 
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
-    pub fn finish(&self, i: usize, state: &mut LayerState, next: &mut Vec<f32>) {
+    pub fn finish(&self, i: usize, aside: &Aside, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
         let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
         copy(&state.x, &mut state.middle);
@@ -592,6 +706,12 @@ impl Decoder {
                 Some(how) => routes.forward(layer, (&self.config, how), read, gate_up, y, write),
             },
         );
+        if let Some(input) = &layer.input {
+            input.forward((&self.config, i), &aside.inputs, state, next);
+        }
+        if let Some(scale) = layer.scale {
+            next.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
     /// An MLP's inner activation.

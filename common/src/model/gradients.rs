@@ -120,15 +120,15 @@ impl Gradients<'_> {
         }
     }
 
-    /// Adds the rows of `dx` `[T, hidden]` to the embeddings of their tokens.
-    pub fn embedding(&mut self, tokens: &[u32], dx: &[f32]) {
-        if let Self::Full { params, flat, .. } = self {
-            let table = &mut flat[params.embedding.range.clone()];
-            let width = dx.len() / tokens.len();
-            for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
+    /// Adds the rows of `d` `[T, width]` to those of a table that are the tokens'.
+    pub fn table(&mut self, table: &Span, tokens: &[u32], d: &[f32]) {
+        if let Self::Full { flat, .. } = self {
+            let table = &mut flat[table.range.clone()];
+            let width = d.len() / tokens.len();
+            for (&token, d) in tokens.iter().zip(d.chunks_exact(width)) {
                 table[token as usize * width..][..width]
                     .iter_mut()
-                    .zip(dx)
+                    .zip(d)
                     .for_each(|(t, d)| *t += d);
             }
         }

@@ -6,6 +6,7 @@ mod decoder;
 mod delta;
 mod experts;
 mod gradients;
+mod layer_inputs;
 mod lora;
 mod params;
 mod recurrent;
@@ -13,12 +14,12 @@ mod rotations;
 mod workspace;
 
 pub use backward::{Model, backward};
-pub use decoder::{Decoder, LayerState};
+pub use decoder::{Aside, Decoder, LayerState};
 pub use gradients::Gradients;
 pub use lora::{Adapter, Lora};
 pub use params::{
-    ConvParams, DeltaParams, LayerNorms, LayerParams, Matrix, MlpParams, Params, RecurrentParams,
-    Source, Span,
+    ConvParams, DeltaParams, InputParams, InputTables, LayerNorms, LayerParams, Matrix, MlpParams,
+    Params, RecurrentParams, Source, Span,
 };
 pub use recurrent::{Memory, Recurrent};
 pub use rotations::Rotations;

@@ -2,7 +2,7 @@
 
 use crate::kernels::gemm::Mat;
 use crate::kernels::{delta, gated_conv};
-use crate::weights::{Config, Recurrence, SELECTION, Weights};
+use crate::weights::{Config, Fused, LAYER_SCALE, Recurrence, SELECTION, Weights};
 use anyhow::Result;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -112,11 +112,13 @@ impl<T> LayerNorms<T> {
 pub struct LayerParams {
     /// Norms on the residual stream.
     pub norms: LayerNorms<Span>,
-    /// `[q | k | v]`, of gated attention `[q | gate | k | v]`; of what stands in the place of
-    /// attention as [`delta::Shape`] or [`gated_conv::Shape`] have it.
+    /// As [`crate::weights::Fused`] has it; of what stands in the place of attention as [`delta::Shape`] or
+    /// [`gated_conv::Shape`] have it.
     pub qkv: Matrix,
-    /// Norm of queries and norm of keys, where the family has them.
-    pub qk_norms: Option<(Span, Span)>,
+    /// Norm of queries,
+    pub q_norm: Option<Span>,
+    /// and norm of keys, where the family has them and the layer has keys.
+    pub k_norm: Option<Span>,
     /// Of what stands in the place of attention, what it has beside projections.
     pub recurrent: Option<RecurrentParams>,
     /// The output projection of attention, or of that.
@@ -127,6 +129,10 @@ pub struct LayerParams {
     pub selection: Option<Span>,
     /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<MlpParams>,
+    /// Of what the layer reads of each token beside the residual stream.
+    pub input: Option<InputParams>,
+    /// What the residual stream is multiplied by after the layer, `[1]`.
+    pub scale: Option<Span>,
     /// Low-rank adapters are for the MLP, too.
     adapts_mlp: bool,
 }
@@ -185,12 +191,41 @@ pub struct MlpParams {
     pub down: Matrix,
 }
 
+/// The parameters by which a layer reads an embedding of its own: see [`super::layer_inputs`].
+#[derive(Clone, Debug)]
+pub struct InputParams {
+    /// From the residual stream to as many gates, `[width, hidden]`.
+    pub gate: Matrix,
+    /// Back to it, `[hidden, width]`.
+    pub projection: Matrix,
+    /// The norm of what that gives.
+    pub norm: Span,
+}
+
+/// The parameters that make these embeddings.
+#[derive(Clone, Debug)]
+pub struct InputTables {
+    /// Of each token those of all layers, `[vocab, layers · width]`.
+    pub table: Span,
+    /// What each layer's gains of the model's own embedding, `[layers · width, hidden]`.
+    pub projection: Matrix,
+    /// The norm of that, `[width]`.
+    pub norm: Span,
+}
+
 impl LayerParams {
     /// The linear maps, in the order of the forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let mlps = self.mlps.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
         let attention = [&self.qkv, &self.output].into_iter();
-        attention.chain(&self.router).chain(mlps)
+        let input = self.input.iter();
+        let input = input.flat_map(|input| [&input.gate, &input.projection]);
+        attention.chain(&self.router).chain(mlps).chain(input)
+    }
+
+    /// Both norms of queries and keys, where it has them.
+    pub fn qk_norms(&self) -> Option<(&Span, &Span)> {
+        self.q_norm.as_ref().zip(self.k_norm.as_ref())
     }
 
     /// The MLP of a layer that is no mixture of experts; of one that is, the first expert's.
@@ -213,6 +248,8 @@ pub struct Params {
     pub layers: Vec<LayerParams>,
     /// The last norm.
     pub norm: Span,
+    /// Of the embeddings that layers have of their own.
+    pub inputs: Option<InputTables>,
     /// `[vocab, hidden]`; none where the embedding serves.
     pub head: Option<Span>,
     /// The length of the flat buffer.
@@ -230,17 +267,25 @@ impl Params {
         let embedding = cursor.span("model.", &["embed_tokens.weight"]);
         let mut layers: Vec<_> = (0..config.layers).map(|i| cursor.layer(i)).collect();
         let norm = cursor.span("model.", &["norm.weight"]);
+        let inputs = config.layer_inputs.map(|_| InputTables {
+            table: cursor.span("model.", &["embed_tokens_per_layer.weight"]),
+            projection: cursor.matrix("model.", &["per_layer_model_projection"], false),
+            norm: cursor.span("model.", &["per_layer_projection_norm.weight"]),
+        });
         let head = (!config.tied).then(|| cursor.span("", &["lm_head.weight"]));
-        // Last, since there are as many numbers as experts: all else begins where vectors can be read.
+        // Last, since these are of any number: all else begins where vectors can be read.
         for (i, layer) in layers.iter_mut().enumerate() {
             let selects = config.experts[i].is_some_and(|experts| experts.biased);
             let prefix = format!("model.layers.{i}.");
             layer.selection = selects.then(|| cursor.span(&prefix, &[SELECTION]));
+            let scaled = config.layer_scales;
+            layer.scale = scaled.then(|| cursor.span(&prefix, &[LAYER_SCALE]));
         }
         Self {
             embedding,
             layers,
             norm,
+            inputs,
             head,
             len: cursor.at,
         }
@@ -253,9 +298,15 @@ impl Params {
 
     /// Whether a span's gradient is a matrix product: that of the matrices and of the LM head.
     pub fn is_product(&self, span: &Span) -> bool {
-        let matrices = self.layers.iter().flat_map(LayerParams::matrices);
-        let mut products = matrices.map(|m| &m.weight).chain([self.head()]);
+        let mut products = self.matrices().map(|m| &m.weight).chain([self.head()]);
         products.any(|product| product.range == span.range)
+    }
+
+    /// All linear maps but the LM head.
+    pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let inputs = self.inputs.iter().map(|inputs| &inputs.projection);
+        let layers = self.layers.iter().flat_map(LayerParams::matrices);
+        layers.chain(inputs)
     }
 
     /// All spans, in the order of the flat buffer.
@@ -267,11 +318,15 @@ impl Params {
                 all.push(&matrix.weight);
                 all.extend(&matrix.bias);
             }
-            all.extend(layer.qk_norms.iter().flat_map(|(q, k)| [q, k]));
+            all.extend(layer.q_norm.iter().chain(&layer.k_norm));
             all.extend(layer.recurrent.iter().flat_map(RecurrentParams::spans));
-            all.extend(&layer.selection);
+            all.extend(layer.input.as_ref().map(|input| &input.norm));
+            all.extend(layer.selection.iter().chain(&layer.scale));
         }
         all.push(&self.norm);
+        if let Some(inputs) = &self.inputs {
+            all.extend([&inputs.table, &inputs.projection.weight, &inputs.norm]);
+        }
         all.extend(&self.head);
         all.sort_by_key(|span| span.range.start);
         all
@@ -352,7 +407,6 @@ impl Cursor<'_> {
     fn layer(&mut self, i: usize) -> LayerParams {
         let c = self.config;
         let prefix = format!("model.layers.{i}.");
-        let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
         let [before_attention, after_attention, before_mlp, after_mlp] = c.layer_norms();
         let norm = |cursor: &mut Self, name: Option<&str>| {
             name.map(|name| cursor.span(&prefix, &[&format!("{name}.weight")]))
@@ -362,7 +416,10 @@ impl Cursor<'_> {
         let qk_norm = c.qk_norm.filter(|_| c.recurrences[i].is_none());
         let (qkv, recurrent, output, o_bias) = match c.recurrences[i] {
             None => {
-                let qkv = self.matrix(&prefix, &attention, c.qkv_bias);
+                let projections = c.attention_projections(i);
+                let (_, read) = projections.split_last().expect("the output's is the last");
+                let read: Vec<_> = read.iter().map(|projection| projection.0).collect();
+                let qkv = self.matrix(&prefix, &read, c.qkv_bias);
                 (qkv, None, "self_attn.o_proj", c.o_bias)
             }
             Some(Recurrence::Delta(shape)) => {
@@ -379,8 +436,12 @@ impl Cursor<'_> {
                 (qkv, Some(conv), "conv.out_proj", false)
             }
         };
-        let qk_norms = (norm(self, qk_norm.map(|_| "self_attn.q_norm")))
-            .zip(norm(self, qk_norm.map(|_| "self_attn.k_norm")));
+        let has_keys = c.fused(i) != Fused::Queries;
+        let q_norm = norm(self, qk_norm.map(|_| "self_attn.q_norm"));
+        let k_norm = norm(
+            self,
+            qk_norm.filter(|_| has_keys).map(|_| "self_attn.k_norm"),
+        );
         let output = self.matrix(&prefix, &[output], o_bias);
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
@@ -403,6 +464,11 @@ impl Cursor<'_> {
             }
         };
         let after_mlp = norm(self, after_mlp);
+        let input = c.layer_inputs.map(|_| InputParams {
+            gate: self.matrix(&prefix, &["per_layer_input_gate"], false),
+            projection: self.matrix(&prefix, &["per_layer_projection"], false),
+            norm: self.span(&prefix, &["post_per_layer_input_norm.weight"]),
+        });
         LayerParams {
             norms: LayerNorms {
                 before_attention,
@@ -411,12 +477,15 @@ impl Cursor<'_> {
                 after_mlp,
             },
             qkv,
-            qk_norms,
+            q_norm,
+            k_norm,
             recurrent,
             output,
             router,
             selection: None,
             mlps,
+            input,
+            scale: None,
             adapts_mlp: c.mixture().is_none(),
         }
     }

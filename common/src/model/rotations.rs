@@ -16,22 +16,19 @@ pub struct Rotations {
 impl Rotations {
     /// Those of the positions 0 … `positions` − 1.
     pub fn new(config: &Config, positions: usize) -> Self {
-        let mut kinds: Vec<Rope> = vec![];
-        let mut number = |rope: &Rope| {
-            let known = kinds.iter().position(|kind| kind == rope);
-            known.unwrap_or_else(|| {
-                kinds.push(rope.clone());
+        let mut kinds: Vec<(Rope, usize, usize)> = vec![];
+        let mut number = |(i, rope): (usize, &Option<Rope>)| {
+            let (half, turned) = (config.heads_of(i).dim / 2, config.rotary_dim_of(i));
+            let kind = (rope.clone()?, half, turned);
+            let known = kinds.iter().position(|other| *other == kind);
+            Some(known.unwrap_or_else(|| {
+                kinds.push(kind);
                 kinds.len() - 1
-            })
+            }))
         };
-        let layers = config
-            .ropes
-            .iter()
-            .map(|rope| rope.as_ref().map(&mut number));
-        let layers = layers.collect();
-        let half = config.head_dim / 2;
-        let table = |rope: Rope| {
-            let inv_freq = rope.inv_freq(config.rotary_dim);
+        let layers = config.ropes.iter().enumerate().map(&mut number).collect();
+        let table = |(rope, half, turned): (Rope, usize, usize)| {
+            let inv_freq = rope.inv_freq(turned);
             let rotary = Rotary::new(&inv_freq, half, rope.growth(), positions);
             match config.query_growth {
                 Some(growth) => rotary.with_grown_queries(|position| growth.at(position)),

@@ -158,8 +158,32 @@ impl Recurrence {
     }
 }
 
+/// Heads of layers that see all of the past, where they are other than those of layers with a window (Gemma 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WideHeads {
+    /// Key and value heads.
+    pub kv: usize,
+    /// Width of a head, queries' too.
+    pub dim: usize,
+    /// Their values are their keys, before these are normed and rotated.
+    pub keys_are_values: bool,
+}
+
+/// What a row of a layer's fused projection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fused {
+    /// `[q | k | v]`.
+    All,
+    /// `[q | gate | k | v]`.
+    Gated,
+    /// `[q | k]`: values are the keys before norm and rotation.
+    QueriesAndKeys,
+    /// `[q]`: keys and values are an earlier layer's.
+    Queries,
+}
+
 /// Name, rows, columns, and whether it has a bias.
-pub(super) type Projection = (&'static str, usize, usize, bool);
+pub(crate) type Projection = (&'static str, usize, usize, bool);
 
 /// What Granite multiplies numbers by on their way, as its files say.
 #[derive(Clone, Copy, Debug)]
@@ -192,8 +216,15 @@ pub struct Config {
     pub head_dim: usize,
     /// How much of a head is rotated: mostly all (Phi-4-mini: three quarters).
     pub rotary_dim: usize,
+    /// Other heads of layers without a window.
+    pub wide: Option<WideHeads>,
+    /// So many of the last layers attend to the keys and values of the last layer before them that sees as far as they do
+    /// (Gemma 3n and 4).
+    pub sharing: usize,
     /// Inner width of the MLP in layers without experts; where there are none, of each expert.
     pub ffn: usize,
+    /// That of layers with keys of an earlier one.
+    pub sharing_ffn: usize,
     /// Per layer: a mixture of experts, or None for one MLP. All mixtures of a model are alike.
     pub experts: Vec<Option<Experts>>,
     /// Epsilon of every RMS norm.
@@ -218,6 +249,12 @@ pub struct Config {
     pub mlp_bias: bool,
     pub norms: Norms,
     pub qk_norm: Option<QkNorm>,
+    /// Value heads are normed, too, without a weight.
+    pub values_normed: bool,
+    /// Layers also read an embedding of their own of each token, so wide (Gemma 3n and 4).
+    pub layer_inputs: Option<usize>,
+    /// The residual stream is multiplied by a number after each layer, which is not trained.
+    pub layer_scales: bool,
     /// What scores are multiplied by: 1/√head_dim, or as the config says (Gemma, Granite).
     pub attention_scale: f32,
     /// What scores are softly held within, as c·tanh(score / c) (Gemma 2).
@@ -242,11 +279,50 @@ impl Config {
     pub fn heads_of(&self, layer: usize) -> Heads {
         Heads {
             query: self.heads,
-            kv: self.kv_heads,
-            dim: self.head_dim,
+            kv: self.wide_at(layer).map_or(self.kv_heads, |wide| wide.kv),
+            dim: self.wide_at(layer).map_or(self.head_dim, |wide| wide.dim),
             window: self.windows[layer],
             scale: self.attention_scale,
             cap: self.attention_cap,
+        }
+    }
+
+    /// A layer's other heads, where it has them.
+    fn wide_at(&self, layer: usize) -> Option<WideHeads> {
+        self.wide.filter(|_| self.windows[layer].is_none())
+    }
+
+    /// How much of a layer's heads is rotated.
+    pub fn rotary_dim_of(&self, layer: usize) -> usize {
+        self.wide_at(layer).map_or(self.rotary_dim, |wide| wide.dim)
+    }
+
+    /// The layer whose keys and values a layer attends to: mostly itself.
+    pub fn keys_of(&self, layer: usize) -> usize {
+        let own = self.layers - self.sharing;
+        let alike = |&other: &usize| self.windows[other] == self.windows[layer];
+        match layer < own {
+            true => layer,
+            false => (0..own).rev().find(alike).unwrap_or(layer),
+        }
+    }
+
+    /// Whether other layers attend to a layer's keys and values, too.
+    pub fn lends_keys(&self, layer: usize) -> bool {
+        (layer + 1..self.layers).any(|other| self.keys_of(other) == layer)
+    }
+
+    /// What a row of the fused projection of a layer with attention is.
+    pub fn fused(&self, layer: usize) -> Fused {
+        let wide = self.wide_at(layer);
+        if self.keys_of(layer) != layer {
+            Fused::Queries
+        } else if wide.is_some_and(|wide| wide.keys_are_values) {
+            Fused::QueriesAndKeys
+        } else if self.attention_gate {
+            Fused::Gated
+        } else {
+            Fused::All
         }
     }
 
@@ -263,7 +339,15 @@ impl Config {
 
     /// The inner widths of the MLPs that a token goes through in a layer, together.
     pub fn inner_width(&self, layer: usize) -> usize {
-        self.experts[layer].map_or(self.ffn, |experts| experts.width())
+        self.experts[layer].map_or(self.ffn_of(layer), |experts| experts.width())
+    }
+
+    /// That of the MLP in a layer without experts.
+    fn ffn_of(&self, layer: usize) -> usize {
+        match self.keys_of(layer) == layer {
+            true => self.ffn,
+            false => self.sharing_ffn,
+        }
     }
 
     /// That of the layer where it is largest.
@@ -283,22 +367,40 @@ impl Config {
             self.layer_parameters(layer, &mut all);
         }
         all.push(("model.norm.weight".to_owned(), vec![self.hidden]));
+        if let Some(width) = self.layer_inputs {
+            let each = self.layers * width;
+            for (name, shape) in [
+                ("embed_tokens_per_layer", vec![self.vocab, each]),
+                ("per_layer_model_projection", vec![each, self.hidden]),
+                ("per_layer_projection_norm", vec![width]),
+            ] {
+                all.push((format!("model.{name}.weight"), shape));
+            }
+        }
         if !self.tied {
             all.push(("lm_head.weight".to_owned(), vec![self.vocab, self.hidden]));
         }
         all
     }
 
-    /// The projections of a layer with attention and one MLP.
-    pub(super) fn projections(&self) -> [Projection; 7] {
-        let (hidden, ffn) = (self.hidden, self.ffn);
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let gates = if self.attention_gate { q } else { 0 };
+    /// The projections of attention in a layer.
+    pub(crate) fn attention_projections(&self, layer: usize) -> Vec<Projection> {
+        let (hidden, heads, fused) = (self.hidden, self.heads_of(layer), self.fused(layer));
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let gates = if fused == Fused::Gated { q } else { 0 };
+        let keys = (fused != Fused::Queries).then_some(("self_attn.k_proj", kv));
+        let values = matches!(fused, Fused::All | Fused::Gated).then_some(("self_attn.v_proj", kv));
+        let read = [Some(("self_attn.q_proj", q + gates)), keys, values];
+        (read.into_iter().flatten())
+            .map(|(module, rows)| (module, rows, hidden, self.qkv_bias))
+            .chain([("self_attn.o_proj", hidden, q, self.o_bias)])
+            .collect()
+    }
+
+    /// Those of its MLP, where that is one.
+    pub(super) fn mlp_projections(&self, layer: usize) -> [Projection; 3] {
+        let (hidden, ffn) = (self.hidden, self.ffn_of(layer));
         [
-            ("self_attn.q_proj", q + gates, hidden, self.qkv_bias),
-            ("self_attn.k_proj", kv, hidden, self.qkv_bias),
-            ("self_attn.v_proj", kv, hidden, self.qkv_bias),
-            ("self_attn.o_proj", hidden, q, self.o_bias),
             ("mlp.gate_proj", ffn, hidden, self.mlp_bias),
             ("mlp.up_proj", ffn, hidden, self.mlp_bias),
             ("mlp.down_proj", hidden, ffn, self.mlp_bias),
@@ -319,8 +421,6 @@ impl Config {
         let mut push = |name: &str, shape: Vec<usize>| {
             all.push((format!("model.layers.{layer}.{name}"), shape));
         };
-        let projections = self.projections();
-        let (attention, mlp) = projections.split_at(4);
         let plain = |push: &mut dyn FnMut(&str, Vec<usize>), projections: &[Projection]| {
             for &(module, out, input, bias) in projections {
                 push(&format!("{module}.weight"), vec![out, input]);
@@ -333,16 +433,24 @@ impl Config {
             Some(Recurrence::Delta(shape)) => self.delta_parameters(shape, &mut push),
             Some(Recurrence::Conv(shape)) => self.conv_parameters(shape, &mut push),
             None => {
-                plain(&mut push, attention);
-                self.qk_norm_parameters(&mut push);
+                plain(&mut push, &self.attention_projections(layer));
+                self.qk_norm_parameters(layer, &mut push);
             }
         }
         match self.experts[layer] {
-            None => plain(&mut push, mlp),
+            None => plain(&mut push, &self.mlp_projections(layer)),
             Some(experts) => self.expert_parameters(experts, &mut push),
         }
         for norm in self.layer_norms().into_iter().flatten() {
             push(&format!("{norm}.weight"), vec![self.hidden]);
+        }
+        if let Some(width) = self.layer_inputs {
+            push("per_layer_input_gate.weight", vec![width, self.hidden]);
+            push("per_layer_projection.weight", vec![self.hidden, width]);
+            push("post_per_layer_input_norm.weight", vec![self.hidden]);
+        }
+        if self.layer_scales {
+            push(LAYER_SCALE, vec![1]);
         }
     }
 
@@ -372,14 +480,17 @@ impl Config {
         }
     }
 
-    fn qk_norm_parameters(&self, push: &mut dyn FnMut(&str, Vec<usize>)) {
+    fn qk_norm_parameters(&self, layer: usize, push: &mut dyn FnMut(&str, Vec<usize>)) {
+        let heads = self.heads_of(layer);
         let (q, kv) = match self.qk_norm {
             None => return,
-            Some(QkNorm::Heads | QkNorm::Turned) => (self.head_dim, self.head_dim),
-            Some(QkNorm::Rows) => (self.heads * self.head_dim, self.kv_heads * self.head_dim),
+            Some(QkNorm::Heads | QkNorm::Turned) => (heads.dim, heads.dim),
+            Some(QkNorm::Rows) => (heads.q_width(), heads.kv_width()),
         };
         push("self_attn.q_norm.weight", vec![q]);
-        push("self_attn.k_norm.weight", vec![kv]);
+        if self.fused(layer) != Fused::Queries {
+            push("self_attn.k_norm.weight", vec![kv]);
+        }
     }
 
     fn delta_parameters(&self, shape: delta::Shape, push: &mut dyn FnMut(&str, Vec<usize>)) {
@@ -521,6 +632,15 @@ impl Config {
         if self.attention_gate {
             text += " attention_gate";
         }
+        if let Some(wide) = self.wide {
+            text += &format!(" {wide:?}");
+        }
+        if self.sharing != 0 {
+            text += &format!(" sharing {}", self.sharing);
+        }
+        if self.values_normed {
+            text += " values_normed";
+        }
         let recurrences = self.recurrences.iter();
         let deltas: Vec<_> = recurrences.map(|r| r.and_then(Recurrence::delta)).collect();
         if deltas.iter().any(Option::is_some) {
@@ -534,13 +654,18 @@ impl Config {
     /// The bounds that the arithmetic relies on; also the guard of sizes against overflow and absurd allocations. The context
     /// becomes what all rotations reach.
     pub(super) fn checked(self) -> Result<Self> {
+        let narrow = (self.kv_heads, self.head_dim);
+        let wide = self.wide.map_or(narrow, |wide| (wide.kv, wide.dim));
         let sizes = [
             ("vocabulary", self.vocab, 1 << 24),
             ("hidden size", self.hidden, 1 << 20),
             ("number of attention heads", self.heads, 1 << 12),
             ("number of key/value heads", self.kv_heads, 1 << 12),
             ("head dimension", self.head_dim, 1 << 12),
+            ("number of key/value heads of all the past", wide.0, 1 << 12),
+            ("head dimension of all the past", wide.1, 1 << 12),
             ("MLP size", self.ffn, 1 << 22),
+            ("MLP size", self.sharing_ffn, 1 << 22),
             ("context", self.context, 1 << 30),
         ];
         for (what, size, most) in sizes {
@@ -549,17 +674,30 @@ impl Config {
                 "the {what} is {size}, outside 1 to {most}"
             );
         }
+        for (kv, dim) in [narrow, wide] {
+            ensure!(
+                self.heads.is_multiple_of(kv),
+                "{} attention heads cannot share {kv} key/value heads evenly",
+                self.heads,
+            );
+            ensure!(
+                dim.is_multiple_of(2),
+                "the head dimension {dim} is odd: rotary positions need pairs"
+            );
+        }
         ensure!(
-            self.heads.is_multiple_of(self.kv_heads),
-            "{} attention heads cannot share {} key/value heads evenly",
-            self.heads,
-            self.kv_heads
+            self.sharing < self.layers
+                && (self.layers - self.sharing..self.layers).all(|i| self.keys_of(i) != i),
+            "{} layers are to have keys of earlier ones, but no layer before them sees as far as they do",
+            self.sharing
         );
-        ensure!(
-            self.head_dim.is_multiple_of(2),
-            "the head dimension {} is odd: rotary positions need pairs",
-            self.head_dim
-        );
+        if let Some(width) = self.layer_inputs {
+            ensure!(
+                (1..=1 << 16).contains(&width),
+                "the size of what layers read of each token is {width}, outside 1 to {}",
+                1 << 16
+            );
+        }
         ensure!(
             self.rotary_dim.is_multiple_of(2) && (2..=self.head_dim).contains(&self.rotary_dim),
             "{} of {} dimensions of a head are to be rotated: that is not an even part of it",
@@ -589,8 +727,10 @@ impl Config {
         for recurrence in self.recurrences.iter().flatten() {
             recurrence.check()?;
         }
-        for rope in self.ropes.iter().flatten() {
-            rope.check(self.rotary_dim / 2)?;
+        for (layer, rope) in self.ropes.iter().enumerate() {
+            if let Some(rope) = rope {
+                rope.check(self.rotary_dim_of(layer) / 2)?;
+            }
         }
         ensure!(
             self.norm_eps.is_finite() && self.norm_eps > 0.0,
@@ -607,6 +747,9 @@ impl Config {
 
 /// What decides beside the scores which experts are the best.
 pub(crate) const SELECTION: &str = "mlp.gate.e_score_correction_bias";
+
+/// What the residual stream is multiplied by after a layer.
+pub(crate) const LAYER_SCALE: &str = "layer_scalar";
 
 /// Experts of all layers together: each has tensors with names.
 const MOST_EXPERTS: usize = 1 << 16;

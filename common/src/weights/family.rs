@@ -64,6 +64,11 @@ pub(super) struct Family {
     pub recurrence: Option<RecurrenceKind>,
     /// `block_auto_adjust_ff_dim` is heard, and true where a file has none.
     pub ffn_adjusted: bool,
+    /// Layers may differ as Gemma 4's do. If so, they may have embeddings of their own, as wide as this where a file has
+    /// nothing.
+    pub uneven: Option<Option<usize>>,
+    /// What transformers has where a file lacks a field, beyond the above: an object in JSON.
+    pub unsaid: &'static str,
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
@@ -84,7 +89,7 @@ impl Family {
     /// What embeddings are multiplied by, whatever a file says.
     pub fn embed_scale(&self, hidden: usize) -> f32 {
         match self.scales {
-            Scales::Embeddings | Scales::Roots => (hidden as f64).sqrt() as f32,
+            Scales::Embeddings | Scales::Roots | Scales::Unscaled => (hidden as f64).sqrt() as f32,
             Scales::Plain | Scales::Multipliers => 1.0,
         }
     }
@@ -161,6 +166,8 @@ pub(super) enum Scales {
     Embeddings,
     /// Embeddings by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of (Gemma 2 and 3).
     Roots,
+    /// Embeddings by √hidden, scores by nothing (Gemma 4).
+    Unscaled,
     /// Embeddings, scores, what a layer adds and logits, each by a number of the file (Granite).
     Multipliers,
 }
@@ -240,6 +247,8 @@ const LLAMA: Family = Family {
     attention_gate: false,
     recurrence: None,
     ffn_adjusted: false,
+    uneven: None,
+    unsaid: "{}",
     hybrid: false,
     mixture: None,
     fused: &[],
@@ -374,6 +383,24 @@ const GEMMA2: Family = Family {
     ..GEMMA
 };
 
+const GEMMA4: Family = Family {
+    model_type: "gemma4_text",
+    class: "Gemma4",
+    gguf: "gemma4",
+    biases: NO_MLP_BIAS,
+    norms_from_one: false,
+    qk_norm: Some(QkNorm::Heads),
+    scales: Scales::Unscaled,
+    caps: [None, Some(None)],
+    gguf_apart: None,
+    windows: Windows::AllBut(6, Rotated::By(10_000.0)),
+    uneven: Some(Some(256)),
+    unsaid: r#"{"sliding_window": 512, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}}}"#,
+    ..GEMMA2
+};
+
 const MISTRAL: Family = Family {
     model_type: "mistral",
     class: "Mistral",
@@ -493,7 +520,7 @@ const LFM2: Family = Family {
     ..LLAMA
 };
 
-static FAMILIES: [Family; 34] = [
+static FAMILIES: [Family; 35] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -831,6 +858,7 @@ static FAMILIES: [Family; 34] = [
         spelled: &[("tie_embedding", "tie_word_embeddings")],
         ..LFM2
     },
+    GEMMA4,
 ];
 
 /// The family of a `model_type`.

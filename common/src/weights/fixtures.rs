@@ -62,6 +62,17 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["layer_types"] = json!(["attention", "full_attention"]);
         json["position_embedding_type"] = json!("rope");
     }
+    if model_type == "gemma4_text" {
+        json["num_hidden_layers"] = json!(3);
+        json["layer_types"] = json!(["sliding_attention", "full_attention", "full_attention"]);
+        json["global_head_dim"] = json!(12);
+        json["attention_k_eq_v"] = json!(true);
+        json["num_global_key_value_heads"] = json!(1);
+        json["num_kv_shared_layers"] = json!(1);
+        json["use_double_wide_mlp"] = json!(true);
+        json["hidden_size_per_layer_input"] = json!(6);
+        json["vocab_size_per_layer_input"] = json!(40);
+    }
     if model_type == "gemma" {
         json["hidden_act"] = json!("gelu");
     }

@@ -90,6 +90,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
         Some(mixture) => gguf_experts::mixtures(&fields, mixture, experts, layers)?,
         None => vec![None; layers],
     };
+    let ffn = match experts.iter().flatten().next() {
+        Some(of_each) if !experts.contains(&None) => of_each.ffn,
+        _ => fields.size("feed_forward_length")?,
+    };
     let config = Config {
         model_type: family.model_type.to_owned(),
         vocab: embedding[0],
@@ -99,10 +103,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
         kv_heads: kv_heads(&fields)?.unwrap_or(heads),
         head_dim,
         rotary_dim,
-        ffn: match experts.iter().flatten().next() {
-            Some(of_each) if !experts.contains(&None) => of_each.ffn,
-            _ => fields.size("feed_forward_length")?,
-        },
+        wide: None,
+        sharing: 0,
+        ffn,
+        sharing_ffn: ffn,
         experts,
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
@@ -118,6 +122,9 @@ fn read(gguf: &Gguf) -> Result<Config> {
         norms: family.norms,
         qk_norm: (family.qk_norm)
             .filter(|_| family.qk_norm_asked.is_none() || has("blk.0.attn_q_norm.weight")),
+        values_normed: family.uneven.is_some(),
+        layer_inputs: None,
+        layer_scales: family.uneven.is_some(),
         attention_scale: match family.gguf_apart == Some(layers) {
             true => plain_scale(hidden / heads),
             false => plain_scale(head_dim),
@@ -137,7 +144,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         query_growth,
     };
     match family.scales {
-        Scales::Plain | Scales::Embeddings | Scales::Roots => config,
+        Scales::Plain | Scales::Embeddings | Scales::Roots | Scales::Unscaled => config,
         Scales::Multipliers => config.multiplied(multipliers(&fields, head_dim)?),
     }
     .checked()

@@ -99,8 +99,10 @@ impl Config {
             return Place::whole(name, shape);
         };
         let rows = |module: &str| {
+            // (Where projections are one matrix, all layers are alike.)
+            let attention = self.attention_projections(0).into_iter();
             let shared = self.shared_projections().into_iter().flatten();
-            let mut all = self.projections().into_iter().chain(shared);
+            let mut all = attention.chain(self.mlp_projections(0)).chain(shared);
             let (_, rows, ..) = all.find(|p| p.0 == module).expect("parts are projections");
             rows
         };

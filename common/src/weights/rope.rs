@@ -21,6 +21,11 @@ pub enum RopeScaling {
     Linear {
         factor: f32,
     },
+    /// This part of the pairs, the fastest, turn as they would if all did, divided by `factor`; the others do not (Gemma 4).
+    Proportional {
+        part: f32,
+        factor: f32,
+    },
     /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
     Llama3 {
         factor: f32,
@@ -219,6 +224,16 @@ impl Rope {
         })
     }
 
+    /// The same with its base, as transformers 5 has it.
+    pub(super) fn parameters_json(&self) -> Value {
+        let mut json = self.scaling_json();
+        if json.is_null() {
+            json = json!({"rope_type": "default"});
+        }
+        json["rope_theta"] = shortest(self.theta);
+        json
+    }
+
     /// The value of `rope_scaling` in a `config.json`; null when there is none.
     pub(super) fn scaling_json(&self) -> Value {
         match &self.scaling {
@@ -240,6 +255,11 @@ impl Rope {
                 json
             }
             RopeScaling::Default => Value::Null,
+            RopeScaling::Proportional { part, factor } => json!({
+                "rope_type": "proportional",
+                "partial_rotary_factor": shortest(*part),
+                "factor": shortest(*factor),
+            }),
             RopeScaling::Linear { factor } => {
                 json!({"rope_type": "linear", "factor": shortest(*factor)})
             }
@@ -329,6 +349,10 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
         "linear" => RopeScaling::Linear {
             factor: needed("factor")?,
         },
+        "proportional" => RopeScaling::Proportional {
+            part: given("partial_rotary_factor")?.unwrap_or(1.0),
+            factor: given("factor")?.unwrap_or(1.0),
+        },
         "llama3" => {
             let (low, high) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
             ensure!(
@@ -374,7 +398,7 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
             }
         }
         other => bail!(
-            "rope type {other:?} is not supported; known: default, linear, llama3, yarn, longrope"
+            "rope type {other:?} is not supported; known: default, linear, llama3, yarn, longrope, proportional"
         ),
     })
 }
@@ -445,6 +469,11 @@ impl RopeScaling {
                 let high = pair_that_turns(beta_slow).ceil().min(dim - 1.0) as f32;
                 (low, if low == high { high + 0.001 } else { high })
             }
+            // Where it is above 0, pairs do not turn.
+            Self::Proportional { part, .. } => {
+                let turning = (part * dims as f32 / 2.0).floor();
+                (turning - 1.0, turning)
+            }
             _ => (0.0, 1.0),
         };
         move |pair| ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0)
@@ -456,6 +485,8 @@ impl RopeScaling {
             Self::Default => frequency,
             Self::LongRope { ref short, .. } => 1.0 / (short[pair] * wavelength),
             Self::Linear { factor } => frequency / factor,
+            Self::Proportional { .. } if ramp > 0.0 => 0.0,
+            Self::Proportional { factor, .. } => frequency / factor,
             Self::Llama3 {
                 factor,
                 low_freq_factor,
@@ -646,8 +677,8 @@ mod tests {
     fn what_is_not_supported_is_named() {
         for (fields, wanted) in [
             (
-                json!({"rope_scaling": {"rope_type": "proportional"}}),
-                "\"proportional\" is not supported; known: default, linear, llama3, yarn, longrope",
+                json!({"rope_scaling": {"rope_type": "dynamic"}}),
+                "\"dynamic\" is not supported; known: default, linear, llama3, yarn, longrope, proportional",
             ),
             (
                 json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 38] = [
+pub const FAMILIES: [&str; 40] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -50,6 +50,8 @@ pub const FAMILIES: [&str; 38] = [
     "lfm2-untied",
     "llama-fp8",
     "ministral3-fp8",
+    "gemma4",
+    "gemma4-keys",
 ];
 
 /// The one among them with linear attention.
@@ -82,7 +84,7 @@ pub const ODD_MIXTURE: &str = "qwen3-moe";
 #[cfg(feature = "cuda-emulated")]
 pub fn on_gpus() -> impl Iterator<Item = &'static str> {
     let all = FAMILIES.into_iter().chain(MIXTURES);
-    all.filter(|family| *family != ODD_MIXTURE)
+    all.filter(|family| *family != ODD_MIXTURE && !family.starts_with("gemma4"))
 }
 
 /// A file of golden figures.

@@ -5,6 +5,7 @@ mod fields;
 mod positions;
 mod read;
 mod recurrences;
+mod uneven;
 mod write;
 
 pub(super) use fields::Fields;

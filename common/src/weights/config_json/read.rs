@@ -7,7 +7,7 @@ use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::CAPS;
 use super::fields::Fields;
 use super::positions::positions;
-use super::{experts, recurrences};
+use super::{experts, recurrences, uneven};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -67,6 +67,16 @@ pub fn read(fields: &Fields) -> Result<Config> {
         (_, true) => fields.size("shared_intermediate_size")?,
         (_, false) => fields.size("intermediate_size")?,
     };
+    let ffn = adjusted(fields, family, ffn)?;
+    let uneven = match family.uneven {
+        Some(inputs) => uneven::read(fields, (kv_heads, head_dim), &windows, ffn, inputs)?,
+        None => uneven::Uneven {
+            wide: None,
+            sharing: 0,
+            sharing_ffn: ffn,
+            layer_inputs: None,
+        },
+    };
     let has_qk_norm = match family.qk_norm_asked {
         Some(key) => fields.flag(key)?.unwrap_or(false),
         None => true,
@@ -80,7 +90,10 @@ pub fn read(fields: &Fields) -> Result<Config> {
         kv_heads,
         head_dim,
         rotary_dim: rotary_dim(fields, family, head_dim)?,
-        ffn: adjusted(fields, family, ffn)?,
+        wide: uneven.wide,
+        sharing: uneven.sharing,
+        ffn,
+        sharing_ffn: uneven.sharing_ffn,
         experts,
         norm_eps: fields
             .number(family.norm_eps_field)?
@@ -95,8 +108,12 @@ pub fn read(fields: &Fields) -> Result<Config> {
         recurrences: recurrences::read(fields, family, layers, hidden)?,
         norms: family.norms,
         qk_norm: family.qk_norm.filter(|_| has_qk_norm),
+        values_normed: family.uneven.is_some(),
+        layer_inputs: uneven.layer_inputs,
+        layer_scales: family.uneven.is_some(),
         attention_scale: match family.scales {
             Scales::Roots => attention_scale(fields)?,
+            Scales::Unscaled => 1.0,
             Scales::Plain | Scales::Embeddings | Scales::Multipliers => plain_scale(head_dim),
         },
         attention_cap,
@@ -111,15 +128,21 @@ pub fn read(fields: &Fields) -> Result<Config> {
         },
     };
     match family.scales {
-        Scales::Plain | Scales::Embeddings | Scales::Roots => config,
+        Scales::Plain | Scales::Embeddings | Scales::Roots | Scales::Unscaled => config,
         Scales::Multipliers => config.multiplied(multipliers(fields)?),
     }
     .checked()
 }
 
-/// The fields by their usual names.
+/// The fields by their usual names, and some that the file lacks.
 fn usual<'a>(fields: &Fields<'a>, family: &Family) -> Cow<'a, Map<String, Value>> {
     let mut usual = Cow::Borrowed(fields.0);
+    let unsaid: Map<String, Value> = serde_json::from_str(family.unsaid).expect("it is JSON");
+    for (key, value) in unsaid {
+        if fields.present(&key).is_none() {
+            usual.to_mut().insert(key, value);
+        }
+    }
     for (theirs, name) in family.spelled {
         if let Some(value) = fields.present(theirs) {
             usual.to_mut().insert((*name).to_owned(), value.clone());
@@ -152,6 +175,9 @@ fn multipliers(fields: &Fields) -> Result<Multipliers> {
 
 /// How much of a head is rotated.
 fn rotary_dim(fields: &Fields, family: &Family, head_dim: usize) -> Result<usize> {
+    if family.uneven.is_some() {
+        return Ok(head_dim); // what does not turn there is the scaling's
+    }
     let part = rotated_part(fields, family.rotated_part)?;
     ensure!(
         part == 1.0 || family.partial,
@@ -207,12 +233,14 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
     Scaling::of(fields.present("quantization_config"))?;
     let per_layer = fields.present("per_layer_config");
     ensure!(
-        per_layer.is_none_or(|layers| *layers == json!({})),
+        family.uneven.is_some() || per_layer.is_none_or(|layers| *layers == json!({})),
         "per_layer_config: layers of different shapes are not supported"
     );
     for (key, causal) in [("use_bidirectional_attention", false), ("is_causal", true)] {
+        // (Gemma 4's pieces of images see each other.)
+        let seen = fields.present(key).filter(|&value| value != "vision");
         ensure!(
-            fields.flag(key)?.unwrap_or(causal) == causal,
+            seen.is_none_or(|value| *value == causal),
             "{key}: this is not a causal language model"
         );
     }

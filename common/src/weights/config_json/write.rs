@@ -3,7 +3,7 @@
 use super::super::config::Config;
 use super::super::family::{self, Family, Rotated, Scales, Windows};
 use super::super::rope::{Rope, RopeScaling};
-use super::{CAPS, experts, recurrences, shortest};
+use super::{CAPS, experts, recurrences, shortest, uneven};
 use serde_json::{Map, Value, json};
 
 /// Writes what is known over what there is.
@@ -60,6 +60,9 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     if let Some(kind) = family.recurrence {
         recurrences::write(config, kind, set);
     }
+    if let Some(inputs) = family.uneven {
+        uneven::write(config, inputs.is_some(), set);
+    }
     if family.ffn_adjusted {
         set("block_auto_adjust_ff_dim", json!(false));
     }
@@ -90,6 +93,15 @@ fn rotation(config: &Config, family: &Family, set: &mut Set) {
     let Some(rope) = rope_of(config, false).or(rope_of(config, true)) else {
         return;
     };
+    if family.uneven.is_some() {
+        let local = rope_of(config, true).unwrap_or(rope);
+        let types = [("full_attention", rope), ("sliding_attention", local)];
+        let types: Map<_, _> = types
+            .map(|(kind, rope)| (kind.to_owned(), rope.parameters_json()))
+            .into_iter()
+            .collect();
+        return set("rope_parameters", types.into());
+    }
     set("rope_theta", shortest(rope.theta));
     let mut scaling = rope.scaling_json();
     if let Some(growth) = config.query_growth {
@@ -110,7 +122,7 @@ fn rotation(config: &Config, family: &Family, set: &mut Set) {
 
 fn scales(config: &Config, family: &Family, set: &mut Set) {
     match family.scales {
-        Scales::Plain | Scales::Embeddings => {}
+        Scales::Plain | Scales::Embeddings | Scales::Unscaled => {}
         Scales::Roots => {
             let scalar = f64::from(config.attention_scale).powi(-2).round();
             set("query_pre_attn_scalar", json!(scalar as u64));
@@ -143,7 +155,8 @@ fn windows(config: &Config, family: &Family, set: &mut Set) {
             set("no_rope_layers", rotates.collect());
         }
         Windows::AllBut(_, rotated) => {
-            if let (Rotated::By(_), Some(rope)) = (rotated, rope_of(config, true)) {
+            let local = rope_of(config, true).filter(|_| family.uneven.is_none());
+            if let (Rotated::By(_), Some(rope)) = (rotated, local) {
                 set("rope_local_base_freq", shortest(rope.theta));
             }
         }
