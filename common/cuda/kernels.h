@@ -97,6 +97,35 @@ ACTIVATION(activation_f16, f16);
 ACTIVATION_BACKWARD(activation_backward_f32, float);
 ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
 
+// ---- What layers take in beside the residual stream -----------------------------------------------------------------
+
+// out = scale · gate · σ(c·gate·(1 + a·gate²)) · input: `gates`, `out` [count, width], rows of `inputs` begin `stride` elements
+// apart. Grid (count).
+#define LAYER_INPUT(name, T) KERNEL(256, name, const T* gates, const float* inputs, T* out, int width, int stride, \
+    float c, float a, float scale)
+LAYER_INPUT(layer_input_f32, float);
+LAYER_INPUT(layer_input_bf16, bf16);
+LAYER_INPUT(layer_input_f16, f16);
+
+// Given the gradient of that output (of scale 1) in `inner`: `gates` become theirs, `inner` becomes the output, and `d_inputs`,
+// whose rows lie as those of `inputs` do, is set. Grid (count).
+#define LAYER_INPUT_BACKWARD(name, T) KERNEL(256, name, T* gates, const float* inputs, T* inner, float* d_inputs, \
+    int width, int stride, float c, float a)
+LAYER_INPUT_BACKWARD(layer_input_backward_f32, float);
+LAYER_INPUT_BACKWARD(layer_input_backward_bf16, bf16);
+
+// Copies the first `width` columns of rows that begin `from_stride` and `to_stride` elements apart. Grid (rows).
+#define COPY_COLUMNS(name, T) KERNEL(256, name, const T* from, T* to, int width, int from_stride, int to_stride)
+COPY_COLUMNS(copy_columns_f32, float);
+COPY_COLUMNS(copy_columns_bf16, bf16);
+COPY_COLUMNS(copy_columns_f16, f16);
+
+// Of columns of `d` whose rows begin `stride` elements apart, and `sum` [rows, width]: `sum` gains `d`, or, without `gather`,
+// `d` gains `sum`. Grid (rows).
+#define LENT_GRADIENT(name, T) KERNEL(256, name, T* d, float* sum, int width, int stride, int gather)
+LENT_GRADIENT(lent_gradient_f32, float);
+LENT_GRADIENT(lent_gradient_bf16, bf16);
+
 // ---- Mixtures of experts --------------------------------------------------------------------------------------------
 // A token's MLP is the weighted sum of `used` of `experts` MLPs, which a router chooses. A row is a token at one of its
 // experts: rows = count·used. The rows of an expert lie together, in the order of their tokens. Nothing of this is known to
