@@ -435,11 +435,14 @@ GATED_CONV_KEEP(gated_conv_keep_f32, float);
 GATED_CONV_KEEP(gated_conv_keep_bf16, bf16);
 
 // ---- Attention over a packed, prefix-shared batch -------------------------------------------------------------------
-// Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256 (D). Take the
+// Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256, 512 (D). Take the
 // smallest that is at least `dim`; any even `dim` works (multiples of 8 load in vectors).
-// The batch is cut into tiles: ATTENTION_ROWS(T) = R rows of one segment, fewer at its end. 64 in bf16, 32 in f32.
+// The batch is cut into tiles: R rows of one segment, fewer at its end. 64 in 16 bits, 32 in f32.
 // Order does not matter; those with the most visible keys first balance best.
-// Row pitch in shared memory: P(T, D) = (D + 16 / sizeof(T)) · sizeof(T) bytes. Extra for f32 only: X = R·(R + 4)·4.
+// A tile meets S rows at a time: R of them, but where D = 512 as many as 163 KiB leave room for: 64 forward and 16 backward in
+// 16 bits, 16 and 8 in f32.
+// Row pitch in shared memory: P(D) = (D + 16 / sizeof(T)) · sizeof(T) bytes, that of results' columns P' = P(min(D, 256)).
+// Extra for f32 only: X = R·(S + 4)·4.
 
 struct AttentionTile {
     int first;      // its first row in the batch
@@ -459,12 +462,12 @@ struct Scores {
 
 // `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scores).
 // `window`: how many positions back a token sees, itself included; 0 for all.
-// Grid (query, tiles). Shared: 3·R·P + X.
+// Grid (query, tiles, ceil(dim / 256)). Shared: R·P + S·(P + P') + X.
 #define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, \
     T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
-// Grid (query, tiles). Shared: 4·R·P + X.
+// Grid (query, tiles, ceil(dim / 256)). Shared: 2·(R + S)·P + X.
 #define ATTENTION_BACKWARD_Q(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 3), name, \
     const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, \
     int query, int kv, int dim, int window, Scores scores)
@@ -472,7 +475,7 @@ struct Scores {
 // The keys' and values' gradients as each query head makes them: `d_heads` [T, query, k | v, dim], float32. Run after
 // ATTENTION_BACKWARD_Q, which makes `delta`. `positions` [T] of every row in its sequence (read with a window only, else
 // null will do). Sums over branches run inside a block, in one order.
-// Grid (query, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
+// Grid (query, tiles, ceil(dim / 128)). Shared: 2·(R + S)·P + X + 3·S·4.
 #define ATTENTION_BACKWARD_KV(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 3, 2), name, \
     const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, float* d_heads, \
     const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
@@ -485,13 +488,16 @@ SUM_HEADS(sum_heads_bf16, bf16);
 
 #define ATTENTION_VARIANTS_F16(kind, stem) \
     kind(stem##_f16_16, f16, 16); kind(stem##_f16_32, f16, 32); kind(stem##_f16_64, f16, 64); \
-    kind(stem##_f16_96, f16, 96); kind(stem##_f16_128, f16, 128); kind(stem##_f16_256, f16, 256)
+    kind(stem##_f16_96, f16, 96); kind(stem##_f16_128, f16, 128); kind(stem##_f16_256, f16, 256); \
+    kind(stem##_f16_512, f16, 512)
 
 #define ATTENTION_VARIANTS(kind, stem) \
     kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
     kind(stem##_f32_96, float, 96); kind(stem##_f32_128, float, 128); kind(stem##_f32_256, float, 256); \
+    kind(stem##_f32_512, float, 512); \
     kind(stem##_bf16_16, bf16, 16); kind(stem##_bf16_32, bf16, 32); kind(stem##_bf16_64, bf16, 64); \
-    kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256)
+    kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256); \
+    kind(stem##_bf16_512, bf16, 512)
 
 ATTENTION_VARIANTS(ATTENTION, attention);
 ATTENTION_VARIANTS_F16(ATTENTION, attention);
@@ -529,8 +535,8 @@ struct DecodeTile {
 // tiles. A prompt is split once for each PREFIX_SPLIT of its tokens, at most; what is left of prefix_splits gets nothing.
 // `tiles` [tile_count] cover all rows of all sequences that matter, which are in `order`, up to [count]; what a sequence
 // without them gets is undefined.
-// Grid (tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W)), W = R / 16 being a block's warps.
-// Shared: 3·R·P + X with R, P, X as above.
+// Grid (C·(tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W))), W = R / 16 being a block's warps
+// and C = ceil(dim / 256). Shared: as for ATTENTION.
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
     const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, \

@@ -350,12 +350,10 @@ impl Decoder {
 
     /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`, its gates from `pass.qkv_raw`.
     pub fn attend(&self, i: usize, shape: &Shape, pass: &Pass) -> Result<()> {
-        let (heads, tiles) = (self.heads(i), self.attention_tiles());
-        let launch = Launch::plane(heads.query, shape.tile_count, tiles.threads)
-            .shared(3 * tiles.rows * tiles.pitch + tiles.extra);
+        let heads = self.heads(i);
         self.device.launch(
-            &self.kernels.attention,
-            launch,
+            &self.kernels.of_heads("attention", heads),
+            self.attention_launches(i).forward(shape.tile_count),
             args![
                 &pass.qkv,
                 pass.read.as_ref().unwrap_or(&pass.attention),
