@@ -188,32 +188,40 @@ ROUTE_BACKWARD(route_backward_f32, float);
 ROUTE_BACKWARD(route_backward_bf16, bf16);
 
 // ---- Queries, keys and values ---------------------------------------------------------------------------------------
-// A row of the fused projection is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
+// A row that attention reads is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
+
+// What a row of the fused projection has after its queries, and what becomes of that.
+enum class Values : int {
+    Given,  // [k | v]: values stay as they are
+    Normed, // [k | v]: value heads are normed, by no weights
+    Keys,   // [k]: values are the keys as they come (with their bias), normed so
+    None,   // nothing: keys and values of `qkv` are left alone, and the cache
+};
 
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
 // [count], or, with `norms_last`, rotated and then normed: dimension i is paired with i + dim/2; `cos` and `sin` are
 // [rows, dim/2], or null: no rotation. A position's row is its own for keys, and so many rows after the row `queries` for
-// queries (0: the same). `in` may be `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias`
-// [width], or null; `q_norm`, `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r;
-// below 0: none. A head is given L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple
-// of 8), at most 32. A row of `in` has `skipped` more elements (a multiple of `dim`) between q and k: the gates of gated
-// attention. Grid (ceil(count·(query + 2·kv)·L / 256)).
+// queries (0: the same). `in` may be `qkv` where its rows are as long (but is wanted unchanged by the backward pass where
+// heads are normed). `bias`, as long as a row of `in`, or null; `q_norm`, `k_norm` both or null, where there are no keys
+// `q_norm` alone. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given L lanes:
+// the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32. A row of `in` has
+// `skipped` more elements (a multiple of `dim`) after q: the gates of gated attention. Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    T* cache, const int* cache_rows, int count, int query, int kv, int dim, int skipped)
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, Values values, \
+    const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
 QKV_ROPE(qkv_rope_f16, f16);
 
-// Its gradient, in place: `d_qkv` [count, width] becomes that of `in`. `in`, `bias`, `q_norm`, `k_norm` as above (`in`
-// is read only where there are head norms). `partial` [blocks, 2·dim] or null receives each block's part of the
-// gradients of [q_norm | k_norm]: add them up with sum_columns_f32. A block takes ceil(count / blocks) rows.
-// (The gradient of `bias` is sum_columns of the result.)
+// Its gradient, in place: rows of `d_qkv`, which stay `width` long, begin with that of `in` (which has no gates there). `in`,
+// `bias`, `q_norm`, `k_norm` as above (`in` is read only where heads are normed). `partial` [blocks, 2·dim] or null receives each
+// block's part of the gradients of [q_norm | k_norm], without `k_norm` [blocks, dim]: add them up with sum_columns_f32. A block
+// takes ceil(count / blocks) rows. (The gradient of `bias` is sum_columns of the result, where its rows are as long.)
 // Grid (blocks): min(count, 1056). Shared memory: 512/L·dim · 4 bytes with head norms, else 0.
 #define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    float* partial, int count, int query, int kv, int dim, int skipped)
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, Values values, \
+    const int* positions, float* partial, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float);
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16);
 

@@ -6,7 +6,7 @@ use super::decoder::{Decoder, Linear, Mlp, OneMlp};
 use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
 use super::pass::{Pass, Widths};
 use super::recurrent;
 use crate::model::{Matrix, Params, Span};
@@ -368,6 +368,7 @@ impl<'a> Backward<'a> {
                 sin,
                 queries,
                 i32::from(qk_norm == Some(QkNorm::Turned)),
+                VALUES_GIVEN,
                 &self.shape.positions,
                 partial,
                 count as i32,

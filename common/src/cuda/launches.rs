@@ -190,6 +190,9 @@ impl AttentionLaunches {
     }
 }
 
+/// Values that stay as the fused projection gives them, as kernels number it (`Values`).
+pub(super) const VALUES_GIVEN: i32 = 0;
+
 /// How products of queries and keys become scores, as kernels declare it.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]

@@ -5,7 +5,7 @@ use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::Routes;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
 use super::optimizer::elements;
 use super::recurrent::Memories;
 use crate::weights::{Config, Norms, QkNorm, Recurrence};
@@ -292,6 +292,7 @@ impl Decoder {
                 sin,
                 queries,
                 i32::from(self.config.qk_norm == Some(QkNorm::Turned)),
+                VALUES_GIVEN,
                 positions,
                 cache,
                 cache_rows,
