@@ -16,11 +16,12 @@ namespace device {
 template <class T, int D>
 __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv,
                            AttentionTile tile, int query, int kv, int dim, int window, Scores scores) {
-    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
+    constexpr int R = attention_rows<T>, S = backward_step<T, D>, N = S / 8, P = pitch<T, D>;
+    constexpr int W = result_columns<D>;
     SHARED_MEMORY(T, q);
-    T *d_o = q + R * P, *k = d_o + R * P, *v = k + R * P;
-    float* scratch = reinterpret_cast<float*>(v + R * P) + warp() * 16 * scratch_pitch<R>;
-    int head = blockIdx.x, first = warp() * 16;
+    T *d_o = q + R * P, *k = d_o + R * P, *v = k + S * P;
+    float* scratch = reinterpret_cast<float*>(v + S * P) + warp() * 16 * scratch_pitch<S>;
+    int head = blockIdx.x, first = warp() * 16, skipped = D > W ? blockIdx.z * W : 0;
     const Head<T> columns(qkv, query, kv, dim, head);
     const Visible visible{tile, window};
     int end = visible.end();
@@ -41,19 +42,19 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         });
     }
     sum += __shfl_xor_sync(ALL, sum, 1);
-    if (there && lane() % 2 == 0) delta[at(mine)] = sum;
+    if (there && lane() % 2 == 0 && skipped == 0) delta[at(mine)] = sum;
     float row_delta[2], row_lse[2];
     for (int half = 0; half < 2; ++half) {
         row_delta[half] = __shfl_sync(ALL, sum, lane() / 4 * 2 + 16 * half);
         row_lse[half] = __shfl_sync(ALL, own_lse, lane() / 4 * 2 + 16 * half);
     }
 
-    float d_q[D / 8][4];
+    float d_q[W / 8][4];
     clear(d_q);
-    for (int from = visible.begin(); from < end; from += R) {
+    for (int from = visible.begin(); from < end; from += S) {
         __syncthreads();  // nobody reads the last tiles any more
-        load_rows<T, D, R>(k, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.k, visible.row(from + i)) : nullptr; });
-        load_rows<T, D, R>(v, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.v, visible.row(from + i)) : nullptr; });
+        load_rows<T, D, S>(k, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.k, visible.row(from + i)) : nullptr; });
+        load_rows<T, D, S>(v, dim, qkv, [&](int i) { return from + i < end ? columns.row(columns.v, visible.row(from + i)) : nullptr; });
         copy_commit();
         copy_wait<0>();
         __syncthreads();
@@ -73,15 +74,15 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
         for (int j = 0; j < N; ++j)
 #pragma unroll
             for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(fmaf(s[j][i], scores.unit, -row_lse[i / 2])) * d[j][i];
-        multiply_columns<N, D / 8, D>(d_q, s, k, scratch);
+        multiply_columns<N, W / 8, D>(d_q, s, k + skipped, scratch);
     }
     for (int half = 0; half < 2; ++half) {
         int r = first + lane() / 4 + 8 * half;
         if (r >= tile.rows) continue;
         T* to = d_qkv + (long long)(tile.first + r) * columns.width + head * dim;
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            int c = j * 8 + lane() % 4 * 2;
+        for (int j = 0; j < W / 8; ++j) {
+            int c = skipped + j * 8 + lane() % 4 * 2;
             if (c < dim) {
                 *reinterpret_cast<Pair<T>*>(to + c) = {narrow<T>(d_q[j][2 * half] * scores.scale),
                                                        narrow<T>(d_q[j][2 * half + 1] * scores.scale)};
@@ -95,13 +96,13 @@ __device__ void backward_q(const T* qkv, const T* out, const float* lse, const T
 template <class T, int D>
 __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions,
                             float* d_heads, AttentionTile tile, int query, int kv, int dim, int window, Scores scores) {
-    constexpr int R = attention_rows<T>, N = R / 8, P = pitch<T, D>;
-    constexpr int W = D == 256 ? 128 : D;  // two times 16 × 128 float32 sums a warp is what registers hold
+    constexpr int R = attention_rows<T>, S = backward_step<T, D>, N = S / 8, P = pitch<T, D>;
+    constexpr int W = D <= 128 ? D : 128;  // two times 16 × 128 float32 sums a warp is what registers hold
     SHARED_MEMORY(T, k);
-    T *v = k + R * P, *q = v + R * P, *d_o = q + R * P;
-    float *q_lse = reinterpret_cast<float*>(d_o + R * P), *q_delta = q_lse + R;
-    int* q_at = reinterpret_cast<int*>(q_delta + R);
-    float* scratch = reinterpret_cast<float*>(q_at + R) + warp() * 16 * scratch_pitch<R>;
+    T *v = k + R * P, *q = v + R * P, *d_o = q + S * P;
+    float *q_lse = reinterpret_cast<float*>(d_o + S * P), *q_delta = q_lse + S;
+    int* q_at = reinterpret_cast<int*>(q_delta + S);
+    float* scratch = reinterpret_cast<float*>(q_at + S) + warp() * 16 * scratch_pitch<S>;
     int head = blockIdx.x, first = warp() * 16, skipped = blockIdx.z * W;
     const Head<T> columns(qkv, query, kv, dim, head);
     int tile_at = tile.prefix_len + tile.first - tile.start;  // the position of the tile's first key
@@ -113,17 +114,17 @@ __device__ void backward_kv(const T* qkv, const float* lse, const T* d_out, cons
     float d_k[W / 8][4], d_v[W / 8][4];
     clear(d_k);
     clear(d_v);
-    for (int from = tile.first; from < tile.end; from += R) {
+    for (int from = tile.first; from < tile.end; from += S) {
         int mine = from + int(threadIdx.x);  // the query that this thread looks after, if it has one
-        bool there = int(threadIdx.x) < R && mine < tile.end;
+        bool there = int(threadIdx.x) < S && mine < tile.end;
         int at = window > 0 && there ? positions[mine] : 0;
         // (A barrier as well: nobody reads the last queries any more.)
         if (!__syncthreads_or(there && (window <= 0 || at - (tile_at + tile.rows - 1) < window))) continue;
-        load_rows<T, D, R>(q, dim, qkv, [&](int i) { return from + i < tile.end ? columns.row(columns.q, from + i) : nullptr; });
-        load_rows<T, D, R>(d_o, dim, qkv,
+        load_rows<T, D, S>(q, dim, qkv, [&](int i) { return from + i < tile.end ? columns.row(columns.q, from + i) : nullptr; });
+        load_rows<T, D, S>(d_o, dim, qkv,
                            [&](int i) { return from + i < tile.end ? d_out + (long long)(from + i) * (query * dim) + head * dim : nullptr; });
         copy_commit();
-        if (int(threadIdx.x) < R) {
+        if (int(threadIdx.x) < S) {
             long long row = (long long)mine * query + head;
             q_lse[threadIdx.x] = there ? lse[row] * LOG2E : INFINITY;  // weighs nothing
             q_delta[threadIdx.x] = there ? delta[row] : 0;

@@ -217,32 +217,40 @@ ROUTE_BACKWARD(route_backward_f32, float);
 ROUTE_BACKWARD(route_backward_bf16, bf16);
 
 // ---- Queries, keys and values ---------------------------------------------------------------------------------------
-// A row of the fused projection is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
+// A row that attention reads is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.
 // A row of the cache of one layer is its tail, [k | v], 2·kv·dim wide, whatever token it belongs to.
+
+// What a row of the fused projection has after its queries, and what becomes of that.
+enum class Values : int {
+    Given,  // [k | v]: values stay as they are
+    Normed, // [k | v]: value heads are normed, by no weights
+    Keys,   // [k]: values are the keys as they come (with their bias), normed so
+    None,   // nothing: keys and values of `qkv` are left alone, and the cache
+};
 
 // qkv = in + bias, its query and key heads normed (RMS, by q_norm and k_norm [dim]) and rotated to `positions`
 // [count], or, with `norms_last`, rotated and then normed: dimension i is paired with i + dim/2; `cos` and `sin` are
 // [rows, dim/2], or null: no rotation. A position's row is its own for keys, and so many rows after the row `queries` for
-// queries (0: the same). `in` may be `qkv` (but is wanted unchanged by the backward pass where there are head norms). `bias`
-// [width], or null; `q_norm`, `k_norm` both or null. `cache` or null: row cache_rows[r] of it receives [k | v] of row r;
-// below 0: none. A head is given L lanes: the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple
-// of 8), at most 32. A row of `in` has `skipped` more elements (a multiple of `dim`) between q and k: the gates of gated
-// attention. Grid (ceil(count·(query + 2·kv)·L / 256)).
+// queries (0: the same). `in` may be `qkv` where its rows are as long (but is wanted unchanged by the backward pass where
+// heads are normed). `bias`, as long as a row of `in`, or null; `q_norm`, `k_norm` both or null, where there are no keys
+// `q_norm` alone. `cache` or null: row cache_rows[r] of it receives [k | v] of row r; below 0: none. A head is given L lanes:
+// the smallest power of two that is at least dim/8 (dim/2 where dim is no multiple of 8), at most 32. A row of `in` has
+// `skipped` more elements (a multiple of `dim`) after q: the gates of gated attention. Grid (ceil(count·(query + 2·kv)·L / 256)).
 #define QKV_ROPE(name, T) KERNEL(256, name, const T* in, T* qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    T* cache, const int* cache_rows, int count, int query, int kv, int dim, int skipped)
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, Values values, \
+    const int* positions, T* cache, const int* cache_rows, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE(qkv_rope_f32, float);
 QKV_ROPE(qkv_rope_bf16, bf16);
 QKV_ROPE(qkv_rope_f16, f16);
 
-// Its gradient, in place: `d_qkv` [count, width] becomes that of `in`. `in`, `bias`, `q_norm`, `k_norm` as above (`in`
-// is read only where there are head norms). `partial` [blocks, 2·dim] or null receives each block's part of the
-// gradients of [q_norm | k_norm]: add them up with sum_columns_f32. A block takes ceil(count / blocks) rows.
-// (The gradient of `bias` is sum_columns of the result.)
+// Its gradient, in place: rows of `d_qkv`, which stay `width` long, begin with that of `in` (which has no gates there). `in`,
+// `bias`, `q_norm`, `k_norm` as above (`in` is read only where heads are normed). `partial` [blocks, 2·dim] or null receives each
+// block's part of the gradients of [q_norm | k_norm], without `k_norm` [blocks, dim]: add them up with sum_columns_f32. A block
+// takes ceil(count / blocks) rows. (The gradient of `bias` is sum_columns of the result, where its rows are as long.)
 // Grid (blocks): min(count, 1056). Shared memory: 512/L·dim · 4 bytes with head norms, else 0.
 #define QKV_ROPE_BACKWARD(name, T) KERNEL(256, name, const T* in, T* d_qkv, const float* bias, const float* q_norm, \
-    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, const int* positions, \
-    float* partial, int count, int query, int kv, int dim, int skipped)
+    const float* k_norm, float eps, const float* cos, const float* sin, int queries, int norms_last, Values values, \
+    const int* positions, float* partial, int count, int query, int kv, int dim, int skipped)
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float);
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16);
 
@@ -464,11 +472,14 @@ GATED_CONV_KEEP(gated_conv_keep_f32, float);
 GATED_CONV_KEEP(gated_conv_keep_bf16, bf16);
 
 // ---- Attention over a packed, prefix-shared batch -------------------------------------------------------------------
-// Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256 (D). Take the
+// Names end in the storage type and the head size that they are made for: 16, 32, 64, 96, 128, 256, 512 (D). Take the
 // smallest that is at least `dim`; any even `dim` works (multiples of 8 load in vectors).
-// The batch is cut into tiles: ATTENTION_ROWS(T) = R rows of one segment, fewer at its end. 64 in bf16, 32 in f32.
+// The batch is cut into tiles: R rows of one segment, fewer at its end. 64 in 16 bits, 32 in f32.
 // Order does not matter; those with the most visible keys first balance best.
-// Row pitch in shared memory: P(T, D) = (D + 16 / sizeof(T)) · sizeof(T) bytes. Extra for f32 only: X = R·(R + 4)·4.
+// A tile meets S rows at a time: R of them, but where D = 512 as many as 163 KiB leave room for: 64 forward and 16 backward in
+// 16 bits, 16 and 8 in f32.
+// Row pitch in shared memory: P(D) = (D + 16 / sizeof(T)) · sizeof(T) bytes, that of results' columns P' = P(min(D, 256)).
+// Extra for f32 only: X = R·(S + 4)·4.
 
 struct AttentionTile {
     int first;      // its first row in the batch
@@ -488,12 +499,12 @@ struct Scores {
 
 // `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scores).
 // `window`: how many positions back a token sees, itself included; 0 for all.
-// Grid (query, tiles). Shared: 3·R·P + X.
+// Grid (query, tiles, ceil(dim / 256)). Shared: R·P + S·(P + P') + X.
 #define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, \
     T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
-// Grid (query, tiles). Shared: 4·R·P + X.
+// Grid (query, tiles, ceil(dim / 256)). Shared: 2·(R + S)·P + X.
 #define ATTENTION_BACKWARD_Q(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 3), name, \
     const T* qkv, const T* out, const float* lse, const T* d_out, float* delta, T* d_qkv, const AttentionTile* tiles, \
     int query, int kv, int dim, int window, Scores scores)
@@ -501,7 +512,7 @@ struct Scores {
 // The keys' and values' gradients as each query head makes them: `d_heads` [T, query, k | v, dim], float32. Run after
 // ATTENTION_BACKWARD_Q, which makes `delta`. `positions` [T] of every row in its sequence (read with a window only, else
 // null will do). Sums over branches run inside a block, in one order.
-// Grid (query, tiles, D == 256 ? 2 : 1). Shared: 4·R·P + X + 3·R·4.
+// Grid (query, tiles, ceil(dim / 128)). Shared: 2·(R + S)·P + X + 3·S·4.
 #define ATTENTION_BACKWARD_KV(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 3, 2), name, \
     const T* qkv, const float* lse, const T* d_out, const float* delta, const int* positions, float* d_heads, \
     const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
@@ -514,13 +525,16 @@ SUM_HEADS(sum_heads_bf16, bf16);
 
 #define ATTENTION_VARIANTS_F16(kind, stem) \
     kind(stem##_f16_16, f16, 16); kind(stem##_f16_32, f16, 32); kind(stem##_f16_64, f16, 64); \
-    kind(stem##_f16_96, f16, 96); kind(stem##_f16_128, f16, 128); kind(stem##_f16_256, f16, 256)
+    kind(stem##_f16_96, f16, 96); kind(stem##_f16_128, f16, 128); kind(stem##_f16_256, f16, 256); \
+    kind(stem##_f16_512, f16, 512)
 
 #define ATTENTION_VARIANTS(kind, stem) \
     kind(stem##_f32_16, float, 16); kind(stem##_f32_32, float, 32); kind(stem##_f32_64, float, 64); \
     kind(stem##_f32_96, float, 96); kind(stem##_f32_128, float, 128); kind(stem##_f32_256, float, 256); \
+    kind(stem##_f32_512, float, 512); \
     kind(stem##_bf16_16, bf16, 16); kind(stem##_bf16_32, bf16, 32); kind(stem##_bf16_64, bf16, 64); \
-    kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256)
+    kind(stem##_bf16_96, bf16, 96); kind(stem##_bf16_128, bf16, 128); kind(stem##_bf16_256, bf16, 256); \
+    kind(stem##_bf16_512, bf16, 512)
 
 ATTENTION_VARIANTS(ATTENTION, attention);
 ATTENTION_VARIANTS_F16(ATTENTION, attention);
@@ -558,8 +572,8 @@ struct DecodeTile {
 // tiles. A prompt is split once for each PREFIX_SPLIT of its tokens, at most; what is left of prefix_splits gets nothing.
 // `tiles` [tile_count] cover all rows of all sequences that matter, which are in `order`, up to [count]; what a sequence
 // without them gets is undefined.
-// Grid (tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W)), W = R / 16 being a block's warps.
-// Shared: 3·R·P + X with R, P, X as above.
+// Grid (C·(tile_count·prefix_splits·kv + ceil(count·own_splits·kv·ceil(group / 16) / W))), W = R / 16 being a block's warps
+// and C = ceil(dim / 256). Shared: as for ATTENTION.
 #define DECODE_ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 4, 4), name, \
     const T* qkv, const T* cache, float* partial, float* partial_lse, const Sequence* sequences, const int* positions, \
     const DecodeTile* tiles, const int* order, const int* pages, int max_pages, int count, int tile_count, \

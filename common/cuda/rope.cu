@@ -1,4 +1,4 @@
-// From the fused projection to what attention reads: bias, norm of query and key heads, rotary positions, and the copy
+// From the fused projection to what attention reads: bias, norm of query, key and value heads, rotary positions, and the copy
 // of keys and values into the cache, in one pass; and the gradient of it all. Some lanes of a warp take a head.
 #include "kernels.h"
 
@@ -81,29 +81,53 @@ __device__ float head_scale(const HeadLanes& lanes, bool there, const T* x, cons
     return 1.0f / sqrtf(lanes.sum(squares) / dim + eps);
 }
 
-// How much further on a head lies in rows that have more elements between queries and keys.
-__device__ inline long long gap(int r, int head, int query, int skipped) { return (long long)(head < query ? r : r + 1) * skipped; }
+// Rows of the fused projection.
+struct Projection {
+    int query, kv, dim, skipped;
+    Values values;
+
+    __device__ bool norms_values() const { return values == Values::Normed || values == Values::Keys; }
+    // Heads of a row: all, and those that turn.
+    __device__ int heads() const { return turned() + (values == Values::Given || values == Values::Normed ? kv : 0); }
+    __device__ int turned() const { return query + (values == Values::None ? 0 : kv); }
+    // The head that one of `qkv` is made of.
+    __device__ int source(int head) const { return values == Values::Keys && head >= query + kv ? head - kv : head; }
+    // The first element of a head.
+    __device__ long long at(int r, int head) const {
+        return ((long long)r * heads() + head) * dim + (long long)(head < query ? r : r + 1) * skipped;
+    }
+};
 
 template <class T>
 __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms, Turns by, const int* positions, T* cache,
-                         const int* cache_rows, int count, int query, int kv, int dim, int skipped) {
-    const HeadLanes lanes(dim);
+                         const int* cache_rows, int count, Projection row) {
+    const HeadLanes lanes(row.dim);
+    int query = row.query, kv = row.kv, dim = row.dim, turned = row.turned(), half = lanes.half;
     // Values that are where they should be are left alone.
-    int heads = query + (in == qkv && !bias && !cache ? kv : 2 * kv), half = lanes.half;
+    bool leaves = row.values == Values::None || (row.values == Values::Given && in == qkv && !bias && !cache);
+    int heads = turned + (leaves ? 0 : kv);
     int unit = (blockIdx.x * (blockDim.x / WARP) + warp()) * lanes.heads() + lanes.number();
     int r = unit / heads, head = unit % heads;
-    bool there = r < count, turns = head < query + kv;
+    bool there = r < count, turns = head < turned, bare = !turns && row.norms_values();
     long long at = ((long long)r * (query + 2 * kv) + head) * dim;
-    const T* from = in + at + gap(r, head, query, skipped);
-    const float* shift = bias ? bias + head * dim : nullptr;
+    int source = row.source(head);
+    const T* from = in + row.at(r, source);
+    const float* shift = bias ? bias + source * dim : nullptr;
     const float* weight = norms.of(head, query, kv);
     long long angle = there && turns ? by.row(head < query, positions[r]) * half : 0;
-    float scale = norms.q ? head_scale(lanes, there && weight, from, shift, by.before, angle, dim, norms.eps) : 1.0f;
+    float scale = 1;
+    if (norms.q || row.norms_values()) {
+        Angles before = turns ? by.before : Angles{};
+        scale = head_scale(lanes, there && (weight || bare), from, shift, before, angle, dim, norms.eps);
+    }
     if (!there) return;
     int cache_row = cache && head >= query ? cache_rows[r] : -1;
     T* copy = cache_row >= 0 ? cache + ((long long)cache_row * 2 * kv + head - query) * dim : nullptr;
     lanes.for_pairs([&](int c, auto few) {
         auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
+        if (bare) {
+            for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale, y.at[i] *= scale;
+        }
         if (turns) turn<1>(x, y, by.before, angle + c);
         if (weight) {
             for (int i = 0; i < int(sizeof few / 4); ++i) x.at[i] *= scale * weight[c + i], y.at[i] *= scale * weight[c + i + half];
@@ -114,16 +138,50 @@ __device__ void qkv_rope(const T* in, T* qkv, const float* bias, HeadNorms norms
     });
 }
 
-// Rotation turns back; then the norm's gradient (see norm.cu) from the head as it was before; or the other way round. The
-// gradients of the
-// norms' weights are summed by whoever has a head at a time in shared memory, [heads of the block][q | k][dim], and then
-// over those in order.
+// Back through the norms of the values of some rows, in place.
+template <class T>
+__device__ void values_backward(const HeadLanes& lanes, const T* in, T* d_qkv, const float* bias, float eps, int first_row,
+                                int rows, Projection row) {
+    int query = row.query, kv = row.kv, dim = row.dim, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
+    for (int first = 0; first < rows * kv; first += at_once) {
+        int unit = first + warp() * lanes.heads() + lanes.number(), r = first_row + unit / kv, head = query + kv + unit % kv;
+        bool there = unit < rows * kv;
+        T* d = d_qkv + ((long long)r * (query + 2 * kv) + head) * dim;
+        int source = row.source(head);
+        const T* from = in + row.at(r, source);
+        const float* shift = bias ? bias + source * dim : nullptr;
+        float scale = head_scale(lanes, there, from, shift, Angles{}, 0, dim, eps), mean = 0;
+        if (there) {
+            lanes.for_pairs([&](int c, auto few) {
+                auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
+                auto u = few.load(d + c), v = few.load(d + c + half);
+                for (int i = 0; i < int(sizeof few / 4); ++i) mean += x.at[i] * u.at[i] + y.at[i] * v.at[i];
+            });
+        }
+        mean = lanes.sum(mean) * scale / dim;
+        if (!there) continue;
+        lanes.for_pairs([&](int c, auto few) {
+            auto x = with_bias<decltype(few)>(from, shift, c), y = with_bias<decltype(few)>(from, shift, c + half);
+            auto u = few.load(d + c), v = few.load(d + c + half);
+            for (int i = 0; i < int(sizeof few / 4); ++i) {
+                u.at[i] = scale * (u.at[i] - x.at[i] * scale * mean);
+                v.at[i] = scale * (v.at[i] - y.at[i] * scale * mean);
+            }
+            u.store(d + c), v.store(d + c + half);
+        });
+    }
+}
+
+// Rotation turns back; then the norm's gradient (see norm.cu) from the head as it was before; or the other way round. Before
+// that values are taken back to what they were made of, since keys may gain it. The gradients of the norms' weights are summed
+// by whoever has a head at a time in shared memory, [heads of the block][q | k][dim], and then over those in order.
 template <class T>
 __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, HeadNorms norms, Turns by,
-                                  const int* positions, float* partial, int count, int query, int kv, int dim, int skipped) {
+                                  const int* positions, float* partial, int count, Projection row) {
     SHARED_MEMORY(float, sums);
-    const HeadLanes lanes(dim);
-    int turned = query + kv, half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
+    const HeadLanes lanes(row.dim);
+    int query = row.query, kv = row.kv, dim = row.dim;
+    int turned = row.turned(), half = lanes.half, at_once = blockDim.x / WARP * lanes.heads();
     int own = warp() * lanes.heads() + lanes.number();
     float* own_sums = sums + own * 2 * dim;
     if (norms.q) {
@@ -132,12 +190,16 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
     }
     // Heads of the block's rows, those of a row after each other.
     int step = (count + gridDim.x - 1) / gridDim.x, first_row = blockIdx.x * step;
-    int units = max(min(first_row + step, count) - first_row, 0) * turned;
+    int rows = max(min(first_row + step, count) - first_row, 0), units = rows * turned;
+    if (row.norms_values()) {
+        values_backward(lanes, in, d_qkv, bias, norms.eps, first_row, rows, row);
+        __syncthreads();
+    }
     for (int first = 0; first < units; first += at_once) {
         int unit = first + own, r = first_row + unit / turned, head = unit % turned;
         bool there = unit < units;
-        long long at = ((long long)r * (turned + kv) + head) * dim;
-        const T* from = in + at + gap(r, head, query, skipped);
+        long long at = ((long long)r * (query + 2 * kv) + head) * dim;
+        const T* from = in + row.at(r, head);
         const float* shift = bias ? bias + head * dim : nullptr;
         const float* weight = norms.of(head, query, kv);
         long long angle = there ? by.row(head < query, positions[r]) * half : 0;
@@ -173,15 +235,21 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
                 }
             }
             turn<-1>(u, v, by.before, angle + c);
+            if (row.values == Values::Keys && head >= query) {
+                const T* given = d_qkv + at + kv * dim + c;
+                auto x = few.load(given), y = few.load(given + half);
+                for (int i = 0; i < int(sizeof few / 4); ++i) u.at[i] += x.at[i], v.at[i] += y.at[i];
+            }
             u.store(d_qkv + at + c), v.store(d_qkv + at + c + half);
         });
     }
     if (!norms.q || !partial) return;
     __syncthreads();
-    for (int c = threadIdx.x; c < 2 * dim; c += blockDim.x) {
+    int width = norms.k ? 2 * dim : dim;
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
         float sum = 0;
         for (int i = 0; i < at_once; ++i) sum += sums[i * 2 * dim + c];
-        partial[(long long)blockIdx.x * 2 * dim + c] = sum;
+        partial[(long long)blockIdx.x * width + c] = sum;
     }
 }
 
@@ -189,23 +257,23 @@ __device__ void qkv_rope_backward(const T* in, T* d_qkv, const float* bias, Head
 
 QKV_ROPE(qkv_rope_f32, float) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim, skipped);
+                     {query, kv, dim, skipped, values});
 }
 QKV_ROPE(qkv_rope_bf16, bf16) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim, skipped);
+                     {query, kv, dim, skipped, values});
 }
 
 QKV_ROPE(qkv_rope_f16, f16) {
     device::qkv_rope(in, qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, cache, cache_rows, count,
-                     query, kv, dim, skipped);
+                     {query, kv, dim, skipped, values});
 }
 
 QKV_ROPE_BACKWARD(qkv_rope_backward_f32, float) {
     device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
-                              query, kv, dim, skipped);
+                              {query, kv, dim, skipped, values});
 }
 QKV_ROPE_BACKWARD(qkv_rope_backward_bf16, bf16) {
     device::qkv_rope_backward(in, d_qkv, bias, {q_norm, k_norm, eps}, {cos, sin, queries, norms_last}, positions, partial, count,
-                              query, kv, dim, skipped);
+                              {query, kv, dim, skipped, values});
 }

@@ -12,6 +12,15 @@ namespace device {
 // warp reads at once lie in different banks.
 template <class T, int D> constexpr int pitch = D + 16 / int(sizeof(T));
 
+// Columns of a result that a block makes: 16 × 256 float32 sums a warp are what registers hold. Wider heads have two blocks,
+// which make the same scores.
+template <int D> constexpr int result_columns = D <= 256 ? D : 256;
+
+// Rows that a block's tile meets at a time, forward and backward: as many as its own, and of wider heads as many as fit beside
+// it in the 163 KiB of shared memory that an A100 has for a block.
+template <class T, int D> constexpr int forward_step = D <= 256 ? attention_rows<T> : sizeof(T) == 2 ? 64 : 16;
+template <class T, int D> constexpr int backward_step = D <= 256 ? attention_rows<T> : sizeof(T) == 2 ? 16 : 8;
+
 // c += A·Bᵀ over D: `a` is row 0 of 16 rows, `b` row 0 of 8·N rows, in tiles of width D.
 template <int N, int D, class T> __device__ inline void multiply_rows(float (&c)[N][4], const T* a, const T* b) {
     constexpr int P = pitch<T, D>;
@@ -80,13 +89,12 @@ __device__ inline void multiply_columns(float (&c)[N][4], const float (&p)[K][4]
     }
 }
 
-// Floats from row to row of a warp's scratch, and what a block of R rows needs of it.
+// Floats from row to row of a warp's scratch, which holds 16 rows of weights of R others.
 template <int R> constexpr int scratch_pitch = R + 4;
-template <class T> constexpr int scratch_floats = sizeof(T) == 2 ? 0 : attention_rows<T> * scratch_pitch<attention_rows<T>>;
 
 template <int K, int N, int D>
 __device__ inline void multiply_columns(float (&c)[N][4], const float (&p)[K][4], const float* b, float* scratch) {
-    constexpr int P = pitch<float, D>, S = scratch_pitch<attention_rows<float>>;
+    constexpr int P = pitch<float, D>, S = scratch_pitch<8 * K>;
     int g = lane() / 4, t = lane() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < K; ++j) {

@@ -7,7 +7,7 @@ use common::cuda::{self, Device, Precision};
 use common::generate::{Generate, Generator, Limits, Request, Sample, Sampling, Stopped};
 use common::kernels::gemm;
 use common::logprob::{self, Group};
-use common::model::Decoder;
+use common::model::{Decoder, Params};
 use common::weights::{Recurrence, Weights};
 use serde_json::Value;
 use shared::{CONV, DELTA, ODD_MIXTURE, device, ids, on_gpus, open};
@@ -193,6 +193,45 @@ fn samples_are_the_cpus() {
             assert_same(&ours, &theirs, &format!("{family}, {slots} slots"));
         }
     }
+}
+
+/// No family here has heads of which two blocks make the results.
+#[test]
+fn wide_heads_are_the_cpus() {
+    let device = device();
+    for dim in [320, 512] {
+        let (weights, figures) = open("qwen3");
+        let mut config = weights.config;
+        (config.head_dim, config.rotary_dim) = (dim, dim);
+        config.attention_scale = 1.0 / (dim as f32).sqrt();
+        let noise = |i: usize| (i as u32).wrapping_mul(2_654_435_761) as f32 / 2f32.powi(32) - 0.5;
+        let values: Vec<f32> = (0..Params::new(&config).len).map(noise).collect();
+        let cpu = Decoder::new(&config, &values[..], gemm::Precision::F32).unwrap();
+        let gpu = cuda::Decoder::new(&device, &config, &values[..], Precision::F32).unwrap();
+        let (groups, _) = groups(&figures);
+        let theirs = logprob::score(&cpu, &groups);
+        let ours = cuda::score_all(&gpu, &groups, 100).unwrap();
+        for (ours, theirs) in ours.iter().flatten().zip(&theirs) {
+            assert!((ours - theirs).abs() < 1e-3, "{ours}, not {theirs}");
+        }
+        let (vocab, ends) = (config.vocab as u32, [0, 7]);
+        let theirs = run(on_cpu(&cpu, how(), &ends), requests(vocab));
+        let ours = cuda::Generator::new(&gpu, how(), &ends, Some(3)).unwrap();
+        let ours = run(Box::new(ours), requests(vocab));
+        assert_same(&ours, &theirs, &format!("heads of {dim}"));
+    }
+}
+
+#[test]
+fn heads_that_are_too_wide_are_refused() {
+    let (weights, _) = open("qwen3");
+    let mut config = weights.config;
+    config.head_dim = 514;
+    let line = cuda::Decoder::check(&config).unwrap_err().to_string();
+    assert!(
+        line.contains("514") && line.contains("use --device cpu"),
+        "{line}"
+    );
 }
 
 #[test]

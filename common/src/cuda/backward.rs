@@ -6,7 +6,7 @@ use super::decoder::{Decoder, Linear, Mlp, OneMlp};
 use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
 use super::pass::{Pass, Widths};
 use super::recurrent;
 use crate::model::{Matrix, Params, Span};
@@ -287,13 +287,12 @@ impl<'a> Backward<'a> {
     /// From the gradient of attention's result to `d_qkv`, that of what it read.
     fn attend(&self, i: usize, pass: &Pass) -> Result<()> {
         let (device, kernels) = (&self.decoder.device, &self.decoder.kernels);
-        let (heads, tiles) = (self.decoder.heads(i), self.decoder.attention_tiles());
+        let (heads, launches) = (self.decoder.heads(i), self.decoder.attention_launches(i));
         let (query, kv, dim) = (heads.query as i32, heads.kv as i32, heads.dim as i32);
         let window = heads.window.unwrap_or(0) as i32;
-        let shared = 4 * tiles.rows * tiles.pitch + tiles.extra;
         device.launch(
-            &kernels.of_heads("attention_backward_q"),
-            Launch::plane(heads.query, self.shape.tile_count, tiles.threads).shared(shared),
+            &kernels.of_heads("attention_backward_q", heads),
+            launches.to_queries(self.shape.tile_count),
             args![
                 &pass.qkv,
                 pass.read.as_ref().unwrap_or(&pass.attention),
@@ -309,15 +308,9 @@ impl<'a> Backward<'a> {
                 Arg::plain(Scores::of(heads)),
             ],
         )?;
-        let halves = if self.decoder.head_size() == 256 {
-            2
-        } else {
-            1
-        };
-        let launch = Launch::plane(heads.query, self.shape.tile_count, tiles.threads);
         device.launch(
-            &kernels.of_heads("attention_backward_kv"),
-            launch.deep(halves).shared(shared + 3 * tiles.rows * 4),
+            &kernels.of_heads("attention_backward_kv", heads),
+            launches.to_keys(self.shape.tile_count),
             args![
                 &pass.qkv,
                 &pass.lse,
@@ -375,6 +368,7 @@ impl<'a> Backward<'a> {
                 sin,
                 queries,
                 i32::from(qk_norm == Some(QkNorm::Turned)),
+                VALUES_GIVEN,
                 &self.shape.positions,
                 partial,
                 count as i32,

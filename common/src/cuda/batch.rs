@@ -79,7 +79,7 @@ impl Decoder {
     /// Copies a batch's shape to the device.
     pub fn shape(&self, layout: &Layout) -> Result<Shape> {
         let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
-        let tiles = tiles(layout, self.attention_tiles().rows);
+        let tiles = tiles(layout, self.tile_rows());
         Ok(Shape {
             tokens: layout.tokens(),
             positions: self.device.buffer_of(&positions)?,

@@ -4,7 +4,7 @@ use super::batch::Rotation;
 use super::delta;
 use super::device::{Buffer, Device, Precision, bytes_of};
 use super::experts::{self, Mixture};
-use super::launches::{AttentionTiles, Kernels};
+use super::launches::{self, AttentionLaunches, Kernels};
 use super::lora::LowRank;
 use super::pass::Widths;
 use super::recurrent::Recurrent;
@@ -92,12 +92,13 @@ impl Decoder {
     /// Fails for models that there are no kernels for.
     ///
     /// # Errors
-    /// Experts that are too many, or of odd sizes; linear attention with keys that are too long.
+    /// Heads that are too wide; experts that are too many, or of odd sizes; linear attention with keys that are too long.
     pub fn check(config: &Config) -> Result<()> {
         ensure!(
             !config.layer_scales,
             "Gemma 4 does not run on a GPU yet: use --device cpu"
         );
+        launches::check(config)?;
         delta::check(config)?;
         experts::check(config)
     }
@@ -165,7 +166,7 @@ impl Decoder {
     ) -> Result<Self> {
         Self::check(config)?;
         let params = Params::new(config);
-        let kernels = Kernels::new(precision, config.head_dim)?;
+        let kernels = Kernels::new(precision);
         let in_format = |span: &Span| put(span, precision);
         let vector = |span: &Span| put(span, Precision::F32);
         let linear = |m: &Matrix| -> Result<Linear> {
@@ -261,26 +262,13 @@ impl Decoder {
         self.layers[i].heads
     }
 
-    /// Sizes of the attention kernels.
-    pub fn attention_tiles(&self) -> AttentionTiles {
-        let rows = match self.precision {
-            Precision::Bf16 | Precision::F16 => 64,
-            Precision::F32 => 32,
-        };
-        let size = self.size();
-        AttentionTiles {
-            rows,
-            threads: 2 * rows,
-            pitch: (self.kernels.head_size + 16 / size) * size,
-            extra: match self.precision {
-                Precision::Bf16 | Precision::F16 => 0,
-                Precision::F32 => rows * (rows + 4) * 4,
-            },
-        }
+    /// Rows of a tile of attention.
+    pub(super) fn tile_rows(&self) -> usize {
+        launches::tile_rows(self.precision)
     }
 
-    /// The head size that attention is compiled for.
-    pub(super) fn head_size(&self) -> usize {
-        self.kernels.head_size
+    /// How attention of layer `i` is launched.
+    pub(super) fn attention_launches(&self, i: usize) -> AttentionLaunches {
+        AttentionLaunches::new(self.precision, self.heads(i))
     }
 }

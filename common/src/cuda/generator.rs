@@ -345,10 +345,7 @@ impl<'a> Generator<'a> {
 
     /// The queries that read the same prompt, cut to what a block takes.
     fn tiles(&self, order: &[usize]) -> Vec<DecodeTile> {
-        let (each, most) = (
-            self.decoder.heads(0).group(),
-            self.decoder.attention_tiles().rows,
-        );
+        let (each, most) = (self.decoder.heads(0).group(), self.decoder.tile_rows());
         let mut tiles = vec![];
         let mut first = 0;
         for together in order.chunk_by(|&a, &b| self.prefix(a) == self.prefix(b)) {
@@ -427,16 +424,11 @@ impl<'a> Generator<'a> {
     /// Attention of every slot's last token over its prompt and its own past.
     fn attend(&self, layer: usize, prompts: PromptParts) -> Result<()> {
         let (decoder, memory, slots) = (self.decoder, &self.memory, self.slots.len());
-        let (heads, tiles) = (decoder.heads(layer), decoder.attention_tiles());
+        let (heads, launches) = (decoder.heads(layer), decoder.attention_launches(layer));
         let own_splits = memory.own_splits;
-        let own = slots * own_splits * heads.kv * heads.group().div_ceil(16);
-        let launch = Launch::row(
-            prompts.tiles * prompts.splits * heads.kv + own.div_ceil(tiles.rows / 16),
-            tiles.threads,
-        );
         decoder.device.launch(
-            &decoder.kernels.decode_attention,
-            launch.shared(3 * tiles.rows * tiles.pitch + tiles.extra),
+            &decoder.kernels.of_heads("decode_attention", heads),
+            launches.decode(prompts.tiles * prompts.splits, slots * own_splits),
             args![
                 &memory.pass.qkv,
                 memory.cache_of(layer),

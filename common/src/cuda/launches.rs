@@ -1,12 +1,32 @@
 //! How kernels are called: their names in a format and a head size, and the sizes of their launches, as `common/cuda/kernels.h`
 //! has them.
 
-use super::device::{Plain, Precision};
+use super::device::{Launch, Plain, Precision, bytes_of};
 use crate::kernels::layout::Heads;
+use crate::weights::Config;
 use anyhow::{Result, ensure};
 
 /// The head sizes that attention is compiled for; a size between two runs as the larger.
-const HEAD_SIZES: [usize; 6] = [16, 32, 64, 96, 128, 256];
+const HEAD_SIZES: [usize; 7] = [16, 32, 64, 96, 128, 256, 512];
+
+/// The one for heads of `dim`.
+fn head_size(dim: usize) -> Option<usize> {
+    HEAD_SIZES.into_iter().find(|&size| size >= dim)
+}
+
+/// Fails for heads that attention is not compiled for.
+///
+/// # Errors
+/// Heads that are too wide.
+pub(super) fn check(config: &Config) -> Result<()> {
+    let widest = (0..config.layers).map(|i| config.heads_of(i).dim).max();
+    let widest = widest.unwrap_or(0);
+    ensure!(
+        head_size(widest).is_some(),
+        "heads of {widest} are more than the GPU's attention takes (512): use --device cpu"
+    );
+    Ok(())
+}
 
 /// Threads of a block in kernels that work row by row.
 pub(super) const THREADS: usize = 256;
@@ -28,44 +48,31 @@ pub(super) fn head_lanes(dim: usize) -> usize {
     dim.div_ceil(each).next_power_of_two().min(32)
 }
 
-/// The kernels' names in a decoder's format and head size.
+/// The kernels' names in a decoder's format.
 pub(super) struct Kernels {
     pub embed: String,
     pub rms_norm: String,
     pub add_bias: String,
     pub activation: String,
     pub qkv_rope: String,
-    pub attention: String,
-    pub decode_attention: String,
     pub decode_merge: String,
     /// What names of kernels end in.
     format: &'static str,
-    /// The head size that attention is compiled for.
-    pub head_size: usize,
 }
 
 impl Kernels {
-    pub fn new(precision: Precision, head_dim: usize) -> Result<Self> {
-        let head_size = HEAD_SIZES.into_iter().find(|&size| size >= head_dim);
-        ensure!(
-            head_size.is_some(),
-            "heads of {head_dim} are more than the GPU's attention takes (256): use --device cpu"
-        );
-        let head_size = head_size.expect("checked");
+    pub fn new(precision: Precision) -> Self {
         let format = precision.name();
         let name = |stem: &str| format!("{stem}_{format}");
-        Ok(Self {
+        Self {
             embed: name("embed"),
             rms_norm: name("rms_norm"),
             add_bias: name("add_bias"),
             activation: name("activation"),
             qkv_rope: name("qkv_rope"),
-            attention: format!("attention_{format}_{head_size}"),
-            decode_attention: format!("decode_attention_{format}_{head_size}"),
             decode_merge: name("decode_merge"),
             format,
-            head_size,
-        })
+        }
     }
 
     /// A kernel that is made for the format.
@@ -73,24 +80,118 @@ impl Kernels {
         format!("{stem}_{}", self.format)
     }
 
-    /// A kernel that is made for the format and the head size.
-    pub fn of_heads(&self, stem: &str) -> String {
-        format!("{stem}_{}_{}", self.format, self.head_size)
+    /// A kernel that is made for the format and for heads of some size.
+    pub fn of_heads(&self, stem: &str, heads: Heads) -> String {
+        let size = head_size(heads.dim).expect("checked");
+        format!("{stem}_{}_{size}", self.format)
     }
 }
 
-/// What attention kernels take into shared memory at once (`common/cuda/kernels.h`).
-#[derive(Clone, Copy)]
-pub struct AttentionTiles {
-    /// Rows of a tile.
-    pub rows: usize,
-    /// Threads of a block.
-    pub threads: usize,
-    /// Bytes of a row.
-    pub pitch: usize,
-    /// Bytes for scores, in float32 only.
-    pub extra: usize,
+/// Rows of a tile of attention, which a block has: a warp for 16 rows.
+pub(super) fn tile_rows(precision: Precision) -> usize {
+    match precision {
+        Precision::Bf16 | Precision::F16 => 64,
+        Precision::F32 => 32,
+    }
 }
+
+/// Columns of a head's result that a block of attention makes, and of both gradients that a block of keys makes.
+const RESULT_COLUMNS: usize = 256;
+const GRADIENT_COLUMNS: usize = 128;
+
+/// How attention over a layer's heads is launched.
+pub(super) struct AttentionLaunches {
+    heads: Heads,
+    precision: Precision,
+    /// Of a tile.
+    rows: usize,
+    /// Rows that a tile meets at a time, forward and backward.
+    steps: [usize; 2],
+}
+
+impl AttentionLaunches {
+    pub fn new(precision: Precision, heads: Heads) -> Self {
+        let rows = tile_rows(precision);
+        let steps = match (head_size(heads.dim), precision) {
+            (Some(512), Precision::Bf16 | Precision::F16) => [64, 16],
+            (Some(512), Precision::F32) => [16, 8],
+            _ => [rows, rows],
+        };
+        Self {
+            heads,
+            precision,
+            rows,
+            steps,
+        }
+    }
+
+    /// Over so many tiles.
+    pub fn forward(&self, tiles: usize) -> Launch {
+        self.plane(tiles, RESULT_COLUMNS)
+            .shared(self.forward_shared())
+    }
+
+    /// The gradient of queries.
+    pub fn to_queries(&self, tiles: usize) -> Launch {
+        self.plane(tiles, RESULT_COLUMNS)
+            .shared(self.backward_shared())
+    }
+
+    /// The gradients of keys and values.
+    pub fn to_keys(&self, tiles: usize) -> Launch {
+        let of_queries = 3 * self.steps[1] * size_of::<f32>();
+        self.plane(tiles, GRADIENT_COLUMNS)
+            .shared(self.backward_shared() + of_queries)
+    }
+
+    /// A token of each of some sequences: over so many tiles of prompts, and so many parts of sequences' own keys for each key
+    /// head.
+    pub fn decode(&self, tiles: usize, parts: usize) -> Launch {
+        let warps = parts * self.heads.kv * self.heads.group().div_ceil(16);
+        let blocks = tiles * self.heads.kv + warps.div_ceil(self.rows / 16);
+        let columns = self.heads.dim.div_ceil(RESULT_COLUMNS);
+        Launch::row(columns * blocks, 2 * self.rows).shared(self.forward_shared())
+    }
+
+    fn plane(&self, tiles: usize, columns: usize) -> Launch {
+        Launch::plane(self.heads.query, tiles, 2 * self.rows).deep(self.heads.dim.div_ceil(columns))
+    }
+
+    /// A tile of queries and, of the rows that it meets, keys and those columns of values that become results.
+    fn forward_shared(&self) -> usize {
+        let met = self.steps[0];
+        let columns = self.head_size().min(RESULT_COLUMNS);
+        (self.rows + met) * self.pitch(self.head_size())
+            + met * self.pitch(columns)
+            + self.scores(met)
+    }
+
+    /// Queries and their result's gradient, keys and values, one pair of them a tile.
+    fn backward_shared(&self) -> usize {
+        let met = self.steps[1];
+        2 * (self.rows + met) * self.pitch(self.head_size()) + self.scores(met)
+    }
+
+    fn head_size(&self) -> usize {
+        head_size(self.heads.dim).expect("checked")
+    }
+
+    /// Bytes from row to row.
+    fn pitch(&self, columns: usize) -> usize {
+        columns * bytes_of(self.precision) + 16
+    }
+
+    /// Bytes for scores, in float32 only.
+    fn scores(&self, met: usize) -> usize {
+        match self.precision {
+            Precision::Bf16 | Precision::F16 => 0,
+            Precision::F32 => self.rows * (met + 4) * size_of::<f32>(),
+        }
+    }
+}
+
+/// Values that stay as the fused projection gives them, as kernels number it (`Values`).
+pub(super) const VALUES_GIVEN: i32 = 0;
 
 /// How products of queries and keys become scores, as kernels declare it.
 #[derive(Clone, Copy, Default)]
@@ -111,6 +212,26 @@ impl Scores {
             scale: heads.scale,
             share: heads.cap.map_or(0.0, |cap| heads.scale / cap),
             unit: heads.cap.unwrap_or(heads.scale) * std::f32::consts::LOG2_E,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_widest_heads_fit_a_block_of_an_a100() {
+        for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
+            let launches = AttentionLaunches::new(precision, Heads::new(2, 1, 512));
+            for launch in [
+                launches.forward(1),
+                launches.to_queries(1),
+                launches.to_keys(1),
+                launches.decode(1, 1),
+            ] {
+                assert!(launch.shared <= 163 << 10, "{precision:?}: {launch:?}");
+            }
         }
     }
 }

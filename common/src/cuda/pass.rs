@@ -5,7 +5,7 @@ use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::Routes;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows};
+use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
 use super::optimizer::elements;
 use super::recurrent::Memories;
 use crate::weights::{Config, Norms, QkNorm, Recurrence};
@@ -292,6 +292,7 @@ impl Decoder {
                 sin,
                 queries,
                 i32::from(self.config.qk_norm == Some(QkNorm::Turned)),
+                VALUES_GIVEN,
                 positions,
                 cache,
                 cache_rows,
@@ -350,12 +351,10 @@ impl Decoder {
 
     /// Attention of layer `i`: from `pass.qkv` to `pass.attention` and `pass.lse`, its gates from `pass.qkv_raw`.
     pub fn attend(&self, i: usize, shape: &Shape, pass: &Pass) -> Result<()> {
-        let (heads, tiles) = (self.heads(i), self.attention_tiles());
-        let launch = Launch::plane(heads.query, shape.tile_count, tiles.threads)
-            .shared(3 * tiles.rows * tiles.pitch + tiles.extra);
+        let heads = self.heads(i);
         self.device.launch(
-            &self.kernels.attention,
-            launch,
+            &self.kernels.of_heads("attention", heads),
+            self.attention_launches(i).forward(shape.tile_count),
             args![
                 &pass.qkv,
                 pass.read.as_ref().unwrap_or(&pass.attention),

@@ -270,7 +270,7 @@ impl Slots {
         let numbers = |n: usize| device.zeroed(n * size_of::<i32>());
         let own_splits = own_splits(slots, heads.kv);
         let parts = PREFIX_SPLITS + own_splits;
-        let most_tiles = slots * heads.group().div_ceil(decoder.attention_tiles().rows);
+        let most_tiles = slots * heads.group().div_ceil(decoder.tile_rows());
         let most_tiles = most_tiles.next_power_of_two();
         let layer_bytes = pages * PAGE * 2 * heads.kv_width() * decoder.size();
         // Of 32-bit numbers, one after the other: see `give`.

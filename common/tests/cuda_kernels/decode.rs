@@ -1,6 +1,6 @@
 //! Attention of one new token a sequence, over pages that its prompt and it have.
 
-use crate::attention::{Scores, made_for, pitch, scratch, tile_rows};
+use crate::attention::{Scores, made_for, roundings, shared, tile_rows};
 use crate::device::{Element, assert_close, in_every_order, launch, noise, unwritten};
 
 #[derive(Clone, Copy)]
@@ -144,6 +144,8 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
     let (tiles, parts) = (batch.tiles(group), splits.0 + splits.1);
     let scale = 1.0 / (dim as f32).sqrt();
     let (r, made) = (tile_rows::<T>(), made_for(dim));
+    let own = count * splits.1 * kv * group.div_ceil(16);
+    let blocks = tiles.len() * splits.0 * kv + own.div_ceil(r / 16);
     let out = in_every_order(|| {
         let (mut partial, mut lse): (Vec<f32>, Vec<f32>) = (
             unwritten(parts * count * query * dim),
@@ -151,7 +153,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         );
         let mut out: Vec<T> = unwritten(count * query * dim);
         launch!(format!("decode_attention_{}_{made}", T::NAME),
-            [tiles.len() * splits.0 * kv + (count * splits.1 * kv * group.div_ceil(16)).div_ceil(r / 16), 1, 1], 2 * r, 3 * r * pitch::<T>(dim) + scratch::<T>();
+            [blocks * dim.div_ceil(256), 1, 1], 2 * r, shared::<T>(dim)[0];
             &qkv, &batch.cache, &mut partial, &mut lse, &batch.sequences, &batch.positions, &tiles, &batch.order, &batch.pages,
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
             query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, Scores::of(scale, cap));
@@ -194,7 +196,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         &format!("{query} heads over {kv} of {dim}, window {window:?}, splits {splits:?}"),
         &out,
         &exact,
-        20.0,
+        roundings(dim),
     );
 }
 
@@ -208,7 +210,7 @@ fn groups() -> Vec<(usize, Vec<usize>)> {
 }
 
 fn every_head_size<T: Element>() {
-    for dim in [6, 16, 32, 64, 80, 96, 128, 256] {
+    for dim in [6, 16, 32, 64, 80, 96, 128, 256, 258, 320, 512] {
         check::<T>(
             &[(70, vec![1, 66])],
             Shape {
@@ -240,7 +242,7 @@ fn every_group_of_heads<T: Element>() {
 }
 
 fn soft_caps<T: Element>() {
-    for (dim, window) in [(16, None), (256, Some(66))] {
+    for (dim, window) in [(16, None), (256, Some(66)), (512, Some(66))] {
         check::<T>(
             &groups()[..2],
             Shape {

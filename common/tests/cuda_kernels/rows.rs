@@ -326,6 +326,27 @@ fn spaced<T: Element>(rows: &[T], width: usize, queries: usize, skipped: usize) 
     spaced.collect()
 }
 
+/// What the fused projection has after its queries, and what becomes of that, as kernels number it.
+#[derive(Clone, Copy, PartialEq)]
+enum Values {
+    Given,
+    Normed,
+    Keys,
+    None,
+}
+
+struct Rotation {
+    dim: usize,
+    biased: bool,
+    normed: bool,
+    cached: bool,
+    turned: bool,
+    norms_last: bool,
+    grown: bool,
+    gated: bool,
+    values: Values,
+}
+
 /// Everything between the projection and attention, with and without biases, head norms and rotation, in either order, and gates.
 fn rotation<T: Element>() {
     for (dim, biased, normed, cached, turned, norms_last, grown, gated) in [
@@ -337,180 +358,225 @@ fn rotation<T: Element>() {
         (96, true, false, false, true, false, false, false),
         (64, false, false, true, false, false, false, false),
         (16, true, true, false, false, false, false, false),
+        (512, true, true, true, true, false, false, false),
     ] {
-        let (query, kv, count) = (3, 1, 5);
-        let width = (query + 2 * kv) * dim;
-        let input: Vec<T> = noise(count * width, 1);
-        let bias = biased.then(|| noise::<f32>(width, 2));
-        let norms = normed.then(|| (noise::<f32>(dim, 3), noise::<f32>(dim, 4)));
-        let positions = vec![0, 3, 1, 7, 3i32];
-        let speed = if turned { 1.0 } else { 0.0 };
-        let angle = |p: usize, i: usize| speed * p as f64 * 0.9f64.powi(i as i32 % 40);
-        // Rows of their own for queries that grow.
-        let growth = |head: usize, p: usize| match grown && head < query {
-            true => 1.0 + 0.5 * p as f64,
-            false => 1.0,
+        rotate::<T>(&Rotation {
+            dim,
+            biased,
+            normed,
+            cached,
+            turned,
+            norms_last,
+            grown,
+            gated,
+            values: Values::Given,
+        });
+    }
+}
+
+/// Values that are normed, that are the keys, or that are not there.
+fn values_of_their_own<T: Element>() {
+    for values in [Values::Normed, Values::Keys, Values::None] {
+        for (dim, biased, normed, cached, norms_last, grown, gated) in [
+            (64, true, true, true, false, false, false),
+            (6, true, true, false, true, true, true),
+            (512, false, true, true, false, false, false),
+            (16, false, false, false, false, false, false),
+        ] {
+            rotate::<T>(&Rotation {
+                dim,
+                biased,
+                normed,
+                cached: cached && values != Values::None,
+                turned: true,
+                norms_last,
+                grown,
+                gated,
+                values,
+            });
+        }
+    }
+}
+
+fn rotate<T: Element>(how: &Rotation) {
+    let &Rotation { dim, values, .. } = how;
+    let (query, kv, count) = match values {
+        Values::Given => (3, 1, 5),
+        _ => (4, 2, 5),
+    };
+    let width = (query + 2 * kv) * dim;
+    // Heads of the projection.
+    let heads = match values {
+        Values::Given | Values::Normed => query + 2 * kv,
+        Values::Keys => query + kv,
+        Values::None => query,
+    };
+    let input: Vec<T> = noise(count * heads * dim, 1);
+    let bias = how.biased.then(|| noise::<f32>(heads * dim, 2));
+    let q_norm = how.normed.then(|| noise::<f32>(dim, 3));
+    let k_norm = (how.normed && values != Values::None).then(|| noise::<f32>(dim, 4));
+    let norms_width = if k_norm.is_some() { 2 * dim } else { dim };
+    let positions = vec![0, 3, 1, 7, 3i32];
+    let speed = if how.turned { 1.0 } else { 0.0 };
+    let angle = |p: usize, i: usize| speed * p as f64 * 0.9f64.powi(i as i32 % 40);
+    // Rows of their own for queries that grow.
+    let growth = |head: usize, p: usize| match how.grown && head < query {
+        true => 1.0 + 0.5 * p as f64,
+        false => 1.0,
+    };
+    let table = |f: fn(f64) -> f64| -> Vec<f32> {
+        let rows = [query, 0].map(|head| (0..8).map(move |p| (head, p)));
+        rows.into_iter()
+            .flatten()
+            .flat_map(|(head, p)| {
+                (0..dim / 2).map(move |i| (f(angle(p, i)) * growth(head, p)) as f32)
+            })
+            .collect()
+    };
+    let queries = if how.grown { 8i32 } else { 0 };
+    let (cos, sin) = (table(f64::cos), table(f64::sin));
+    let (cos, sin) = (how.turned.then_some(&cos), how.turned.then_some(&sin));
+    let cache_rows = vec![4, -1, 0, 6, 2i32];
+    let d_out: Vec<T> = noise(count * width, 5);
+    let skipped = if how.gated { query * dim } else { 0 };
+    let rows = spaced(&input, heads * dim, query * dim, skipped);
+    // What is not to be written is to stay.
+    let before: Vec<T> = match values {
+        Values::None => noise(count * width, 6),
+        _ => unwritten(count * width),
+    };
+    let each: usize = if dim % 8 == 0 { 8 } else { 2 };
+    let lanes = dim.div_ceil(each).next_power_of_two().min(32);
+    let grid = [(count * (query + 2 * kv) * lanes).div_ceil(256), 1, 1];
+    let blocks = 2;
+    let forward = |input: Arg, out: Arg, cache: Arg, cache_rows: Arg, skipped: usize| {
+        let args = vec![
+            input,
+            out,
+            bias.as_ref().into(),
+            q_norm.as_ref().into(),
+            k_norm.as_ref().into(),
+            EPS.into(),
+            cos.into(),
+            sin.into(),
+            queries.into(),
+            i32::from(how.norms_last).into(),
+            (values as i32).into(),
+            (&positions).into(),
+            cache,
+            cache_rows,
+            (count as i32).into(),
+            (query as i32).into(),
+            (kv as i32).into(),
+            (dim as i32).into(),
+            (skipped as i32).into(),
+        ];
+        crate::device::run(&format!("qkv_rope_{}", T::NAME), grid, 256, 0, args);
+    };
+    let (out, cache, d_in, d_norms) = in_every_order(|| {
+        let (mut out, mut cache) = (before.clone(), vec![T::default(); 8 * 2 * kv * dim]);
+        let cache_arg = match how.cached {
+            true => Arg::from(&mut cache),
+            false => Arg::from(Null),
         };
-        let table = |f: fn(f64) -> f64| -> Vec<f32> {
-            let rows = [query, 0].map(|head| (0..8).map(move |p| (head, p)));
-            rows.into_iter()
-                .flatten()
-                .flat_map(|(head, p)| {
-                    (0..dim / 2).map(move |i| (f(angle(p, i)) * growth(head, p)) as f32)
-                })
-                .collect()
-        };
-        let queries = if grown { 8i32 } else { 0 };
-        let (cos, sin) = (table(f64::cos), table(f64::sin));
-        let (cos, sin) = (turned.then_some(&cos), turned.then_some(&sin));
-        let cache_rows = vec![4, -1, 0, 6, 2i32];
-        let d_out: Vec<T> = noise(count * width, 5);
-        let skipped = if gated { query * dim } else { 0 };
-        let rows = spaced(&input, width, query * dim, skipped);
-        let sizes = [query as i32, kv as i32, dim as i32];
-        let (q_norm, k_norm) = (norms.as_ref().map(|n| &n.0), norms.as_ref().map(|n| &n.1));
-        let each: usize = if dim % 8 == 0 { 8 } else { 2 };
-        let lanes = dim.div_ceil(each).next_power_of_two().min(32);
-        let grid = [(count * (query + 2 * kv) * lanes).div_ceil(256), 1, 1];
-        let blocks = 2;
-        let (out, cache, d_in, d_norms) = in_every_order(|| {
-            let (mut out, mut cache): (Vec<T>, Vec<T>) = (
-                unwritten(count * width),
-                vec![T::default(); 8 * 2 * kv * dim],
-            );
-            let cache_arg = if cached {
-                Arg::from(&mut cache)
-            } else {
-                Arg::from(Null)
-            };
-            crate::device::run(
-                &format!("qkv_rope_{}", T::NAME),
-                grid,
-                256,
-                0,
-                vec![
-                    (&rows).into(),
-                    (&mut out).into(),
-                    bias.as_ref().into(),
-                    q_norm.into(),
-                    k_norm.into(),
-                    EPS.into(),
-                    cos.into(),
-                    sin.into(),
-                    queries.into(),
-                    i32::from(norms_last).into(),
-                    (&positions).into(),
-                    cache_arg,
-                    (&cache_rows).into(),
-                    (count as i32).into(),
-                    sizes[0].into(),
-                    sizes[1].into(),
-                    sizes[2].into(),
-                    (skipped as i32).into(),
-                ],
-            );
+        forward(
+            (&rows).into(),
+            (&mut out).into(),
+            cache_arg,
+            (&cache_rows).into(),
+            skipped,
+        );
+        if heads * dim == width {
             let mut in_place = input.clone();
             let shared = Arg::from(&mut in_place);
-            crate::device::run(
-                &format!("qkv_rope_{}", T::NAME),
-                grid,
-                256,
-                0,
-                vec![
-                    shared,
-                    shared,
-                    bias.as_ref().into(),
-                    q_norm.into(),
-                    k_norm.into(),
-                    EPS.into(),
-                    cos.into(),
-                    sin.into(),
-                    queries.into(),
-                    i32::from(norms_last).into(),
-                    (&positions).into(),
-                    Null.into(),
-                    Null.into(),
-                    (count as i32).into(),
-                    sizes[0].into(),
-                    sizes[1].into(),
-                    sizes[2].into(),
-                    0i32.into(),
-                ],
-            );
+            forward(shared, shared, Null.into(), Null.into(), 0);
             assert_eq!(in_place, out);
-            let mut d = d_out.clone();
-            let mut partial: Vec<f32> = unwritten(blocks * 2 * dim);
-            launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if normed { 512 / lanes * dim * 4 } else { 0 };
-                &rows, &mut d, bias.as_ref(), q_norm, k_norm, EPS, cos, sin, queries, i32::from(norms_last), &positions, &mut partial,
-                count as i32, sizes[0], sizes[1], sizes[2], skipped as i32);
-            let mut d_norms = vec![0.0f32; 2 * dim];
-            if normed {
-                launch!("sum_columns_f32", [(2 * dim).div_ceil(32), 1, 1], 256, 0; &partial, &mut d_norms, blocks as i32, 2 * dim as i32, 1i32);
+        }
+        let mut d = d_out.clone();
+        let mut partial: Vec<f32> = unwritten(blocks * norms_width);
+        launch!(format!("qkv_rope_backward_{}", T::NAME), [blocks, 1, 1], 256, if how.normed { 512 / lanes * dim * 4 } else { 0 };
+            &rows, &mut d, bias.as_ref(), q_norm.as_ref(), k_norm.as_ref(), EPS, cos, sin, queries, i32::from(how.norms_last),
+            values as i32, &positions, &mut partial, count as i32, query as i32, kv as i32, dim as i32, skipped as i32);
+        let d_norms = how.normed.then(|| columns(&partial, norms_width));
+        if values == Values::None {
+            for (ours, before) in d.chunks_exact(width).zip(d_out.chunks_exact(width)) {
+                assert_eq!(ours[heads * dim..], before[heads * dim..]);
             }
-            (out, cache, d, d_norms)
-        });
-        let (mut exact, mut d_exact, mut d_norms_exact) = (vec![], vec![], vec![0.0; 2 * dim]);
-        for (r, &position) in positions.iter().enumerate() {
-            for head in 0..query + 2 * kv {
-                let at = r * width + head * dim;
-                let shift = |i: usize| bias.as_ref().map_or(0.0, |b| b[head * dim + i] as f64);
-                let x: Vec<f64> = (0..dim)
-                    .map(|i| input[at + i].to() as f64 + shift(i))
-                    .collect();
-                let d = wide(&d_out[at..][..dim]);
-                if head >= query + kv {
-                    exact.extend(x);
-                    d_exact.extend(d);
-                    continue;
+        }
+        let d: Vec<T> = (d.chunks_exact(width))
+            .flat_map(|row| &row[..heads * dim])
+            .copied()
+            .collect();
+        (out, cache, d, d_norms)
+    });
+    let (mut exact, mut d_exact) = (wide(&before), vec![0.0; input.len()]);
+    let mut d_norms_exact = vec![0.0; norms_width];
+    for (r, &position) in positions.iter().enumerate() {
+        let turn = |v: &[f64], head: usize, sign: f64| -> Vec<f64> {
+            let half = dim / 2;
+            let mut out = vec![0.0; dim];
+            for i in 0..half {
+                let growth = growth(head, position as usize);
+                let (s, c) = angle(position as usize, i).sin_cos();
+                let (s, c) = (s * growth, c * growth);
+                out[i] = v[i] * c - v[i + half] * s * sign;
+                out[i + half] = v[i + half] * c + v[i] * s * sign;
+            }
+            out
+        };
+        for head in 0..query + 2 * kv {
+            let value = head >= query + kv;
+            let source = match values {
+                Values::Keys if value => head - kv,
+                _ => head,
+            };
+            if source >= heads {
+                continue; // it stays as it was
+            }
+            let (at, from) = (r * width + head * dim, (r * heads + source) * dim);
+            let shift = |i: usize| (bias.as_ref()).map_or(0.0, |b| b[source * dim + i] as f64);
+            let x: Vec<f64> = (0..dim)
+                .map(|i| input[from + i].to() as f64 + shift(i))
+                .collect();
+            let d = wide(&d_out[at..][..dim]);
+            let weight = if head < query { &q_norm } else { &k_norm };
+            let (y, dx) = match weight {
+                _ if value && values == Values::Given => (x, d),
+                _ if value => {
+                    let (y, dx, _) = norm(&x, &vec![1.0; dim], &d);
+                    (y, dx)
                 }
-                let turn = |v: &[f64], sign: f64| -> Vec<f64> {
-                    let half = dim / 2;
-                    let mut out = vec![0.0; dim];
-                    for i in 0..half {
-                        let growth = growth(head, position as usize);
-                        let (s, c) = angle(position as usize, i).sin_cos();
-                        let (s, c) = (s * growth, c * growth);
-                        out[i] = v[i] * c - v[i + half] * s * sign;
-                        out[i + half] = v[i + half] * c + v[i] * s * sign;
-                    }
-                    out
-                };
-                let Some((q, k)) = &norms else {
-                    exact.extend(turn(&x, 1.0));
-                    d_exact.extend(turn(&d, -1.0));
-                    continue;
-                };
-                let (w, to) = if head < query { (q, 0) } else { (k, dim) };
-                let w = wide(w);
-                let (out, d_in, dw) = if norms_last {
-                    let (y, dx, dw) = norm(&turn(&x, 1.0), &w, &d);
-                    (y, turn(&dx, -1.0), dw)
-                } else {
-                    let (y, dx, dw) = norm(&x, &w, &turn(&d, -1.0));
-                    (turn(&y, 1.0), dx, dw)
-                };
-                exact.extend(out);
-                d_exact.extend(d_in);
-                (0..dim).for_each(|i| d_norms_exact[to + i] += dw[i]);
-            }
+                None => (turn(&x, head, 1.0), turn(&d, head, -1.0)),
+                Some(w) => {
+                    let w = wide(w);
+                    let (y, dx, dw) = if how.norms_last {
+                        let (y, dx, dw) = norm(&turn(&x, head, 1.0), &w, &d);
+                        (y, turn(&dx, head, -1.0), dw)
+                    } else {
+                        let (y, dx, dw) = norm(&x, &w, &turn(&d, head, -1.0));
+                        (turn(&y, head, 1.0), dx, dw)
+                    };
+                    let to = if head < query { 0 } else { dim };
+                    (0..dim).for_each(|i| d_norms_exact[to + i] += dw[i]);
+                    (y, dx)
+                }
+            };
+            exact[at..at + dim].copy_from_slice(&y);
+            (0..dim).for_each(|i| d_exact[from + i] += dx[i]);
         }
-        assert_close("qkv", &out, &exact, 8.0);
-        assert_close("d_qkv", &d_in, &d_exact, 8.0);
-        if normed {
-            assert_close("d_norms", &d_norms, &d_norms_exact, 40.0);
-        }
-        let kv_width = 2 * kv * dim;
-        let mut expected = vec![T::default(); 8 * kv_width];
-        for (r, &to) in cache_rows
-            .iter()
-            .enumerate()
-            .filter(|(_, to)| cached && **to >= 0)
-        {
-            let tail = &out[r * width + query * dim..(r + 1) * width];
-            expected[to as usize * kv_width..][..kv_width].copy_from_slice(tail);
-        }
-        assert_eq!(cache, expected);
     }
+    assert_close("qkv", &out, &exact, 8.0);
+    assert_close("d_qkv", &d_in, &d_exact, 8.0);
+    if let Some(d_norms) = d_norms {
+        assert_close("d_norms", &d_norms, &d_norms_exact, 40.0);
+    }
+    let kv_width = 2 * kv * dim;
+    let mut expected = vec![T::default(); 8 * kv_width];
+    for (r, &to) in (cache_rows.iter().enumerate()).filter(|(_, to)| how.cached && **to >= 0) {
+        let tail = &out[r * width + query * dim..(r + 1) * width];
+        expected[to as usize * kv_width..][..kv_width].copy_from_slice(tail);
+    }
+    assert_eq!(cache, expected);
 }
 
 crate::device::for_both!(
@@ -520,5 +586,6 @@ crate::device::for_both!(
     norms_of_what_is_added,
     norms_of_parts_of_rows,
     activations,
-    rotation
+    rotation,
+    values_of_their_own
 );
