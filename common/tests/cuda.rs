@@ -10,7 +10,7 @@ use common::logprob::{self, Group};
 use common::model::{Decoder, Params};
 use common::weights::{Recurrence, Weights};
 use serde_json::Value;
-use shared::{CONV, DELTA, ODD_MIXTURE, device, ids, on_gpus, open};
+use shared::{CONV, DELTA, ODD_MIXTURE, UNEVEN, device, ids, on_gpus, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -179,6 +179,8 @@ fn samples_are_the_cpus() {
         DELTA,
         CONV,
         "lfm2-untied",
+        UNEVEN,
+        "gemma4-keys",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;
@@ -344,6 +346,7 @@ fn neighbours_change_nothing() {
         ("llama", Precision::Bf16),
         (DELTA, Precision::Bf16),
         (CONV, Precision::F32),
+        (UNEVEN, Precision::F32),
     ] {
         let (mut weights, _) = open(family);
         weights.config.context = 1024;

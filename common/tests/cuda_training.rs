@@ -16,8 +16,8 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    CONV, DELTA, STATE_BYTES, assert_trains_as_in_pytorch, device, golden, objective, on_gpus,
-    open, run, settings, tiny_pairs,
+    CONV, DELTA, STATE_BYTES, UNEVEN, assert_trains_as_in_pytorch, device, golden, objective,
+    on_gpus, open, run, settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -182,6 +182,8 @@ fn gradients_of_adapters_are_the_cpus() {
         "glm4-moe",
         DELTA,
         CONV,
+        UNEVEN,
+        "gemma4-keys",
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
@@ -261,6 +263,7 @@ fn steps_are_the_cpus() {
         ("qwen3", adapted(usual())),
         (DELTA, slower),
         (CONV, usual()),
+        (UNEVEN, usual()),
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
@@ -468,7 +471,8 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     let little = 100_000;
     // A part is at least that large, or a pair.
     let least = 256;
-    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention; convolutions.
+    // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention; convolutions;
+    // what layers take in beside the stream.
     let families = [
         "llama-bias",
         "qwen3",
@@ -477,6 +481,7 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
         "olmoe",
         DELTA,
         CONV,
+        UNEVEN,
     ];
     // Each kind of settings with three of them.
     let kinds = kinds().into_iter().flat_map(|kind| vec![kind; 3]);

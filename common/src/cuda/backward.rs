@@ -6,11 +6,12 @@ use super::decoder::{Decoder, Linear, Mlp, OneMlp};
 use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
-use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
+use super::inputs::AsideGradients;
+use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
 use super::pass::{Pass, Widths};
 use super::recurrent;
 use crate::model::{Matrix, Params, Span};
-use crate::weights::{Config, Norms, QkNorm};
+use crate::weights::{Config, Fused, Norms, QkNorm};
 use anyhow::Result;
 
 /// Where a backward pass adds gradients.
@@ -71,6 +72,8 @@ pub(super) struct Backward<'a> {
     pub delta_room: Option<DeltaRoom>,
     /// What the way through a mixture of experts needs.
     pub experts: Option<OnTheWay>,
+    /// Of what layers take in beside the stream.
+    pub aside: AsideGradients,
 }
 
 /// A norm whose gradient is wanted.
@@ -92,7 +95,7 @@ impl<'a> Backward<'a> {
         shape: &'a Shape,
         targets: usize,
     ) -> Result<Self> {
-        let (count, heads, widths) = (shape.tokens, decoder.heads(0), decoder.widths());
+        let (count, widths) = (shape.tokens, decoder.widths());
         let (size, hidden) = (decoder.size(), decoder.config.hidden);
         let rows = |width: usize, size: usize| decoder.device.allocate(count * width * size);
         let dx = rows(hidden, size_of::<f32>())?;
@@ -113,12 +116,13 @@ impl<'a> Backward<'a> {
                 width => Some(rows(width, size)?),
             },
             d_attention: rows(widths.attention, size)?,
-            d_heads: rows(2 * heads.q_width(), size_of::<f32>())?,
-            delta: rows(heads.query, size_of::<f32>())?,
+            d_heads: rows(2 * widest_queries(&decoder.config), size_of::<f32>())?,
+            delta: rows(decoder.config.heads, size_of::<f32>())?,
             partial: (decoder.device)
                 .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
             delta_room: DeltaRoom::new(decoder, count, shape.walks.as_ref())?,
             experts: OnTheWay::new(decoder, count)?,
+            aside: AsideGradients::new(decoder, count)?,
             decoder,
             gradients,
             shape,
@@ -127,6 +131,7 @@ impl<'a> Backward<'a> {
 
     /// Through layer `i`, whose activations `pass` has: turns the gradient of its output in `dx` into that of its input.
     pub fn layer(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
+        self.input(i, pass)?;
         self.mlp(i, pass)?;
         self.attention(i, x, pass)
     }
@@ -136,8 +141,9 @@ impl<'a> Backward<'a> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (config, count) = (&self.decoder.config, self.shape.tokens);
         let [c, a] = config.activation.curve();
-        let norm = (&layer.norms.after_mlp, &places.norms.after_mlp);
-        let dy = self.given(norm, pass.down.as_ref())?;
+        let (weight, span) = (&layer.norms.after_mlp, &places.norms.after_mlp);
+        let norm = (weight.as_ref(), span.as_ref());
+        let dy = self.given(norm, config.norm_eps, pass.down.as_ref())?;
         let OneMlp { gate_up, down } = match &layer.mlp {
             Mlp::One(mlp) => mlp,
             Mlp::Experts(mixture) => return self.experts(i, mixture, dy, pass),
@@ -165,8 +171,10 @@ impl<'a> Backward<'a> {
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place.
     fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        let norm = (&layer.norms.after_attention, &places.norms.after_attention);
-        let dy = self.given(norm, pass.output.as_ref())?;
+        let (weight, span) = (&layer.norms.after_attention, &places.norms.after_attention);
+        let norm = (weight.as_ref(), span.as_ref());
+        let eps = self.decoder.config.norm_eps;
+        let dy = self.given(norm, eps, pass.output.as_ref())?;
         self.input_gradient(&layer.output, dy, &self.d_attention, pass)?;
         self.weight_gradient(&layer.output, &places.output, &pass.attention, dy, pass)?;
         self.given_bias_gradient(&places.output)?;
@@ -175,6 +183,7 @@ impl<'a> Backward<'a> {
             _ => {
                 self.gate(i, pass)?;
                 self.attend(i, pass)?;
+                self.lend(i)?;
                 self.rotate(i, pass)?;
                 self.norm_queries_and_keys(i, pass)?;
                 self.spread(i)?;
@@ -222,12 +231,18 @@ impl<'a> Backward<'a> {
         )
     }
 
-    /// The gradients of queries, keys and values go to `d_raw`, around those of gates.
+    /// The gradients of queries, keys and values go to `d_raw`, as far as the fused projection has them, around those of gates.
     fn spread(&self, i: usize) -> Result<()> {
         let Some(d_raw) = &self.d_raw else {
             return Ok(());
         };
         let (decoder, heads) = (self.decoder, self.decoder.heads(i));
+        let layer = &decoder.layers[i];
+        if layer.fused != Fused::Gated {
+            let (from, to) = (self.d_qkv.address(), d_raw.address());
+            let (stride, width) = (heads.qkv_width(), layer.qkv.rows);
+            return decoder.copy_columns((from, stride), (to, width), width, self.shape.tokens);
+        }
         decoder.device.launch(
             &decoder.kernels.of_format("spread_qkv"),
             Launch::plane(self.shape.tokens, heads.qkv_width().div_ceil(1024), THREADS),
@@ -243,9 +258,10 @@ impl<'a> Backward<'a> {
 
     /// The gradient of what a sublayer gave, as it is multiplied: that of the residual stream, or, where there is a norm after
     /// it, what that makes of it.
-    fn given(
+    pub(super) fn given(
         &self,
-        (weight, span): (&Option<Buffer>, &Option<Span>),
+        (weight, span): (Option<&Buffer>, Option<&Span>),
+        eps: f32,
         given: Option<&Buffer>,
     ) -> Result<Operand> {
         let (Some(weight), Some(span), Some(given), Some(d_given)) =
@@ -262,7 +278,7 @@ impl<'a> Backward<'a> {
             args![
                 given,
                 weight,
-                self.decoder.config.norm_eps,
+                eps,
                 &self.dx,
                 d_given,
                 wanted.map(|_| &self.partial),
@@ -341,16 +357,14 @@ impl<'a> Backward<'a> {
         let blocks = count.min(HEAD_NORM_BLOCKS);
         let qk_norm = self.decoder.config.qk_norm;
         let by_heads = qk_norm.is_some_and(QkNorm::by_heads);
-        let (norms, shared) = match &layer.qk_norms {
-            Some((q, k)) if by_heads => (
-                (q.address(), k.address()),
-                512 / head_lanes(heads.dim) * heads.dim * size_of::<f32>(),
-            ),
-            _ => ((0, 0), 0),
+        let norms = layer.head_norms(qk_norm);
+        let shared = match norms {
+            [0, 0] => 0,
+            _ => 512 / head_lanes(heads.dim) * heads.dim * size_of::<f32>(),
         };
         // Both lie side by side, as the kernel sums them.
-        let wanted = places.qk_norms().filter(|_| by_heads);
-        let wanted = wanted.and_then(|(q, _)| self.gradients.span(q));
+        let wanted = places.q_norm.as_ref().filter(|_| by_heads);
+        let wanted = wanted.and_then(|q| self.gradients.span(q));
         let partial = wanted.map(|_| &self.partial);
         let (cos, sin, queries) = self.shape.rotary.of(i);
         let gated = self.decoder.config.attention_gate; // then the bias is in what is kept
@@ -361,14 +375,14 @@ impl<'a> Backward<'a> {
                 pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
                 &self.d_qkv,
                 layer.qkv.bias.as_ref().filter(|_| !gated),
-                norms.0,
-                norms.1,
+                norms[0],
+                norms[1],
                 self.decoder.config.norm_eps,
                 cos,
                 sin,
                 queries,
                 i32::from(qk_norm == Some(QkNorm::Turned)),
-                VALUES_GIVEN,
+                values_of(layer.fused, self.decoder.config.values_normed),
                 &self.shape.positions,
                 partial,
                 count as i32,
@@ -379,7 +393,10 @@ impl<'a> Backward<'a> {
             ],
         )?;
         match wanted {
-            Some(to) => self.add_partial(blocks, 2 * heads.dim, to),
+            Some(to) => {
+                let each = norms.iter().filter(|&&norm| norm != 0).count();
+                self.add_partial(blocks, each * heads.dim, to)
+            }
             None => Ok(()),
         }
     }
@@ -388,26 +405,26 @@ impl<'a> Backward<'a> {
     fn norm_queries_and_keys(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
-        let (Some((q, k)), Some((q_span, k_span)), Some(QkNorm::Rows), Some(raw)) = (
-            &layer.qk_norms,
-            places.qk_norms(),
-            self.decoder.config.qk_norm,
-            &pass.qkv_raw,
-        ) else {
+        let (Some(raw), Some(QkNorm::Rows)) = (&pass.qkv_raw, self.decoder.config.qk_norm) else {
             return Ok(());
         };
         let (size, blocks) = (self.decoder.size(), count.min(NORM_BLOCKS));
         for (first, width, weight, span) in [
-            (0, heads.q_width(), q, q_span),
-            (heads.q_width(), heads.kv_width(), k, k_span),
+            (0, heads.q_width(), &layer.q_norm, &places.q_norm),
+            (
+                heads.q_width(),
+                heads.kv_width(),
+                &layer.k_norm,
+                &places.k_norm,
+            ),
         ] {
-            let wanted = self.gradients.span(span);
+            let wanted = span.as_ref().and_then(|span| self.gradients.span(span));
             self.decoder.device.launch(
                 &self.decoder.kernels.of_format("rms_norm_part_backward"),
                 norm_launch(blocks, width),
                 args![
                     raw.element(first, size),
-                    weight,
+                    weight.as_ref(),
                     self.decoder.config.norm_eps,
                     self.d_qkv.element(first, size),
                     wanted.map(|_| &self.partial),
@@ -424,7 +441,7 @@ impl<'a> Backward<'a> {
     }
 
     /// y = linear(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what x gains, given `dy`.
-    fn read(
+    pub(super) fn read(
         &self,
         (linear, matrix): (&Linear, &Matrix),
         (weight, span): (&Option<Buffer>, &Option<Span>),
@@ -604,8 +621,14 @@ impl<'a> Backward<'a> {
 }
 
 /// The gradient of a norm over rows of such a width, by so many blocks.
-fn norm_launch(blocks: usize, width: usize) -> Launch {
+pub(super) fn norm_launch(blocks: usize, width: usize) -> Launch {
     Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
+}
+
+/// The queries of a token where they are widest.
+pub(super) fn widest_queries(c: &Config) -> usize {
+    let widths = (0..c.layers).map(|i| c.heads_of(i).q_width());
+    widths.max().unwrap_or(0)
 }
 
 /// What partial sums over at most so many rows take, whichever needs most.
@@ -614,12 +637,15 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
     match config.qk_norm {
         None => {}
         Some(QkNorm::Heads | QkNorm::Turned) => {
-            most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.head_dim);
+            let dims = (0..config.layers).map(|i| config.heads_of(i).dim);
+            let widest = dims.max().unwrap_or(0);
+            most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * widest);
         }
         Some(QkNorm::Rows) => {
-            most = most.max(count.min(NORM_BLOCKS) * config.heads * config.head_dim);
+            most = most.max(count.min(NORM_BLOCKS) * widest_queries(config));
         }
     }
+    most = most.max(AsideGradients::partial_elements(config, count));
     most = most.max(recurrent::partial_elements(config, count));
     let widths = Widths::new(config);
     let qkv = widths.gated.max(widths.qkv);

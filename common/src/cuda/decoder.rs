@@ -2,15 +2,16 @@
 
 use super::batch::Rotation;
 use super::delta;
-use super::device::{Buffer, Device, Precision, bytes_of};
+use super::device::{Address, Buffer, Device, Precision, bytes_of};
 use super::experts::{self, Mixture};
+use super::inputs::{Inputs, LayerInput};
 use super::launches::{self, AttentionLaunches, Kernels};
 use super::lora::LowRank;
 use super::pass::Widths;
 use super::recurrent::Recurrent;
 use crate::kernels::layout::Heads;
 use crate::model::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
-use crate::weights::Config;
+use crate::weights::{Config, Fused, QkNorm};
 use anyhow::{Result, ensure};
 use std::sync::{Arc, Mutex};
 
@@ -26,6 +27,8 @@ pub struct Decoder {
     pub(super) parameters: usize,
     pub(super) embedding: Buffer,
     head: Option<Buffer>,
+    /// What makes embeddings that layers have of their own.
+    pub(super) inputs: Option<Inputs>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Buffer,
     pub(super) rotary: Mutex<Option<Arc<Rotation>>>,
@@ -36,11 +39,20 @@ pub(super) struct Layer {
     pub heads: Heads,
     pub norms: LayerNorms<Buffer>,
     pub qkv: Linear,
-    pub qk_norms: Option<(Buffer, Buffer)>,
+    /// What a row of that is,
+    pub fused: Fused,
+    /// and whose keys and values are attended to.
+    pub keys_of: usize,
+    pub q_norm: Option<Buffer>,
+    pub k_norm: Option<Buffer>,
     /// What it has in the place of attention.
     pub recurrent: Option<Recurrent>,
     pub output: Linear,
     pub mlp: Mlp,
+    /// How it takes in an embedding of its own.
+    pub input: Option<LayerInput>,
+    /// What the residual stream is multiplied by after it.
+    pub scale: Option<f32>,
 }
 
 /// What a layer has after attention.
@@ -58,6 +70,16 @@ pub(super) struct OneMlp {
 }
 
 impl Layer {
+    /// The weights of its norms of each query head, and of each key head, for the kernels of the rotation; 0: there is none.
+    pub fn head_norms(&self, how: Option<QkNorm>) -> [Address; 2] {
+        let by_heads = how.is_some_and(QkNorm::by_heads);
+        let norms = [&self.q_norm, &self.k_norm];
+        norms.map(|norm| {
+            let norm = norm.as_ref().filter(|_| by_heads);
+            norm.map_or(0, Buffer::address)
+        })
+    }
+
     /// The linear maps that adapters may be for, in the order of the forward pass: [`LayerParams::adapted`] has the first of them,
     /// or all.
     pub fn adapted(&self) -> Vec<&Linear> {
@@ -94,10 +116,6 @@ impl Decoder {
     /// # Errors
     /// Heads that are too wide; experts that are too many, or of odd sizes; linear attention with keys that are too long.
     pub fn check(config: &Config) -> Result<()> {
-        ensure!(
-            !config.layer_scales,
-            "Gemma 4 does not run on a GPU yet: use --device cpu"
-        );
         launches::check(config)?;
         delta::check(config)?;
         experts::check(config)
@@ -189,10 +207,10 @@ impl Decoder {
                 heads: config.heads_of(i),
                 norms: p.norms.try_map(vector)?,
                 qkv: linear(&p.qkv)?,
-                qk_norms: p
-                    .qk_norms()
-                    .map(|(q, k)| anyhow::Ok((vector(q)?, vector(k)?)))
-                    .transpose()?,
+                fused: config.fused(i),
+                keys_of: config.keys_of(i),
+                q_norm: p.q_norm.as_ref().map(vector).transpose()?,
+                k_norm: p.k_norm.as_ref().map(vector).transpose()?,
                 recurrent: (p.recurrent.as_ref())
                     .map(|p| Recurrent::new(p, vector))
                     .transpose()?,
@@ -209,12 +227,21 @@ impl Decoder {
                     }
                     _ => Mlp::One(one_mlp(p.mlp())?),
                 },
+                input: (p.input.as_ref())
+                    .map(|p| LayerInput::new(p, linear, vector))
+                    .transpose()?,
+                scale: (p.scale.as_ref())
+                    .map(|span| anyhow::Ok(vector(span)?.read::<f32>(0, 1)?[0]))
+                    .transpose()?,
             })
         };
         Ok(Self {
             parameters: params.len,
             embedding: in_format(&params.embedding)?,
             head: params.head.as_ref().map(in_format).transpose()?,
+            inputs: (params.inputs.as_ref())
+                .map(|p| Inputs::new(p, in_format, linear, vector))
+                .transpose()?,
             layers: params
                 .layers
                 .iter()

@@ -18,7 +18,7 @@ use super::launches::{Scores, THREADS};
 use super::pass::CacheRows;
 use super::slots::{
     DecodeTile, Given, PAGE, PREFIX_SPLIT, PREFIX_SPLITS, PROMPTS, SamplingParams, Sequence,
-    Shares, Sizes, Slots, bits_of, prompt_rows, seen_words, tables,
+    Shares, Sizes, Slots, bits_of, prompt_rows, query_groups, seen_words, tables,
 };
 use super::walks::DeltaSpan;
 use crate::generate::{Generate, Queue, Request, Sample, Sampling, Stopped, stream_key};
@@ -255,7 +255,7 @@ impl<'a> Generator<'a> {
         let shape = decoder.shape(&batch.layout)?;
         let pass = decoder.pass(batch.tokens.len())?;
         decoder.forward(&shape, &batch.tokens, &pass, |i| {
-            Some(memory.kept(i, &rows, &spans))
+            memory.kept(i, &rows, &spans)
         })?;
         let last = device.buffer_of(&batch.last)?;
         decoder.final_norm(&pass.x, Some(&last), PROMPTS, &pass.normed)?;
@@ -293,14 +293,21 @@ impl<'a> Generator<'a> {
             return Ok(self.parts);
         }
         let order = self.order();
-        let mut tiles = self.tiles(&order);
+        let groups = query_groups(&self.decoder.config);
+        let mut tiles: Vec<_> = (groups.iter())
+            .map(|&group| self.tiles(&order, group))
+            .collect();
         let longest = |of: fn(Sequence) -> i32| {
             let running = self.slots.iter().flatten();
             running.map(|r| of(r.sequence)).max().unwrap_or(1) as usize
         };
         // Few sizes, so few graphs; a tile without rows does nothing.
         self.parts = PromptParts {
-            tiles: tiles.len().next_power_of_two(),
+            tiles: tiles
+                .iter()
+                .map(Vec::len)
+                .max()
+                .map_or(1, usize::next_power_of_two),
             splits: (longest(|s| s.prefix_len) / PREFIX_SPLIT).clamp(1, PREFIX_SPLITS),
         };
         let longest = longest(|s| s.prefix_len + s.limit);
@@ -309,7 +316,9 @@ impl<'a> Generator<'a> {
             self.graphs.clear(); // they hold the old table's address
             self.rotary = rotary;
         }
-        tiles.resize(self.parts.tiles, DecodeTile::default());
+        for tiles in &mut tiles {
+            tiles.resize(self.parts.tiles, DecodeTile::default());
+        }
         let mut given = Given::new(self.slots.len());
         (given.order.iter_mut().zip(&order)).for_each(|(to, &slot)| *to = slot as i32);
         let mut fresh = false;
@@ -324,7 +333,7 @@ impl<'a> Generator<'a> {
                 given.logit_rows[slot] = sequence.prefix_table;
             }
         }
-        self.memory.give(&given, &tiles)?;
+        self.memory.give(&given, &tiles.concat())?;
         self.changed = fresh; // after their first draw they have logits of their own
         Ok(self.parts)
     }
@@ -343,9 +352,9 @@ impl<'a> Generator<'a> {
         (running.sequence.prefix_table, running.sequence.prefix_len)
     }
 
-    /// The queries that read the same prompt, cut to what a block takes.
-    fn tiles(&self, order: &[usize]) -> Vec<DecodeTile> {
-        let (each, most) = (self.decoder.heads(0).group(), self.decoder.tile_rows());
+    /// The queries that read the same prompt, `each` to a key, cut to what a block takes.
+    fn tiles(&self, order: &[usize], each: usize) -> Vec<DecodeTile> {
+        let most = self.decoder.tile_rows();
         let mut tiles = vec![];
         let mut first = 0;
         for together in order.chunk_by(|&a, &b| self.prefix(a) == self.prefix(b)) {
@@ -396,18 +405,18 @@ impl<'a> Generator<'a> {
             ],
         )?;
         let pass = &memory.pass;
-        decoder.embed(&memory.state, slots, &pass.x)?;
+        decoder.begin(&memory.state, slots, &pass.x, pass)?;
         for (i, layer) in decoder.layers.iter().enumerate() {
             if let (Some(recurrent), Some(memories)) = (&layer.recurrent, memory.memories(i)) {
                 decoder.project_raw(i, slots, pass)?;
                 decoder.recur_once(recurrent, memory, memories, slots)?;
             } else {
-                let cache = CacheRows {
+                let cache = (layer.keys_of == i).then(|| CacheRows {
                     cache: memory.cache_of(i),
                     rows: &memory.cache_rows,
-                };
+                });
                 let positions = &memory.positions;
-                decoder.project_rows(i, slots, positions, &self.rotary, pass, Some(cache))?;
+                decoder.project_rows(i, slots, positions, &self.rotary, pass, cache)?;
                 self.attend(i, prompts)?;
             }
             decoder.finish(i, slots, pass)?;
@@ -426,6 +435,9 @@ impl<'a> Generator<'a> {
         let (decoder, memory, slots) = (self.decoder, &self.memory, self.slots.len());
         let (heads, launches) = (decoder.heads(layer), decoder.attention_launches(layer));
         let own_splits = memory.own_splits;
+        let groups = query_groups(&decoder.config);
+        let group = groups.iter().position(|&group| group == heads.group());
+        let first = group.unwrap_or(0) * prompts.tiles;
         decoder.device.launch(
             &decoder.kernels.of_heads("decode_attention", heads),
             launches.decode(prompts.tiles * prompts.splits, slots * own_splits),
@@ -436,7 +448,7 @@ impl<'a> Generator<'a> {
                 &memory.partial_lse,
                 &memory.sequences,
                 &memory.positions,
-                &memory.tiles,
+                memory.tiles.element(first, size_of::<DecodeTile>()),
                 &memory.order,
                 &memory.tables,
                 self.pages.most as i32,

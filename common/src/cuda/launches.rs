@@ -3,7 +3,7 @@
 
 use super::device::{Launch, Plain, Precision, bytes_of};
 use crate::kernels::layout::Heads;
-use crate::weights::Config;
+use crate::weights::{Config, Fused};
 use anyhow::{Result, ensure};
 
 /// The head sizes that attention is compiled for; a size between two runs as the larger.
@@ -190,8 +190,15 @@ impl AttentionLaunches {
     }
 }
 
-/// Values that stay as the fused projection gives them, as kernels number it (`Values`).
-pub(super) const VALUES_GIVEN: i32 = 0;
+/// What a row of the fused projection has after its queries, and whether values are normed, as kernels number it (`Values`).
+pub(super) fn values_of(fused: Fused, normed: bool) -> i32 {
+    match (fused, normed) {
+        (Fused::All | Fused::Gated, false) => 0,
+        (Fused::All | Fused::Gated, true) => 1,
+        (Fused::QueriesAndKeys, _) => 2,
+        (Fused::Queries, _) => 3,
+    }
+}
 
 /// How products of queries and keys become scores, as kernels declare it.
 #[derive(Clone, Copy, Default)]

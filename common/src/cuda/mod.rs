@@ -21,6 +21,7 @@ mod generator;
 #[path = "../../cuda/kernels.rs"]
 #[allow(dead_code)] // each backend, and the kernels' own tests, use some of it
 mod images;
+mod inputs;
 mod launches;
 mod lora;
 mod optimizer;

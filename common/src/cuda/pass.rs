@@ -5,10 +5,11 @@ use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::Routes;
-use super::launches::{Scores, THREADS, VALUES_GIVEN, head_lanes, norm_rows};
+use super::inputs::Aside;
+use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
 use super::optimizer::elements;
 use super::recurrent::Memories;
-use crate::weights::{Config, Norms, QkNorm, Recurrence};
+use crate::weights::{Config, Fused, Norms, QkNorm, Recurrence};
 use anyhow::Result;
 
 /// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
@@ -40,6 +41,14 @@ pub struct Pass {
     pub routes: Option<Routes>,
     /// What the MLP's output projection gives, float32, where there is a norm after it.
     pub down: Option<Buffer>,
+    /// Where layers have embeddings of their own: the gates of this one's,
+    pub input_gates: Option<Buffer>,
+    /// what it gives to the stream, float32, before its norm,
+    pub given_input: Option<Buffer>,
+    /// and the stream before it, float32, where a backward pass wants it.
+    pub last: Option<Buffer>,
+    /// What layers have in common.
+    pub(super) aside: Aside,
     /// What adapters have between their factors, `[T, rank]`; none without adapters.
     pub low_rank: Option<Buffer>,
 }
@@ -54,7 +63,7 @@ pub(super) struct CacheRows<'a> {
 /// The widths of what layers have on their way, of whichever it is widest in.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Widths {
-    /// The fused projection, where some layer has gates in it, or no attention; else 0.
+    /// The fused projection, where that of some layer is not `[q | k | v]`; else 0.
     pub gated: usize,
     /// `[q | k | v]`.
     pub qkv: usize,
@@ -69,6 +78,9 @@ pub(super) struct Widths {
 impl Widths {
     pub fn new(c: &Config) -> Self {
         let mut widths = Self::default();
+        let attends = |i: &usize| c.recurrences[*i].is_none();
+        let mut attending = (0..c.layers).filter(attends);
+        let apart = attending.any(|i| c.fused(i) != Fused::All);
         for (i, recurrence) in c.recurrences.iter().enumerate() {
             let heads = c.heads_of(i);
             let own = match *recurrence {
@@ -86,15 +98,17 @@ impl Widths {
                 },
                 None => {
                     let (q, qkv) = (heads.q_width(), heads.qkv_width());
-                    let [gated, read] = match c.attention_gate {
-                        true => [qkv + q, q],
-                        false => [0, 0],
+                    let raw = match c.fused(i) {
+                        Fused::All => qkv,
+                        Fused::Gated => qkv + q,
+                        Fused::QueriesAndKeys => q + heads.kv_width(),
+                        Fused::Queries => q,
                     };
                     Self {
-                        gated,
+                        gated: if apart { raw } else { 0 },
                         qkv,
                         attention: q,
-                        read,
+                        read: if c.attention_gate { q } else { 0 },
                         gates: 0,
                     }
                 }
@@ -139,6 +153,13 @@ impl Decoder {
             + (streams * c.hidden + c.heads + widths.gates) * size_of::<f32>()
             + routes
             + given
+            + c.layer_inputs.unwrap_or(0) * bytes_of(precision)
+            + Aside::bytes(c, bytes_of(precision))
+    }
+
+    /// The width of the MLPs' inner activation, and of a layer's input, which has the same place.
+    pub(super) fn inner_width(c: &Config) -> usize {
+        c.widest_mlp().max(c.layer_inputs.unwrap_or(0))
     }
 
     /// Room for the activations of so many tokens.
@@ -160,8 +181,12 @@ impl Decoder {
             lse: rows(c.heads, size_of::<f32>())?,
             output: given.clone(),
             gate_up: rows(2 * c.widest_mlp(), self.size())?,
-            inner: rows(c.widest_mlp(), self.size())?,
+            inner: rows(Self::inner_width(c), self.size())?,
             routes: Routes::new(self, tokens, None)?,
+            input_gates: some(c.layer_inputs.unwrap_or(0), self.size())?,
+            given_input: given.clone(),
+            last: None,
+            aside: self.aside(tokens)?,
             down: given,
             low_rank: match self.rank() {
                 0 => None,
@@ -199,7 +224,7 @@ impl Decoder {
     ) -> Result<()> {
         assert_eq!(shape.tokens, tokens.len());
         let tokens = self.device.buffer_of(tokens)?;
-        self.embed(&tokens, shape.tokens, &pass.x)?;
+        self.begin(&tokens, shape.tokens, &pass.x, pass)?;
         for i in 0..self.layers.len() {
             self.mix(i, shape, pass, kept(i))?;
             self.finish(i, shape.tokens, pass)?;
@@ -225,6 +250,7 @@ impl Decoder {
             _ => None,
         };
         self.project_rows(i, count, &shape.positions, &shape.rotary, pass, cache)?;
+        self.lend(i, count, pass)?;
         self.attend(i, shape, pass)
     }
 
@@ -265,14 +291,10 @@ impl Decoder {
         {
             self.bias(&self.kernels.add_bias, raw, bias, count, layer.qkv.rows)?; // gates have one, too
         }
-        let (q_norm, k_norm) = match (&layer.qk_norms, self.config.qk_norm) {
-            (Some((q, k)), Some(how)) if how.by_heads() => (q.address(), k.address()),
-            (Some(norms), Some(_)) => {
-                self.norm_queries_and_keys(i, norms, bias.take(), count, pass)?;
-                (0, 0)
-            }
-            _ => (0, 0),
-        };
+        let norms = layer.head_norms(self.config.qk_norm);
+        if self.config.qk_norm == Some(QkNorm::Rows) {
+            self.norm_queries_and_keys(i, bias.take(), count, pass)?;
+        }
         let (cos, sin, queries) = rotary.of(i);
         let (cache, cache_rows) = cache.map_or((0, 0), |c| (c.cache, c.rows.address()));
         self.device.launch(
@@ -285,14 +307,14 @@ impl Decoder {
                 raw,
                 &pass.qkv,
                 bias,
-                q_norm,
-                k_norm,
+                norms[0],
+                norms[1],
                 eps,
                 cos,
                 sin,
                 queries,
                 i32::from(self.config.qk_norm == Some(QkNorm::Turned)),
-                VALUES_GIVEN,
+                values_of(layer.fused, self.config.values_normed),
                 positions,
                 cache,
                 cache_rows,
@@ -317,7 +339,6 @@ impl Decoder {
     fn norm_queries_and_keys(
         &self,
         i: usize,
-        (q, k): &(Buffer, Buffer),
         bias: Option<&Buffer>,
         count: usize,
         pass: &Pass,
@@ -330,15 +351,15 @@ impl Decoder {
             raw.copy_from(&pass.qkv, raw.bytes())?;
         }
         for (first, width, weight) in [
-            (0, heads.q_width(), q),
-            (heads.q_width(), heads.kv_width(), k),
+            (0, heads.q_width(), &self.layers[i].q_norm),
+            (heads.q_width(), heads.kv_width(), &self.layers[i].k_norm),
         ] {
             self.device.launch(
                 &self.kernels.of_format("rms_norm_part"),
                 Launch::row(count.div_ceil(norm_rows(width)), THREADS),
                 args![
                     pass.qkv.element(first, self.size()),
-                    weight,
+                    weight.as_ref(),
                     self.config.norm_eps,
                     count as i32,
                     width as i32,
@@ -437,12 +458,13 @@ impl Decoder {
     pub(super) fn narrow(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
         let given = pass.down.as_ref();
         self.give_mlp(i, count, pass, x)?;
-        self.gain(&self.layers[i].norms.after_mlp, given, x, count)
+        self.gain(&self.layers[i].norms.after_mlp, given, x, count)?;
+        self.take_input(i, count, pass, x)
     }
 
     /// What the MLP's inner activation is stored times: in half precision its largest numbers would not be far from the end of
     /// the range (3,000 of 65,504 in SmolLM2).
-    fn inner_scale(&self) -> f32 {
+    pub(super) fn inner_scale(&self) -> f32 {
         match self.precision {
             Precision::F32 | Precision::Bf16 => 1.0,
             Precision::F16 => 1.0 / 64.0,
@@ -578,7 +600,7 @@ impl Decoder {
     }
 
     /// `given` is scale·x·Wᵀ + b; without such room, the residual stream gains it.
-    fn give(
+    pub(super) fn give(
         &self,
         linear: &Linear,
         (x, scale): (&Buffer, f32),
@@ -600,7 +622,7 @@ impl Decoder {
     }
 
     /// The residual stream gains what was given, normed; nothing more where there is no norm.
-    fn gain(
+    pub(super) fn gain(
         &self,
         norm: &Option<Buffer>,
         given: Option<&Buffer>,
@@ -610,12 +632,8 @@ impl Decoder {
         let (Some(norm), Some(given)) = (norm, given) else {
             return Ok(());
         };
-        let (eps, width) = (self.config.norm_eps, self.config.hidden);
-        self.device.launch(
-            "rms_norm_add",
-            Launch::row(count.div_ceil(norm_rows(width)), THREADS),
-            args![given, norm, eps, stream, count as i32, width as i32],
-        )
+        let sizes = (count, self.config.hidden);
+        self.norm_add((norm, self.config.norm_eps), given, stream, sizes)
     }
 
     pub(super) fn multiply(

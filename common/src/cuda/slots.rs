@@ -80,17 +80,18 @@ pub fn tables(slots: usize) -> usize {
 
 /// What a layer has of sequences.
 enum Layer {
-    /// Keys and values: which of the layers' caches.
+    /// Keys and values: where the layers' caches have its own, in bytes.
     Keys(usize),
+    /// Those of an earlier layer.
+    Lent(usize),
     /// A memory for each table.
     Memories(Memories),
 }
 
 /// What slots have on the device; each is `[slots]` of int32 unless it is said otherwise.
 pub struct Slots {
-    /// `[layers with attention][pages · PAGE, 2 · kv · dim]`.
+    /// `[layers with keys][pages · PAGE, 2 · kv · dim]`.
     cache: Buffer,
-    layer_bytes: usize,
     /// What each layer has of a sequence.
     layers: Vec<Layer>,
     /// Of which `state` and what the host gives are parts.
@@ -178,21 +179,22 @@ impl Sizes {
     pub fn new(decoder: &Decoder, capacity: usize, seen: bool) -> Self {
         let config = &decoder.config;
         let heads = decoder.heads(0);
-        let row = 2 * heads.kv_width() * decoder.size();
         let (float, pass) = (
             size_of::<f32>(),
             Decoder::pass_bytes(config, decoder.precision),
         );
         let tables = if config.query_growth.is_some() { 2 } else { 1 };
         let memory = Memories::table_bytes(config, decoder.size());
-        let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (heads.dim + 1);
+        let dim = widest_head(config);
+        let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (dim + 1);
+        let row: usize = (0..config.layers).map(|i| key_bytes(decoder, i)).sum();
         Self {
-            page: (PAGE * row * layers_with_keys(config)).max(1),
+            page: (PAGE * row).max(1),
             own_pages: capacity.div_ceil(PAGE),
             prompt_pages: config.context.div_ceil(PAGE),
             // Beside activations a row has its token, position and place, and two tables of rotations are there while
             // the longer one is made.
-            row: pass + (4 + 2 * heads.dim * tables) * float,
+            row: pass + (4 + 2 * dim * tables) * float,
             // Logits exist twice.
             prompts: PROMPTS * (2 * config.vocab * float + memory),
             // It has logits and memories, and its prompt may have some.
@@ -234,8 +236,29 @@ impl Sizes {
     }
 }
 
-fn layers_with_keys(config: &Config) -> usize {
-    config.recurrences.iter().filter(|r| r.is_none()).count()
+/// What a token's keys and values take in the cache of layer `i`; nothing where it has none of its own.
+fn key_bytes(decoder: &Decoder, i: usize) -> usize {
+    let config = &decoder.config;
+    match config.recurrences[i].is_none() && config.keys_of(i) == i {
+        true => 2 * decoder.heads(i).kv_width() * decoder.size(),
+        false => 0,
+    }
+}
+
+/// The width of a head in the layer where it is largest.
+fn widest_head(config: &Config) -> usize {
+    let dims = (0..config.layers).map(|i| config.heads_of(i).dim);
+    dims.max().unwrap_or(0)
+}
+
+/// The numbers of queries that share a key, of which there may be more than one in a model.
+pub fn query_groups(config: &Config) -> Vec<usize> {
+    let mut groups: Vec<_> = (0..config.layers)
+        .map(|i| config.heads_of(i).group())
+        .collect();
+    groups.sort_unstable();
+    groups.dedup();
+    groups
 }
 
 /// Parts that a sequence's own keys are read in side by side, a warp each: more where sequences are few.
@@ -270,25 +293,25 @@ impl Slots {
         let numbers = |n: usize| device.zeroed(n * size_of::<i32>());
         let own_splits = own_splits(slots, heads.kv);
         let parts = PREFIX_SPLITS + own_splits;
-        let most_tiles = slots * heads.group().div_ceil(decoder.tile_rows());
-        let most_tiles = most_tiles.next_power_of_two();
-        let layer_bytes = pages * PAGE * 2 * heads.kv_width() * decoder.size();
+        let groups = query_groups(config);
+        let most_group = groups.last().copied().unwrap_or(1);
+        let most_tiles = slots * most_group.div_ceil(decoder.tile_rows());
+        let most_tiles = most_tiles.next_power_of_two() * groups.len();
         // Of 32-bit numbers, one after the other: see `give`.
         let block = numbers((7 + SEQUENCE) * slots + TILE * most_tiles)?;
         let of_slots = |first: usize| block.part(first * slots, slots, size_of::<i32>());
-        let mut with_keys = 0..;
-        let layer = |recurrence: &Option<_>| match recurrence {
-            None => Ok(Layer::Keys(with_keys.next().expect("numbers go on"))),
-            Some(of) => Memories::new(decoder, *of, tables).map(Layer::Memories),
-        };
+        let (mut layers, mut cached) = (vec![], 0);
+        for (i, recurrence) in config.recurrences.iter().enumerate() {
+            layers.push(match (recurrence, config.keys_of(i)) {
+                (Some(of), _) => Layer::Memories(Memories::new(decoder, *of, tables)?),
+                (None, own) if own == i => Layer::Keys(cached),
+                (None, earlier) => Layer::Lent(earlier),
+            });
+            cached += pages * PAGE * key_bytes(decoder, i);
+        }
         Ok(Self {
-            cache: device.allocate(layer_bytes * layers_with_keys(config))?,
-            layer_bytes,
-            layers: config
-                .recurrences
-                .iter()
-                .map(layer)
-                .collect::<Result<_>>()?,
+            cache: device.allocate(cached)?,
+            layers,
             tables: numbers(tables * most)?,
             state: block.part(0, 3 * slots, size_of::<i32>()),
             logps: of_slots(1),
@@ -310,7 +333,7 @@ impl Slots {
             after_prompts: numbers(PROMPTS * vocab)?,
             normed: device.zeroed(slots * config.hidden * decoder.size())?,
             pass: decoder.pass(slots)?,
-            partial: numbers(parts * slots * heads.query * heads.dim)?,
+            partial: numbers(parts * slots * heads.query * widest_head(config))?,
             partial_lse: numbers(parts * slots * heads.query)?,
             own_splits,
         })
@@ -336,21 +359,24 @@ impl Slots {
         self.block.write(2 * slots, &numbers)
     }
 
-    /// What layer `i` keeps of a pass: keys and values in these rows of its cache, or the memories that these spans leave.
-    pub fn kept<'a>(&'a self, i: usize, rows: &'a Buffer, spans: &'a Buffer) -> Kept<'a> {
+    /// What layer `i` keeps of a pass: keys and values in these rows of its cache, or the memories that these spans leave;
+    /// nothing where it attends to an earlier layer's keys.
+    pub fn kept<'a>(&'a self, i: usize, rows: &'a Buffer, spans: &'a Buffer) -> Option<Kept<'a>> {
         match &self.layers[i] {
-            Layer::Keys(_) => Kept::Keys(CacheRows {
+            Layer::Keys(_) => Some(Kept::Keys(CacheRows {
                 cache: self.cache_of(i),
                 rows,
-            }),
-            Layer::Memories(memories) => Kept::Memories(memories, spans),
+            })),
+            Layer::Lent(_) => None,
+            Layer::Memories(memories) => Some(Kept::Memories(memories, spans)),
         }
     }
 
-    /// The cache of a layer with attention.
+    /// The cache of what a layer with attention attends to.
     pub fn cache_of(&self, i: usize) -> Address {
         match self.layers[i] {
-            Layer::Keys(number) => self.cache.element(number, self.layer_bytes),
+            Layer::Keys(at) => self.cache.element(at, 1),
+            Layer::Lent(earlier) => self.cache_of(earlier),
             Layer::Memories(_) => unreachable!("it has no keys"),
         }
     }
@@ -358,7 +384,7 @@ impl Slots {
     /// The memories of a layer without attention.
     pub fn memories(&self, i: usize) -> Option<&Memories> {
         match &self.layers[i] {
-            Layer::Keys(_) => None,
+            Layer::Keys(_) | Layer::Lent(_) => None,
             Layer::Memories(memories) => Some(memories),
         }
     }

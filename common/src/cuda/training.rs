@@ -4,12 +4,13 @@
 //! all activations as far as there is room, those of the others are made again.
 
 use super::args;
-use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
+use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes, widest_queries};
 use super::batch::Shape;
 use super::decoder::Decoder;
 use super::delta_backward::DeltaRoom;
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{OnTheWay, Routes};
+use super::inputs::{Aside, AsideGradients};
 use super::launches::THREADS;
 use super::optimizer::elements;
 use super::pass::{Pass, Widths};
@@ -48,7 +49,7 @@ impl<'a> Forward<'a> {
         let scratch = decoder.training_pass(tokens, None)?;
         let stream = || device.allocate(tokens * decoder.config.hidden * size_of::<f32>());
         let mut x = stream()?;
-        decoder.embed(&device.buffer_of(&batch.tokens)?, tokens, &x)?;
+        decoder.begin(&device.buffer_of(&batch.tokens)?, tokens, &x, &scratch)?;
         let mut states = vec![];
         for i in 0..layers {
             let kept = (i + whole >= layers)
@@ -105,12 +106,13 @@ impl<'a> Forward<'a> {
         };
         let order = Order::new(self.batch.tokens.iter().map(|&t| t as i32));
         debug_assert_eq!(order.order.len(), tokens);
+        let ids = decoder.device.buffer_of(&self.batch.tokens)?;
+        backward.inputs(&ids, &order, &self.scratch)?;
+        let (dx, width) = (&backward.dx, decoder.config.hidden);
         if decoder.config.embed_scale != 1.0 {
-            let n = tokens * decoder.config.hidden;
-            let args = args![&backward.dx, n as u64, decoder.config.embed_scale];
-            decoder.device.launch("scale_f32", elements(n), args)?;
+            decoder.scale(dx, tokens * width, decoder.config.embed_scale)?;
         }
-        order.add(decoder, &backward.dx, table)
+        order.add(decoder, dx, width, table)
     }
 
     /// From the log-probs back to the residual stream after the last layer, tile by tile of the logits.
@@ -217,7 +219,7 @@ impl<'a> Forward<'a> {
         let d_gathered = floats(count * width)?;
         backward.norm(&norm, &d_gathered, None, false)?;
         let rows = Order::new(self.batch.rows.iter().map(|&r| r as i32));
-        rows.add(decoder, &d_gathered, backward.dx.address())
+        rows.add(decoder, &d_gathered, width, backward.dx.address())
     }
 }
 
@@ -229,6 +231,7 @@ impl Decoder {
         let rows = |width: usize, size: usize| self.device.allocate(tokens * width * size);
         let some = |width: usize, size: usize| (width > 0).then(|| rows(width, size)).transpose();
         let (float, size) = (size_of::<f32>(), self.size());
+        let own = c.layer_inputs.map_or(0, |_| c.hidden);
         Ok(Pass {
             x: rows(c.hidden, float)?,
             qkv_raw: some(widths.raw(c), size)?,
@@ -239,6 +242,13 @@ impl Decoder {
             lse: rows(c.heads, float)?,
             output: self.room_for_given(tokens)?,
             down: self.room_for_given(tokens)?,
+            input_gates: some(c.layer_inputs.unwrap_or(0), size)?,
+            given_input: some(own, float)?,
+            last: some(own, float)?,
+            aside: match shared {
+                Some(pass) => pass.aside.clone(),
+                None => self.aside(tokens)?,
+            },
             gate_up: rows(2 * c.widest_mlp(), size)?,
             routes: Routes::new(self, tokens, shared.and_then(|pass| pass.routes.as_ref()))?,
             normed: match shared {
@@ -247,7 +257,7 @@ impl Decoder {
             },
             inner: match shared {
                 Some(pass) => pass.inner.clone(),
-                None => rows(c.widest_mlp(), size)?,
+                None => rows(Self::inner_width(c), size)?,
             },
             low_rank: match (shared, self.rank()) {
                 (Some(pass), _) => pass.low_rank.clone(),
@@ -264,17 +274,23 @@ impl Decoder {
         self.widen(i, shape.tokens, pass)
     }
 
-    /// What the MLP of layer `i` gave, where its backward pass needs it: a norm comes after it.
+    /// What the MLP of layer `i` gave, and what its own input did, where its backward pass needs that: norms come after them.
     fn give_mlp_again(&self, i: usize, count: usize, pass: &Pass) -> Result<()> {
-        match &pass.down {
-            Some(_) => self.give_mlp(i, count, pass, &pass.x),
-            None => Ok(()),
-        }
+        let Some(given) = &pass.down else {
+            return Ok(());
+        };
+        self.give_mlp(i, count, pass, &pass.x)?;
+        let Some(last) = &pass.last else {
+            return Ok(());
+        };
+        last.copy_from(&pass.x, last.bytes())?;
+        self.gain(&self.layers[i].norms.after_mlp, Some(given), last, count)?;
+        self.give_input(i, count, pass, last)
     }
 }
 
 /// Which rows are added to which row of a table, each table row once.
-struct Order {
+pub(super) struct Order {
     rows: Vec<i32>,
     starts: Vec<i32>,
     order: Vec<i32>,
@@ -300,8 +316,8 @@ impl Order {
         found
     }
 
-    /// Adds the rows of `x`, as wide as the residual stream, to the table.
-    fn add(&self, decoder: &Decoder, x: &Buffer, table: u64) -> Result<()> {
+    /// Adds the rows of `x` to the table; both are as wide.
+    pub fn add(&self, decoder: &Decoder, x: &Buffer, width: usize, table: u64) -> Result<()> {
         let device = &decoder.device;
         device.launch(
             "add_rows",
@@ -312,7 +328,7 @@ impl Order {
                 &device.buffer_of(&self.starts)?,
                 &device.buffer_of(&self.order)?,
                 table,
-                decoder.config.hidden as i32,
+                width as i32,
             ],
         )
     }
@@ -338,7 +354,7 @@ impl Footprint<'_> {
             Precision::F32 => 0,
             Precision::Bf16 | Precision::F16 => size,
         };
-        let (q, widths) = (c.heads * c.head_dim, Widths::new(c));
+        let (q, widths) = (widest_queries(c), Widths::new(c));
         // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.
         let copied = match c.norms {
             Norms::Before => rounded,
@@ -347,7 +363,8 @@ impl Footprint<'_> {
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
         let (_, given) = Routes::bytes(c, self.precision);
-        let shared = (c.hidden + c.widest_mlp() + self.rank) * size + given;
+        let shared = (c.hidden + Decoder::inner_width(c) + self.rank) * size + given;
+        let aside = Aside::bytes(c, size) + AsideGradients::bytes(c, size);
         let (of_deltas, memories) = DeltaRoom::bytes(c);
         let gradients = (c.hidden + c.heads + 2 * q) * float
             + c.hidden * copied
@@ -355,7 +372,7 @@ impl Footprint<'_> {
             + OnTheWay::bytes(c, self.precision)
             + of_deltas;
         let numbers = 5 * float; // tokens, positions, segments, the order of rows
-        let of_tokens = tokens * (streams + shared + gradients + numbers);
+        let of_tokens = tokens * (streams + shared + aside + gradients + numbers);
         // Hidden states that predict, their gradient as a sum, rounded and after the norm; eight numbers each.
         let of_targets =
             targets * (c.hidden * (size + 2 * float + rounded) + 3 * float + 8 * float);
@@ -373,8 +390,9 @@ impl Footprint<'_> {
         let mixed = widths.raw(c) + widths.qkv + widths.read + widths.attention;
         let streams = if c.norms == Norms::Before { 1 } else { 3 };
         let (routes, _) = Routes::bytes(c, self.precision);
-        let in_format = mixed + 2 * c.widest_mlp();
-        (streams * c.hidden + c.heads + widths.gates) * float + in_format * size + routes
+        let in_format = mixed + 2 * c.widest_mlp() + c.layer_inputs.unwrap_or(0);
+        let own = c.layer_inputs.map_or(0, |_| 2);
+        ((streams + own) * c.hidden + c.heads + widths.gates) * float + in_format * size + routes
     }
 
     /// The most tokens that a part may have in `free` bytes, all of them targets and all activations made again.

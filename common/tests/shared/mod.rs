@@ -50,7 +50,7 @@ pub const FAMILIES: [&str; 40] = [
     "lfm2-untied",
     "llama-fp8",
     "ministral3-fp8",
-    "gemma4",
+    UNEVEN,
     "gemma4-keys",
 ];
 
@@ -59,6 +59,9 @@ pub const DELTA: &str = "qwen3.5";
 
 /// One of those with short convolutions.
 pub const CONV: &str = "lfm2";
+
+/// One of those whose layers differ in their heads.
+pub const UNEVEN: &str = "gemma4";
 
 /// Mixtures of experts.
 pub const MIXTURES: [&str; 13] = [
@@ -84,7 +87,7 @@ pub const ODD_MIXTURE: &str = "qwen3-moe";
 #[cfg(feature = "cuda-emulated")]
 pub fn on_gpus() -> impl Iterator<Item = &'static str> {
     let all = FAMILIES.into_iter().chain(MIXTURES);
-    all.filter(|family| *family != ODD_MIXTURE && !family.starts_with("gemma4"))
+    all.filter(|family| *family != ODD_MIXTURE)
 }
 
 /// A file of golden figures.
