@@ -14,6 +14,7 @@ mod delta;
 mod device;
 mod experts;
 mod gate;
+mod inputs;
 mod logprob;
 mod rows;
 mod sample;
