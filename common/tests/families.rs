@@ -5,7 +5,7 @@ mod shared;
 
 use common::chat::Chat;
 use common::dpo::checkpoint::{Writer, resume};
-use common::dpo::{Kept, Pair, Settings, State, Train, Trainer};
+use common::dpo::{Kept, Pair, Settings, State, StateBytes, Train, Trainer};
 use common::generate::{Generate, Generator, Limits, Request, Sampling};
 use common::kernels::gemm::Precision;
 use common::logprob::{Group, score};
@@ -103,8 +103,16 @@ fn dpo_gradients_are_pytorchs() {
             ..pair(dpo, "")
         };
         let settings = settings(objective(number("beta")), 1e-3);
-        let trainer = Trainer::new(&weights, settings, Precision::F32, STATE_BYTES).unwrap();
+        let gradient = |states| {
+            let trainer = Trainer::new(&weights, settings.clone(), Precision::F32, states);
+            trainer.unwrap().gradient(&[&pair])
+        };
+        let (sums, gradient_again) = gradient(StateBytes { part: 1, long: 1 });
+        assert!(sums.loss.is_finite());
+        let trainer = Trainer::new(&weights, settings.clone(), Precision::F32, STATE_BYTES);
+        let trainer = trainer.unwrap();
         let (sums, gradient) = trainer.gradient(&[&pair]);
+        assert!(gradient == gradient_again, "{family}: layers made again");
         assert!(
             (sums.loss - number("loss")).abs() < 1e-5,
             "{family}: loss {}",
