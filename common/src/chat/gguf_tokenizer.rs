@@ -29,6 +29,9 @@ const DEEPSEEK3: [&str; 3] = [
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
 ];
 
+/// SentencePiece's BPE with its merges.
+const GEMMA4: &str = "gemma4";
+
 // Values of `tokenizer.ggml.token_type`.
 const UNKNOWN: i128 = 2;
 const CONTROL: i128 = 3;
@@ -44,9 +47,9 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
         .context("no tokenizer.ggml.model: the file has no tokenizer")?;
     let plan = match model {
         "gpt2" => byte_level(&entries, &vocabulary)?,
-        "llama" => sentence_piece(&entries, &vocabulary)?,
+        "llama" | GEMMA4 => sentence_piece(&entries, &vocabulary)?,
         other => bail!(
-            "tokenizer.ggml.model {other:?} is not supported (gpt2 and llama are): use the model's HF folder"
+            "tokenizer.ggml.model {other:?} is not supported (gpt2, llama and gemma4 are): use the model's HF folder"
         ),
     };
     // Its special tokens take the white space after them, which no entry says: llama.cpp goes by the model's name.
@@ -68,6 +71,16 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
             vocabulary.token(id, key)?;
             end_ids.push(id);
         }
+    }
+    // Its files do not say what ends a turn: llama.cpp knows the token.
+    let turn = vocabulary
+        .tokens
+        .iter()
+        .position(|token| token == "<turn|>");
+    if let Some(id) = turn.filter(|_| model == GEMMA4) {
+        end_ids.push(u32::try_from(id)?);
+        end_ids.sort_unstable();
+        end_ids.dedup();
     }
     let add_bos = entries
         .flag("tokenizer.ggml.add_bos_token")?
@@ -110,24 +123,6 @@ struct Plan {
 fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
     let name = entries.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let (normalizer, pre_tokenizer, whole_words, add_bos) = pre_tokenizer(name)?;
-    let merges = entries
-        .texts("tokenizer.ggml.merges")?
-        .context("no tokenizer.ggml.merges")?
-        .iter()
-        .enumerate()
-        .map(|(rank, merge)| {
-            // The first character may itself be a space.
-            let seam = merge
-                .char_indices()
-                .skip(1)
-                .find(|(_, c)| *c == ' ')
-                .with_context(|| {
-                    format!("tokenizer.ggml.merges[{rank}]: {merge:?} is not two tokens")
-                })?
-                .0;
-            Ok(json!([merge[..seam], merge[seam + 1..]]))
-        })
-        .collect::<Result<Vec<_>>>()?;
     Ok(Plan {
         normalizer,
         pre_tokenizer,
@@ -142,10 +137,26 @@ fn byte_level(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
             "byte_fallback": false,
             "ignore_merges": whole_words,
             "vocab": vocabulary.map(),
-            "merges": merges,
+            "merges": written_merges(entries)?,
         }),
         add_bos,
     })
+}
+
+/// The merges that a file has, in their order.
+fn written_merges(entries: &Entries) -> Result<Vec<(String, String)>> {
+    let merges = entries
+        .texts("tokenizer.ggml.merges")?
+        .context("no tokenizer.ggml.merges")?;
+    let tokens = |(rank, merge): (usize, &String)| {
+        // The first character may itself be a space.
+        let mut seams = merge.char_indices().skip(1);
+        let (seam, _) = seams.find(|(_, c)| *c == ' ').with_context(|| {
+            format!("tokenizer.ggml.merges[{rank}]: {merge:?} is not two tokens")
+        })?;
+        Ok((merge[..seam].to_owned(), merge[seam + 1..].to_owned()))
+    };
+    merges.iter().enumerate().map(tokens).collect()
 }
 
 /// Normaliser, pre-tokenizer, whether whole words in the vocabulary skip the merges, whether BOS is added
@@ -191,18 +202,13 @@ fn bytes_step(split: bool) -> Json {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split})
 }
 
-/// SentencePiece's BPE (Llama 2, Mistral v0.1–0.3, Gemma): the merges follow from the scores.
+/// SentencePiece's BPE (Llama 2, Mistral v0.1–0.3, Gemma): the merges follow from the scores, but where the file has them
+/// (Gemma 4).
 fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
-    let scores = entries
-        .reals("tokenizer.ggml.scores")?
-        .context("no tokenizer.ggml.scores")?;
-    if scores.len() != vocabulary.tokens.len() {
-        bail!(
-            "tokenizer.ggml.scores has {} entries for {} tokens",
-            scores.len(),
-            vocabulary.tokens.len()
-        );
-    }
+    let merges = match entries.text("tokenizer.ggml.model")? {
+        Some(GEMMA4) => written_merges(entries)?,
+        _ => merges_from_scores(vocabulary, scores(entries, vocabulary)?),
+    };
     let unknown = vocabulary
         .types
         .iter()
@@ -236,10 +242,25 @@ fn sentence_piece(entries: &Entries, vocabulary: &Vocabulary) -> Result<Plan> {
             "byte_fallback": true,
             "ignore_merges": false,
             "vocab": vocabulary.map(),
-            "merges": merges_from_scores(vocabulary, scores),
+            "merges": merges,
         }),
         add_bos: true,
     })
+}
+
+/// One for each token.
+fn scores<'a>(entries: &'a Entries, vocabulary: &Vocabulary) -> Result<&'a [f64]> {
+    let scores = entries
+        .reals("tokenizer.ggml.scores")?
+        .context("no tokenizer.ggml.scores")?;
+    if scores.len() != vocabulary.tokens.len() {
+        bail!(
+            "tokenizer.ggml.scores has {} entries for {} tokens",
+            scores.len(),
+            vocabulary.tokens.len()
+        );
+    }
+    Ok(scores)
 }
 
 /// Every way to join two tokens into a third, best score first: what SentencePiece does by looking scores up,

@@ -72,6 +72,10 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["use_double_wide_mlp"] = json!(true);
         json["hidden_size_per_layer_input"] = json!(6);
         json["vocab_size_per_layer_input"] = json!(40);
+        json["rope_parameters"] = json!({
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        });
     }
     if model_type == "gemma" {
         json["hidden_act"] = json!("gelu");
@@ -209,6 +213,35 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
     metadata
 }
 
+/// What a GGUF of Gemma 4 says beyond others, and its tensor of divisors.
+fn uneven(config: &Config, metadata: &mut Vec<(String, gguf_file::Value)>, stored: &mut Tensors) {
+    use gguf_file::Value::{Array, Bool, F32, U32};
+    let key = |name: &str| format!("gemma4.{name}");
+    let layers = 0..config.layers;
+    let number = |n: usize| U32(n as u32);
+    let kv = layers.clone().map(|i| number(config.heads_of(i).kv));
+    let ffn = layers.map(|i| number(config.inner_width(i)));
+    let sliding = config.windows.iter().map(|window| Bool(window.is_some()));
+    let local = config.ropes[0].as_ref().unwrap().theta;
+    let said = [
+        ("attention.head_count_kv", Array(kv.collect())),
+        ("feed_forward_length", Array(ffn.collect())),
+        ("attention.sliding_window_pattern", Array(sliding.collect())),
+        ("attention.key_length", number(config.wide.unwrap().dim)),
+        ("attention.key_length_swa", number(config.head_dim)),
+        ("attention.shared_kv_layers", number(config.sharing)),
+        ("rope.freq_base_swa", F32(local)),
+        (
+            "embedding_length_per_layer_input",
+            number(config.layer_inputs.unwrap()),
+        ),
+    ];
+    metadata.retain(|(name, _)| !said.iter().any(|(other, _)| *name == key(other)));
+    metadata.extend(said.map(|(name, value)| (key(name), value)));
+    let divisors = vec![1.0, 1.0, 1.0, 1e30, 1e30, 1e30];
+    stored.push(("rope_freqs.weight".into(), vec![6], divisors));
+}
+
 /// Writes `tensors` (Hugging Face names and order) as a GGUF of the given block type.
 pub(super) fn write_gguf(
     path: &Path,
@@ -225,7 +258,10 @@ pub(super) fn write_gguf(
                 dtype
             };
             // The converter leaves out dimensions of 1.
-            let said: Vec<_> = shape.iter().copied().filter(|&n| n != 1).collect();
+            let mut said: Vec<_> = shape.iter().copied().filter(|&n| n != 1).collect();
+            if said.is_empty() {
+                said.push(1);
+            }
             let tensor = Tensor::from_slice(values, said, &Device::Cpu).unwrap();
             (name.clone(), QTensor::quantize(&tensor, dtype).unwrap())
         })
@@ -275,6 +311,7 @@ pub(super) fn gguf(
     let arch = match model_type {
         "olmo3" => "olmo2",
         "gemma3_text" => "gemma3",
+        "gemma4_text" => "gemma4",
         "qwen2_moe" => "qwen2moe",
         "qwen3_moe" => "qwen3moe",
         "granitemoeshared" => "granitemoe",
@@ -288,8 +325,11 @@ pub(super) fn gguf(
         "ministral3" => "mistral3",
         _ => model_type,
     };
-    let stored = as_gguf(&config, arch, &tensors);
+    let mut stored = as_gguf(&config, arch, &tensors);
     let mut metadata = gguf_metadata(&config, arch);
+    if config.layer_scales {
+        uneven(&config, &mut metadata, &mut stored);
+    }
     if let Some(Recurrence::Conv(shape)) = config.recurrences[0] {
         metadata.retain(|(key, _)| !key.ends_with(".head_count_kv"));
         let kernel = gguf_file::Value::U32(shape.kernel as u32);

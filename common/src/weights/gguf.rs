@@ -3,7 +3,7 @@
 use super::config::SELECTION;
 use super::family::{self, QKV};
 use super::layout::{Expert, ExpertPart, Place};
-use super::{Config, gguf_delta};
+use super::{Config, gguf_delta, gguf_uneven};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -116,7 +116,8 @@ impl Gguf {
 
 /// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
 pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Place> {
-    if let Some(place) = gguf_delta::place(name, shape) {
+    let others = [gguf_delta::place, gguf_uneven::place];
+    if let Some(place) = others.iter().find_map(|place| place(name, shape)) {
         return Some(place);
     }
     if let (Some(expert), Some(experts)) = (Expert::of(name), config.mixture()) {

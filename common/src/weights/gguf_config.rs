@@ -6,7 +6,7 @@ use super::family::{self, Family, RecurrenceKind, Rotated, Scales, Windows};
 use super::gguf::Gguf;
 use super::layout::Place;
 use super::rope::{QueryGrowth, Rope, RopeScaling, longrope_growth, positive, yarn_growth};
-use super::{gguf_delta, gguf_experts};
+use super::{gguf_delta, gguf_experts, gguf_uneven};
 use crate::gguf;
 use crate::kernels::gated_conv;
 use anyhow::{Context, Result, bail, ensure};
@@ -78,21 +78,37 @@ fn read(gguf: &Gguf) -> Result<Config> {
         fields.size("embedding_length")?,
         fields.size("attention.head_count")?,
     );
-    let head_dim = head_dim(&fields, hidden, heads)?;
     let layers = bounded_layers(layers(&fields)?)?;
     let context = fields.size("context_length")?;
     let has = |name: &str| gguf.shape(name).is_some();
     let windows = windows(&fields, family, window, layers)?;
-    let rotary_dim = rotary_dim(&fields, family, head_dim)?;
+    let uneven = match family.uneven {
+        Some(_) => Some(gguf_uneven::read(&fields, &windows)?),
+        None => None,
+    };
+    let (kv_heads, head_dim) = match &uneven {
+        Some(uneven) => (uneven.kv, uneven.dim),
+        None => (
+            kv_heads(&fields)?.unwrap_or(heads),
+            head_dim(&fields, hidden, heads)?,
+        ),
+    };
+    let rotary_dim = match uneven {
+        Some(_) => head_dim, // what does not turn is the scaling's
+        None => rotary_dim(&fields, family, head_dim)?,
+    };
+    let wide = uneven.as_ref().and_then(|uneven| uneven.wide);
+    let widest = wide.map_or(rotary_dim, |wide| wide.dim);
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     let [qkv_bias, output_bias, mlp_bias] = family.biases;
     let experts = match &family.mixture {
         Some(mixture) => gguf_experts::mixtures(&fields, mixture, experts, layers)?,
         None => vec![None; layers],
     };
-    let ffn = match experts.iter().flatten().next() {
-        Some(of_each) if !experts.contains(&None) => of_each.ffn,
-        _ => fields.size("feed_forward_length")?,
+    let ffn = match (experts.iter().flatten().next(), &uneven) {
+        (Some(of_each), _) if !experts.contains(&None) => of_each.ffn,
+        (_, Some(uneven)) => uneven.ffn,
+        (_, None) => fields.size("feed_forward_length")?,
     };
     let config = Config {
         model_type: family.model_type.to_owned(),
@@ -100,13 +116,13 @@ fn read(gguf: &Gguf) -> Result<Config> {
         hidden,
         layers,
         heads,
-        kv_heads: kv_heads(&fields)?.unwrap_or(heads),
+        kv_heads,
         head_dim,
         rotary_dim,
-        wide: None,
-        sharing: 0,
+        wide,
+        sharing: uneven.as_ref().map_or(0, |uneven| uneven.sharing),
         ffn,
-        sharing_ffn: ffn,
+        sharing_ffn: uneven.as_ref().map_or(ffn, |uneven| uneven.sharing_ffn),
         experts,
         norm_eps: fields
             .real("attention.layer_norm_rms_epsilon")?
@@ -123,11 +139,12 @@ fn read(gguf: &Gguf) -> Result<Config> {
         qk_norm: (family.qk_norm)
             .filter(|_| family.qk_norm_asked.is_none() || has("blk.0.attn_q_norm.weight")),
         values_normed: family.uneven.is_some(),
-        layer_inputs: None,
+        layer_inputs: uneven.and_then(|uneven| uneven.layer_inputs),
         layer_scales: family.uneven.is_some(),
-        attention_scale: match family.gguf_apart == Some(layers) {
-            true => plain_scale(hidden / heads),
-            false => plain_scale(head_dim),
+        attention_scale: match family.scales {
+            Scales::Unscaled => 1.0,
+            _ if family.gguf_apart == Some(layers) => plain_scale(hidden / heads),
+            _ => plain_scale(head_dim),
         },
         attention_cap,
         logit_cap,
@@ -139,7 +156,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
             Some(RecurrenceKind::Conv) => convolutions(&fields, layers, hidden)?,
             None => vec![None; layers],
         },
-        ropes: ropes(&fields, family, &windows, rotary_dim, context)?,
+        ropes: ropes(&fields, family, &windows, widest, context)?,
         windows,
         query_growth,
     };
@@ -268,7 +285,13 @@ fn ropes(
     let theta = base("rope.freq_base")?.unwrap_or(10_000.0);
     let full = Rope {
         theta,
-        scaling: scaling(fields, rotary_dim, context)?,
+        scaling: match family.uneven {
+            Some(_) if fields.gguf.shape(SCALINGS[0]).is_some() => {
+                let divisors = Place::whole(SCALINGS[0], &[rotary_dim / 2]);
+                gguf_uneven::proportional(&fields.gguf.read(&divisors)?)?
+            }
+            _ => scaling(fields, rotary_dim, context)?,
+        },
     };
     let unscaled = |theta| {
         anyhow::Ok(Rope {

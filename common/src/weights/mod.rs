@@ -9,6 +9,7 @@ mod gguf;
 mod gguf_config;
 mod gguf_delta;
 mod gguf_experts;
+mod gguf_uneven;
 mod hub;
 mod layout;
 mod rope;
