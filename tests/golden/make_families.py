@@ -25,6 +25,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     Glm4Config,
     Glm4MoeConfig,
@@ -622,6 +623,7 @@ FAMILIES = {
     # Two layers attend to the keys of earlier ones, one of each kind; every layer has embeddings of its own.
     "gemma4": (
         Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
         dict(
             num_hidden_layers=5,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"] + ["sliding_attention", "full_attention"],
@@ -642,6 +644,7 @@ FAMILIES = {
     # Values are keys in layers that see everything, whose key heads are fewer, too.
     "gemma4-keys": (
         Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
         dict(
             num_hidden_layers=3,
             layer_types=["sliding_attention", "full_attention", "full_attention"],
@@ -656,6 +659,21 @@ FAMILIES = {
             rope_parameters=GEMMA4_ROPES,
         ),
         {"seed": 117},
+    ),
+    # As the 12B is; two layers attend to keys that are values, too.
+    "gemma4-unified": (
+        Gemma4UnifiedTextConfig,
+        dict(
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            num_kv_shared_layers=2,
+            attention_k_eq_v=True,
+            head_dim=8,
+            global_head_dim=16,
+            sliding_window=8,
+            rope_parameters=GEMMA4_ROPES,
+        ),
+        {"seed": 118},
     ),
 }
 

@@ -67,8 +67,8 @@ pub(super) struct Family {
     /// Layers may differ as Gemma 4's do. If so, they may have embeddings of their own, as wide as this where a file has
     /// nothing.
     pub uneven: Option<Option<usize>>,
-    /// What transformers has where a file lacks a field, beyond the above: an object in JSON.
-    pub unsaid: &'static str,
+    /// What transformers has where a file lacks a field, beyond the above: that, and its value in JSON.
+    pub unsaid: &'static [(&'static str, &'static str)],
     /// The name is one for hybrids too, of which those with attention and an MLP in every layer are read.
     pub hybrid: bool,
     /// Layers' MLPs are mixtures of experts.
@@ -248,7 +248,7 @@ const LLAMA: Family = Family {
     recurrence: None,
     ffn_adjusted: false,
     uneven: None,
-    unsaid: "{}",
+    unsaid: &[],
     hybrid: false,
     mixture: None,
     fused: &[],
@@ -395,11 +395,15 @@ const GEMMA4: Family = Family {
     gguf_apart: None,
     windows: Windows::AllBut(6, Rotated::By(10_000.0)),
     uneven: Some(Some(256)),
-    unsaid: r#"{"sliding_window": 512, "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}}}"#,
+    unsaid: &[("sliding_window", "512"), GEMMA4_ROPES],
     ..GEMMA2
 };
+
+const GEMMA4_ROPES: (&str, &str) = (
+    "rope_parameters",
+    r#"{"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}}"#,
+);
 
 const MISTRAL: Family = Family {
     model_type: "mistral",
@@ -520,7 +524,7 @@ const LFM2: Family = Family {
     ..LLAMA
 };
 
-static FAMILIES: [Family; 35] = [
+static FAMILIES: [Family; 36] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -859,6 +863,14 @@ static FAMILIES: [Family; 35] = [
         ..LFM2
     },
     GEMMA4,
+    // The 12B, which reads sounds and images without a tower.
+    Family {
+        model_type: "gemma4_unified_text",
+        class: "Gemma4Unified",
+        uneven: Some(None),
+        unsaid: &[("sliding_window", "1024"), GEMMA4_ROPES],
+        ..GEMMA4
+    },
 ];
 
 /// The family of a `model_type`.

@@ -62,7 +62,7 @@ pub(super) fn config_json(model_type: &str) -> Value {
         json["layer_types"] = json!(["attention", "full_attention"]);
         json["position_embedding_type"] = json!("rope");
     }
-    if model_type == "gemma4_text" {
+    if model_type.starts_with("gemma4") {
         json["num_hidden_layers"] = json!(3);
         json["layer_types"] = json!(["sliding_attention", "full_attention", "full_attention"]);
         json["global_head_dim"] = json!(12);

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 40] = [
+pub const FAMILIES: [&str; 41] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -52,6 +52,7 @@ pub const FAMILIES: [&str; 40] = [
     "ministral3-fp8",
     UNEVEN,
     "gemma4-keys",
+    "gemma4-unified",
 ];
 
 /// The one among them with linear attention.

@@ -137,10 +137,10 @@ pub fn read(fields: &Fields) -> Result<Config> {
 /// The fields by their usual names, and some that the file lacks.
 fn usual<'a>(fields: &Fields<'a>, family: &Family) -> Cow<'a, Map<String, Value>> {
     let mut usual = Cow::Borrowed(fields.0);
-    let unsaid: Map<String, Value> = serde_json::from_str(family.unsaid).expect("it is JSON");
-    for (key, value) in unsaid {
-        if fields.present(&key).is_none() {
-            usual.to_mut().insert(key, value);
+    for (key, value) in family.unsaid {
+        if fields.present(key).is_none() {
+            let value = serde_json::from_str(value).expect("it is JSON");
+            usual.to_mut().insert((*key).to_owned(), value);
         }
     }
     for (theirs, name) in family.spelled {
