@@ -9,10 +9,8 @@ use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::layout::Layout;
-use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::Fused;
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// A model as its backward pass reads it. The transposed products turn the packed weights each time: that costs a few
@@ -44,8 +42,7 @@ pub fn backward(
     model: Model,
     layout: &Layout,
     tokens: &[u32],
-    mut layers: Vec<Kept>,
-    aside: &mut Aside,
+    (mut layers, aside): (Vec<Kept>, &mut Aside),
     mut dx: Vec<f32>,
     gradients: &mut Gradients,
     workspace: &mut Workspace,
@@ -103,13 +100,13 @@ pub fn backward(
 /// The backward pass of one layer.
 pub(super) struct Pass<'a, 'g> {
     pub model: Model<'a>,
-    layout: &'a Layout,
-    rotations: &'a Rotations,
+    pub layout: &'a Layout,
+    pub rotations: &'a Rotations,
     pub layer: usize,
     pub b: &'a mut Buffers,
     pub gradients: &'a mut Gradients<'g>,
     /// Gradients of keys and values that later layers attended to, by the layer that made them.
-    lent: &'a mut BTreeMap<usize, Vec<f32>>,
+    pub lent: &'a mut BTreeMap<usize, Vec<f32>>,
 }
 
 /// A norm and its place among the parameters, where the layer has it.
@@ -224,24 +221,6 @@ impl<'a> Pass<'a, '_> {
         self.rotate_back(before, d_qkv);
     }
 
-    /// Where keys and values are an earlier layer's, their gradients are kept for it; where they were lent, it gains those.
-    fn lent_keys(&mut self, layer: &Layer, d_qkv: &mut [f32]) {
-        let (q, width) = (layer.heads.q_width(), layer.heads.qkv_width());
-        let borrowed = layer.fused == Fused::Queries;
-        if !borrowed && !layer.lends_keys {
-            return;
-        }
-        let lent = self.lent.entry(layer.keys_of).or_default();
-        lent.resize(d_qkv.len() / width * (width - q), 0.0);
-        for (row, lent) in (d_qkv.chunks_exact_mut(width)).zip(lent.chunks_exact_mut(width - q)) {
-            let (from, to) = match borrowed {
-                true => (&row[q..], lent),
-                false => (&*lent, &mut row[q..]),
-            };
-            to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-        }
-    }
-
     pub(super) fn layer(&self) -> (&'a Layer, &'a LayerParams) {
         let Model { decoder, params } = self.model;
         (&decoder.layers[self.layer], &params.layers[self.layer])
@@ -262,7 +241,7 @@ impl<'a> Pass<'a, '_> {
         };
         fit(d_given, dx.len());
         rows(d_given, 1, |_, part| part.fill(0.0)); // the norm adds to it
-        let d_weight = wanted(self.gradients, &mut self.b.unused, norm);
+        let d_weight = wanted(self.gradients, &mut self.b.unused, norm.0, Some(norm.1));
         norm::backward(given, norm.0, eps, dx, d_given, d_weight);
         d_given
     }
@@ -296,94 +275,13 @@ impl<'a> Pass<'a, '_> {
         let eps = self.model.decoder.config.norm_eps;
         match norm {
             Some(norm) => {
-                let d_weight = wanted(self.gradients, &mut self.b.unused, norm);
+                let d_weight = wanted(self.gradients, &mut self.b.unused, norm.0, Some(norm.1));
                 norm::backward(x, norm.0, eps, d_read, dx, d_weight);
             }
             None => rows(dx, 1, |first, dx| {
                 let d_read = &d_read[first..];
                 dx.iter_mut().zip(d_read).for_each(|(dx, d)| *dx += d);
             }),
-        }
-    }
-
-    fn rotate_back(&self, rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
-        let Some(rotary) = rotary else {
-            return;
-        };
-        let (layer, _) = self.layer();
-        let (heads, borrowed) = (layer.heads, layer.fused == Fused::Queries);
-        let positions: Vec<usize> = self.layout.positions().collect();
-        rows(d_qkv, heads.qkv_width(), |first, part| {
-            for (row, &position) in part
-                .chunks_exact_mut(heads.qkv_width())
-                .zip(&positions[first..])
-            {
-                let (q, rest) = row.split_at_mut(heads.q_width());
-                let keys = if borrowed { 0 } else { heads.kv_width() };
-                for (part, first) in [(q, rotary.queries()), (&mut rest[..keys], 0)] {
-                    let heads = part.chunks_exact_mut(heads.dim);
-                    heads.for_each(|head| rotary.rotate_back(head, first + position));
-                }
-            }
-        });
-    }
-
-    /// Carries the gradient through the norms of queries and keys, where the family has them: those of `qkv_raw`, rotated
-    /// where that comes before.
-    fn qk_norms(&mut self, qkv_raw: &[f32], rotary: Option<&Rotary>, d_qkv: &mut [f32]) {
-        let (layer, p) = self.layer();
-        let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
-        let (q_width, k_width, width) = (heads.q_width(), heads.kv_width(), heads.qkv_width());
-        let (raw_width, [keys_in_raw, values_in_raw]) = (p.qkv.rows, layer.keys_and_values());
-        let queries = rotary.map_or(0, Rotary::queries);
-        let parts = [
-            (&layer.q_norm, &p.q_norm, rotary, queries, 0, 0, q_width),
-            (
-                &layer.k_norm,
-                &p.k_norm,
-                rotary,
-                0,
-                q_width,
-                keys_in_raw,
-                k_width,
-            ),
-            (
-                &layer.v_norm,
-                &None,
-                None,
-                0,
-                q_width + k_width,
-                values_in_raw,
-                k_width,
-            ),
-        ];
-        let own = if layer.fused == Fused::Queries { 1 } else { 3 };
-        for (weight, span, rotary, first, at, raw_at, len) in parts.into_iter().take(own) {
-            let Some(weight) = weight else {
-                continue;
-            };
-            let unused = &mut self.b.unused;
-            unused.resize(weight.len().max(unused.len()), 0.0);
-            let d_weight = match span.as_ref().and_then(|span| self.gradients.vector(span)) {
-                Some(d_weight) => d_weight,
-                None => &mut unused[..weight.len()],
-            };
-            let tokens = qkv_raw
-                .chunks_exact(raw_width)
-                .zip(d_qkv.chunks_exact_mut(width));
-            for ((raw, d_row), position) in tokens.zip(self.layout.positions()) {
-                let mut raw = Cow::Borrowed(&raw[raw_at..][..len]);
-                if let Some(rotary) = rotary {
-                    let heads = raw.to_mut().chunks_exact_mut(heads.dim);
-                    heads.for_each(|head| rotary.rotate(head, first + position));
-                }
-                let raw = raw.chunks_exact(weight.len());
-                for (raw, d) in raw.zip(d_row[at..][..len].chunks_exact_mut(weight.len())) {
-                    let dy = d.to_vec();
-                    d.fill(0.0);
-                    norm::backward_row(raw, weight, eps, &dy, d, d_weight);
-                }
-            }
         }
     }
 }
@@ -423,56 +321,15 @@ fn gates_backward<'a>(
     }
 }
 
-impl Layer {
-    /// Where a row of the fused projection has keys, and where values.
-    fn keys_and_values(&self) -> [usize; 2] {
-        let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
-        match self.fused {
-            Fused::All => [q, q + kv],
-            Fused::Gated => [2 * q, 2 * q + kv],
-            Fused::QueriesAndKeys | Fused::Queries => [q, q],
-        }
-    }
-
-    /// From gradients of `[q | k | v]`, and of gates, to those of rows of the fused projection, where these are something else.
-    fn gather(&self, d_qkv: &[f32], d_gates: &[f32], d_raw: &mut Vec<f32>) {
-        let (q, kv, width) = (
-            self.heads.q_width(),
-            self.heads.kv_width(),
-            self.heads.qkv_width(),
-        );
-        let raw_width = self.qkv.weight.n();
-        fit(d_raw, d_qkv.len() / width * raw_width);
-        rows(d_raw, raw_width, |first, part| {
-            let qkv = d_qkv[first * width..].chunks_exact(width);
-            for (r, (raw, d)) in (first..).zip(part.chunks_exact_mut(raw_width).zip(qkv)) {
-                let (queries, rest) = raw.split_at_mut(q);
-                queries.copy_from_slice(&d[..q]);
-                match self.fused {
-                    Fused::All => rest.copy_from_slice(&d[q..]),
-                    Fused::Gated => {
-                        rest[..q].copy_from_slice(&d_gates[r * q..][..q]);
-                        rest[q..].copy_from_slice(&d[q..]);
-                    }
-                    Fused::QueriesAndKeys => {
-                        let (keys, values) = d[q..].split_at(kv);
-                        let each = rest.iter_mut().zip(keys.iter().zip(values));
-                        each.for_each(|(raw, (k, v))| *raw = k + v);
-                    }
-                    Fused::Queries => {}
-                }
-            }
-        });
-    }
-}
-
 /// Where a norm's gradient is added: to the parameters', or, where they are not trained, to a place that nobody reads.
-fn wanted<'a>(
+pub(super) fn wanted<'a>(
     gradients: &'a mut Gradients,
     unused: &'a mut Vec<f32>,
-    (weight, span): (&[f32], &Span),
+    weight: &[f32],
+    span: Option<&Span>,
 ) -> &'a mut [f32] {
-    gradients.vector(span).unwrap_or_else(|| {
+    let trained = span.and_then(|span| gradients.vector(span));
+    trained.unwrap_or_else(|| {
         unused.resize(weight.len(), 0.0);
         unused
     })

@@ -10,7 +10,6 @@ use super::rotations::Rotations;
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::layout::{Heads, Layout};
-use crate::kernels::rope::Rotary;
 use crate::kernels::{activation, copy, fit, norm, rows};
 use crate::weights::{Config, Fused, Norms};
 use anyhow::Result;
@@ -81,40 +80,6 @@ impl Layer {
         let input = self.input.iter_mut();
         let input = input.flat_map(|input| [&mut input.gate, &mut input.projection]);
         attention.chain(&mut self.router).chain(mlps).chain(input)
-    }
-}
-
-impl Layer {
-    /// From rows of the fused projection to `[q | k | v]`, where they are something else; keys and values that are an earlier
-    /// layer's come from `lent`.
-    fn spread(&self, raw: &[f32], lent: &BTreeMap<usize, Vec<f32>>, qkv: &mut Vec<f32>) {
-        let (q, kv, width) = (
-            self.heads.q_width(),
-            self.heads.kv_width(),
-            self.heads.qkv_width(),
-        );
-        let raw_width = self.qkv.weight.n();
-        let lent = lent.get(&self.keys_of);
-        fit(qkv, raw.len() / raw_width * width);
-        rows(qkv, width, |first, part| {
-            let raw = raw[first * raw_width..].chunks_exact(raw_width);
-            for (r, (row, raw)) in (first..).zip(part.chunks_exact_mut(width).zip(raw)) {
-                let (queries, keys) = row.split_at_mut(q);
-                queries.copy_from_slice(&raw[..q]);
-                match self.fused {
-                    Fused::All => keys.copy_from_slice(&raw[q..]),
-                    Fused::Gated => keys.copy_from_slice(&raw[2 * q..]),
-                    Fused::QueriesAndKeys => {
-                        keys[..kv].copy_from_slice(&raw[q..]);
-                        keys[kv..].copy_from_slice(&raw[q..]);
-                    }
-                    Fused::Queries => {
-                        let lent = lent.expect("that layer ran before");
-                        keys.copy_from_slice(&lent[r * 2 * kv..][..2 * kv]);
-                    }
-                }
-            }
-        });
     }
 }
 
@@ -582,75 +547,6 @@ impl Decoder {
             &mut state.lse,
         );
         self.finish(i, aside, state, next);
-    }
-
-    /// The part of layer `i` before attention: from `state.x` to `state.qkv`, each row at its position; before what stands in its
-    /// place, to `state.qkv_raw`.
-    pub fn project(
-        &self,
-        i: usize,
-        positions: &[usize],
-        rotations: &Rotations,
-        aside: &mut Aside,
-        state: &mut LayerState,
-    ) {
-        let layer = &self.layers[i];
-        let (heads, eps) = (layer.heads, self.config.norm_eps);
-        let (width, around) = (heads.qkv_width(), rotations.around_norms(i));
-        let queries = rotations.of(i).map_or(0, Rotary::queries);
-        let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
-        let read = norm::rows_of(x, self.config.hidden, norm, eps);
-        let apart = layer.recurrent.is_some() || layer.fused != Fused::All;
-        let fused = if apart {
-            &mut state.qkv_raw
-        } else {
-            &mut state.qkv
-        };
-        fit(fused, positions.len() * layer.qkv.weight.n());
-        layer.qkv.forward_made(read, fused, Write::Set);
-        if layer.recurrent.is_some() {
-            return;
-        }
-        if apart {
-            layer.spread(&state.qkv_raw, &aside.keys, &mut state.qkv);
-        } else if layer.q_norm.is_some() {
-            copy(&state.qkv, &mut state.qkv_raw);
-        }
-        rows(&mut state.qkv, width, |first, qkv| {
-            for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
-                let (q, rest) = row.split_at_mut(heads.q_width());
-                let (k, v) = rest.split_at_mut(heads.kv_width());
-                let own = if layer.fused == Fused::Queries { 1 } else { 3 };
-                let parts = [
-                    (q, &layer.q_norm, around, queries),
-                    (k, &layer.k_norm, around, 0),
-                    (v, &layer.v_norm, [None, None], 0),
-                ];
-                for (part, norm, [before, after], first) in parts.into_iter().take(own) {
-                    let turn = |part: &mut [f32], rotary: Option<&Rotary>| {
-                        if let Some(rotary) = rotary {
-                            let heads = part.chunks_exact_mut(heads.dim);
-                            heads.for_each(|head| rotary.rotate(head, first + position));
-                        }
-                    };
-                    turn(part, before);
-                    // A norm is as wide as what it norms: a head, or all of them.
-                    if let Some(weight) = norm {
-                        let normed = part.chunks_exact_mut(weight.len());
-                        normed.for_each(|x| norm::row_in_place(x, weight, eps));
-                    }
-                    turn(part, after);
-                }
-            }
-        });
-        if layer.lends_keys {
-            let lent = aside.keys.entry(i).or_default();
-            fit(lent, positions.len() * 2 * heads.kv_width());
-            let tails = state.qkv.chunks_exact(width);
-            for (lent, row) in lent.chunks_exact_mut(2 * heads.kv_width()).zip(tails) {
-                lent.copy_from_slice(&row[heads.q_width()..]);
-            }
-        }
     }
 
     /// Where layer `i` has gated attention: the gates of a token, in its row of the fused projection.

@@ -83,7 +83,7 @@ impl Inputs {
     /// Adds the gradients of what made them, given theirs, `d`, which is lost; to `dx` what the embeddings gain.
     pub fn backward(
         (model, tokens): (Model, &[u32]),
-        d: &mut Vec<f32>,
+        d: &mut [f32],
         dx: &mut [f32],
         gradients: &mut Gradients,
         b: &mut Buffers,

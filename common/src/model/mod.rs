@@ -9,6 +9,7 @@ mod gradients;
 mod layer_inputs;
 mod lora;
 mod params;
+mod qkv;
 mod recurrent;
 mod rotations;
 mod workspace;
