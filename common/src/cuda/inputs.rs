@@ -9,7 +9,7 @@ use super::launches::{THREADS, norm_rows};
 use super::optimizer::elements;
 use super::pass::Pass;
 use super::training::Order;
-use crate::model::{InputParams, InputTables, Matrix, Span};
+use crate::model::{InputParams, InputTables, Matrix, Span, making_eps, taking_eps};
 use crate::weights::{Config, Fused};
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -119,15 +119,6 @@ impl AsideGradients {
 /// Elements from row to row of what layers have of their own.
 fn stride(c: &Config) -> usize {
     c.layers * c.layer_inputs.unwrap_or(0)
-}
-
-/// The epsilons: see `model/layer_inputs.rs`.
-fn making_eps(c: &Config) -> f32 {
-    c.norm_eps * c.hidden as f32
-}
-
-fn taking_eps(c: &Config) -> f32 {
-    c.norm_eps * 2.0
 }
 
 impl Decoder {

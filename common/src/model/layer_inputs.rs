@@ -30,12 +30,12 @@ pub(super) struct LayerInput {
 }
 
 /// The epsilon of the norm of e·Wᵀ,
-fn making_eps(c: &Config) -> f32 {
+pub fn making_eps(c: &Config) -> f32 {
     c.norm_eps * c.hidden as f32
 }
 
 /// and of that of what a layer gains.
-pub(super) fn taking_eps(c: &Config) -> f32 {
+pub fn taking_eps(c: &Config) -> f32 {
     c.norm_eps * 2.0
 }
 

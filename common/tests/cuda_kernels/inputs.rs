@@ -5,7 +5,7 @@ use crate::device::{Element, assert_close, for_both, in_every_order, launch, noi
 const SHAPES: [(usize, usize, usize); 3] = [(1, 6, 10), (3, 1028, 2056), (5, 64, 96)];
 
 /// GELU by tanh.
-const CURVE: [f32; 2] = [1.595_769_1, 0.044_715];
+const CURVE: [f32; 2] = [1.595_769, 0.044_715];
 
 /// Of a gate: what it passes, and the slope of that.
 fn gelu(x: f64) -> (f64, f64) {
