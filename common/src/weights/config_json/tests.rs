@@ -1,7 +1,8 @@
 //! What files say of each family, and what is refused.
 
+use super::super::config::WideHeads;
 use super::super::fixtures::config_json;
-use super::super::{Experts, Norms, QkNorm, Recurrence, Rope, RopeScaling, Scores};
+use super::super::{Experts, Fused, Norms, QkNorm, Recurrence, Rope, RopeScaling, Scores};
 use super::*;
 use crate::kernels::activation::Activation;
 
@@ -646,6 +647,76 @@ fn convolutions_are_read_as_their_layers_have_them() {
     ] {
         let line = error(&with(changes));
         assert!(line.contains(part), "{line}");
+    }
+}
+
+#[test]
+fn layers_may_differ_as_gemma4s_do() {
+    let config = read(&config_json("gemma4_text")).unwrap();
+    let wide = WideHeads {
+        kv: 1,
+        dim: 12,
+        keys_are_values: true,
+    };
+    assert_eq!((config.wide, config.sharing), (Some(wide), 1));
+    assert_eq!((config.ffn, config.sharing_ffn), (64, 128));
+    assert_eq!(config.layer_inputs, Some(6));
+    assert_eq!([0, 1, 2].map(|i| config.keys_of(i)), [0, 1, 1]);
+    assert_eq!(
+        [0, 1, 2].map(|i| config.lends_keys(i)),
+        [false, true, false]
+    );
+    let fused = [Fused::All, Fused::QueriesAndKeys, Fused::Queries];
+    assert_eq!([0, 1, 2].map(|i| config.fused(i)), fused);
+    // As transformers writes it, which is said of each layer; images do not matter.
+    let mut each = without("gemma4_text", "global_head_dim");
+    let own = json!({"head_dim": 12, "num_key_value_heads": 1});
+    each["per_layer_config"] = json!({"1": own, "2": own});
+    each["use_bidirectional_attention"] = json!("vision");
+    assert_eq!(read(&each).unwrap(), config);
+    // Without keys as values, `num_global_key_value_heads` is not heard.
+    let changes = json!({"attention_k_eq_v": false, "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": null});
+    let plain = read(&with("gemma4_text", changes)).unwrap();
+    let wide = WideHeads {
+        kv: 2,
+        keys_are_values: false,
+        ..wide
+    };
+    assert_eq!((plain.wide, plain.sharing), (Some(wide), 0));
+    assert_eq!(plain.layer_inputs, None);
+    let unified = read(&config_json("gemma4_unified_text")).unwrap();
+    assert_eq!(unified.layer_inputs, None);
+    let windows = [&config, &unified].map(|config| config.windows[0]);
+    assert_eq!(windows, [Some(512), Some(1024)]);
+    for (changes, line) in [
+        (
+            json!({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+            "the last layer must be full_attention",
+        ),
+        (
+            json!({"per_layer_config": {"1": own}}),
+            "layers of full_attention must be alike",
+        ),
+        (
+            json!({"per_layer_config": {"1": {"intermediate_size": 3}, "2": {"intermediate_size": 3}}}),
+            "intermediate_size is not supported",
+        ),
+        (
+            json!({"vocab_size_per_layer_input": 39}),
+            "39 is another number of tokens than the vocabulary's 40",
+        ),
+        (
+            json!({"num_kv_shared_layers": 2}),
+            "no layer before them sees as far",
+        ),
+        (
+            json!({"use_bidirectional_attention": "all"}),
+            "not a causal language model",
+        ),
+    ] {
+        let found = error(&with("gemma4_text", changes));
+        assert!(found.contains(line), "{found}");
     }
 }
 
