@@ -240,6 +240,12 @@ fn uneven(config: &Config, metadata: &mut Vec<(String, gguf_file::Value)>, store
     metadata.extend(said.map(|(name, value)| (key(name), value)));
     let divisors = vec![1.0, 1.0, 1.0, 1e30, 1e30, 1e30];
     stored.push(("rope_freqs.weight".into(), vec![6], divisors));
+    // As published files have it, though nobody reads it.
+    stored.push((
+        "blk.2.attn_k.weight".into(),
+        vec![12, 32],
+        vec![0.5; 12 * 32],
+    ));
 }
 
 /// Writes `tensors` (Hugging Face names and order) as a GGUF of the given block type.

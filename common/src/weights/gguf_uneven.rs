@@ -1,7 +1,7 @@
 //! Gemma 4 in a GGUF: what its metadata and tensors say of layers that differ, and the names of what they read beside the
 //! residual stream.
 
-use super::config::{LAYER_SCALE, WideHeads};
+use super::config::{Config, LAYER_SCALE, WideHeads};
 use super::gguf_config::Metadata;
 use super::layout::Place;
 use super::rope::RopeScaling;
@@ -116,6 +116,14 @@ pub(super) fn place(name: &str, shape: &[usize]) -> Option<Place> {
         }
     };
     Some(Place::whole(&found, shape))
+}
+
+/// Whether a tensor is one that files may have and nobody reads: keys and values of a layer that attends to an earlier one's.
+pub(super) fn is_unheard(config: &Config, name: &str) -> bool {
+    let layers = config.layers - config.sharing..config.layers;
+    let parts = ["k", "v", "k_norm"];
+    let mut unheard = layers.flat_map(|i| parts.map(|part| format!("blk.{i}.attn_{part}.weight")));
+    unheard.any(|other| other == name)
 }
 
 #[cfg(test)]

@@ -157,6 +157,7 @@ impl Weights {
         let is_known = |name: &str| {
             gguf_config::SCALINGS.contains(&name)
                 || known.contains(name)
+                || gguf_uneven::is_unheard(&config, name)
                 || ahead.iter().any(|layer| name.starts_with(layer))
         };
         if let Some(name) = gguf.names().filter(|name| !is_known(name)).min() {
