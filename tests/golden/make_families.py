@@ -675,6 +675,29 @@ FAMILIES = {
         ),
         {"seed": 118},
     ),
+    # An MLP and experts beside each other in every layer.
+    "gemma4-moe": (
+        Gemma4TextConfig,
+        dict(
+            num_hidden_layers=3,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            attention_k_eq_v=True,
+            head_dim=8,
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            sliding_window=8,
+            hidden_size_per_layer_input=0,
+            enable_moe_block=True,
+            intermediate_size=24,
+            num_experts=5,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+            final_logit_softcapping=4.0,
+            tie_word_embeddings=True,
+            rope_parameters=GEMMA4_ROPES,
+        ),
+        {"seed": 2522},
+    ),
 }
 
 
@@ -697,6 +720,10 @@ def fill(model, seed):
                 p.copy_(0.2 * noise + (0.0 if any(part in name for part in from_one) else 1.0))
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
+            elif name.endswith("router.scale"):
+                p.copy_(4.0 + noise)  # the router's logits are divided by the root of the hidden size
+            elif name.endswith("per_expert_scale"):
+                p.copy_(1.0 + 0.3 * noise)
             elif "conv.conv" in name:
                 p.copy_(0.8 * noise)
             elif "embed_tokens" in name:

@@ -57,6 +57,10 @@ pub(super) fn check(config: &Config) -> Result<()> {
         return Ok(());
     };
     ensure!(
+        !how.apart,
+        "experts beside an MLP are not supported on GPUs: use --device cpu"
+    );
+    ensure!(
         how.count <= MOST,
         "{} experts are more than the GPU's kernels take ({MOST}): use --device cpu",
         how.count

@@ -1,9 +1,9 @@
 //! The backward pass, layer by layer from the last, with each layer's state kept or made again from its input.
 
-use super::decoder::{Aside, Decoder, Layer, LayerState, Linear};
+use super::decoder::{Aside, Decoder, Layer, LayerState, Linear, Mlp};
 use super::gradients::Gradients;
 use super::layer_inputs::Inputs;
-use super::params::{LayerParams, Matrix, Params, Span};
+use super::params::{LayerParams, Matrix, MlpParams, Params, Span};
 use super::rotations::Rotations;
 use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
@@ -142,17 +142,26 @@ impl<'a> Pass<'a, '_> {
             return self.experts(how, state, dx);
         }
         let (mlp, places) = (&layer.mlps[0], p.mlp());
-        let b = &mut *self.b;
-        decoder.mlp_inner(mlp, &state.gate_up, &mut b.inner);
+        self.mlp_inner((mlp, places), &mut state.gate_up, dy);
+        self.b.d_given = d_given;
+        let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
+        let map = (&mlp.gate_up, &places.gate_up);
+        self.read(norm, map, &state.middle, &state.gate_up, dx);
+    }
+
+    /// From the gradient of what an MLP gave to that of its `gate_up`, which becomes that.
+    pub(super) fn mlp_inner(
+        &mut self,
+        (mlp, places): (&Mlp, &MlpParams),
+        gate_up: &mut [f32],
+        dy: &[f32],
+    ) {
+        let (decoder, b) = (self.model.decoder, &mut *self.b);
+        decoder.mlp_inner(mlp, gate_up, &mut b.inner);
         self.gradients
             .linear(&places.down, &b.inner, dy, &mut b.right);
         linear(&mlp.down, dy, &mut b.d_inner, &mut b.right);
-        b.d_given = d_given;
-        let d_gate_up = &mut state.gate_up;
-        activation::backward(decoder.config.activation, d_gate_up, mlp.ffn(), &b.d_inner);
-        let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
-        let map = (&mlp.gate_up, &places.gate_up);
-        self.read(norm, map, &state.middle, d_gate_up, dx);
+        activation::backward(decoder.config.activation, gate_up, mlp.ffn(), &b.d_inner);
     }
 
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place: turns the gradient of `middle`

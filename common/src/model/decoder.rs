@@ -4,7 +4,7 @@
 use super::experts::Routes;
 use super::layer_inputs::{Inputs, LayerInput};
 use super::lora::Lora;
-use super::params::{LayerNorms, LayerParams, Matrix, Params, Source, Span};
+use super::params::{LayerNorms, LayerParams, Matrix, MlpParams, Params, Source, Span};
 use super::recurrent::Recurrent;
 use super::rotations::Rotations;
 use crate::kernels::attention;
@@ -58,8 +58,12 @@ pub(super) struct Layer {
     pub router: Option<Linear>,
     /// What is added to scores where the best are chosen.
     pub selection: Option<Vec<f32>>,
+    /// What experts' worth to a token is multiplied by.
+    pub factors: Option<Vec<f32>>,
     /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<Mlp>,
+    /// The MLP beside experts.
+    pub beside: Option<Mlp>,
     /// How it takes in an embedding of its own, where it does.
     pub input: Option<LayerInput>,
     /// What the residual stream is multiplied by after it.
@@ -74,7 +78,7 @@ pub(super) struct Mlp {
 impl Layer {
     /// Its linear maps, in the order of [`LayerParams::matrices`].
     fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        let mlps = self.mlps.iter_mut();
+        let mlps = self.mlps.iter_mut().chain(&mut self.beside);
         let mlps = mlps.flat_map(|mlp| [&mut mlp.gate_up, &mut mlp.down]);
         let attention = [&mut self.qkv, &mut self.output].into_iter();
         let input = self.input.iter_mut();
@@ -225,6 +229,12 @@ pub struct LayerState {
     pub gate_up: Vec<f32>,
     /// What the MLP's output projection gives, kept only where there is a norm after it.
     pub down: Vec<f32>,
+    /// Where an MLP is beside experts, its `[gate | up]`,
+    pub beside_gate_up: Vec<f32>,
+    /// what it gives before its norm,
+    pub given_beside: Vec<f32>,
+    /// and what they do.
+    pub given_by_experts: Vec<f32>,
     /// Where the layer has an embedding of its own: the residual stream before it takes that in,
     pub last: Vec<f32>,
     /// the gates,
@@ -254,6 +264,12 @@ impl Decoder {
         };
         let vector = |span: &Span| source.get(span).map(|v| v.into_owned());
         let linear = |matrix: &Matrix| Linear::new(source, matrix, precision);
+        let mlp = |p: &MlpParams| -> Result<Mlp> {
+            Ok(Mlp {
+                gate_up: linear(&p.gate_up)?,
+                down: linear(&p.down)?,
+            })
+        };
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
             let heads = config.heads_of(i);
             Ok(Layer {
@@ -272,14 +288,9 @@ impl Decoder {
                 output: linear(&p.output)?,
                 router: p.router.as_ref().map(linear).transpose()?,
                 selection: p.selection.as_ref().map(vector).transpose()?,
-                mlps: (p.mlps.iter())
-                    .map(|mlp| {
-                        Ok(Mlp {
-                            gate_up: linear(&mlp.gate_up)?,
-                            down: linear(&mlp.down)?,
-                        })
-                    })
-                    .collect::<Result<_>>()?,
+                factors: p.factors.as_ref().map(vector).transpose()?,
+                mlps: p.mlps.iter().map(mlp).collect::<Result<_>>()?,
+                beside: p.beside.as_ref().map(mlp).transpose()?,
                 input: (p.input.as_ref())
                     .map(|p| {
                         anyhow::Ok(LayerInput {
@@ -331,8 +342,9 @@ impl Decoder {
             for (norm, span) in head_norms.zip(p.q_norm.iter().chain(&p.k_norm)) {
                 vector(norm, span);
             }
-            if let (Some(selection), Some(span)) = (&mut layer.selection, &p.selection) {
-                vector(selection, span);
+            let of_experts = layer.selection.iter_mut().chain(&mut layer.factors);
+            for (numbers, span) in of_experts.zip(p.selection.iter().chain(&p.factors)) {
+                vector(numbers, span);
             }
             if let (Some(recurrent), Some(p)) = (&mut layer.recurrent, &p.recurrent) {
                 let values = |span: &Span| Ok(flat[span.range.clone()].into());
@@ -403,7 +415,9 @@ impl Decoder {
         let routes = c.experts.iter().flatten();
         let routes: usize = routes.map(|e| 3 * e.each() + e.outputs()).sum();
         let inner: usize = (0..c.layers).map(|i| 2 * c.inner_width(i)).sum();
-        let rows = (streams * c.hidden + own) * c.layers + inner + routes + mixed;
+        let apart = c.experts.iter().flatten().filter(|e| e.apart).count();
+        let given = apart * 2 * c.hidden;
+        let rows = (streams * c.hidden + own) * c.layers + inner + routes + given + mixed;
         tokens * rows * size_of::<f32>()
     }
 
@@ -565,7 +579,7 @@ impl Decoder {
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, aside: &Aside, state: &mut LayerState, next: &mut Vec<f32>) {
         let layer = &self.layers[i];
-        let (hidden, eps) = (self.config.hidden, self.config.norm_eps);
+        let eps = self.config.norm_eps;
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
         let gates = self.gates_of(i, &state.qkv_raw);
@@ -585,29 +599,47 @@ impl Decoder {
                 }
             },
         );
-        let (middle, norm) = (&state.middle, layer.norms.before_mlp.as_deref());
-        let read = norm::rows_of(middle, hidden, norm, eps);
-        copy(middle, next);
-        let (routes, gate_up) = (&mut state.routes, &mut state.gate_up);
-        gain(
-            next,
-            &layer.norms.after_mlp,
-            eps,
-            &mut state.down,
-            |y, write| match self.config.experts[i] {
-                None => {
-                    fit(gate_up, y.len() / hidden * 2 * layer.mlps[0].ffn());
-                    layer.mlps[0].forward(&self.config, read, None, gate_up, y, write);
-                }
-                Some(how) => routes.forward(layer, (&self.config, how), read, gate_up, y, write),
-            },
-        );
+        copy(&state.middle, next);
+        let mut down = std::mem::take(&mut state.down);
+        let norm = &layer.norms.after_mlp;
+        gain(next, norm, eps, &mut down, |y, write| {
+            self.mlp(i, state, y, write)
+        });
+        state.down = down;
         if let Some(input) = &layer.input {
             input.forward((&self.config, i), &aside.inputs, state, next);
         }
         if let Some(scale) = layer.scale {
             next.iter_mut().for_each(|x| *x *= scale);
         }
+    }
+
+    /// `y` is set to, or gains, what layer `i` makes of `state.middle`: its MLP, its experts, or both, each normed.
+    fn mlp(&self, i: usize, state: &mut LayerState, y: &mut [f32], write: Write) {
+        let (c, layer) = (&self.config, &self.layers[i]);
+        let (middle, norms, eps) = (&state.middle, &layer.norms, c.norm_eps);
+        let one = |mlp: &Mlp, gate_up: &mut Vec<f32>, y: &mut [f32], write| {
+            fit(gate_up, y.len() / c.hidden * 2 * mlp.ffn());
+            let read = norm::rows_of(middle, c.hidden, norms.before_mlp.as_deref(), eps);
+            mlp.forward(c, read, None, gate_up, y, write);
+        };
+        let Some(how) = c.experts[i] else {
+            return one(&layer.mlps[0], &mut state.gate_up, y, write);
+        };
+        let (routes, gate_up) = (&mut state.routes, &mut state.gate_up);
+        let mut experts = |y: &mut [f32], write| {
+            routes.forward(layer, (c, how), middle, gate_up, y, write);
+        };
+        let Some(beside) = &layer.beside else {
+            return experts(y, write);
+        };
+        y.fill(0.0);
+        let (given, gate_up) = (&mut state.given_beside, &mut state.beside_gate_up);
+        gain(y, &norms.after_one, eps, given, |y, write| {
+            one(beside, gate_up, y, write)
+        });
+        let given = &mut state.given_by_experts;
+        gain(y, &norms.after_experts, eps, given, experts);
     }
 
     /// An MLP's inner activation.

@@ -3,9 +3,10 @@
 //! tokens are one product.
 
 use super::backward::{Pass, linear, norm_at, normed};
-use super::decoder::{Layer, LayerState};
+use super::decoder::{Layer, LayerState, Mlp};
+use super::params::MlpParams;
 use crate::kernels::gemm::Write;
-use crate::kernels::{activation, fit, rows, softmax};
+use crate::kernels::{activation, fit, norm, rows, softmax};
 use crate::weights::{Config, Experts, Scores};
 use std::cell::Cell;
 use std::ops::Range;
@@ -33,22 +34,25 @@ thread_local! {
 }
 
 impl Routes {
-    /// `y` `[T, hidden]` is set to, or gains, the mixture of rows that `read(r, row)` writes. `gate_up` `[rows, 2·ffn]` is what
-    /// the experts make on their way.
+    /// `y` `[T, hidden]` is set to, or gains, the mixture that the layer makes of `x` `[T, hidden]`. `gate_up` `[rows, 2·ffn]` is
+    /// what the experts make on their way.
     pub(super) fn forward(
         &mut self,
         layer: &Layer,
         (c, how): (&Config, Experts),
-        read: impl Fn(usize, &mut [f32]) + Sync,
+        x: &[f32],
         gate_up: &mut Vec<f32>,
         y: &mut [f32],
         write: Write,
     ) {
         let router = layer.router.as_ref().expect("experts have a router");
+        let norms = [layer.norms.of_router(), layer.norms.of_experts()];
+        let [read_by_router, read] =
+            norms.map(|norm| norm::rows_of(x, c.hidden, norm.as_deref(), c.norm_eps));
         let count = y.len() / c.hidden;
         fit(&mut self.scores, count * how.outputs());
-        router.forward_made(&read, &mut self.scores, Write::Set);
-        self.choose(how, layer.selection.as_deref());
+        router.forward_made(read_by_router, &mut self.scores, Write::Set);
+        self.choose(how, layer.selection.as_deref(), layer.factors.as_deref());
         fit(gate_up, count * 2 * how.width());
         let mut all = GIVEN.take();
         fit(&mut all, self.tokens.len() * c.hidden);
@@ -84,12 +88,13 @@ impl Routes {
     }
 
     /// Goes by the router's logits in `scores`, which become these. Of equals the first is the better.
-    fn choose(&mut self, how: Experts, selection: Option<&[f32]>) {
+    fn choose(&mut self, how: Experts, selection: Option<&[f32]>, factors: Option<&[f32]>) {
         let count = self.scores.len() / how.outputs();
         self.chosen.clear();
         for scores in self.scores.chunks_exact_mut(how.outputs()) {
             let (scores, gate) = scores.split_at_mut(how.count);
             gate.iter_mut().for_each(|x| *x = sigmoid(*x));
+            scores.iter_mut().for_each(|x| *x *= how.logit_scale);
             match how.scores {
                 Scores::Softmax => {
                     let most = softmax::max(scores);
@@ -133,7 +138,8 @@ impl Routes {
                 next[expert] += 1;
                 self.places.push(row);
                 self.tokens[row] = token;
-                self.weights[row] = scores[expert] / sum * how.scale;
+                let factor = factors.map_or(1.0, |factors| factors[expert]);
+                self.weights[row] = scores[expert] / sum * how.scale * factor;
             }
             if how.shared.is_some() {
                 let row = shared + token;
@@ -161,20 +167,33 @@ impl Routes {
             let mean: f32 = places[..how.used].iter().map(|&row| part(row)).sum();
             // What weights lose by their common divisor, and what a soft-max's scores lose by theirs: where those are normed,
             // they are a soft-max of the chosen alone.
-            let (norming, spread) = match norming(how, chosen, scores).1 {
-                true => (mean / how.scale, 0.0),
-                false => (0.0, mean),
+            let (norming, spread) = match norming(how, chosen, scores) {
+                (sum, true) => (mean / sum, 0.0),
+                (_, false) => (0.0, mean),
             };
             match how.scores {
                 Scores::Softmax => (out.iter_mut().zip(scores)).for_each(|(o, s)| *o = -s * spread),
                 Scores::Sigmoid => out.fill(0.0),
             }
             for (&expert, &row) in chosen.iter().zip(places) {
-                let d = self.weights[row] * (d_weights[row] - norming);
+                let d = self.weights[row] * d_weights[row] - scores[expert] * norming;
                 out[expert] += match how.scores {
                     Scores::Softmax => d,
                     Scores::Sigmoid => d * (1.0 - scores[expert]),
                 };
+            }
+            out.iter_mut().for_each(|d| *d *= how.logit_scale);
+        }
+    }
+
+    /// Adds to the gradient of experts' factors, given that of each row's weight.
+    fn d_factors(&self, how: Experts, d_weights: &[f32], out: &mut [f32]) {
+        let of_tokens =
+            (self.chosen.chunks_exact(how.used)).zip(self.places.chunks_exact(how.each()));
+        for ((chosen, places), scores) in of_tokens.zip(self.scores.chunks_exact(how.outputs())) {
+            let (sum, _) = norming(how, chosen, scores);
+            for (&expert, &row) in chosen.iter().zip(places) {
+                out[expert] += scores[expert] / sum * how.scale * d_weights[row];
             }
         }
     }
@@ -196,9 +215,9 @@ fn sigmoid(x: f32) -> f32 {
 /// What the backward pass of a mixture uses, kept from layer to layer.
 #[derive(Default)]
 pub(super) struct Buffers {
-    /// The gradient of what the mixture gave, `[T, hidden]`.
+    /// The gradient of what the mixture gave, with an MLP beside the experts that of the sum of both, `[T, hidden]`.
     pub dy: Vec<f32>,
-    /// What router and experts read, and its gradient, `[T, hidden]`.
+    /// What experts read, and its gradient, `[T, hidden]`.
     read: Vec<f32>,
     d_read: Vec<f32>,
     /// The same of one expert's rows.
@@ -209,14 +228,26 @@ pub(super) struct Buffers {
 }
 
 impl Pass<'_, '_> {
-    /// Carries the gradient of what the mixture gave, which is in [`Buffers::dy`], back: `dx` gains that of `state.middle`.
-    /// The state's `gate_up` becomes its gradient.
+    /// Carries the gradient of what the mixture gave, which is in [`Buffers::dy`], back, through the MLP beside it, too: `dx`
+    /// gains that of `state.middle`. The state's `gate_up`s become their gradients.
     pub(super) fn experts(&mut self, how: Experts, state: &mut LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
+        if let (Some(mlp), Some(places)) = (&layer.beside, &p.beside) {
+            self.beside((mlp, places), state, dx);
+        }
         let c = &self.model.decoder.config;
         let mut own = std::mem::take(&mut self.b.experts);
+        let mut d_given = std::mem::take(&mut self.b.d_given);
+        let norm = norm_at(&layer.norms.after_experts, &p.norms.after_experts);
+        let dy = self.given(
+            norm,
+            c.norm_eps,
+            &state.given_by_experts,
+            &own.dy,
+            &mut d_given,
+        );
         let routes = &state.routes;
-        let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
+        let norm = norm_at(layer.norms.of_experts(), p.norms.of_experts());
         let read = normed(norm, &state.middle, c.norm_eps, &mut own.read);
         fit(&mut own.d_read, dx.len());
         own.d_read.fill(0.0);
@@ -229,7 +260,7 @@ impl Pass<'_, '_> {
                 .split_off_mut(..tokens.len() * 2 * mlp.ffn())
                 .expect("there was room for all rows");
             let b = &mut *self.b;
-            gather(&own.dy, tokens, c.hidden, &mut own.d_rows);
+            gather(dy, tokens, c.hidden, &mut own.d_rows);
             self.model.decoder.mlp_inner(mlp, gate_up, &mut b.inner);
             if !tokens.is_empty() {
                 linear(&mlp.down, &own.d_rows, &mut b.d_inner, &mut b.right);
@@ -260,21 +291,40 @@ impl Pass<'_, '_> {
                 d_read.iter_mut().zip(d_row).for_each(|(d, x)| *d += x);
             }
         }
-        routes.d_logits(how, &own.d_weights, &mut own.d_logits);
-        let (router, place) = layer
-            .router
-            .as_ref()
-            .zip(p.router.as_ref())
-            .expect("experts have a router");
-        let right = &mut self.b.right;
-        self.gradients.linear(place, read, &own.d_logits, right);
-        linear(router, &own.d_logits, &mut own.d_rows, right);
-        own.d_read
-            .iter_mut()
-            .zip(&own.d_rows)
-            .for_each(|(d, x)| *d += x);
+        self.b.d_given = d_given;
         self.through(norm, &state.middle, &own.d_read, dx);
+        routes.d_logits(how, &own.d_weights, &mut own.d_logits);
+        if let Some(d) = (p.factors.as_ref()).and_then(|span| self.gradients.vector(span)) {
+            routes.d_factors(how, &own.d_weights, d);
+        }
+        let router = layer.router.as_ref().zip(p.router.as_ref());
+        let norm = norm_at(layer.norms.of_router(), p.norms.of_router());
+        let router = router.expect("experts have a router");
+        self.read(norm, router, &state.middle, &own.d_logits, dx);
         self.b.experts = own;
+    }
+
+    /// The same for the MLP beside experts.
+    fn beside(
+        &mut self,
+        (mlp, places): (&Mlp, &MlpParams),
+        state: &mut LayerState,
+        dx: &mut [f32],
+    ) {
+        let (layer, p) = self.layer();
+        let dy = std::mem::take(&mut self.b.experts.dy);
+        let mut d_given = std::mem::take(&mut self.b.d_given);
+        let (eps, norm) = (
+            self.model.decoder.config.norm_eps,
+            norm_at(&layer.norms.after_one, &p.norms.after_one),
+        );
+        let d_mlp = self.given(norm, eps, &state.given_beside, &dy, &mut d_given);
+        self.mlp_inner((mlp, places), &mut state.beside_gate_up, d_mlp);
+        self.b.d_given = d_given;
+        self.b.experts.dy = dy;
+        let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
+        let map = (&mlp.gate_up, &places.gate_up);
+        self.read(norm, map, &state.middle, &state.beside_gate_up, dx);
     }
 }
 
@@ -298,20 +348,25 @@ mod tests {
             scores: logits.to_vec(),
             ..Routes::default()
         };
-        routes.choose(how, selection);
+        routes.choose(how, selection, how.apart.then_some(&FACTORS));
         routes
     }
+
+    /// Of experts that are apart.
+    const FACTORS: [f32; 5] = [0.5, 1.25, 0.0, -0.75, 2.0];
 
     const HOW: Experts = Experts {
         count: 4,
         used: 2,
         ffn: 8,
+        logit_scale: 1.0,
         scores: Scores::Softmax,
         biased: false,
         normed: None,
         plus: 0.0,
         scale: 1.0,
         shared: None,
+        apart: false,
     };
 
     #[test]
@@ -336,6 +391,18 @@ mod tests {
         let normed = routed(&logits, normed, None);
         assert_eq!(normed.weights[1], 1.5);
         assert_eq!(normed.chosen, routes.chosen);
+        let apart = Experts {
+            normed: Some(0.0),
+            logit_scale: 0.5,
+            apart: true,
+            ..HOW
+        };
+        let apart = routed(&logits, apart, None);
+        assert_eq!(apart.weights[1], 0.5 * FACTORS[1]);
+        // The last token goes to the experts 2 and 3 by logits of 4 and 1.
+        let share = 1.0 - sigmoid(0.5 * (4.0 - 1.0));
+        assert!((apart.weights[5] - share * FACTORS[3]).abs() < 1e-6);
+        assert_eq!(apart.chosen, routes.chosen);
     }
 
     #[test]
@@ -375,13 +442,15 @@ mod tests {
             ffn: 8,
             gated: true,
         });
-        for (normed, used, scale, shared) in [
-            (None, 2, 1.0, None),
-            (Some(0.0), 2, 1.0, None),
-            (None, 5, 2.5, shared),
-            (Some(0.0), 1, 1.5, None),
-            (Some(100.0), 3, 1.5, None), // no sum is as large
-            (Some(0.0), 3, 2.5, shared),
+        for (normed, used, scale, shared, apart) in [
+            (None, 2, 1.0, None, false),
+            (Some(0.0), 2, 1.0, None, false),
+            (None, 5, 2.5, shared, false),
+            (Some(0.0), 1, 1.5, None, false),
+            (Some(100.0), 3, 1.5, None, false), // no sum is as large
+            (Some(0.0), 3, 2.5, shared, false),
+            (Some(0.0), 4, 2.5, None, true),
+            (None, 4, 1.0, shared, true),
         ] {
             for scores in [Scores::Softmax, Scores::Sigmoid] {
                 let how = Experts {
@@ -391,6 +460,8 @@ mod tests {
                     scores,
                     scale,
                     shared,
+                    logit_scale: if apart { 0.5 } else { 1.0 },
+                    apart,
                     ..HOW
                 };
                 let all = 3 * how.outputs();
@@ -415,6 +486,21 @@ mod tests {
                 let mut gradient = vec![];
                 routes.d_logits(how, &d_weights, &mut gradient);
                 finite_difference(&logits, &gradient, loss);
+                if apart {
+                    let mut gradient = vec![0.0; 5];
+                    routes.d_factors(how, &d_weights, &mut gradient);
+                    finite_difference(&FACTORS, &gradient, |factors| {
+                        let mut routes = Routes {
+                            scores: logits.clone(),
+                            ..Routes::default()
+                        };
+                        routes.choose(how, None, Some(factors));
+                        let terms = weights(&routes).into_iter();
+                        terms
+                            .map(|(i, weight)| f64::from(slopes[i]) * f64::from(weight))
+                            .sum()
+                    });
+                }
             }
         }
     }

@@ -2,7 +2,9 @@
 
 use crate::kernels::gemm::Mat;
 use crate::kernels::{delta, gated_conv};
-use crate::weights::{Config, Fused, LAYER_SCALE, Recurrence, SELECTION, Weights};
+use crate::weights::{
+    APART_NORMS, Config, FACTORS, Fused, LAYER_SCALE, Recurrence, SELECTION, Weights,
+};
 use anyhow::Result;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -66,10 +68,18 @@ pub struct LayerNorms<T> {
     pub before_attention: Option<T>,
     /// Of what attention gives to the stream.
     pub after_attention: Option<T>,
-    /// Of what the MLP reads.
+    /// Of what the MLP reads, and experts and their router where these have none of their own.
     pub before_mlp: Option<T>,
-    /// Of what the MLP gives to the stream.
+    /// Of what the MLP, or experts, or both, give to the stream.
     pub after_mlp: Option<T>,
+    /// Where an MLP is beside experts: of what the router reads,
+    pub before_router: Option<T>,
+    /// of what experts read,
+    pub before_experts: Option<T>,
+    /// of what the MLP gives,
+    pub after_one: Option<T>,
+    /// and of what experts give.
+    pub after_experts: Option<T>,
 }
 
 impl<T> LayerNorms<T> {
@@ -80,6 +90,10 @@ impl<T> LayerNorms<T> {
             &self.after_attention,
             &self.before_mlp,
             &self.after_mlp,
+            &self.before_router,
+            &self.before_experts,
+            &self.after_one,
+            &self.after_experts,
         ];
         all.into_iter().flatten()
     }
@@ -91,6 +105,10 @@ impl<T> LayerNorms<T> {
             &mut self.after_attention,
             &mut self.before_mlp,
             &mut self.after_mlp,
+            &mut self.before_router,
+            &mut self.before_experts,
+            &mut self.after_one,
+            &mut self.after_experts,
         ];
         all.into_iter().flatten()
     }
@@ -103,7 +121,25 @@ impl<T> LayerNorms<T> {
             after_attention: made(&self.after_attention)?,
             before_mlp: made(&self.before_mlp)?,
             after_mlp: made(&self.after_mlp)?,
+            before_router: made(&self.before_router)?,
+            before_experts: made(&self.before_experts)?,
+            after_one: made(&self.after_one)?,
+            after_experts: made(&self.after_experts)?,
         })
+    }
+
+    /// The norm of what a router reads.
+    pub fn of_router(&self) -> &Option<T> {
+        self.own_or_mlps(&self.before_router)
+    }
+
+    /// The norm of what experts read.
+    pub fn of_experts(&self) -> &Option<T> {
+        self.own_or_mlps(&self.before_experts)
+    }
+
+    fn own_or_mlps<'a>(&'a self, own: &'a Option<T>) -> &'a Option<T> {
+        if own.is_some() { own } else { &self.before_mlp }
     }
 }
 
@@ -127,8 +163,12 @@ pub struct LayerParams {
     pub router: Option<Matrix>,
     /// What is added to scores where the best are chosen.
     pub selection: Option<Span>,
+    /// What experts' worth to a token is multiplied by, `[experts]`, where they are apart.
+    pub factors: Option<Span>,
     /// The MLP, or the experts, that for all tokens last.
     pub mlps: Vec<MlpParams>,
+    /// The MLP beside experts.
+    pub beside: Option<MlpParams>,
     /// Of what the layer reads of each token beside the residual stream.
     pub input: Option<InputParams>,
     /// What the residual stream is multiplied by after the layer, `[1]`.
@@ -216,7 +256,8 @@ pub struct InputTables {
 impl LayerParams {
     /// The linear maps, in the order of the forward pass.
     pub fn matrices(&self) -> impl Iterator<Item = &Matrix> {
-        let mlps = self.mlps.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
+        let mlps = self.mlps.iter().chain(&self.beside);
+        let mlps = mlps.flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
         let attention = [&self.qkv, &self.output].into_iter();
         let input = self.input.iter();
         let input = input.flat_map(|input| [&input.gate, &input.projection]);
@@ -280,6 +321,8 @@ impl Params {
             layer.selection = selects.then(|| cursor.span(&prefix, &[SELECTION]));
             let scaled = config.layer_scales;
             layer.scale = scaled.then(|| cursor.span(&prefix, &[LAYER_SCALE]));
+            let apart = config.experts[i].is_some_and(|experts| experts.apart);
+            layer.factors = apart.then(|| cursor.span(&prefix, &[FACTORS]));
         }
         Self {
             embedding,
@@ -322,6 +365,7 @@ impl Params {
             all.extend(layer.recurrent.iter().flat_map(RecurrentParams::spans));
             all.extend(layer.input.as_ref().map(|input| &input.norm));
             all.extend(layer.selection.iter().chain(&layer.scale));
+            all.extend(&layer.factors);
         }
         all.push(&self.norm);
         if let Some(inputs) = &self.inputs {
@@ -446,6 +490,10 @@ impl Cursor<'_> {
         let after_attention = norm(self, after_attention);
         let before_mlp = norm(self, before_mlp);
         let experts = c.experts[i];
+        let apart = experts.filter(|experts| experts.apart);
+        let apart_norms = apart.map(|_| APART_NORMS.map(|name| self.span(&prefix, &[name])));
+        let [before_router, before_experts, after_one, after_experts] =
+            apart_norms.map_or([const { None }; 4], |norms| norms.map(Some));
         let router = experts.map(|experts| {
             let gate = ["mlp.gate", "mlp.shared_expert_gate"];
             let gated = experts.outputs() > experts.count;
@@ -463,6 +511,7 @@ impl Cursor<'_> {
                 mlps
             }
         };
+        let beside = apart.map(|_| mlp("mlp", c.mlp_bias));
         let after_mlp = norm(self, after_mlp);
         let input = c.layer_inputs.map(|_| InputParams {
             gate: self.matrix(&prefix, &["per_layer_input_gate"], false),
@@ -475,6 +524,10 @@ impl Cursor<'_> {
                 after_attention,
                 before_mlp,
                 after_mlp,
+                before_router,
+                before_experts,
+                after_one,
+                after_experts,
             },
             qkv,
             q_norm,
@@ -483,7 +536,9 @@ impl Cursor<'_> {
             output,
             router,
             selection: None,
+            factors: None,
             mlps,
+            beside,
             input,
             scale: None,
             adapts_mlp: c.mixture().is_none(),

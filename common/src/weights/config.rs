@@ -46,7 +46,9 @@ pub struct Experts {
     pub used: usize,
     /// Inner width of each.
     pub ffn: usize,
-    /// What the router's logits become.
+    /// What the router's logits are multiplied by, first.
+    pub logit_scale: f32,
+    /// What they become.
     pub scores: Scores,
     /// The best are those of the highest sums of a score and a number that each expert has for that alone (DeepSeek-V3,
     /// arXiv 2412.19437): it is kept as it is, no gradient reaches it.
@@ -59,6 +61,10 @@ pub struct Experts {
     pub scale: f32,
     /// One more expert, which all tokens go to.
     pub shared: Option<Shared>,
+    /// Beside them layers have the MLP of layers without experts. It, they and the router read through a norm each; what it
+    /// gives and what they give is normed before it becomes one; and each expert has a trained number that what it is worth
+    /// to a token is multiplied by (Gemma 4).
+    pub apart: bool,
 }
 
 /// What the router's logits become.
@@ -111,6 +117,12 @@ impl Experts {
         }
         if self.scale != 1.0 {
             text += &format!(" experts_scale {:?}", self.scale);
+        }
+        if self.logit_scale != 1.0 {
+            text += &format!(" router_scale {:?}", self.logit_scale);
+        }
+        if self.apart {
+            text += " experts_apart";
         }
         text
     }
@@ -221,7 +233,7 @@ pub struct Config {
     /// So many of the last layers attend to the keys and values of the last layer before them that sees as far as they do
     /// (Gemma 3n and 4).
     pub sharing: usize,
-    /// Inner width of the MLP in layers without experts; where there are none, of each expert.
+    /// Inner width of the MLP in layers without experts, or beside them; where there are none, of each expert.
     pub ffn: usize,
     /// That of layers with keys of an earlier one.
     pub sharing_ffn: usize,
@@ -339,10 +351,14 @@ impl Config {
 
     /// The inner widths of the MLPs that a token goes through in a layer, together.
     pub fn inner_width(&self, layer: usize) -> usize {
-        self.experts[layer].map_or(self.ffn_of(layer), |experts| experts.width())
+        match self.experts[layer] {
+            None => self.ffn_of(layer),
+            Some(experts) if experts.apart => experts.width() + self.ffn_of(layer),
+            Some(experts) => experts.width(),
+        }
     }
 
-    /// That of the MLP in a layer without experts.
+    /// That of the MLP in a layer without experts, or beside them.
     fn ffn_of(&self, layer: usize) -> usize {
         match self.keys_of(layer) == layer {
             true => self.ffn,
@@ -397,7 +413,7 @@ impl Config {
             .collect()
     }
 
-    /// Those of its MLP, where that is one.
+    /// Those of its MLP, where that is one, or beside experts.
     pub(super) fn mlp_projections(&self, layer: usize) -> [Projection; 3] {
         let (hidden, ffn) = (self.hidden, self.ffn_of(layer));
         [
@@ -437,9 +453,12 @@ impl Config {
                 self.qk_norm_parameters(layer, &mut push);
             }
         }
-        match self.experts[layer] {
-            None => plain(&mut push, &self.mlp_projections(layer)),
-            Some(experts) => self.expert_parameters(experts, &mut push),
+        let experts = self.experts[layer];
+        if experts.is_none_or(|experts| experts.apart) {
+            plain(&mut push, &self.mlp_projections(layer));
+        }
+        if let Some(experts) = experts {
+            self.expert_parameters(experts, &mut push);
         }
         for norm in self.layer_norms().into_iter().flatten() {
             push(&format!("{norm}.weight"), vec![self.hidden]);
@@ -477,6 +496,11 @@ impl Config {
         }
         if experts.outputs() > experts.count {
             push("mlp.shared_expert_gate.weight", vec![1, hidden]);
+        }
+        if experts.apart {
+            let norms = APART_NORMS.into_iter();
+            norms.for_each(|norm| push(norm, vec![hidden]));
+            push(FACTORS, vec![experts.count]);
         }
     }
 
@@ -747,6 +771,17 @@ impl Config {
 
 /// What decides beside the scores which experts are the best.
 pub(crate) const SELECTION: &str = "mlp.gate.e_score_correction_bias";
+
+/// The norms that [`Experts::apart`] speaks of: of what the router reads, and experts; of what the MLP beside them gives, and they.
+pub(crate) const APART_NORMS: [&str; 4] = [
+    "router.scale",
+    "pre_feedforward_layernorm_2.weight",
+    "post_feedforward_layernorm_1.weight",
+    "post_feedforward_layernorm_2.weight",
+];
+
+/// The numbers that it speaks of.
+pub(crate) const FACTORS: &str = "router.per_expert_scale";
 
 /// What the residual stream is multiplied by after a layer.
 pub(crate) const LAYER_SCALE: &str = "layer_scalar";

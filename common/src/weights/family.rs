@@ -97,6 +97,8 @@ impl Family {
 
 /// How files speak of experts.
 pub(super) struct Mixture {
+    /// The field that says whether there are any, where it is asked: unsaid there are none.
+    pub asked: Option<&'static str>,
     /// The fields of their number: as it is written, and what it is called, too,
     pub count: [&'static str; 2],
     /// those of how many a token goes to,
@@ -116,7 +118,19 @@ pub(super) struct Mixture {
     /// What a folder calls the numbers that only choose, if there are some, and the dimensions before that of experts.
     pub selection: Option<(&'static str, &'static [usize])>,
     pub shared: Option<SharedExpert>,
+    /// See [`super::config::Experts::apart`]; the router's logits are divided by √hidden then.
+    pub apart: bool,
     pub files: ExpertFiles,
+}
+
+impl Mixture {
+    /// What the router's logits are multiplied by.
+    pub fn logit_scale(&self, hidden: usize) -> f32 {
+        match self.apart {
+            true => (hidden as f64).powf(-0.5) as f32,
+            false => 1.0,
+        }
+    }
 }
 
 /// Which layers have experts.
@@ -266,6 +280,7 @@ const GELU_TANH: ActivationNames = ("hidden_activation", &["gelu_pytorch_tanh"])
 
 /// As most of them have it.
 const MIXTURE: Mixture = Mixture {
+    asked: None,
     count: ["num_experts", "num_local_experts"],
     used: ["num_experts_per_tok"; 2],
     width: "intermediate_size",
@@ -277,6 +292,7 @@ const MIXTURE: Mixture = Mixture {
     scale: None,
     selection: None,
     shared: None,
+    apart: false,
     files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
 };
 
@@ -395,6 +411,16 @@ const GEMMA4: Family = Family {
     gguf_apart: None,
     windows: Windows::AllBut(6, Rotated::By(10_000.0)),
     uneven: Some(Some(256)),
+    mixture: Some(Mixture {
+        asked: Some("enable_moe_block"),
+        count: ["num_experts"; 2],
+        used: ["top_k_experts"; 2],
+        width: "moe_intermediate_size",
+        apart: true,
+        files: ExpertFiles::Together(["experts.gate_up_proj", "experts.down_proj"]),
+        ..MIXTURE
+    }),
+    renamed: &[("mlp.gate", "router.proj")],
     unsaid: &[("sliding_window", "512"), GEMMA4_ROPES],
     ..GEMMA2
 };
@@ -868,6 +894,7 @@ static FAMILIES: [Family; 36] = [
         model_type: "gemma4_unified_text",
         class: "Gemma4Unified",
         uneven: Some(None),
+        mixture: None,
         unsaid: &[("sliding_window", "1024"), GEMMA4_ROPES],
         ..GEMMA4
     },
@@ -891,9 +918,11 @@ pub(super) fn of_gguf(
     experts: bool,
     shared: bool,
 ) -> Option<&'static Family> {
+    // (There are no files of those that are asked for.)
+    let mixes = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.asked.is_none());
     let named = FAMILIES
         .iter()
-        .filter(|f| f.gguf == architecture && f.mixture.is_some() == experts);
+        .filter(|f| f.gguf == architecture && mixes(f) == experts);
     let first = named.clone().next()?;
     let shares = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.shared.is_some());
     Some(match (first.windows, window) {

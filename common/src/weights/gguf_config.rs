@@ -102,8 +102,8 @@ fn read(gguf: &Gguf) -> Result<Config> {
     let [attention_cap, logit_cap] = caps(&fields, family)?;
     let [qkv_bias, output_bias, mlp_bias] = family.biases;
     let experts = match &family.mixture {
-        Some(mixture) => gguf_experts::mixtures(&fields, mixture, experts, layers)?,
-        None => vec![None; layers],
+        Some(mixture) if experts > 0 => gguf_experts::mixtures(&fields, mixture, experts, layers)?,
+        _ => vec![None; layers],
     };
     let ffn = match (experts.iter().flatten().next(), &uneven) {
         (Some(of_each), _) if !experts.contains(&None) => of_each.ffn,

@@ -36,12 +36,14 @@ pub(super) fn mixtures(
         count,
         used,
         ffn,
+        logit_scale: mixture.logit_scale(fields.size("embedding_length")?),
         scores: mixture.scores,
         biased: mixture.selection.is_some(),
         normed: is_normed(fields, mixture).then_some(mixture.least.1 as f32),
         plus: mixture.plus,
         scale: scale.map_or(Ok(1.0), |scale| positive(key, scale))?,
         shared,
+        apart: mixture.apart,
     };
     let layers = (0..layers).map(|layer| sparse(&layer).then_some(of_each));
     Ok(layers.collect())

@@ -18,8 +18,8 @@ mod save;
 mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
+pub(crate) use config::{APART_NORMS, FACTORS, LAYER_SCALE, SELECTION};
 pub use config::{Config, Experts, Fused, Norms, QkNorm, Recurrence, Scores, Shared};
-pub(crate) use config::{LAYER_SCALE, SELECTION};
 pub use family::families;
 pub use rope::{QueryGrowth, Rope, RopeScaling};
 pub use save::{Given, save, save_vectors};

@@ -9,8 +9,17 @@ use super::write::Set;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-/// Per layer, its mixture of experts, where it has one.
-pub fn read(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Option<Experts>>> {
+/// Per layer of a stream so wide, its mixture of experts, where it has one.
+pub fn read(
+    fields: &Fields,
+    mixture: &Mixture,
+    (layers, hidden): (usize, usize),
+) -> Result<Vec<Option<Experts>>> {
+    if let Some(key) = mixture.asked
+        && !fields.flag(key)?.unwrap_or(false)
+    {
+        return Ok(vec![None; layers]);
+    }
     let number = |key: Option<&str>, unsaid: f64| match key {
         Some(key) => positive(key, fields.number(key)?.unwrap_or(unsaid)),
         None => Ok(unsaid as f32),
@@ -24,6 +33,7 @@ pub fn read(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Opt
         count: size_of_either(fields, mixture.count)?,
         used: size_of_either(fields, mixture.used)?,
         ffn,
+        logit_scale: mixture.logit_scale(hidden),
         scores: mixture.scores,
         biased: mixture.selection.is_some(),
         normed: match normed {
@@ -36,6 +46,7 @@ pub fn read(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Vec<Opt
             Some(shared) => shared_expert(fields, shared, ffn)?,
             None => None,
         },
+        apart: mixture.apart,
     };
     let sparse = sparse_layers(fields, mixture, layers)?.into_iter();
     Ok(sparse.map(|sparse| sparse.then_some(of_each)).collect())
@@ -120,7 +131,13 @@ fn sparse_layers(fields: &Fields, mixture: &Mixture, layers: usize) -> Result<Ve
 }
 
 /// The fields that say the same.
-pub fn write(config: &Config, mixture: &Mixture, experts: Experts, set: &mut Set) {
+pub fn write(config: &Config, mixture: &Mixture, set: &mut Set) {
+    if let Some(key) = mixture.asked {
+        set(key, json!(config.mixture().is_some()));
+    }
+    let Some(experts) = config.mixture() else {
+        return;
+    };
     set(mixture.width, json!(experts.ffn));
     set(mixture.count[0], json!(experts.count));
     set(mixture.used[0], json!(experts.used));

@@ -59,11 +59,11 @@ pub fn read(fields: &Fields) -> Result<Config> {
     let (windows, ropes) = positions(fields, family, layers, head_dim, context)?;
     let [attention_cap, logit_cap] = caps(fields, family)?;
     let experts = match &family.mixture {
-        Some(mixture) => experts::read(fields, mixture, layers)?,
+        Some(mixture) => experts::read(fields, mixture, (layers, hidden))?,
         None => vec![None; layers],
     };
     let ffn = match (experts.iter().flatten().next(), family.hybrid) {
-        (Some(of_each), _) if !experts.contains(&None) => of_each.ffn,
+        (Some(of_each), _) if !experts.contains(&None) && !of_each.apart => of_each.ffn,
         (_, true) => fields.size("shared_intermediate_size")?,
         (_, false) => fields.size("intermediate_size")?,
     };

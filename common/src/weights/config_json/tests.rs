@@ -394,18 +394,33 @@ fn experts_are_read_as_each_family_has_them() {
         count: 3,
         used: 2,
         ffn,
+        logit_scale: 1.0,
         scores: Scores::Softmax,
         biased: false,
         normed: normed.then_some(0.0),
         plus: 0.0,
         scale: 1.0,
         shared: None,
+        apart: false,
     };
     assert_eq!(olmoe.mixture(), Some(experts(false, 64)));
     assert_eq!(qwen.mixture(), Some(experts(true, 24)));
     assert_eq!(mixtral.mixture(), Some(experts(true, 64)));
     let silent = of("qwen3_moe", json!({"norm_topk_prob": null}));
     assert_eq!(silent.mixture(), Some(experts(false, 24)));
+    // Where they are asked for, and with the MLP beside them.
+    let asked = json!({"enable_moe_block": true, "num_experts": 3, "top_k_experts": 2,
+        "moe_intermediate_size": 24});
+    let gemma = of("gemma4_text", asked);
+    let apart = Experts {
+        logit_scale: 32f32.sqrt().recip(),
+        apart: true,
+        ..experts(true, 24)
+    };
+    assert_eq!(gemma.experts, [Some(apart); 3]);
+    let widths = [0, 1, 2].map(|layer| gemma.inner_width(layer));
+    assert_eq!(widths, [64 + 48, 64 + 48, 2 * 64 + 48]);
+    assert_eq!(of("gemma4_text", json!({"num_experts": 3})).mixture(), None);
     let names: Vec<_> = qwen
         .parameters()
         .into_iter()
@@ -803,6 +818,11 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "\"num_experts_per_tok\" is missing",
         ),
         (
+            json!({"model_type": "gemma4_text", "enable_moe_block": true, "num_experts": 4,
+                "moe_intermediate_size": 24}),
+            "\"top_k_experts\" is missing",
+        ),
+        (
             json!({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 5}),
             "5 of 4 experts for a token",
         ),
@@ -1052,6 +1072,12 @@ fn a_written_config_reads_back_the_same() {
             "lfm2",
             json!({"conv_L_cache": 4, "block_multiple_of": 8, "tie_embedding": true}),
         ),
+        (
+            "gemma4_text",
+            json!({"enable_moe_block": true, "num_experts": 3, "top_k_experts": 2,
+                "moe_intermediate_size": 24, "sliding_window": 16}),
+        ),
+        ("gemma4_text", json!({"sliding_window": 16})),
         ("glm4", json!({"attention_bias": false})),
         ("glm", json!({"partial_rotary_factor": 0.75})),
         ("ernie4_5", json!({"use_bias": true})),

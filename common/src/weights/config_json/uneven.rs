@@ -27,10 +27,6 @@ pub fn read(
         windows.last().is_some_and(Option::is_none),
         "layer_types: the last layer must be full_attention"
     );
-    ensure!(
-        !fields.flag("enable_moe_block")?.unwrap_or(false),
-        "enable_moe_block: Gemma's mixtures of experts are not supported, only false"
-    );
     let keys_are_values = fields.flag("attention_k_eq_v")?.unwrap_or(false);
     let (wide_kv, wide_dim) = match fields.present("per_layer_config") {
         Some(layers) => of_full_layers(layers, windows)?,

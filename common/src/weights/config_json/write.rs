@@ -44,8 +44,8 @@ fn shape(config: &Config, family: &Family, set: &mut Set) {
 
 /// What the layers are made of: experts, activation, biases.
 fn layers(config: &Config, family: &Family, set: &mut Set) {
-    if let (Some(mixture), Some(experts)) = (&family.mixture, config.mixture()) {
-        experts::write(config, mixture, experts, set);
+    if let Some(mixture) = &family.mixture {
+        experts::write(config, mixture, set);
     }
     if let Some(key) = family.qk_norm_asked {
         set(key, json!(config.qk_norm.is_some()));
