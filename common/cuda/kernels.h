@@ -144,6 +144,7 @@ struct ExpertTile {
 
 // How experts are chosen.
 struct Routing {
+    float logits; // what logits are multiplied by, first; not that of a gate
     int experts;
     int used;    // by a token
     int outputs; // of the router: one more than experts where a gate says what the expert for all tokens counts
@@ -157,7 +158,7 @@ struct Routing {
 
 // `scores` [count, outputs]: the router's logits become scores, that of a gate its sigmoid. `chosen` [count, used]: the experts
 // of the largest scores, or of those plus `selection` [experts] where that is not null; the best first, of equals the first;
-// `worth` [count, used]: what they count. `places` and `weights` of the expert for all tokens are set (see `place_rows`).
+// `worth` [count, used]: what they count, before their factors. `places` and `weights` of the expert for all tokens are set (see `place_rows`).
 // Grid (ceil(count / 8)).
 KERNEL(256, route, float* scores, const float* selection, int* chosen, float* worth, int* places, float* weights, int count,
     Routing how);
@@ -166,11 +167,12 @@ KERNEL(256, route, float* scores, const float* selection, int* chosen, float* wo
 KERNEL(256, count_rows, const int* chosen, int* counts, int rows);
 
 // Where rows lie: starts[e] .. starts[e+1] are expert e's, `starts` [experts + 1]. `places` [count, each] is the row of each
-// of `chosen`, and that at the expert for all tokens; `tokens` [rows] whose a row is, `weights` [rows] what it counts. `tiles`
+// of `chosen`, and that at the expert for all tokens; `tokens` [rows] whose a row is, `weights` [rows] what it counts: its
+// worth, times its expert's of `factors` [experts] where that is not null. `tiles`
 // [tile_count] cover all rows; there are at most rows / EXPERT_TILE + min(experts, rows), and what is left of them gets no rows.
 // Grid (experts).
-KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
-    float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count);
+KERNEL(256, place_rows, const int* chosen, const float* worth, const float* factors, const int* counts, int* starts,
+    int* places, int* tokens, float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count);
 
 // y[r] = x[i]·W_eᵀ for the rows r of each expert e, with i = tokens[r] (or r where `tokens` is null): `x` [*, k], `y` [rows, n].
 // W_e [n, k] is at `weights` + e·stride. EXPERT_COLUMNS: y[r] = x[i]·W_e with W_e [k, n]. n, k and `stride` are multiples of 8,
@@ -215,6 +217,10 @@ EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16);
     const float* weights, const float* d_weights, T* d_logits, int count, Routing how)
 ROUTE_BACKWARD(route_backward_f32, float);
 ROUTE_BACKWARD(route_backward_bf16, bf16);
+
+// The gradient of experts' factors: gradients[e] += Σ worth·d_weights over the rows of each expert. Grid (experts).
+KERNEL(256, factor_gradient, const int* chosen, const float* worth, const int* places, const float* d_weights,
+    float* gradients, int rows, int used, int each);
 
 // ---- Queries, keys and values ---------------------------------------------------------------------------------------
 // A row that attention reads is [q: query·dim | k: kv·dim | v: kv·dim], width = (query + 2·kv)·dim.

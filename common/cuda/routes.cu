@@ -51,7 +51,7 @@ __device__ inline void route(float* scores, const float* selection, int* chosen,
 #pragma unroll
     for (int i = 0; i < EXPERTS_EACH; ++i) {
         int expert = i * WARP + lane();
-        own[i] = expert < how.experts ? row[expert] : -INFINITY;
+        own[i] = expert < how.experts ? row[expert] * how.logits : -INFINITY;
     }
     score(own, how.sigmoid);
 #pragma unroll
@@ -128,9 +128,9 @@ __device__ inline int block_sum_before(int x) {
 __device__ inline int tiles_of(int rows) { return (rows + EXPERT_TILE - 1) / EXPERT_TILE; }
 
 // A block has an expert; a thread a run of entries.
-__device__ inline void place_rows(const int* chosen, const float* worth, const int* counts, int* starts, int* places,
-                                  int* tokens, float* weights, ExpertTile* tiles, int rows, int used, int each,
-                                  int tile_count) {
+__device__ inline void place_rows(const int* chosen, const float* worth, const float* factors, const int* counts,
+                                  int* starts, int* places, int* tokens, float* weights, ExpertTile* tiles, int rows,
+                                  int used, int each, int tile_count) {
     int expert = blockIdx.x, experts = gridDim.x;
     int rows_before = 0, tiles_before = 0;
     for (int e = threadIdx.x; e < expert; e += blockDim.x) rows_before += counts[e], tiles_before += tiles_of(counts[e]);
@@ -148,11 +148,12 @@ __device__ inline void place_rows(const int* chosen, const float* worth, const i
     for (int i = tile + own_tiles + threadIdx.x; last && i < tile_count; i += blockDim.x) tiles[i] = {0, 0, 0};
     Entries entries(rows);
     int row = start + block_sum_before(entries.count(chosen, expert));
+    float factor = factors ? factors[expert] : 1.0f;
     for (int i = entries.first; i < entries.last; ++i) {
         if (chosen[i] != expert) continue;
         places[i / used * each + i % used] = row;
         tokens[row] = i / used;
-        weights[row] = worth[i];
+        weights[row] = worth[i] * factor;
         ++row;
     }
 }
@@ -216,16 +217,28 @@ __device__ void route_backward(const float* scores, const int* chosen, const int
     // What weights lose by their common divisor, and what a soft-max's scores lose by theirs: where those are normed, they are
     // a soft-max of the chosen alone.
     bool normed = how.normed && sum + how.plus > how.least;
-    float norming = normed ? mean / how.scale : 0.0f;
+    float norming = normed ? mean / (sum + how.plus) : 0.0f;
     float spread = normed || how.sigmoid ? 0.0f : mean;
     for (int expert = lane(); expert < how.outputs; expert += WARP) {
         float score = row[expert], d = -score * spread;
         if (expert == how.experts) d = d_weights[rows[how.used]] * score * (1.0f - score);  // the gate
         for (int i = 0; i < how.used; ++i)
             if (own[i] == expert)
-                d += weights[rows[i]] * (d_weights[rows[i]] - norming) * (how.sigmoid ? 1.0f - score : 1.0f);
+                d += (weights[rows[i]] * d_weights[rows[i]] - score * norming) * (how.sigmoid ? 1.0f - score : 1.0f);
+        if (expert < how.experts) d *= how.logits;
         d_logits[token * how.outputs + expert] = narrow<T>(d);
     }
+}
+
+// A block has an expert.
+__device__ inline void factor_gradient(const int* chosen, const float* worth, const int* places, const float* d_weights,
+                                       float* gradients, int rows, int used, int each) {
+    int expert = blockIdx.x;
+    float sum = 0;
+    for (int i = threadIdx.x; i < rows; i += blockDim.x)
+        if (chosen[i] == expert) sum += worth[i] * d_weights[places[i / used * each + i % used]];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) gradients[expert] += sum;
 }
 
 }  // namespace device
@@ -240,9 +253,14 @@ KERNEL(256, count_rows, const int* chosen, int* counts, int rows) {
     if (threadIdx.x == 0) counts[blockIdx.x] = found;
 }
 
-KERNEL(256, place_rows, const int* chosen, const float* worth, const int* counts, int* starts, int* places, int* tokens,
-       float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count) {
-    device::place_rows(chosen, worth, counts, starts, places, tokens, weights, tiles, rows, used, each, tile_count);
+KERNEL(256, place_rows, const int* chosen, const float* worth, const float* factors, const int* counts, int* starts,
+       int* places, int* tokens, float* weights, ExpertTile* tiles, int rows, int used, int each, int tile_count) {
+    device::place_rows(chosen, worth, factors, counts, starts, places, tokens, weights, tiles, rows, used, each, tile_count);
+}
+
+KERNEL(256, factor_gradient, const int* chosen, const float* worth, const int* places, const float* d_weights,
+       float* gradients, int rows, int used, int each) {
+    device::factor_gradient(chosen, worth, places, d_weights, gradients, rows, used, each);
 }
 
 MIX(mix_f32_f32, float, float) { device::mix(given, places, weights, out, width, used, scale, keep); }

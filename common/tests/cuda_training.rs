@@ -16,8 +16,8 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    CONV, DELTA, STATE_BYTES, UNEVEN, assert_trains_as_in_pytorch, device, golden, objective,
-    on_gpus, open, run, settings, tiny_pairs,
+    APART, CONV, DELTA, STATE_BYTES, UNEVEN, assert_trains_as_in_pytorch, device, golden,
+    objective, on_gpus, open, run, settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -184,6 +184,7 @@ fn gradients_of_adapters_are_the_cpus() {
         CONV,
         UNEVEN,
         "gemma4-keys",
+        APART,
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);

@@ -10,7 +10,7 @@ use super::inputs::AsideGradients;
 use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
 use super::pass::{Pass, Widths};
 use super::recurrent;
-use crate::model::{Matrix, Params, Span};
+use crate::model::{Matrix, MlpParams, Params, Span};
 use crate::weights::{Config, Fused, Norms, QkNorm};
 use anyhow::Result;
 
@@ -57,7 +57,7 @@ pub(super) struct Backward<'a> {
     /// The same in bfloat16, where that is multiplied.
     pub dx_copy: Option<Buffer>,
     /// The gradient of what a sublayer gave, where there is a norm after it.
-    d_given: Option<Buffer>,
+    pub d_given: Option<Buffer>,
     pub d_qkv: Buffer,
     /// That of the fused projection, where it has gates; else `d_qkv` is.
     pub d_raw: Option<Buffer>,
@@ -139,33 +139,45 @@ impl<'a> Backward<'a> {
     /// next = middle + norm(down(act(gate_up(norm(middle))))). `pass.gate_up` becomes its gradient.
     fn mlp(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        let (config, count) = (&self.decoder.config, self.shape.tokens);
-        let [c, a] = config.activation.curve();
+        let mlp = match &layer.mlp {
+            Mlp::One(mlp) => (mlp, places.mlp()),
+            Mlp::Experts(mixture) => return self.mixture(i, mixture, pass),
+        };
         let (weight, span) = (&layer.norms.after_mlp, &places.norms.after_mlp);
         let norm = (weight.as_ref(), span.as_ref());
-        let dy = self.given(norm, config.norm_eps, pass.down.as_ref())?;
-        let OneMlp { gate_up, down } = match &layer.mlp {
-            Mlp::One(mlp) => mlp,
-            Mlp::Experts(mixture) => return self.experts(i, mixture, dy, pass),
-        };
-        let ffn = down.cols;
-        self.input_gradient(down, dy, &pass.inner, pass)?;
-        self.decoder.device.launch(
-            &self.decoder.kernels.of_format("activation_backward"),
-            Launch::plane(count, ffn.div_ceil(1024), THREADS),
-            args![&pass.gate_up, &pass.inner, &pass.inner, ffn as i32, c, a],
+        let eps = self.decoder.config.norm_eps;
+        let dy = self.given(norm, eps, pass.down.as_ref())?;
+        self.one_mlp(i, mlp, (&pass.gate_up, &pass.inner), dy, pass)
+    }
+
+    /// An MLP of layer `i` alone, given the gradient of what it gave. `gate_up` becomes its gradient.
+    pub(super) fn one_mlp(
+        &self,
+        i: usize,
+        (OneMlp { gate_up, down }, places): (&OneMlp, &MlpParams),
+        (made, inner): (&Buffer, &Buffer),
+        dy: Operand,
+        pass: &Pass,
+    ) -> Result<()> {
+        let (decoder, ffn) = (self.decoder, down.cols);
+        let [c, a] = decoder.config.activation.curve();
+        self.input_gradient(down, dy, inner, pass)?;
+        decoder.device.launch(
+            &decoder.kernels.of_format("activation_backward"),
+            Launch::plane(self.shape.tokens, ffn.div_ceil(1024), THREADS),
+            args![made, inner, inner, ffn as i32, c, a],
         )?;
-        self.weight_gradient(down, &places.mlp().down, &pass.inner, dy, pass)?;
-        self.given_bias_gradient(&places.mlp().down)?;
-        let d_gate_up = self.operand(&pass.gate_up, 2 * ffn);
+        self.weight_gradient(down, &places.down, inner, dy, pass)?;
+        self.given_bias_gradient(&places.down)?;
+        let norms = &self.gradients.params.layers[i].norms;
         self.read(
-            (gate_up, &places.mlp().gate_up),
-            (&layer.norms.before_mlp, &places.norms.before_mlp),
-            d_gate_up,
+            (gate_up, &places.gate_up),
+            (&decoder.layers[i].norms.before_mlp, &norms.before_mlp),
+            self.operand(made, 2 * ffn),
             &pass.x,
             pass,
         )?;
-        self.bias_gradient(&places.mlp().gate_up, &pass.gate_up, self.decoder.precision)
+        self.bias_gradient(&places.gate_up, made, decoder.precision)
     }
 
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place.
@@ -269,27 +281,40 @@ impl<'a> Backward<'a> {
         else {
             return Ok(self.dy());
         };
+        let to = self.operand(d_given, self.decoder.config.hidden);
+        self.norm_given((weight, span), eps, (given, &self.dx), to)?;
+        Ok(to)
+    }
+
+    /// The gradient of what was `given`, given that of what gained its norm, `dy`, float32.
+    pub(super) fn norm_given(
+        &self,
+        (weight, span): (&Buffer, &Span),
+        eps: f32,
+        (given, dy): (&Buffer, &Buffer),
+        to: Operand,
+    ) -> Result<()> {
         let (count, width) = (self.shape.tokens, self.decoder.config.hidden);
         let blocks = count.min(NORM_BLOCKS);
         let wanted = self.gradients.span(span);
         self.decoder.device.launch(
-            &self.decoder.kernels.of_format("rms_norm_add_backward"),
+            &format!("rms_norm_add_backward_{}", to.precision.name()),
             norm_launch(blocks, width),
             args![
                 given,
                 weight,
                 eps,
-                &self.dx,
-                d_given,
+                dy,
+                to.at,
                 wanted.map(|_| &self.partial),
                 count as i32,
                 width as i32,
             ],
         )?;
-        if let Some(to) = wanted {
-            self.add_partial(blocks, width, to)?;
+        match wanted {
+            Some(to) => self.add_partial(blocks, width, to),
+            None => Ok(()),
         }
-        Ok(self.operand(d_given, width))
     }
 
     /// That of the bias of what [`Self::given`] was last asked about.
@@ -618,6 +643,15 @@ impl<'a> Backward<'a> {
             args![&self.partial, to, parts as i32, width as i32, 1],
         )
     }
+}
+
+/// A norm that is there, and its place among the parameters.
+pub(super) fn norm_at<'a>(
+    weight: &'a Option<Buffer>,
+    span: &'a Option<Span>,
+) -> (&'a Buffer, &'a Span) {
+    let norm = weight.as_ref().zip(span.as_ref());
+    norm.expect("the layer has the norm")
 }
 
 /// The gradient of a norm over rows of such a width, by so many blocks.

@@ -61,12 +61,21 @@ pub(super) enum Mlp {
     Experts(Box<Mixture>),
 }
 
-/// An MLP, or the expert that all tokens go to.
+/// An MLP, alone or beside experts, or the expert that all tokens go to.
 pub(super) struct OneMlp {
     /// `[gate | up]`.
     pub gate_up: Linear,
     /// Its output projection.
     pub down: Linear,
+}
+
+impl OneMlp {
+    pub fn new(p: &MlpParams, linear: impl Fn(&Matrix) -> Result<Linear>) -> Result<Self> {
+        Ok(Self {
+            gate_up: linear(&p.gate_up)?,
+            down: linear(&p.down)?,
+        })
+    }
 }
 
 impl Layer {
@@ -196,12 +205,6 @@ impl Decoder {
                 adapters: vec![],
             })
         };
-        let one_mlp = |mlp: &MlpParams| -> Result<OneMlp> {
-            Ok(OneMlp {
-                gate_up: linear(&mlp.gate_up)?,
-                down: linear(&mlp.down)?,
-            })
-        };
         let layer = |(i, p): (usize, &LayerParams)| -> Result<Layer> {
             Ok(Layer {
                 heads: config.heads_of(i),
@@ -215,17 +218,12 @@ impl Decoder {
                     .map(|p| Recurrent::new(p, vector))
                     .transpose()?,
                 output: linear(&p.output)?,
-                mlp: match (config.experts[i], &p.router) {
-                    (Some(how), Some(router)) => {
-                        let weights = in_format(&experts::all_experts(how, p))?;
-                        let selection = p.selection.as_ref().map(vector).transpose()?;
-                        let shared = p.mlps.last().filter(|_| how.shared.is_some());
-                        let shared = shared.map(one_mlp).transpose()?;
-                        let router = linear(router)?;
-                        let mixture = Mixture::new((how, p), router, selection, weights, shared);
+                mlp: match config.experts[i] {
+                    Some(how) => {
+                        let mixture = Mixture::new((how, p), in_format, linear, vector)?;
                         Mlp::Experts(Box::new(mixture))
                     }
-                    _ => Mlp::One(one_mlp(p.mlp())?),
+                    None => Mlp::One(OneMlp::new(p.mlp(), linear)?),
                 },
                 input: (p.input.as_ref())
                     .map(|p| LayerInput::new(p, linear, vector))

@@ -70,7 +70,7 @@ impl Launch {
     }
 }
 
-/// The bytes of the largest argument: `Routing` has nine numbers.
+/// The bytes of the largest argument: `Routing` has ten numbers.
 const MOST_BYTES: usize = 40;
 
 /// An argument of a kernel: its bytes in the order of this machine, which is the device's.

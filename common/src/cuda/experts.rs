@@ -2,12 +2,12 @@
 //! a step with experts is a graph like any other, and all experts' rows are one product.
 
 use super::args;
-use super::backward::{Backward, Norm};
+use super::backward::{Backward, Norm, norm_at};
 use super::decoder::{Decoder, Linear, OneMlp};
 use super::device::{Address, Arg, Buffer, Device, Launch, Operand, Plain, Precision, bytes_of};
 use super::launches::THREADS;
 use super::pass::Pass;
-use crate::model::{LayerParams, Span};
+use crate::model::{LayerNorms, LayerParams, Matrix, Span};
 use crate::weights::{Config, Experts, Scores};
 use anyhow::{Result, ensure};
 
@@ -21,6 +21,7 @@ const TILE_BYTES: usize = 3 * size_of::<i32>();
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct Routing {
+    logits: f32,
     experts: i32,
     used: i32,
     outputs: i32,
@@ -32,12 +33,13 @@ struct Routing {
     scale: f32,
 }
 
-// SAFETY: nine numbers of four bytes, no padding.
+// SAFETY: ten numbers of four bytes, no padding.
 unsafe impl Plain for Routing {}
 
 impl Routing {
     fn of(how: Experts) -> Arg {
         Arg::plain(Self {
+            logits: how.logit_scale,
             experts: how.count as i32,
             used: how.used as i32,
             outputs: how.outputs() as i32,
@@ -56,10 +58,6 @@ pub(super) fn check(config: &Config) -> Result<()> {
     let Some(how) = config.mixture() else {
         return Ok(());
     };
-    ensure!(
-        !how.apart,
-        "experts beside an MLP are not supported on GPUs: use --device cpu"
-    );
     ensure!(
         how.count <= MOST,
         "{} experts are more than the GPU's kernels take ({MOST}): use --device cpu",
@@ -82,11 +80,13 @@ pub(super) struct Mixture {
     router: Linear,
     /// What is added to scores where the best are chosen.
     selection: Option<Buffer>,
+    /// What their worth to a token is multiplied by, where they are apart.
+    factors: Option<Buffer>,
     /// Expert after expert: `[gate | up]`, then the output projection.
     weights: Buffer,
     gate_up: Place,
     down: Place,
-    /// The one that all tokens go to.
+    /// The one that all tokens go to, or the MLP beside them: its rows are after theirs wherever theirs are kept.
     shared: Option<OneMlp>,
 }
 
@@ -101,23 +101,25 @@ struct Place {
 }
 
 impl Mixture {
-    /// `weights` are those of [`all_experts`], in the decoder's format.
     pub fn new(
         (how, params): (Experts, &LayerParams),
-        router: Linear,
-        selection: Option<Buffer>,
-        weights: Buffer,
-        shared: Option<OneMlp>,
-    ) -> Self {
+        in_format: impl Fn(&Span) -> Result<Buffer>,
+        linear: impl Fn(&Matrix) -> Result<Linear>,
+        vector: impl Fn(&Span) -> Result<Buffer>,
+    ) -> Result<Self> {
         let mlp = params.mlp();
         let (gate_up, down) = (&mlp.gate_up, &mlp.down);
         let stride = gate_up.weight.range.len() + down.weight.range.len();
-        Self {
+        let router = params.router.as_ref().expect("experts have a router");
+        let shared = params.mlps.last().filter(|_| how.shared.is_some());
+        let shared = shared.or(params.beside.as_ref());
+        Ok(Self {
             how,
-            router,
-            selection,
-            weights,
-            shared,
+            router: linear(router)?,
+            selection: params.selection.as_ref().map(&vector).transpose()?,
+            factors: params.factors.as_ref().map(&vector).transpose()?,
+            weights: in_format(&all_experts(how, params))?,
+            shared: shared.map(|p| OneMlp::new(p, linear)).transpose()?,
             gate_up: Place {
                 first: 0,
                 stride,
@@ -130,12 +132,12 @@ impl Mixture {
                 rows: down.rows,
                 cols: down.cols,
             },
-        }
+        })
     }
 }
 
 /// The parameters of the experts of a layer that are chosen among, which follow each other.
-pub(super) fn all_experts(how: Experts, params: &LayerParams) -> Span {
+fn all_experts(how: Experts, params: &LayerParams) -> Span {
     let matrices = params.mlps[..how.count]
         .iter()
         .flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
@@ -238,6 +240,7 @@ impl Routes {
             args![
                 &self.chosen,
                 &self.worth,
+                mixture.factors.as_ref(),
                 &self.counts,
                 &self.starts,
                 &self.places,
@@ -289,8 +292,8 @@ impl<'a> AtWork<'a> {
         self.mixture.down.cols
     }
 
-    /// The part of `buffer` that the expert for all tokens has, whose rows are so wide there; `others` is how wide those of the
-    /// others are.
+    /// The part of `buffer` that the expert for all tokens has, or the MLP beside them, whose rows are so wide there; `others` is
+    /// how wide those of the others are.
     fn shared(&self, buffer: &Buffer, others: usize, width: usize) -> Buffer {
         let (first, len) = (self.rows() * others, self.count * width);
         buffer.part(first, len, self.decoder.size())
@@ -384,14 +387,17 @@ impl<'a> AtWork<'a> {
 }
 
 impl Decoder {
-    /// What `pass.normed` has goes to its experts: `pass.routes`, and `pass.gate_up` of their rows.
+    /// `pass.x`, normed, goes to its experts: `pass.routes`, and `pass.gate_up` of their rows.
     pub(super) fn send_to_experts(
         &self,
+        norms: &LayerNorms<Buffer>,
         mixture: &Mixture,
         count: usize,
         pass: &Pass,
     ) -> Result<()> {
         let work = AtWork::new(self, mixture, count, pass);
+        let read = |norm: &Option<Buffer>| self.read(&pass.x, norm.as_ref(), count, &pass.normed);
+        read(norms.of_router())?; // and so do experts, where they are not apart
         let logits = (work.routes.scores).rows(0, mixture.how.outputs(), Precision::F32);
         self.multiply(
             &mixture.router,
@@ -402,9 +408,15 @@ impl Decoder {
             pass,
         )?;
         work.routes.choose(&self.device, mixture, count)?;
+        if mixture.how.apart {
+            read(&norms.before_mlp)?;
+        }
         if let Some(mlp) = &mixture.shared {
             let gate_up = work.shared(&pass.gate_up, 2 * work.ffn(), mlp.gate_up.rows);
             self.product(&mlp.gate_up, &pass.normed, &gate_up, count, pass)?;
+        }
+        if mixture.how.apart {
+            read(norms.of_experts())?;
         }
         let read = (pass.normed.address(), Some(&work.routes.tokens));
         work.by_rows(mixture.gate_up, read, &pass.gate_up)
@@ -426,6 +438,7 @@ impl Decoder {
     /// residual stream `x` gains it.
     pub(super) fn mix_experts(
         &self,
+        norms: &LayerNorms<Buffer>,
         mixture: &Mixture,
         count: usize,
         pass: &Pass,
@@ -437,14 +450,56 @@ impl Decoder {
             (pass.inner.address(), None),
             &work.routes.given,
         )?;
+        let weights = Some(&work.routes.weights);
+        if let (Some(apart), Some(norm), Some(mlp), Some(down)) =
+            (&pass.apart, &norms.after_one, &mixture.shared, &pass.down)
+        {
+            let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
+            let of_one = Some(&apart.of_one);
+            self.give(&mlp.down, (&inner, scale), of_one, x, count, pass)?;
+            self.norm_by("rms_norm_f32", (&apart.of_one, None), norm, count, down)?;
+            let to = (apart.of_experts.address(), Precision::F32);
+            work.mix(weights, to, scale, false)?;
+            return self.gain(&norms.after_experts, Some(&apart.of_experts), down, count);
+        }
         if let Some(mlp) = &mixture.shared {
             let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
             let given = work.shared(&work.routes.given, mlp.down.rows, mlp.down.rows);
             self.product(&mlp.down, &inner, &given, count, pass)?;
         }
         let to = pass.down.as_ref().unwrap_or(x).address();
-        let weights = Some(&work.routes.weights);
         work.mix(weights, (to, Precision::F32), scale, pass.down.is_none())
+    }
+}
+
+/// What an MLP and the experts that it is beside give, each before its norm, `[T, hidden]`, float32.
+#[derive(Clone)]
+pub struct Apart {
+    of_one: Buffer,
+    of_experts: Buffer,
+}
+
+impl Apart {
+    /// Its bytes for each token, where both are kept.
+    pub fn bytes(config: &Config) -> usize {
+        let apart = config.mixture().is_some_and(|how| how.apart);
+        usize::from(apart) * 2 * config.hidden * size_of::<f32>()
+    }
+
+    /// Room for those of so many tokens; where they are not `kept`, one has the other's, which is done with by then.
+    pub fn new(decoder: &Decoder, tokens: usize, kept: bool) -> Result<Option<Self>> {
+        let each = tokens * Self::bytes(&decoder.config) / 2;
+        if each == 0 {
+            return Ok(None);
+        }
+        let of_one = decoder.device.allocate(each)?;
+        Ok(Some(Self {
+            of_experts: match kept {
+                true => decoder.device.allocate(each)?,
+                false => of_one.clone(),
+            },
+            of_one,
+        }))
     }
 }
 
@@ -454,15 +509,19 @@ pub(super) struct OnTheWay {
     d_weights: Buffer,
     /// Of the router's logits, `[T, outputs]`,
     d_logits: Buffer,
-    /// and of what router and experts read, `[T, hidden]`, in the decoder's format.
+    /// of what experts read, `[T, hidden]`, in the decoder's format,
     d_read: Buffer,
+    /// and, where an MLP is beside them, of the sum of what both give, `[T, hidden]`, float32.
+    d_sum: Option<Buffer>,
 }
 
 impl OnTheWay {
     /// The bytes that it takes for each token.
     pub fn bytes(config: &Config, precision: Precision) -> usize {
         config.mixture().map_or(0, |how| {
-            how.each() * size_of::<f32>() + (how.outputs() + config.hidden) * bytes_of(precision)
+            how.each() * size_of::<f32>()
+                + (how.outputs() + config.hidden) * bytes_of(precision)
+                + Apart::bytes(config) / 2
         })
     }
 
@@ -475,20 +534,53 @@ impl OnTheWay {
             d_weights: rows(how.each(), size_of::<f32>())?,
             d_logits: rows(how.outputs(), decoder.size())?,
             d_read: rows(decoder.config.hidden, decoder.size())?,
+            d_sum: (how.apart)
+                .then(|| rows(decoder.config.hidden, size_of::<f32>()))
+                .transpose()?,
         }))
     }
 }
 
 impl Backward<'_> {
-    /// next = middle + norm(mixture(norm(middle))), given the gradient `dy` of what the mixture gave. `pass.gate_up` becomes its
-    /// gradient.
-    pub(super) fn experts(
-        &self,
-        i: usize,
-        mixture: &Mixture,
-        dy: Operand,
-        pass: &Pass,
-    ) -> Result<()> {
+    /// next = middle + norm(mixture(norm(middle))), or that of its sum with what an MLP beside it gives, each normed before.
+    /// `pass.gate_up` becomes its gradient.
+    pub(super) fn mixture(&self, i: usize, mixture: &Mixture, pass: &Pass) -> Result<()> {
+        let (decoder, places) = (self.decoder, &self.gradients.params.layers[i]);
+        let (norms, spans) = (&decoder.layers[i].norms, &places.norms);
+        let (hidden, eps) = (decoder.config.hidden, decoder.config.norm_eps);
+        let own = self.experts.as_ref().expect("made for a mixture");
+        let (Some(apart), Some(d_sum), Some(down), Some(d_given)) =
+            (&pass.apart, &own.d_sum, &pass.down, &self.d_given)
+        else {
+            let norm = (norms.after_mlp.as_ref(), spans.after_mlp.as_ref());
+            let dy = self.given(norm, eps, pass.down.as_ref())?;
+            return self.experts(i, mixture, dy, pass);
+        };
+        let sum = d_sum.rows(0, hidden, Precision::F32);
+        let dy = self.operand(d_given, hidden);
+        let norm = norm_at(&norms.after_mlp, &spans.after_mlp);
+        self.norm_given(norm, eps, (down, &self.dx), sum)?;
+        let norm = norm_at(&norms.after_one, &spans.after_one);
+        self.norm_given(norm, eps, (&apart.of_one, d_sum), dy)?;
+        self.beside(i, mixture, dy, pass)?;
+        let norm = norm_at(&norms.after_experts, &spans.after_experts);
+        self.norm_given(norm, eps, (&apart.of_experts, d_sum), dy)?;
+        self.experts(i, mixture, dy, pass)
+    }
+
+    /// The MLP beside experts alone, given the gradient of what it gave.
+    fn beside(&self, i: usize, mixture: &Mixture, dy: Operand, pass: &Pass) -> Result<()> {
+        let work = AtWork::new(self.decoder, mixture, self.shape.tokens, pass);
+        let mlp = mixture.shared.as_ref();
+        let mlp = mlp.zip(self.gradients.params.layers[i].beside.as_ref());
+        let (mlp, places) = mlp.expect("it is beside them");
+        let gate_up = work.shared(&pass.gate_up, 2 * work.ffn(), mlp.gate_up.rows);
+        let inner = work.shared(&pass.inner, work.ffn(), mlp.down.cols);
+        self.one_mlp(i, (mlp, places), (&gate_up, &inner), dy, pass)
+    }
+
+    /// Experts alone, with the one that all tokens go to, given the gradient of what they gave.
+    fn experts(&self, i: usize, mixture: &Mixture, dy: Operand, pass: &Pass) -> Result<()> {
         let (decoder, count) = (self.decoder, self.shape.tokens);
         let (layer, places) = (&decoder.layers[i], &self.gradients.params.layers[i]);
         let work = AtWork::new(decoder, mixture, count, pass);
@@ -503,13 +595,32 @@ impl Backward<'_> {
         let (first, read) = (places.mlp(), pass.normed.address());
         let at = wanted(&first.down.weight);
         work.gradient(mixture.down, (dy.at, tokens), (inner, None), at)?;
-        let norm = layer.norms.before_mlp.as_ref();
+        let norm = layer.norms.of_experts().as_ref();
+        let span = places.norms.of_experts().as_ref();
         decoder.read(&pass.x, norm, count, &pass.normed)?;
         let at = wanted(&first.gate_up.weight);
         work.gradient(mixture.gate_up, (gate_up, None), (read, tokens), at)?;
         work.by_columns(mixture.gate_up, (gate_up, None), &work.routes.given)?;
-        if let Some(mlp) = &mixture.shared {
+        if let Some(mlp) = &mixture.shared
+            && !mixture.how.apart
+        {
             self.shared_expert(i, mlp, &work, dy, pass)?;
+        }
+        let (to, keep) = match norm {
+            Some(_) => (self.operand(&own.d_read, decoder.config.hidden), false),
+            None => (self.dx.rows(0, decoder.config.hidden, Precision::F32), true),
+        };
+        work.mix(None, (to.at, to.precision), 1.0, keep)?;
+        if let (Some(weight), Some(span)) = (norm, span) {
+            let norm = Norm {
+                x: &pass.x,
+                rows: None,
+                count,
+                weight,
+                span,
+                dy: &own.d_read,
+            };
+            self.norm(&norm, &self.dx, self.dx_copy.as_ref(), true)?;
         }
         self.router(i, &work, own, pass)
     }
@@ -557,7 +668,7 @@ impl Backward<'_> {
         self.input_gradient(&mlp.gate_up, d_gate_up, &given, pass)
     }
 
-    /// Back through the router and what it reads as the experts do, whose rows' part is in the routes.
+    /// Back through the router, given the gradient of each row's weight.
     fn router(&self, i: usize, work: &AtWork, own: &OnTheWay, pass: &Pass) -> Result<()> {
         let (decoder, routes, how) = (self.decoder, work.routes, work.mixture.how);
         let (layer, places) = (&decoder.layers[i], &self.gradients.params.layers[i]);
@@ -575,32 +686,30 @@ impl Backward<'_> {
                 Routing::of(how),
             ],
         )?;
-        let d_logits = self.operand(&own.d_logits, how.outputs());
-        let (router, place) = (&work.mixture.router, places.router.as_ref());
-        let place = place.expect("experts have a router");
-        self.weight_gradient(router, place, &pass.normed, d_logits, pass)?;
-        let norm = layer
-            .norms
-            .before_mlp
-            .as_ref()
-            .zip(places.norms.before_mlp.as_ref());
-        let (to, keep) = match norm {
-            Some(_) => (self.operand(&own.d_read, router.cols), 0.0),
-            None => (self.dx.rows(0, router.cols, Precision::F32), 1.0),
-        };
-        self.add_input_gradient(router, d_logits, to, keep, pass)?;
-        work.mix(None, (to.at, to.precision), 1.0, true)?;
-        let Some((weight, span)) = norm else {
-            return Ok(());
-        };
-        let norm = Norm {
-            x: &pass.x,
-            rows: None,
-            count: work.count,
-            weight,
-            span,
-            dy: &own.d_read,
-        };
-        self.norm(&norm, &self.dx, self.dx_copy.as_ref(), true)
+        let to = places.factors.as_ref();
+        if let Some(to) = to.and_then(|span| self.gradients.span(span)) {
+            decoder.device.launch(
+                "factor_gradient",
+                Launch::row(how.count, THREADS),
+                args![
+                    &routes.chosen,
+                    &routes.worth,
+                    &routes.places,
+                    &own.d_weights,
+                    to,
+                    work.rows() as i32,
+                    how.used as i32,
+                    how.each() as i32,
+                ],
+            )?;
+        }
+        let place = places.router.as_ref().expect("experts have a router");
+        self.read(
+            (&work.mixture.router, place),
+            (layer.norms.of_router(), places.norms.of_router()),
+            self.operand(&own.d_logits, how.outputs()),
+            &pass.x,
+            pass,
+        )
     }
 }

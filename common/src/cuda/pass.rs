@@ -4,7 +4,7 @@ use super::args;
 use super::batch::{Rotation, Shape};
 use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
-use super::experts::Routes;
+use super::experts::{Apart, Routes};
 use super::inputs::Aside;
 use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
 use super::optimizer::elements;
@@ -41,6 +41,8 @@ pub struct Pass {
     pub routes: Option<Routes>,
     /// What the MLP's output projection gives, float32, where there is a norm after it.
     pub down: Option<Buffer>,
+    /// Where an MLP is beside experts: what each gives.
+    pub apart: Option<Apart>,
     /// Where layers have embeddings of their own: the gates of this one's,
     pub input_gates: Option<Buffer>,
     /// what it gives to the stream, float32, before its norm,
@@ -153,6 +155,7 @@ impl Decoder {
             + (streams * c.hidden + c.heads + widths.gates) * size_of::<f32>()
             + routes
             + given
+            + Apart::bytes(c) / 2
             + c.layer_inputs.unwrap_or(0) * bytes_of(precision)
             + Aside::bytes(c, bytes_of(precision))
     }
@@ -183,6 +186,7 @@ impl Decoder {
             gate_up: rows(2 * c.widest_mlp(), self.size())?,
             inner: rows(Self::inner_width(c), self.size())?,
             routes: Routes::new(self, tokens, None)?,
+            apart: Apart::new(self, tokens, false)?,
             input_gates: some(c.layer_inputs.unwrap_or(0), self.size())?,
             given_input: given.clone(),
             last: None,
@@ -434,16 +438,12 @@ impl Decoder {
             &pass.x,
             count,
         )?;
-        self.read(
-            &pass.x,
-            layer.norms.before_mlp.as_ref(),
-            count,
-            &pass.normed,
-        )?;
+        let norms = &layer.norms;
         let gate_up = match &layer.mlp {
             Mlp::One(mlp) => &mlp.gate_up,
-            Mlp::Experts(mixture) => return self.send_to_experts(mixture, count, pass),
+            Mlp::Experts(mixture) => return self.send_to_experts(norms, mixture, count, pass),
         };
+        self.read(&pass.x, norms.before_mlp.as_ref(), count, &pass.normed)?;
         self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &gate_up.bias {
             Some(bias) => {
@@ -474,11 +474,12 @@ impl Decoder {
     /// The MLP of `pass.gate_up`: `pass.down`, where there is a norm after it; else the residual stream `x` gains it.
     pub(super) fn give_mlp(&self, i: usize, count: usize, pass: &Pass, x: &Buffer) -> Result<()> {
         let scale = 1.0 / self.inner_scale();
-        let down = match &self.layers[i].mlp {
+        let layer = &self.layers[i];
+        let down = match &layer.mlp {
             Mlp::One(mlp) => &mlp.down,
             Mlp::Experts(mixture) => {
                 self.experts_inner(mixture, count, pass)?;
-                return self.mix_experts(mixture, count, pass, (x, scale));
+                return self.mix_experts(&layer.norms, mixture, count, pass, (x, scale));
             }
         };
         self.inner((&pass.gate_up, &pass.inner), count, down.cols)?;
@@ -578,9 +579,21 @@ impl Decoder {
         count: usize,
         out: &Buffer,
     ) -> Result<()> {
+        self.norm_by(&self.kernels.rms_norm, (x, rows), weight, count, out)
+    }
+
+    /// The same by the kernel of some format, which `out` is in.
+    pub(super) fn norm_by(
+        &self,
+        kernel: &str,
+        (x, rows): (&Buffer, Option<&Buffer>),
+        weight: &Buffer,
+        count: usize,
+        out: &Buffer,
+    ) -> Result<()> {
         let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
         self.device.launch(
-            &self.kernels.rms_norm,
+            kernel,
             Launch::row(count.div_ceil(norm_rows(self.config.hidden)), THREADS),
             args![x, rows, weight, eps, out, count as i32, width],
         )

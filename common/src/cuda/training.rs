@@ -9,7 +9,7 @@ use super::batch::Shape;
 use super::decoder::Decoder;
 use super::delta_backward::DeltaRoom;
 use super::device::{Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
-use super::experts::{OnTheWay, Routes};
+use super::experts::{Apart, OnTheWay, Routes};
 use super::inputs::{Aside, AsideGradients};
 use super::launches::THREADS;
 use super::optimizer::elements;
@@ -251,6 +251,7 @@ impl Decoder {
             },
             gate_up: rows(2 * c.widest_mlp(), size)?,
             routes: Routes::new(self, tokens, shared.and_then(|pass| pass.routes.as_ref()))?,
+            apart: Apart::new(self, tokens, true)?,
             normed: match shared {
                 Some(pass) => pass.normed.clone(),
                 None => rows(c.hidden, size)?,
@@ -392,7 +393,10 @@ impl Footprint<'_> {
         let (routes, _) = Routes::bytes(c, self.precision);
         let in_format = mixed + 2 * c.widest_mlp() + c.layer_inputs.unwrap_or(0);
         let own = c.layer_inputs.map_or(0, |_| 2);
-        ((streams + own) * c.hidden + c.heads + widths.gates) * float + in_format * size + routes
+        ((streams + own) * c.hidden + c.heads + widths.gates) * float
+            + in_format * size
+            + routes
+            + Apart::bytes(c)
     }
 
     /// The most tokens that a part may have in `free` bytes, all of them targets and all activations made again.

@@ -117,6 +117,7 @@ impl Arg {
                 4 => cuda::Arg::plain(first.0[0]),
                 8 => cuda::Arg::plain(self.bytes[0]),
                 20 => cuda::Arg::plain(first),
+                40 => cuda::Arg::plain(AllBytes(self.bytes)),
                 size => panic!("no parameter has {size} bytes"),
             };
         };
@@ -136,6 +137,13 @@ impl Arg {
 struct FiveWords([u32; 5]);
 // SAFETY: five 32-bit numbers without padding.
 unsafe impl cuda::Plain for FiveWords {}
+
+/// How experts are chosen.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct AllBytes([u64; 5]);
+// SAFETY: five 64-bit numbers without padding.
+unsafe impl cuda::Plain for AllBytes {}
 
 impl<T: Plain> From<T> for Arg {
     fn from(value: T) -> Self {

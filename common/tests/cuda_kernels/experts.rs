@@ -12,6 +12,7 @@ const SHARED: usize = 4 * 2 * TILE * 80;
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Routing {
+    logits: f32,
     experts: i32,
     used: i32,
     outputs: i32,
@@ -32,6 +33,7 @@ impl From<Routing> for Arg {
 impl Routing {
     fn new(experts: usize, used: usize) -> Self {
         Self {
+            logits: 1.0,
             experts: experts as i32,
             used: used as i32,
             outputs: experts as i32,
@@ -66,9 +68,19 @@ impl Routing {
         }
     }
 
+    /// As Gemma 4 has it.
+    fn scaled(self) -> Self {
+        Self {
+            logits: 0.25,
+            ..self
+        }
+    }
+
     /// Scores of a token, and its gate.
     fn scores(self, logits: &[f64]) -> Vec<f64> {
         let (logits, gate) = logits.split_at(self.experts as usize);
+        let logits = logits.iter().map(|x| x * f64::from(self.logits));
+        let logits: Vec<f64> = logits.collect();
         let sigmoid = |x: &f64| 1.0 / (1.0 + (-x).exp());
         let sum: f64 = logits.iter().map(|x| x.exp()).sum();
         let scores = logits.iter().map(|x| match self.sigmoid {
@@ -79,16 +91,17 @@ impl Routing {
     }
 
     /// What the experts that a token goes to count, that for all of them last.
-    fn counts(self, scores: &[f64], chosen: &[i32]) -> Vec<f64> {
+    fn counts(self, scores: &[f64], chosen: &[i32], factors: Option<&Vec<f32>>) -> Vec<f64> {
         let worth = |&expert: &i32| scores[expert as usize];
         let sum: f64 = chosen.iter().map(worth).sum();
         let over = match self.normed {
             0 => 1.0,
             _ => (sum + f64::from(self.plus)).max(self.least.into()),
         };
+        let factor = |&e: &i32| factors.map_or(1.0, |factors| f64::from(factors[e as usize]));
         let counts = chosen
             .iter()
-            .map(|e| worth(e) / over * f64::from(self.scale));
+            .map(|e| worth(e) / over * f64::from(self.scale) * factor(e));
         let gate = scores.get(self.experts as usize).copied().unwrap_or(1.0);
         let shared = (self.used..self.each).map(|_| gate);
         counts.chain(shared).collect()
@@ -103,12 +116,18 @@ struct Routes {
     starts: Vec<i32>,
     places: Vec<i32>,
     tokens: Vec<i32>,
+    worth: Vec<f32>,
     weights: Vec<f32>,
     tiles: Vec<[i32; 3]>,
 }
 
 impl Routes {
-    fn new(logits: &[f32], how: Routing, selection: Option<&Vec<f32>>) -> Self {
+    fn new(
+        logits: &[f32],
+        how: Routing,
+        selection: Option<&Vec<f32>>,
+        factors: Option<&Vec<f32>>,
+    ) -> Self {
         let count = logits.len() / how.outputs as usize;
         let (experts, rows) = (how.experts as usize, count * how.used as usize);
         let all = count * how.each as usize;
@@ -119,15 +138,16 @@ impl Routes {
                 starts: vec![-1; experts + 1],
                 places: vec![-1; all],
                 tokens: vec![-1; rows],
+                worth: unwritten(rows),
                 weights: unwritten(all),
                 tiles: vec![[-1; 3]; rows / TILE + experts.min(rows)],
             };
-            let (mut worth, mut counts): (Vec<f32>, _) = (unwritten(rows), vec![-1i32; experts]);
+            let mut counts = vec![-1i32; experts];
             launch!("route", [count.div_ceil(8), 1, 1], 256, 0; &mut found.scores, selection, &mut found.chosen,
-                &mut worth, &mut found.places, &mut found.weights, count as i32, how);
+                &mut found.worth, &mut found.places, &mut found.weights, count as i32, how);
             launch!("count_rows", [experts, 1, 1], 256, 0; &found.chosen, &mut counts, rows as i32);
             let tiles = found.tiles.len();
-            launch!("place_rows", [experts, 1, 1], 256, 0; &found.chosen, &worth, &counts, &mut found.starts,
+            launch!("place_rows", [experts, 1, 1], 256, 0; &found.chosen, &found.worth, factors, &counts, &mut found.starts,
                 &mut found.places, &mut found.tokens, &mut found.weights, &mut found.tiles, rows as i32, how.used,
                 how.each, tiles as i32);
             found
@@ -152,22 +172,26 @@ fn logits(count: usize, how: Routing) -> Vec<f32> {
 
 #[test]
 fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
-    for (count, how, selects) in [
-        (1, Routing::new(2, 1), false),
-        (9, Routing::new(8, 2).normed(), false),
-        (300, Routing::new(40, 8), false),
-        (33, Routing::new(512, 5).normed(), false),
-        (33, Routing::new(60, 4).shared(true), false),
-        (9, Routing::new(64, 6).shared(false).normed(), true),
-        (300, Routing::new(128, 8).sigmoid().normed(), true),
-        (17, Routing::new(5, 5).sigmoid().shared(true), true),
+    for (count, how, selects, multiplied) in [
+        (1, Routing::new(2, 1), false, false),
+        (9, Routing::new(8, 2).normed(), false, false),
+        (300, Routing::new(40, 8), false, false),
+        (33, Routing::new(512, 5).normed(), false, false),
+        (33, Routing::new(60, 4).shared(true), false, false),
+        (9, Routing::new(64, 6).shared(false).normed(), true, false),
+        (300, Routing::new(128, 8).sigmoid().normed(), true, false),
+        (17, Routing::new(5, 5).sigmoid().shared(true), true, false),
+        (300, Routing::new(128, 8).normed().scaled(), false, true),
+        (9, Routing::new(7, 3).shared(true).scaled(), false, true),
     ] {
         let logits = logits(count, how);
         let experts = how.experts as usize;
         let (used, each) = (how.used as usize, how.each as usize);
         let selection: Vec<f32> = noise(experts, 7);
         let selection = selects.then_some(&selection);
-        let found = Routes::new(&logits, how, selection);
+        let factors: Vec<f32> = noise(experts, 9);
+        let factors = multiplied.then_some(&factors);
+        let found = Routes::new(&logits, how, selection, factors);
         let (mut all_scores, mut weights) = (vec![], vec![f64::NAN; count * each]);
         for (token, logits) in logits.chunks_exact(how.outputs as usize).enumerate() {
             let scores = how.scores(&wide(logits));
@@ -177,7 +201,7 @@ fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
             let best: Vec<i32> = order[..used].iter().map(|&e| e as i32).collect();
             assert_eq!(found.chosen[token * used..][..used], best);
             let places = &found.places[token * each..][..each];
-            for (&row, weight) in places.iter().zip(how.counts(&scores, &best)) {
+            for (&row, weight) in places.iter().zip(how.counts(&scores, &best, factors)) {
                 weights[row as usize] = weight;
             }
             for (&row, &expert) in places.iter().zip(&best) {
@@ -214,7 +238,7 @@ fn tokens_go_to_the_best_and_experts_have_their_rows_together() {
 #[test]
 fn of_equals_the_first_is_chosen_and_numbers_that_are_none_choose_somebody() {
     let how = Routing::new(6, 4);
-    let found = Routes::new(&[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], how, None);
+    let found = Routes::new(&[1.0, 2.0, 2.0, 1.0, 2.0, 0.0], how, None, None);
     assert_eq!(found.chosen, [1, 2, 4, 0]);
     // (They are not equal to themselves: one order of threads will do.)
     let (mut scores, mut chosen) = (vec![f32::NAN; 6], vec![-1i32; 4]);
@@ -246,6 +270,7 @@ fn uneven() -> Routes {
         starts: starts.to_vec(),
         places: vec![],
         tokens: (0..rows).map(|row| row * 7 % 50).collect(),
+        worth: vec![],
         weights: vec![],
         tiles,
     }
@@ -442,22 +467,27 @@ fn routers_gradients<T: Element>() {
         least: 50.0, // more than any sum
         ..how.normed()
     };
-    for how in [
-        how,
-        how.normed(),
-        floored,
-        how.shared(true),
-        how.normed().shared(true).sigmoid(),
-        how.shared(false).sigmoid(),
-        floored.sigmoid(),
-        Routing {
-            plus: 0.5,
-            ..how.normed().sigmoid()
-        },
+    let added = Routing {
+        plus: 0.5,
+        ..how.normed().sigmoid()
+    };
+    let factors: Vec<f32> = noise(experts, 9);
+    for (how, multiplied) in [
+        (how, false),
+        (how.normed(), false),
+        (floored, false),
+        (how.shared(true), false),
+        (how.normed().shared(true).sigmoid(), false),
+        (how.shared(false).sigmoid(), false),
+        (floored.sigmoid(), false),
+        (added, false),
+        (how.normed().scaled(), true),
+        (how.shared(true).scaled(), true),
     ] {
         let (outputs, each) = (how.outputs as usize, how.each as usize);
         let logits = logits(count, how);
-        let routes = Routes::new(&logits, how, None);
+        let factors = multiplied.then_some(&factors);
+        let routes = Routes::new(&logits, how, None, factors);
         let d_weights: Vec<f32> = noise(count * each, 8);
         let found = in_every_order(|| {
             let mut d_logits: Vec<T> = unwritten(count * outputs);
@@ -470,7 +500,8 @@ fn routers_gradients<T: Element>() {
         for token in 0..count {
             let loss = |logits: &[f64]| -> f64 {
                 let chosen = &routes.chosen[token * used..][..used];
-                let counts = how.counts(&how.scores(logits), chosen).into_iter();
+                let scores = how.scores(logits);
+                let counts = how.counts(&scores, chosen, factors).into_iter();
                 let rows = &routes.places[token * each..][..each];
                 let d = rows.iter().map(|&row| f64::from(d_weights[row as usize]));
                 counts.zip(d).map(|(count, d)| count * d).sum()
@@ -491,6 +522,30 @@ fn routers_gradients<T: Element>() {
             &exact,
             if size_of::<T>() == 2 { 1.0 } else { 100.0 },
         );
+    }
+}
+
+#[test]
+fn a_factors_gradient_is_of_its_experts_rows() {
+    for (count, how) in [
+        (300, Routing::new(40, 8).normed()),
+        (9, Routing::new(7, 3).shared(false)),
+    ] {
+        let (experts, used, each) = (how.experts as usize, how.used as usize, how.each as usize);
+        let routes = Routes::new(&logits(count, how), how, None, None);
+        let (d_weights, before): (Vec<f32>, Vec<f32>) = (noise(count * each, 8), noise(experts, 3));
+        let found = in_every_order(|| {
+            let mut gradients = before.clone();
+            launch!("factor_gradient", [experts, 1, 1], 256, 0; &routes.chosen, &routes.worth, &routes.places, &d_weights,
+                &mut gradients, (count * used) as i32, how.used, how.each);
+            gradients
+        });
+        let mut exact = wide(&before);
+        for (i, &expert) in routes.chosen.iter().enumerate() {
+            let row = routes.places[i / used * each + i % used] as usize;
+            exact[expert as usize] += f64::from(routes.worth[i]) * f64::from(d_weights[row]);
+        }
+        assert_close("factors", &found, &exact, 100.0);
     }
 }
 
