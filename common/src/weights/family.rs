@@ -918,7 +918,7 @@ pub(super) fn of_gguf(
     experts: bool,
     shared: bool,
 ) -> Option<&'static Family> {
-    // (There are no files of those that are asked for.)
+    // (Of those that are asked for, GGUFs are not read.)
     let mixes = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.asked.is_none());
     let named = FAMILIES
         .iter()
