@@ -918,11 +918,13 @@ pub(super) fn of_gguf(
     experts: bool,
     shared: bool,
 ) -> Option<&'static Family> {
-    // (Of those that are asked for, GGUFs are not read.)
-    let mixes = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.asked.is_none());
+    let mixes = |f: &&Family| match &f.mixture {
+        Some(mixture) => experts || mixture.asked.is_some(),
+        None => !experts,
+    };
     let named = FAMILIES
         .iter()
-        .filter(|f| f.gguf == architecture && mixes(f) == experts);
+        .filter(|f| f.gguf == architecture && mixes(f));
     let first = named.clone().next()?;
     let shares = |f: &&Family| f.mixture.as_ref().is_some_and(|m| m.shared.is_some());
     Some(match (first.windows, window) {

@@ -174,6 +174,9 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             Array(vec![String("a".into()), String("b".into())]),
         ),
     ];
+    if let Some(window) = config.windows[0] {
+        metadata.push((key("attention.sliding_window"), number(window)));
+    }
     if config.rotary_dim < config.head_dim {
         metadata.push((key("rope.dimension_count"), number(config.rotary_dim)));
     }
@@ -214,13 +217,17 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
 }
 
 /// What a GGUF of Gemma 4 says beyond others, and its tensor of divisors.
-fn uneven(config: &Config, metadata: &mut Vec<(String, gguf_file::Value)>, stored: &mut Tensors) {
+pub(super) fn uneven(
+    config: &Config,
+    metadata: &mut Vec<(String, gguf_file::Value)>,
+    stored: &mut Tensors,
+) {
     use gguf_file::Value::{Array, Bool, F32, U32};
     let key = |name: &str| format!("gemma4.{name}");
     let layers = 0..config.layers;
     let number = |n: usize| U32(n as u32);
     let kv = layers.clone().map(|i| number(config.heads_of(i).kv));
-    let ffn = layers.map(|i| number(config.inner_width(i)));
+    let ffn = layers.map(|i| number(config.mlp_projections(i)[0].1));
     let sliding = config.windows.iter().map(|window| Bool(window.is_some()));
     let local = config.ropes[0].as_ref().unwrap().theta;
     let said = [
@@ -311,10 +318,18 @@ pub(super) fn gguf(
     model_type: &str,
     dtype: GgmlDType,
 ) -> (PathBuf, Config, Tensors) {
-    let config = config(model_type);
+    gguf_of(folder, config(model_type), dtype)
+}
+
+/// The same of this config.
+pub(super) fn gguf_of(
+    folder: &Path,
+    config: Config,
+    dtype: GgmlDType,
+) -> (PathBuf, Config, Tensors) {
     let tensors = random_tensors(&config, 11);
     let path = folder.join("tiny.gguf");
-    let arch = match model_type {
+    let arch = match config.model_type.as_str() {
         "olmo3" => "olmo2",
         "gemma3_text" => "gemma3",
         "gemma4_text" => "gemma4",
@@ -329,7 +344,7 @@ pub(super) fn gguf(
         "glm" => "chatglm",
         "hunyuan_v1_dense" => "hunyuan-dense",
         "ministral3" => "mistral3",
-        _ => model_type,
+        model_type => model_type,
     };
     let mut stored = as_gguf(&config, arch, &tensors);
     let mut metadata = gguf_metadata(&config, arch);
@@ -347,10 +362,6 @@ pub(super) fn gguf(
         let heads = config.recurrences.iter().map(heads).collect();
         let heads = gguf_file::Value::Array(heads);
         metadata.push((format!("{arch}.attention.head_count_kv"), heads));
-    }
-    if let Some(window) = config.windows[0] {
-        let window = gguf_file::Value::U32(window as u32);
-        metadata.push((format!("{arch}.attention.sliding_window"), window));
     }
     write_gguf(&path, &metadata, &stored, dtype);
     (path, config, tensors)

@@ -1,9 +1,9 @@
 //! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
 
-use super::config::SELECTION;
+use super::config::{Experts, SELECTION};
 use super::family::{self, QKV};
-use super::layout::{Expert, ExpertPart, Place};
-use super::{Config, gguf_delta, gguf_uneven};
+use super::layout::Place;
+use super::{Config, gguf_delta, gguf_experts, gguf_uneven};
 use crate::gguf::{Arrays, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -48,7 +48,8 @@ impl Gguf {
         self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
-    /// Where a tensor of the decoder's is. Files of any architecture may have queries, keys and values as one matrix.
+    /// Where a tensor of the decoder's is. Files of any architecture may have queries, keys and values as one matrix, and any of
+    /// Gemma 4's experts gates and ups as two.
     pub(super) fn place(&self, config: &Config, name: &str, shape: &[usize]) -> Result<Place> {
         let usual = place(config, name, shape)
             .with_context(|| format!("GGUF has no name for the tensor {name:?}"))?;
@@ -56,8 +57,12 @@ impl Gguf {
         if there(&usual) {
             return Ok(usual);
         }
-        let in_one = named(config, config.place_in(&[QKV], name, shape));
-        Ok(in_one.filter(there).unwrap_or(usual))
+        let count = config.mixture().map_or(0, |experts| experts.count);
+        let others = [
+            named(config, config.place_in(&[QKV], name, shape)),
+            gguf_experts::place(name, count, shape, false),
+        ];
+        Ok(others.into_iter().flatten().find(there).unwrap_or(usual))
     }
 
     pub(super) fn check(&self, place: &Place) -> Result<()> {
@@ -120,19 +125,10 @@ pub(super) fn place(config: &Config, name: &str, shape: &[usize]) -> Option<Plac
     if let Some(place) = others.iter().find_map(|place| place(name, shape)) {
         return Some(place);
     }
-    if let (Some(expert), Some(experts)) = (Expert::of(name), config.mixture()) {
-        let layer = expert.layer.strip_prefix("model.layers.")?;
-        let what = match expert.projection {
-            ExpertPart::Gate => "gate",
-            ExpertPart::Up => "up",
-            ExpertPart::Down => "down",
-        };
-        let first = expert.number * shape[0];
-        return Some(Place {
-            name: format!("blk.{layer}ffn_{what}_exps.weight"),
-            shape: [&[experts.count], shape].concat(),
-            rows: first..first + shape[0],
-        });
+    if let Some(Experts { count, apart, .. }) = config.mixture()
+        && let Some(place) = gguf_experts::place(name, count, shape, apart)
+    {
+        return Some(place);
     }
     if name.contains(".mlp.shared_expert") {
         // Gates and ups are apart, however folders have them.

@@ -106,8 +106,8 @@ fn read(gguf: &Gguf) -> Result<Config> {
         _ => vec![None; layers],
     };
     let ffn = match (experts.iter().flatten().next(), &uneven) {
-        (Some(of_each), _) if !experts.contains(&None) => of_each.ffn,
         (_, Some(uneven)) => uneven.ffn,
+        (Some(of_each), None) if !experts.contains(&None) => of_each.ffn,
         (_, None) => fields.size("feed_forward_length")?,
     };
     let config = Config {

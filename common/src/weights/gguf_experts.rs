@@ -4,9 +4,32 @@
 use super::config::{Experts, Scores, Shared};
 use super::family::{Mixture, Normed, SharedExpert, SparseLayers};
 use super::gguf_config::Metadata;
+use super::layout::{Expert, ExpertPart, Place};
 use super::rope::positive;
 use crate::gguf::Value;
 use anyhow::{Result, ensure};
+
+/// Gates and ups of all experts, where they are one tensor (Gemma 4).
+pub(super) const GATE_UP: &str = "ffn_gate_up_exps";
+
+/// Where a file has an expert's projection among those of all, gates and ups `together` or not.
+pub(super) fn place(name: &str, count: usize, shape: &[usize], together: bool) -> Option<Place> {
+    let expert = Expert::of(name)?;
+    let layer = expert.layer.strip_prefix("model.layers.")?;
+    let (what, parts, part) = match (expert.projection, together) {
+        (ExpertPart::Gate, true) => (GATE_UP, 2, 0),
+        (ExpertPart::Up, true) => (GATE_UP, 2, 1),
+        (ExpertPart::Gate, false) => ("ffn_gate_exps", 1, 0),
+        (ExpertPart::Up, false) => ("ffn_up_exps", 1, 0),
+        (ExpertPart::Down, _) => ("ffn_down_exps", 1, 0),
+    };
+    let first = (expert.number * parts + part) * shape[0];
+    Some(Place {
+        name: format!("blk.{layer}{what}.weight"),
+        shape: [&[count, parts * shape[0]], &shape[1..]].concat(),
+        rows: first..first + shape[0],
+    })
+}
 
 /// Per layer, its mixture of so many experts, where it has one.
 pub(super) fn mixtures(
@@ -22,8 +45,10 @@ pub(super) fn mixtures(
     let all = matches!(mixture.layers, SparseLayers::All);
     let sparse = |layer: &usize| all || tensor(*layer, "ffn_gate_inp").is_some();
     let first = (0..layers).find(sparse).unwrap_or(0);
-    let ffn = match tensor(first, "ffn_up_exps") {
-        Some(&[_, ffn, _]) => ffn,
+    let widths = [tensor(first, "ffn_up_exps"), tensor(first, GATE_UP)];
+    let ffn = match widths {
+        [Some(&[_, ffn, _]), _] => ffn,
+        [None, Some(&[_, both, _])] => both / 2,
         _ => fields.size("feed_forward_length")?, // it is missing, as will be said
     };
     let shared = match &mixture.shared {

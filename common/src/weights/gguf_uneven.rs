@@ -1,7 +1,7 @@
 //! Gemma 4 in a GGUF: what its metadata and tensors say of layers that differ, and the names of what they read beside the
 //! residual stream.
 
-use super::config::{Config, LAYER_SCALE, WideHeads};
+use super::config::{Config, FACTORS, LAYER_SCALE, WideHeads};
 use super::gguf_config::Metadata;
 use super::layout::Place;
 use super::rope::RopeScaling;
@@ -106,13 +106,18 @@ pub(super) fn place(name: &str, shape: &[usize]) -> Option<Place> {
         Some(rest) => {
             let (layer, rest) = rest.split_once('.')?;
             let what = match rest {
-                LAYER_SCALE => "layer_output_scale",
-                "per_layer_input_gate.weight" => "inp_gate",
-                "per_layer_projection.weight" => "proj",
-                "post_per_layer_input_norm.weight" => "post_norm",
+                LAYER_SCALE => "layer_output_scale.weight",
+                FACTORS => "ffn_down_exps.scale",
+                "router.scale" => "ffn_gate_inp.scale",
+                "pre_feedforward_layernorm_2.weight" => "pre_ffw_norm_2.weight",
+                "post_feedforward_layernorm_1.weight" => "post_ffw_norm_1.weight",
+                "post_feedforward_layernorm_2.weight" => "post_ffw_norm_2.weight",
+                "per_layer_input_gate.weight" => "inp_gate.weight",
+                "per_layer_projection.weight" => "proj.weight",
+                "post_per_layer_input_norm.weight" => "post_norm.weight",
                 _ => return None,
             };
-            format!("blk.{layer}.{what}.weight")
+            format!("blk.{layer}.{what}")
         }
     };
     Some(Place::whole(&found, shape))

@@ -301,6 +301,44 @@ fn gguf_opens_under_hugging_face_names_with_rows_in_their_order() {
     }
 }
 
+#[test]
+fn a_gguf_has_gates_and_ups_of_gemma4s_experts_as_one_tensor_or_as_two() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut json = config_json("gemma4_text");
+    json["enable_moe_block"] = json!(true);
+    json["num_experts"] = json!(3);
+    json["top_k_experts"] = json!(2);
+    json["moe_intermediate_size"] = json!(24);
+    let config = Config::from_json(&json, Path::new("config.json")).unwrap();
+    let (path, config, tensors) = gguf_of(folder.path(), config, GgmlDType::F32);
+    let one = open(&path).unwrap();
+    assert_eq!(one.config, config);
+    assert_holds(&one, &tensors);
+    let mut metadata = gguf_metadata(&config, "gemma4");
+    let mut stored = as_gguf(&config, "gemma4", &tensors);
+    uneven(&config, &mut metadata, &mut stored);
+    let both: Tensors = stored
+        .extract_if(.., |(name, ..)| name.contains("gate_up_exps"))
+        .collect();
+    assert_eq!(both.len(), config.layers);
+    for (name, shape, values) in both {
+        let (experts, rows, row) = (shape[0], shape[1] / 2, shape[2]);
+        for (part, first) in [("gate", 0), ("up", 1)] {
+            let of_each = values.chunks_exact(rows * row).skip(first).step_by(2);
+            let name = name.replace("gate_up", part);
+            stored.push((
+                name,
+                vec![experts, rows, row],
+                of_each.flatten().copied().collect(),
+            ));
+        }
+    }
+    write_gguf(&path, &metadata, &stored, GgmlDType::F32);
+    let two = open(&path).unwrap();
+    assert_eq!(two.config, config);
+    assert_holds(&two, &tensors);
+}
+
 /// As llama.cpp's converter writes them where it is asked to, and the first GLM-4s in any case.
 #[test]
 fn a_gguf_may_have_queries_keys_and_values_as_one() {
