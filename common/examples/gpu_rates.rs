@@ -9,8 +9,7 @@
 //! `cargo run --release -p common --features cuda --example gpu_rates [NUMBER]`
 
 use anyhow::Result;
-use common::cuda::{self, Arg, Buffer, Device, Form, Launch, Product, bytes_of};
-use common::kernels::gemm::Precision;
+use common::cuda::{self, Arg, Buffer, Device, Form, Launch, Precision, Product, bytes_of};
 use serde_json::json;
 use std::time::Instant;
 
