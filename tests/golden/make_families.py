@@ -131,10 +131,14 @@ GROWING = rope(
 )
 
 
-GEMMA4_ROPES = {
-    "sliding_attention": rope(10000.0),
-    "full_attention": rope(1000.0, "proportional", partial_rotary_factor=0.5),
-}
+GEMMA4 = dict(
+    head_dim=8,
+    sliding_window=8,
+    rope_parameters={
+        "sliding_attention": rope(10000.0),
+        "full_attention": rope(1000.0, "proportional", partial_rotary_factor=0.5),
+    },
+)
 
 
 # name -> (config class, fields that differ from TINY, how it is saved and from which seed; else that is its place here)
@@ -623,40 +627,34 @@ FAMILIES = {
     # Two layers attend to the keys of earlier ones, one of each kind; every layer has embeddings of its own.
     "gemma4": (
         Gemma4TextConfig,
-    Gemma4UnifiedTextConfig,
         dict(
             num_hidden_layers=5,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"] + ["sliding_attention", "full_attention"],
+            layer_types=["sliding_attention", "full_attention"] + ["sliding_attention"] * 2 + ["full_attention"],
             num_kv_shared_layers=2,
             use_double_wide_mlp=True,
             intermediate_size=16,
-            head_dim=8,
             global_head_dim=16,
-            sliding_window=8,
             hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=TINY["vocab_size"],
             final_logit_softcapping=4.0,
             tie_word_embeddings=True,
-            rope_parameters=GEMMA4_ROPES,
+            **GEMMA4,
         ),
         {"seed": 127},
     ),
     # Values are keys in layers that see everything, whose key heads are fewer, too.
     "gemma4-keys": (
         Gemma4TextConfig,
-    Gemma4UnifiedTextConfig,
         dict(
             num_hidden_layers=3,
             layer_types=["sliding_attention", "full_attention", "full_attention"],
             attention_k_eq_v=True,
-            head_dim=8,
             global_head_dim=12,
             num_global_key_value_heads=1,
-            sliding_window=8,
             hidden_size_per_layer_input=0,
             final_logit_softcapping=4.0,
             tie_word_embeddings=True,
-            rope_parameters=GEMMA4_ROPES,
+            **GEMMA4,
         ),
         {"seed": 117},
     ),
@@ -668,10 +666,8 @@ FAMILIES = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
             num_kv_shared_layers=2,
             attention_k_eq_v=True,
-            head_dim=8,
             global_head_dim=16,
-            sliding_window=8,
-            rope_parameters=GEMMA4_ROPES,
+            **GEMMA4,
         ),
         {"seed": 118},
     ),
@@ -681,10 +677,8 @@ FAMILIES = {
         dict(
             layer_types=["sliding_attention", "full_attention"],
             attention_k_eq_v=True,
-            head_dim=8,
             global_head_dim=16,
             num_global_key_value_heads=1,
-            sliding_window=8,
             hidden_size_per_layer_input=0,
             enable_moe_block=True,
             intermediate_size=24,
@@ -693,7 +687,7 @@ FAMILIES = {
             moe_intermediate_size=16,
             final_logit_softcapping=4.0,
             tie_word_embeddings=True,
-            rope_parameters=GEMMA4_ROPES,
+            **GEMMA4,
         ),
         {"seed": 2436},
     ),

@@ -116,7 +116,10 @@ impl<'a> Backward<'a> {
                 width => Some(rows(width, size)?),
             },
             d_attention: rows(widths.attention, size)?,
-            d_heads: rows(2 * widest_queries(&decoder.config), size_of::<f32>())?,
+            d_heads: rows(
+                2 * decoder.config.heads * decoder.config.widest_head(),
+                size_of::<f32>(),
+            )?,
             delta: rows(decoder.config.heads, size_of::<f32>())?,
             partial: (decoder.device)
                 .allocate(partial_bytes(&decoder.config, count.max(targets)))?,
@@ -282,19 +285,21 @@ impl<'a> Backward<'a> {
             return Ok(self.dy());
         };
         let to = self.operand(d_given, self.decoder.config.hidden);
-        self.norm_given((weight, span), eps, (given, &self.dx), to)?;
+        let rows = self.shape.tokens;
+        self.norm_given((weight, span), eps, (given, &self.dx), to, rows)?;
         Ok(to)
     }
 
-    /// The gradient of what was `given`, given that of what gained its norm, `dy`, float32.
+    /// The gradient of what was `given`, so many rows, given that of what gained its norm, `dy`, float32.
     pub(super) fn norm_given(
         &self,
         (weight, span): (&Buffer, &Span),
         eps: f32,
         (given, dy): (&Buffer, &Buffer),
         to: Operand,
+        count: usize,
     ) -> Result<()> {
-        let (count, width) = (self.shape.tokens, self.decoder.config.hidden);
+        let width = to.stride;
         let blocks = count.min(NORM_BLOCKS);
         let wanted = self.gradients.span(span);
         self.decoder.device.launch(
@@ -655,14 +660,8 @@ pub(super) fn norm_at<'a>(
 }
 
 /// The gradient of a norm over rows of such a width, by so many blocks.
-pub(super) fn norm_launch(blocks: usize, width: usize) -> Launch {
+fn norm_launch(blocks: usize, width: usize) -> Launch {
     Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
-}
-
-/// The queries of a token where they are widest.
-pub(super) fn widest_queries(c: &Config) -> usize {
-    let widths = (0..c.layers).map(|i| c.heads_of(i).q_width());
-    widths.max().unwrap_or(0)
 }
 
 /// What partial sums over at most so many rows take, whichever needs most.
@@ -671,12 +670,10 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
     match config.qk_norm {
         None => {}
         Some(QkNorm::Heads | QkNorm::Turned) => {
-            let dims = (0..config.layers).map(|i| config.heads_of(i).dim);
-            let widest = dims.max().unwrap_or(0);
-            most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * widest);
+            most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.widest_head());
         }
         Some(QkNorm::Rows) => {
-            most = most.max(count.min(NORM_BLOCKS) * widest_queries(config));
+            most = most.max(count.min(NORM_BLOCKS) * config.heads * config.widest_head());
         }
     }
     most = most.max(AsideGradients::partial_elements(config, count));

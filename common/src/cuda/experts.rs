@@ -548,6 +548,7 @@ impl Backward<'_> {
         let (decoder, places) = (self.decoder, &self.gradients.params.layers[i]);
         let (norms, spans) = (&decoder.layers[i].norms, &places.norms);
         let (hidden, eps) = (decoder.config.hidden, decoder.config.norm_eps);
+        let rows = self.shape.tokens;
         let own = self.experts.as_ref().expect("made for a mixture");
         let (Some(apart), Some(d_sum), Some(down), Some(d_given)) =
             (&pass.apart, &own.d_sum, &pass.down, &self.d_given)
@@ -559,12 +560,12 @@ impl Backward<'_> {
         let sum = d_sum.rows(0, hidden, Precision::F32);
         let dy = self.operand(d_given, hidden);
         let norm = norm_at(&norms.after_mlp, &spans.after_mlp);
-        self.norm_given(norm, eps, (down, &self.dx), sum)?;
+        self.norm_given(norm, eps, (down, &self.dx), sum, rows)?;
         let norm = norm_at(&norms.after_one, &spans.after_one);
-        self.norm_given(norm, eps, (&apart.of_one, d_sum), dy)?;
+        self.norm_given(norm, eps, (&apart.of_one, d_sum), dy, rows)?;
         self.beside(i, mixture, dy, pass)?;
         let norm = norm_at(&norms.after_experts, &spans.after_experts);
-        self.norm_given(norm, eps, (&apart.of_experts, d_sum), dy)?;
+        self.norm_given(norm, eps, (&apart.of_experts, d_sum), dy, rows)?;
         self.experts(i, mixture, dy, pass)
     }
 

@@ -2,7 +2,7 @@
 //! keys and values of an earlier layer.
 
 use super::args;
-use super::backward::{Backward, NORM_BLOCKS, norm_launch};
+use super::backward::{Backward, NORM_BLOCKS};
 use super::decoder::{Decoder, Linear};
 use super::device::{Buffer, Launch, Precision};
 use super::launches::{THREADS, norm_rows};
@@ -335,9 +335,7 @@ impl Backward<'_> {
         ) else {
             return Ok(());
         };
-        let (Some(to_table), Some(to_norm)) =
-            (self.gradients.span(&p.table), self.gradients.span(&p.norm))
-        else {
+        let Some(to_table) = self.gradients.span(&p.table) else {
             return Ok(()); // they are not trained
         };
         let (c, all) = (&decoder.config, stride(&decoder.config));
@@ -345,22 +343,8 @@ impl Backward<'_> {
         decoder.embed(tokens, count, &pass.x)?;
         let made = decoder.make_inputs(inputs, count, &pass.x, pass)?;
         let d_made = decoder.device.allocate(count * all * decoder.size())?;
-        let blocks = rows.min(NORM_BLOCKS);
-        decoder.device.launch(
-            &decoder.kernels.of_format("rms_norm_add_backward"),
-            norm_launch(blocks, width),
-            args![
-                made,
-                &inputs.norm,
-                making_eps(c),
-                d,
-                &d_made,
-                &self.partial,
-                rows as i32,
-                width as i32,
-            ],
-        )?;
-        self.add_partial(blocks, width, to_norm)?;
+        let to = self.operand(&d_made, width);
+        self.norm_given((&inputs.norm, &p.norm), making_eps(c), (made, d), to, rows)?;
         let dy = self.operand(&d_made, all);
         let projection = &inputs.projection;
         self.weight_gradient(projection, &p.projection, &pass.normed, dy, pass)?;

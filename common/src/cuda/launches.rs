@@ -19,8 +19,7 @@ fn head_size(dim: usize) -> Option<usize> {
 /// # Errors
 /// Heads that are too wide.
 pub(super) fn check(config: &Config) -> Result<()> {
-    let widest = (0..config.layers).map(|i| config.heads_of(i).dim).max();
-    let widest = widest.unwrap_or(0);
+    let widest = config.widest_head();
     ensure!(
         head_size(widest).is_some(),
         "heads of {widest} are more than the GPU's attention takes (512): use --device cpu"

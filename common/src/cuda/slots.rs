@@ -185,7 +185,7 @@ impl Sizes {
         );
         let tables = if config.query_growth.is_some() { 2 } else { 1 };
         let memory = Memories::table_bytes(config, decoder.size());
-        let dim = widest_head(config);
+        let dim = config.widest_head();
         let partials = (PREFIX_SPLITS + own_splits(1, heads.kv)) * heads.query * (dim + 1);
         let row: usize = (0..config.layers).map(|i| key_bytes(decoder, i)).sum();
         Self {
@@ -243,12 +243,6 @@ fn key_bytes(decoder: &Decoder, i: usize) -> usize {
         true => 2 * decoder.heads(i).kv_width() * decoder.size(),
         false => 0,
     }
-}
-
-/// The width of a head in the layer where it is largest.
-fn widest_head(config: &Config) -> usize {
-    let dims = (0..config.layers).map(|i| config.heads_of(i).dim);
-    dims.max().unwrap_or(0)
 }
 
 /// The numbers of queries that share a key, of which there may be more than one in a model.
@@ -333,7 +327,7 @@ impl Slots {
             after_prompts: numbers(PROMPTS * vocab)?,
             normed: device.zeroed(slots * config.hidden * decoder.size())?,
             pass: decoder.pass(slots)?,
-            partial: numbers(parts * slots * heads.query * widest_head(config))?,
+            partial: numbers(parts * slots * heads.query * config.widest_head())?,
             partial_lse: numbers(parts * slots * heads.query)?,
             own_splits,
         })

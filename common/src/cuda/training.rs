@@ -4,7 +4,7 @@
 //! all activations as far as there is room, those of the others are made again.
 
 use super::args;
-use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes, widest_queries};
+use super::backward::{Backward, Gradients, LayerState, Norm, partial_bytes};
 use super::batch::Shape;
 use super::decoder::Decoder;
 use super::delta_backward::DeltaRoom;
@@ -355,7 +355,7 @@ impl Footprint<'_> {
             Precision::F32 => 0,
             Precision::Bf16 | Precision::F16 => size,
         };
-        let (q, widths) = (widest_queries(c), Widths::new(c));
+        let (q, widths) = (c.heads * c.widest_head(), Widths::new(c));
         // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.
         let copied = match c.norms {
             Norms::Before => rounded,

@@ -117,7 +117,7 @@ fn fixed_bytes(config: &Config, settings: &Settings, precision: Precision) -> us
 fn pair_bytes(config: &Config) -> usize {
     let given = config.mixture().map_or(0, |experts| experts.each());
     let mlp = 4 * config.widest_mlp() + 3 * given * config.hidden;
-    let attention = 2 * config.heads * config.head_dim;
+    let attention = 2 * config.heads * config.widest_head();
     let recurrences = config.recurrences.iter().flatten();
     let mixed = recurrences.map(|recurrence| Recurrent::state_words(*recurrence));
     let row = 4 * config.hidden + mixed.fold(attention, usize::max) + mlp;

@@ -36,6 +36,21 @@ pub fn copy(from: &[f32], to: &mut Vec<f32>) {
     });
 }
 
+/// Multiplies all of `x` by a number, where that is not 1.
+pub fn scale(x: &mut [f32], by: f32) {
+    if by != 1.0 {
+        rows(x, 1, |_, x| x.iter_mut().for_each(|x| *x *= by));
+    }
+}
+
+/// `to` gains `from`.
+pub fn add(from: &[f32], to: &mut [f32]) {
+    rows(to, 1, |first, to| {
+        let from = &from[first..];
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    });
+}
+
 /// Runs `f(first row, rows)` over the rows of `data`, over all threads where there is work enough.
 pub fn rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     const SMALL: usize = 1 << 14;

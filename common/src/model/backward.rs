@@ -9,7 +9,7 @@ use super::workspace::{Buffers, Kept, Workspace};
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Threads, Write, matmul};
 use crate::kernels::layout::Layout;
-use crate::kernels::{activation, copy, fit, norm, rows};
+use crate::kernels::{activation, add, copy, fit, norm, rows, scale};
 use crate::weights::Fused;
 use std::collections::BTreeMap;
 
@@ -77,8 +77,8 @@ pub fn backward(
             lent: &mut d_aside.keys,
         };
         let (layer, p) = pass.layer();
-        if let Some(scale) = layer.scale {
-            rows(&mut dx, 1, |_, dx| dx.iter_mut().for_each(|x| *x *= scale));
+        if let Some(by) = layer.scale {
+            scale(&mut dx, by);
         }
         if let (Some(input), Some(p)) = (&layer.input, &p.input) {
             let given = (&*state, &aside.inputs[..]);
@@ -90,10 +90,7 @@ pub fn backward(
     }
     let b = &mut workspace.buffers;
     Inputs::backward((model, tokens), &mut d_aside.inputs, &mut dx, gradients, b);
-    if decoder.config.embed_scale != 1.0 {
-        let scale = decoder.config.embed_scale;
-        rows(&mut dx, 1, |_, dx| dx.iter_mut().for_each(|x| *x *= scale));
-    }
+    scale(&mut dx, decoder.config.embed_scale);
     gradients.table(&model.params.embedding, tokens, &dx);
 }
 
@@ -287,10 +284,7 @@ impl<'a> Pass<'a, '_> {
                 let d_weight = wanted(self.gradients, &mut self.b.unused, norm.0, Some(norm.1));
                 norm::backward(x, norm.0, eps, d_read, dx, d_weight);
             }
-            None => rows(dx, 1, |first, dx| {
-                let d_read = &d_read[first..];
-                dx.iter_mut().zip(d_read).for_each(|(dx, d)| *dx += d);
-            }),
+            None => add(d_read, dx),
         }
     }
 }

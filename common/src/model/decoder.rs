@@ -10,7 +10,7 @@ use super::rotations::Rotations;
 use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::layout::{Heads, Layout};
-use crate::kernels::{activation, copy, fit, norm, rows};
+use crate::kernels::{activation, copy, fit, norm, rows, scale};
 use crate::weights::{Config, Fused, Norms};
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -463,14 +463,12 @@ impl Decoder {
 
     /// Where the residual stream begins: the rows of the embedding of `tokens`, `[T, hidden]`.
     pub fn embed(&self, tokens: &[u32], out: &mut Vec<f32>) {
-        let (width, scale) = (self.config.hidden, self.config.embed_scale);
+        let width = self.config.hidden;
         fit(out, tokens.len() * width);
         for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
             self.embedding.read_row(token as usize, row);
-            if scale != 1.0 {
-                row.iter_mut().for_each(|x| *x *= scale);
-            }
         }
+        scale(out, self.config.embed_scale);
     }
 
     /// Where a pass begins: the residual stream, and what layers have of the tokens beside it.
@@ -485,10 +483,7 @@ impl Decoder {
     pub fn final_norm(&self, x: &[f32], out: &mut Vec<f32>) {
         fit(out, x.len());
         norm::forward(x, &self.norm, self.config.norm_eps, out);
-        let scale = self.config.logit_scale;
-        if scale != 1.0 {
-            out.iter_mut().for_each(|x| *x *= scale);
-        }
+        scale(out, self.config.logit_scale);
     }
 
     /// The gradient of the last norm: adds to `dx`, and to the norm's own where it is wanted. `dy` is scaled.
@@ -504,10 +499,7 @@ impl Decoder {
             unused.resize(self.norm.len(), 0.0);
             &mut unused
         });
-        let scale = self.config.logit_scale;
-        if scale != 1.0 {
-            dy.iter_mut().for_each(|dy| *dy *= scale);
-        }
+        scale(dy, self.config.logit_scale);
         norm::backward(x, &self.norm, self.config.norm_eps, dy, dx, d_weight);
     }
 
@@ -609,8 +601,8 @@ impl Decoder {
         if let Some(input) = &layer.input {
             input.forward((&self.config, i), &aside.inputs, state, next);
         }
-        if let Some(scale) = layer.scale {
-            next.iter_mut().for_each(|x| *x *= scale);
+        if let Some(by) = layer.scale {
+            scale(next, by);
         }
     }
 

@@ -11,7 +11,7 @@ use super::gradients::Gradients;
 use super::params::{InputParams, InputTables, Matrix, Span};
 use super::workspace::Buffers;
 use crate::kernels::gemm::{Packed, Write};
-use crate::kernels::{activation, fit, norm, rows};
+use crate::kernels::{activation, add, copy, fit, norm, rows, scale};
 use crate::weights::Config;
 use anyhow::Result;
 
@@ -94,23 +94,18 @@ impl Inputs {
         let Some(d_weight) = gradients.vector(&p.norm) else {
             return; // neither they nor the embedding are trained
         };
-        let (c, all, width) = (&model.decoder.config, inputs.table.k(), inputs.norm.len());
+        let (c, width) = (&model.decoder.config, inputs.norm.len());
         let mut embedded = vec![];
         model.decoder.embed(tokens, &mut embedded);
         let mut made = vec![0.0; d.len()];
         inputs.projection.forward(&embedded, &mut made, Write::Set);
         let mut d_made = vec![0.0; d.len()];
         norm::backward(&made, &inputs.norm, making_eps(c), d, &mut d_made, d_weight);
-        let scale = (width as f32).sqrt();
-        rows(d, all, |_, part| part.iter_mut().for_each(|d| *d *= scale));
+        scale(d, (width as f32).sqrt());
         gradients.table(&p.table, tokens, d);
         gradients.linear(&p.projection, &embedded, &d_made, &mut b.right);
         linear(&inputs.projection, &d_made, &mut b.d_inner, &mut b.right);
-        let gain = &b.d_inner;
-        rows(dx, 1, |first, dx| {
-            let gain = &gain[first..];
-            dx.iter_mut().zip(gain).for_each(|(dx, gain)| *dx += gain);
-        });
+        add(&b.d_inner, dx);
     }
 }
 
@@ -130,7 +125,7 @@ impl LayerInput {
             given_input,
             ..
         } = state;
-        crate::kernels::copy(next, last);
+        copy(next, last);
         fit(input_gates, tokens * width);
         self.gate.forward(last, input_gates, Write::Set);
         fit(given_input, next.len());

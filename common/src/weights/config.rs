@@ -304,6 +304,12 @@ impl Config {
         self.wide.filter(|_| self.windows[layer].is_none())
     }
 
+    /// The width of a head in the layer where it is largest.
+    pub fn widest_head(&self) -> usize {
+        let dims = (0..self.layers).map(|layer| self.heads_of(layer).dim);
+        dims.max().unwrap_or(0)
+    }
+
     /// How much of a layer's heads is rotated.
     pub fn rotary_dim_of(&self, layer: usize) -> usize {
         self.wide_at(layer).map_or(self.rotary_dim, |wide| wide.dim)
