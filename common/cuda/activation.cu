@@ -1,6 +1,5 @@
 // The activation of a gated MLP on rows [gate | up], and its gradient in place.
 #include "activation.h"
-#include "kernels.h"
 
 namespace device {
 
@@ -17,7 +16,7 @@ template <class T> __device__ void activation(const T* gate_up, T* out, int ffn,
     T* to = out + (long long)blockIdx.x * ffn;
     for_part(ffn, [=](int c, auto few) {
         auto g = few.load(gate + c), u = few.load(gate + ffn + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(curve.v(g.at[i])) * (u.at[i] * scale);
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = gated(g.at[i], u.at[i], curve, scale);
         few.store(to + c);
     });
 }
@@ -41,9 +40,9 @@ template <class T> __device__ void activation_backward(T* gate_up, const T* dy, 
 
 }  // namespace device
 
-ACTIVATION(activation_f32, float) { device::activation(gate_up, out, ffn, {c, a}, scale); }
-ACTIVATION(activation_bf16, bf16) { device::activation(gate_up, out, ffn, {c, a}, scale); }
-ACTIVATION(activation_f16, f16) { device::activation(gate_up, out, ffn, {c, a}, scale); }
+ACTIVATION(activation_f32, float) { device::activation(gate_up, out, ffn, curve, scale); }
+ACTIVATION(activation_bf16, bf16) { device::activation(gate_up, out, ffn, curve, scale); }
+ACTIVATION(activation_f16, f16) { device::activation(gate_up, out, ffn, curve, scale); }
 
-ACTIVATION_BACKWARD(activation_backward_f32, float) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }
-ACTIVATION_BACKWARD(activation_backward_bf16, bf16) { device::activation_backward(gate_up, dy, inner, ffn, {c, a}); }
+ACTIVATION_BACKWARD(activation_backward_f32, float) { device::activation_backward(gate_up, dy, inner, ffn, curve); }
+ACTIVATION_BACKWARD(activation_backward_bf16, bf16) { device::activation_backward(gate_up, dy, inner, ffn, curve); }

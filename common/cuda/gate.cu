@@ -1,7 +1,6 @@
 // What attention, or linear attention, gives is gated before its output projection: attention by x·σ(g), each head of linear
 // attention by norm(x)·SiLU(g). The gates are columns of the fused projection.
 #include "activation.h"
-#include "kernels.h"
 
 namespace device {
 

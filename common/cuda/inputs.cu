@@ -1,7 +1,6 @@
 // What a layer takes in beside the residual stream: an embedding of its own, through gates (Gemma 4), and keys and values of an
 // earlier layer, whose gradients are gathered for that.
 #include "activation.h"
-#include "kernels.h"
 
 namespace device {
 
@@ -14,7 +13,7 @@ __device__ void layer_input(const T* gates, const float* inputs, T* out, int wid
     inputs += (long long)blockIdx.x * stride;
     for_row(width, stride, [=](int c, auto few) {
         auto g = few.load(gates + row + c), x = few.load(inputs + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = g.at[i] * sigmoid(curve.v(g.at[i])) * (x.at[i] * scale);
+        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = gated(g.at[i], x.at[i], curve, scale);
         few.store(out + row + c);
     });
 }
@@ -58,13 +57,13 @@ template <class T> __device__ void lent_gradient(T* d, float* sum, int width, in
 
 }  // namespace device
 
-#define DEFINE_FORWARD(name, T) LAYER_INPUT(name, T) { device::layer_input(gates, inputs, out, width, stride, {c, a}, scale); }
+#define DEFINE_FORWARD(name, T) LAYER_INPUT(name, T) { device::layer_input(gates, inputs, out, width, stride, curve, scale); }
 DEFINE_FORWARD(layer_input_f32, float)
 DEFINE_FORWARD(layer_input_bf16, bf16)
 DEFINE_FORWARD(layer_input_f16, f16)
 
 #define DEFINE_BACKWARD(name, T) \
-    LAYER_INPUT_BACKWARD(name, T) { device::layer_input_backward(gates, inputs, inner, d_inputs, width, stride, {c, a}); }
+    LAYER_INPUT_BACKWARD(name, T) { device::layer_input_backward(gates, inputs, inner, d_inputs, width, stride, curve); }
 DEFINE_BACKWARD(layer_input_backward_f32, float)
 DEFINE_BACKWARD(layer_input_backward_bf16, bf16)
 

@@ -83,9 +83,14 @@ ADD_BIAS(add_bias_f16, f16);
 SUM_COLUMNS(sum_columns_f32, float);
 SUM_COLUMNS(sum_columns_bf16, bf16);
 
-// out = scale · gate · σ(c·gate·(1 + a·gate²)) · up: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn]. SiLU is c = 1, a = 0;
-// GELU by tanh is c = √(8/π), a = 0.044715. Grid (count, ceil(ffn / 1024)).
-#define ACTIVATION(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn, float c, float a, float scale)
+// What a gated MLP makes of gate g and up u: g·σ(c·g·(1 + a·g²))·(u + plus), g at most the limit, u within plus and minus it.
+// SiLU is c = 1, a = 0; GELU by tanh is c = √(8/π), a = 0.044715; both have an infinite limit and plus = 0.
+struct Curve {
+    float c, a, limit, plus;
+};
+
+// out = scale times that: `gate_up` [count, 2·ffn] is [gate | up], `out` [count, ffn]. Grid (count, ceil(ffn / 1024)).
+#define ACTIVATION(name, T) KERNEL(256, name, const T* gate_up, T* out, int ffn, Curve curve, float scale)
 ACTIVATION(activation_f32, float);
 ACTIVATION(activation_bf16, bf16);
 ACTIVATION(activation_f16, f16);
@@ -93,16 +98,16 @@ ACTIVATION(activation_f16, f16);
 // Replaces `gate_up` by its gradient, given that of the output, `dy` [count, ffn]; `inner` [count, ffn] or null
 // receives the output again (the down projection's gradient wants it); it may be `dy` itself.
 // Grid (count, ceil(ffn / 1024)).
-#define ACTIVATION_BACKWARD(name, T) KERNEL(256, name, T* gate_up, const T* dy, T* inner, int ffn, float c, float a)
+#define ACTIVATION_BACKWARD(name, T) KERNEL(256, name, T* gate_up, const T* dy, T* inner, int ffn, Curve curve)
 ACTIVATION_BACKWARD(activation_backward_f32, float);
 ACTIVATION_BACKWARD(activation_backward_bf16, bf16);
 
 // ---- What layers take in beside the residual stream -----------------------------------------------------------------
 
-// out = scale · gate · σ(c·gate·(1 + a·gate²)) · input: `gates`, `out` [count, width], rows of `inputs` begin `stride` elements
-// apart. Grid (count).
+// out = scale times what a gated MLP makes of gates and inputs: `gates`, `out` [count, width], rows of `inputs` begin `stride`
+// elements apart. Grid (count).
 #define LAYER_INPUT(name, T) KERNEL(256, name, const T* gates, const float* inputs, T* out, int width, int stride, \
-    float c, float a, float scale)
+    Curve curve, float scale)
 LAYER_INPUT(layer_input_f32, float);
 LAYER_INPUT(layer_input_bf16, bf16);
 LAYER_INPUT(layer_input_f16, f16);
@@ -110,7 +115,7 @@ LAYER_INPUT(layer_input_f16, f16);
 // Given the gradient of that output (of scale 1) in `inner`: `gates` become theirs, `inner` becomes the output, and `d_inputs`,
 // whose rows lie as those of `inputs` do, is set. Grid (count).
 #define LAYER_INPUT_BACKWARD(name, T) KERNEL(256, name, T* gates, const float* inputs, T* inner, float* d_inputs, \
-    int width, int stride, float c, float a)
+    int width, int stride, Curve curve)
 LAYER_INPUT_BACKWARD(layer_input_backward_f32, float);
 LAYER_INPUT_BACKWARD(layer_input_backward_bf16, bf16);
 
@@ -207,7 +212,7 @@ MIX(mix_bf16_bf16, bf16, bf16);
 // As ACTIVATION_BACKWARD, of rows that count weights[r]: `dy` [rows, ffn] is the gradient of the output as if each counted 1,
 // and becomes weights[r]·output; d_weights[r] = Σ dy∘output. Grid (rows).
 #define EXPERT_ACTIVATION_BACKWARD(name, T) KERNEL(256, name, T* gate_up, T* dy, const float* weights, \
-    float* d_weights, int ffn, float c, float a)
+    float* d_weights, int ffn, Curve curve)
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_f32, float);
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16);
 

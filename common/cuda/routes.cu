@@ -1,6 +1,5 @@
 // Mixtures of experts: which experts a token goes to, where its rows lie, and what their MLPs give brought together; and back.
 #include "activation.h"
-#include "kernels.h"
 
 namespace device {
 
@@ -269,10 +268,10 @@ MIX(mix_f16_f32, f16, float) { device::mix(given, places, weights, out, width, u
 MIX(mix_bf16_bf16, bf16, bf16) { device::mix(given, places, weights, out, width, used, scale, keep); }
 
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_f32, float) {
-    device::activation_backward(gate_up, dy, weights, d_weights, ffn, {c, a});
+    device::activation_backward(gate_up, dy, weights, d_weights, ffn, curve);
 }
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16) {
-    device::activation_backward(gate_up, dy, weights, d_weights, ffn, {c, a});
+    device::activation_backward(gate_up, dy, weights, d_weights, ffn, curve);
 }
 
 ROUTE_BACKWARD(route_backward_f32, float) {

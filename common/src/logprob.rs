@@ -415,6 +415,7 @@ mod tests {
                 beta_fast: 4.0,
                 beta_slow: 1.0,
                 attention_factor: 1.5,
+                truncate: false,
             },
         };
         let turned = Config {

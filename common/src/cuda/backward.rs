@@ -163,12 +163,11 @@ impl<'a> Backward<'a> {
         pass: &Pass,
     ) -> Result<()> {
         let (decoder, ffn) = (self.decoder, down.cols);
-        let [c, a] = decoder.config.activation.curve();
         self.input_gradient(down, dy, inner, pass)?;
         decoder.device.launch(
             &decoder.kernels.of_format("activation_backward"),
             Launch::plane(self.shape.tokens, ffn.div_ceil(1024), THREADS),
-            args![made, inner, inner, ffn as i32, c, a],
+            args![made, inner, inner, ffn as i32, decoder.curve()],
         )?;
         self.weight_gradient(down, &places.down, inner, dy, pass)?;
         self.given_bias_gradient(&places.down)?;

@@ -635,11 +635,18 @@ impl Backward<'_> {
         ffn: usize,
         (weights, d_weights): (&Buffer, &Buffer),
     ) -> Result<()> {
-        let [c, a] = self.decoder.config.activation.curve();
-        self.decoder.device.launch(
-            &self.decoder.kernels.of_format("expert_activation_backward"),
+        let decoder = self.decoder;
+        decoder.device.launch(
+            &decoder.kernels.of_format("expert_activation_backward"),
             Launch::row(rows, THREADS),
-            args![gate_up, inner, weights, d_weights, ffn as i32, c, a],
+            args![
+                gate_up,
+                inner,
+                weights,
+                d_weights,
+                ffn as i32,
+                decoder.curve()
+            ],
         )
     }
 

@@ -211,8 +211,7 @@ impl Decoder {
         };
         self.read(x, None, count, &pass.normed)?;
         self.product(&input.gate, &pass.normed, gates, count, pass)?;
-        let ([c, a], scale) = (self.config.activation.curve(), self.inner_scale());
-        let width = input.gate.rows;
+        let (scale, width) = (self.inner_scale(), input.gate.rows);
         self.device.launch(
             &self.kernels.of_format("layer_input"),
             Launch::row(count, THREADS),
@@ -222,8 +221,7 @@ impl Decoder {
                 &pass.inner,
                 width as i32,
                 stride(&self.config) as i32,
-                c,
-                a,
+                self.curve(),
                 scale,
             ],
         )?;
@@ -305,7 +303,7 @@ impl Backward<'_> {
         let norm = (Some(&input.norm), Some(&p.norm));
         let dy = self.given(norm, taking_eps(&decoder.config), pass.given_input.as_ref())?;
         self.input_gradient(&input.projection, dy, &pass.inner, pass)?;
-        let ([c, a], width) = (decoder.config.activation.curve(), input.gate.rows);
+        let width = input.gate.rows;
         decoder.device.launch(
             &decoder.kernels.of_format("layer_input_backward"),
             Launch::row(count, THREADS),
@@ -316,8 +314,7 @@ impl Backward<'_> {
                 decoder.input_at(i, self.aside.inputs.as_ref()),
                 width as i32,
                 stride(&decoder.config) as i32,
-                c,
-                a,
+                decoder.curve(),
             ],
         )?;
         self.weight_gradient(&input.projection, &p.projection, &pass.inner, dy, pass)?;

@@ -2,6 +2,7 @@
 //! has them.
 
 use super::device::{Launch, Plain, Precision, bytes_of};
+use crate::kernels::activation::Curve;
 use crate::kernels::layout::Heads;
 use crate::weights::{Config, Fused};
 use anyhow::{Result, ensure};
@@ -210,6 +211,9 @@ pub(super) struct Scores {
 
 // SAFETY: three numbers of four bytes, no padding.
 unsafe impl Plain for Scores {}
+
+// SAFETY: four numbers of four bytes, no padding.
+unsafe impl Plain for Curve {}
 
 impl Scores {
     /// Those of a layer.

@@ -500,12 +500,16 @@ impl Decoder {
         rows: usize,
         ffn: usize,
     ) -> Result<()> {
-        let [c, a] = self.config.activation.curve();
         self.device.launch(
             &self.kernels.activation,
             Launch::plane(rows, ffn.div_ceil(1024), THREADS),
-            args![gate_up, inner, ffn as i32, c, a, self.inner_scale()],
+            args![gate_up, inner, ffn as i32, self.curve(), self.inner_scale()],
         )
+    }
+
+    /// The activation, as kernels take it.
+    pub(super) fn curve(&self) -> Arg {
+        Arg::plain(self.config.activation.curve())
     }
 
     /// The last norm, of those rows of the residual stream that `rows` (int32) names, or of the first `count`.

@@ -4,22 +4,60 @@
 use super::isa::multiversion;
 use super::softmax::exp;
 
-/// The nonlinearity of the gate g: g·σ(v), v = c·g·(1 + a·g²).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a gated MLP makes of gate g and up u: g·σ(v)·u, v = c·g·(1 + a·g²).
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// SiLU, g·σ(g).
     Silu,
     /// GELU by its approximation ½g·(1 + tanh u), u = √(2/π)·(g + 0.044715·g³), which is g·σ(2u).
     GeluTanh,
+    /// g·σ(alpha·g)·(u + 1), g at most the limit and u within plus and minus it (gpt-oss).
+    Clamped { alpha: f32, limit: f32 },
+}
+
+/// An [`Activation`] in numbers: those of v, what g and u are held within, and what u gains.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Curve {
+    pub c: f32,
+    pub a: f32,
+    pub limit: f32,
+    pub plus: f32,
 }
 
 impl Activation {
-    /// c and a.
-    pub fn curve(self) -> [f32; 2] {
+    /// The same in numbers.
+    pub fn curve(self) -> Curve {
+        let plain = Curve {
+            c: 1.0,
+            a: 0.0,
+            limit: f32::INFINITY,
+            plus: 0.0,
+        };
         match self {
-            Self::Silu => [1.0, 0.0],
-            Self::GeluTanh => [1.595_769_2, 0.044_715],
+            Self::Silu => plain,
+            Self::GeluTanh => Curve {
+                c: 1.595_769_2,
+                a: 0.044_715,
+                ..plain
+            },
+            Self::Clamped { alpha, limit } => Curve {
+                c: alpha,
+                limit,
+                plus: 1.0,
+                ..plain
+            },
         }
+    }
+}
+
+impl Curve {
+    /// g and u within the limit, which keeps what is no number.
+    #[inline(always)]
+    fn held(self, g: f32, u: f32) -> (f32, f32) {
+        let low = |x: f32| if x > self.limit { self.limit } else { x };
+        let u = low(u);
+        (low(g), if u < -self.limit { -self.limit } else { u })
     }
 }
 
@@ -49,23 +87,27 @@ pub fn backward(activation: Activation, gate_up: &mut [f32], ffn: usize, dy: &[f
 }
 
 multiversion! {
-    pub fn forward_row(curve: [f32; 2], gate: &[f32], up: &[f32], out: &mut [f32]) {
-        let [c, a] = curve;
+    pub fn forward_row(curve: Curve, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        let Curve { c, a, plus, .. } = curve;
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-            *out = g / (1.0 + exp::<FMA>(-c * g * (1.0 + a * g * g))) * u;
+            let (g, u) = curve.held(g, u);
+            *out = g / (1.0 + exp::<FMA>(-c * g * (1.0 + a * g * g))) * (u + plus);
         }
     }
 }
 
 multiversion! {
-    pub fn backward_row(curve: [f32; 2], gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
-        let [c, a] = curve;
+    pub fn backward_row(curve: Curve, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        let Curve { c, a, plus, .. } = curve;
         for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(dy) {
-            let (g, u) = (*gate, *up);
+            let (g, u) = curve.held(*gate, *up);
             let sigmoid = 1.0 / (1.0 + exp::<FMA>(-c * g * (1.0 + a * g * g)));
             let slope = c * (1.0 + 3.0 * a * g * g);
-            *up = dy * g * sigmoid;
-            *gate = dy * u * sigmoid * (1.0 + g * slope * (1.0 - sigmoid));
+            let d_up = dy * g * sigmoid;
+            let d_gate = dy * (u + plus) * sigmoid * (1.0 + g * slope * (1.0 - sigmoid));
+            // What is held does not move with what it was.
+            *up = if up.abs() > curve.limit { 0.0 } else { d_up };
+            *gate = if *gate > curve.limit { 0.0 } else { d_gate };
         }
     }
 }
@@ -95,13 +137,20 @@ mod tests {
     use super::*;
     use crate::kernels::testing::{finite_difference, noise};
 
-    const BOTH: [Activation; 2] = [Activation::Silu, Activation::GeluTanh];
+    const ALL: [Activation; 3] = [
+        Activation::Silu,
+        Activation::GeluTanh,
+        Activation::Clamped {
+            alpha: 1.702,
+            limit: 0.6,
+        },
+    ];
 
     #[test]
     fn gradient_agrees_with_finite_differences() {
         let ffn = 19;
         let (x, dy) = (noise(2 * 2 * ffn, 1), noise(2 * ffn, 2));
-        for activation in BOTH {
+        for activation in ALL {
             let mut dx = x.clone();
             backward(activation, &mut dx, ffn, &dy);
             finite_difference(&x, &dx, |x| {
@@ -129,14 +178,16 @@ mod tests {
     #[test]
     fn gates_are_what_their_names_say() {
         let gates = [-3.0f32, -0.7, 0.0, 0.4, 2.5];
-        for activation in BOTH {
+        for activation in ALL {
             let mut out = [0.0; 5];
             forward_row(activation.curve(), &gates, &[1.0; 5], &mut out);
             for (out, g) in out.into_iter().zip(gates.map(f64::from)) {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                let held = g.min(f64::from(0.6f32));
                 let expected = match activation {
                     Activation::Silu => g / (1.0 + (-g).exp()),
                     Activation::GeluTanh => 0.5 * g * (1.0 + inner.tanh()),
+                    Activation::Clamped { .. } => 1.6 * held / (1.0 + (-1.702 * held).exp()),
                 };
                 assert!(
                     (f64::from(out) - expected).abs() < 1e-6,
@@ -148,10 +199,10 @@ mod tests {
 
     #[test]
     fn large_gates_neither_overflow_nor_vanish() {
-        for activation in BOTH {
+        for activation in &ALL[..2] {
             let mut out = vec![0.0; 3];
             forward(
-                activation,
+                *activation,
                 &[200.0, -200.0, 0.0, 1.0, 1.0, 1.0],
                 3,
                 &mut out,

@@ -367,6 +367,7 @@ mod tests {
         scale: 1.0,
         shared: None,
         apart: false,
+        biases: false,
     };
 
     #[test]

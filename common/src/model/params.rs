@@ -3,7 +3,8 @@
 use crate::kernels::gemm::Mat;
 use crate::kernels::{delta, gated_conv};
 use crate::weights::{
-    APART_NORMS, Config, FACTORS, Fused, LAYER_SCALE, Recurrence, SELECTION, Weights,
+    APART_NORMS, Config, Experts, FACTORS, Fused, LAYER_SCALE, Recurrence, SELECTION, SINKS,
+    Weights,
 };
 use anyhow::Result;
 use std::borrow::Cow;
@@ -157,6 +158,8 @@ pub struct LayerParams {
     pub k_norm: Option<Span>,
     /// Of what stands in the place of attention, what it has beside projections.
     pub recurrent: Option<RecurrentParams>,
+    /// What stands beside the scores of each query head in the soft-max, `[heads]`.
+    pub sinks: Option<Span>,
     /// The output projection of attention, or of that.
     pub output: Matrix,
     /// What says which experts a token goes to, where there are several, and what the one for all tokens counts.
@@ -321,8 +324,14 @@ impl Params {
             layer.selection = selects.then(|| cursor.span(&prefix, &[SELECTION]));
             let scaled = config.layer_scales;
             layer.scale = scaled.then(|| cursor.span(&prefix, &[LAYER_SCALE]));
+            let biases = config.experts[i].is_some_and(|experts| experts.biases);
+            if let Some(router) = layer.router.as_mut().filter(|_| biases) {
+                router.bias = Some(cursor.span(&prefix, &["mlp.gate.bias"]));
+            }
             let apart = config.experts[i].is_some_and(|experts| experts.apart);
             layer.factors = apart.then(|| cursor.span(&prefix, &[FACTORS]));
+            let sinks = config.sinks && config.recurrences[i].is_none();
+            layer.sinks = sinks.then(|| cursor.span(&prefix, &[SINKS]));
         }
         Self {
             embedding,
@@ -365,7 +374,7 @@ impl Params {
             all.extend(layer.recurrent.iter().flat_map(RecurrentParams::spans));
             all.extend(layer.input.as_ref().map(|input| &input.norm));
             all.extend(layer.selection.iter().chain(&layer.scale));
-            all.extend(&layer.factors);
+            all.extend(layer.factors.iter().chain(&layer.sinks));
         }
         all.push(&self.norm);
         if let Some(inputs) = &self.inputs {
@@ -440,6 +449,10 @@ impl Source for Weights {
     }
 }
 
+/// What is multiplied together in an MLP.
+const GATE_UP: [&str; 2] = ["gate_proj", "up_proj"];
+const DOWN: [&str; 1] = ["down_proj"];
+
 /// Hands out places in order.
 struct Cursor<'a> {
     config: &'a Config,
@@ -499,19 +512,11 @@ impl Cursor<'_> {
             let gated = experts.outputs() > experts.count;
             self.matrix(&prefix, &gate[..1 + usize::from(gated)], false)
         });
-        let mut mlp = |name: &str, bias| self.mlp(&format!("{prefix}{name}."), bias);
         let mlps = match experts {
-            None => vec![mlp("mlp", c.mlp_bias)],
-            Some(experts) => {
-                let each = 0..experts.count;
-                let mut mlps: Vec<_> = each
-                    .map(|expert| mlp(&format!("mlp.experts.{expert}"), false))
-                    .collect();
-                mlps.extend((experts.shared).map(|_| mlp("mlp.shared_expert", false)));
-                mlps
-            }
+            None => vec![self.mlp(&format!("{prefix}mlp."), c.mlp_bias)],
+            Some(experts) => self.experts(experts, &prefix),
         };
-        let beside = apart.map(|_| mlp("mlp", c.mlp_bias));
+        let beside = apart.map(|_| self.mlp(&format!("{prefix}mlp."), c.mlp_bias));
         let after_mlp = norm(self, after_mlp);
         let input = c.layer_inputs.map(|_| InputParams {
             gate: self.matrix(&prefix, &["per_layer_input_gate"], false),
@@ -533,6 +538,7 @@ impl Cursor<'_> {
             q_norm,
             k_norm,
             recurrent,
+            sinks: None,
             output,
             router,
             selection: None,
@@ -558,20 +564,33 @@ impl Cursor<'_> {
 
     fn mlp(&mut self, prefix: &str, bias: bool) -> MlpParams {
         MlpParams {
-            gate_up: self.matrix(prefix, &["gate_proj", "up_proj"], bias),
-            down: self.matrix(prefix, &["down_proj"], bias),
+            gate_up: self.matrix(prefix, &GATE_UP, bias),
+            down: self.matrix(prefix, &DOWN, bias),
         }
     }
 
+    /// The experts of a layer, that for all tokens last. Weights of those that are chosen among follow each other, and then biases
+    /// of one kind and of the other.
+    fn experts(&mut self, experts: Experts, prefix: &str) -> Vec<MlpParams> {
+        let of = |expert| format!("{prefix}mlp.experts.{expert}.");
+        let each = 0..experts.count;
+        let mut mlps: Vec<_> = each.map(|expert| self.mlp(&of(expert), false)).collect();
+        if experts.biases {
+            for (expert, mlp) in mlps.iter_mut().enumerate() {
+                mlp.gate_up.bias = Some(self.named(&of(expert), &GATE_UP, "bias"));
+            }
+            for (expert, mlp) in mlps.iter_mut().enumerate() {
+                mlp.down.bias = Some(self.named(&of(expert), &DOWN, "bias"));
+            }
+        }
+        let shared = format!("{prefix}mlp.shared_expert.");
+        mlps.extend(experts.shared.map(|_| self.mlp(&shared, false)));
+        mlps
+    }
+
     fn matrix(&mut self, prefix: &str, modules: &[&str], bias: bool) -> Matrix {
-        let named = |kind: &str| {
-            modules
-                .iter()
-                .map(|m| format!("{m}.{kind}"))
-                .collect::<Vec<_>>()
-        };
-        let weight = self.span(prefix, &named("weight"));
-        let bias = bias.then(|| self.span(prefix, &named("bias")));
+        let weight = self.named(prefix, modules, "weight");
+        let bias = bias.then(|| self.named(prefix, modules, "bias"));
         let rows = weight.tensors.iter().map(|(_, shape)| shape[0]).sum();
         let cols = weight.tensors[0].1[1];
         Matrix {
@@ -580,6 +599,11 @@ impl Cursor<'_> {
             rows,
             cols,
         }
+    }
+
+    fn named(&mut self, prefix: &str, modules: &[&str], kind: &str) -> Span {
+        let names: Vec<_> = modules.iter().map(|m| format!("{m}.{kind}")).collect();
+        self.span(prefix, &names)
     }
 
     fn span<S: AsRef<str>>(&mut self, prefix: &str, names: &[S]) -> Span {

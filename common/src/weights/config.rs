@@ -61,6 +61,8 @@ pub struct Experts {
     pub scale: f32,
     /// One more expert, which all tokens go to.
     pub shared: Option<Shared>,
+    /// Biases on the router and on the three projections of each expert (gpt-oss).
+    pub biases: bool,
     /// Beside them layers have the MLP of layers without experts. It, they and the router read through a norm each; what it
     /// gives and what they give is normed before it becomes one; and each expert has a trained number that what it is worth
     /// to a token is multiplied by (Gemma 4).
@@ -94,6 +96,14 @@ impl Experts {
     /// The inner widths of those together.
     pub fn width(&self) -> usize {
         self.used * self.ffn + self.shared.map_or(0, |shared| shared.ffn)
+    }
+
+    /// What a linear map has.
+    fn kinds(&self) -> &'static [&'static str] {
+        match self.biases {
+            true => &["weight", "bias"],
+            false => &["weight"],
+        }
     }
 
     /// The rows of the router.
@@ -252,6 +262,8 @@ pub struct Config {
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
     pub o_bias: bool,
+    /// Each query head has a number that stands beside its scores in the soft-max, as that of a key without a value (gpt-oss).
+    pub sinks: bool,
     /// What attention gives is multiplied by the sigmoid of gates, for which the query projection has as many rows again
     /// (Qwen3.5).
     pub attention_gate: bool,
@@ -457,6 +469,9 @@ impl Config {
             None => {
                 plain(&mut push, &self.attention_projections(layer));
                 self.qk_norm_parameters(layer, &mut push);
+                if self.sinks {
+                    push(SINKS, vec![self.heads]);
+                }
             }
         }
         let experts = self.experts[layer];
@@ -480,20 +495,27 @@ impl Config {
     }
 
     fn expert_parameters(&self, experts: Experts, push: &mut dyn FnMut(&str, Vec<usize>)) {
-        let (hidden, ffn) = (self.hidden, experts.ffn);
-        push("mlp.gate.weight", vec![experts.count, hidden]);
+        let (hidden, ffn, kinds) = (self.hidden, experts.ffn, experts.kinds());
+        for (kind, shape) in kinds
+            .iter()
+            .zip([vec![experts.count, hidden], vec![experts.count]])
+        {
+            push(&format!("mlp.gate.{kind}"), shape);
+        }
         if experts.biased {
             push(SELECTION, vec![experts.count]);
         }
         // Gates and ups of all of them, then downs: so files have them that have them as one.
         let gate_up = [("gate_proj", ffn, hidden), ("up_proj", ffn, hidden)];
         for part in [&gate_up[..], &[("down_proj", hidden, ffn)]] {
-            for expert in 0..experts.count {
-                for &(module, out, input) in part {
-                    push(
-                        &format!("mlp.experts.{expert}.{module}.weight"),
-                        vec![out, input],
-                    );
+            for (kind, dims) in kinds.iter().zip([2, 1]) {
+                for expert in 0..experts.count {
+                    for &(module, out, input) in part {
+                        push(
+                            &format!("mlp.experts.{expert}.{module}.{kind}"),
+                            [out, input][..dims].to_vec(),
+                        );
+                    }
                 }
             }
         }
@@ -678,7 +700,7 @@ impl Config {
         } else if self.recurrences.iter().any(Option::is_some) {
             text += &format!(" recurrences {:?}", self.recurrences);
         }
-        text + "\n"
+        text.replace(", truncate: true", "") + "\n"
     }
 
     /// The bounds that the arithmetic relies on; also the guard of sizes against overflow and absurd allocations. The context
@@ -774,6 +796,9 @@ impl Config {
         })
     }
 }
+
+/// What stands beside scores in the soft-max.
+pub(crate) const SINKS: &str = "self_attn.sinks";
 
 /// What decides beside the scores which experts are the best.
 pub(crate) const SELECTION: &str = "mlp.gate.e_score_correction_bias";

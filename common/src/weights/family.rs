@@ -41,6 +41,8 @@ pub(super) struct Family {
     /// The layers of that model of [`Scales::Roots`] whose GGUF does not say that its scores are divided by the root of
     /// hidden / heads, not by that of its heads' width: llama.cpp knows it.
     pub gguf_apart: Option<usize>,
+    /// Ends of a YaRN's ramp are rounded to pairs where a GGUF has one: it says nothing of that.
+    pub gguf_truncates: bool,
     pub windows: Windows,
     /// What a GGUF calls the norm before the MLP,
     pub gguf_mlp_norm: &'static str,
@@ -60,6 +62,8 @@ pub(super) struct Family {
     pub alpha: bool,
     /// Attention is gated.
     pub attention_gate: bool,
+    /// See [`super::config::Config::sinks`].
+    pub sinks: bool,
     /// What layers may have in the place of attention.
     pub recurrence: Option<RecurrenceKind>,
     /// `block_auto_adjust_ff_dim` is heard, and true where a file has none.
@@ -120,6 +124,8 @@ pub(super) struct Mixture {
     pub shared: Option<SharedExpert>,
     /// See [`super::config::Experts::apart`]; the router's logits are divided by √hidden then.
     pub apart: bool,
+    /// See [`super::config::Experts::biases`].
+    pub biases: bool,
     pub files: ExpertFiles,
 }
 
@@ -169,6 +175,8 @@ pub(super) enum ExpertFiles {
     Each(&'static str, [&'static str; 3]),
     /// All of them in one tensor of gates and ups and one of downs, `[experts, rows, columns]`, of these names.
     Together([&'static str; 2]),
+    /// So, too, but each expert's matrix is turned, and gates and ups are columns by turns (gpt-oss).
+    Interleaved,
 }
 
 /// What numbers on their way are multiplied by.
@@ -249,6 +257,7 @@ const LLAMA: Family = Family {
     scales: Scales::Plain,
     caps: [None; 2],
     gguf_apart: None,
+    gguf_truncates: true,
     windows: Windows::None,
     gguf_mlp_norm: "ffn_norm",
     gguf_last_norm: "output_norm",
@@ -259,6 +268,7 @@ const LLAMA: Family = Family {
     neighbours: false,
     alpha: false,
     attention_gate: false,
+    sinks: false,
     recurrence: None,
     ffn_adjusted: false,
     uneven: None,
@@ -293,6 +303,7 @@ const MIXTURE: Mixture = Mixture {
     selection: None,
     shared: None,
     apart: false,
+    biases: false,
     files: ExpertFiles::Each("mlp.experts", ["gate_proj", "up_proj", "down_proj"]),
 };
 
@@ -550,7 +561,44 @@ const LFM2: Family = Family {
     ..LLAMA
 };
 
-static FAMILIES: [Family; 36] = [
+const GPT_OSS: Family = Family {
+    model_type: "gpt_oss",
+    class: "GptOss",
+    gguf: "gpt-oss",
+    kv_heads: Some(8),
+    head_dim: Some(64),
+    norm_eps: 1e-5,
+    theta: 150_000.0,
+    biases: [Some("attention_bias"), Some("attention_bias"), None],
+    activation: Activation::Clamped {
+        alpha: 1.702,
+        limit: 7.0,
+    },
+    gguf_truncates: false,
+    windows: Windows::AllBut(2, Rotated::Alike),
+    gguf_mlp_norm: "post_attention_norm",
+    permuted: false,
+    sinks: true,
+    mixture: Some(Mixture {
+        count: ["num_local_experts", "num_experts"],
+        biases: true,
+        files: ExpertFiles::Interleaved,
+        ..MIXTURE
+    }),
+    renamed: &[("mlp.gate", "mlp.router")],
+    unsaid: &[
+        ("attention_bias", "true"),
+        ("sliding_window", "128"),
+        (
+            "rope_parameters",
+            r#"{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+                "original_max_position_embeddings": 4096}"#,
+        ),
+    ],
+    ..LLAMA
+};
+
+static FAMILIES: [Family; 37] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -898,6 +946,7 @@ static FAMILIES: [Family; 36] = [
         unsaid: &[("sliding_window", "1024"), GEMMA4_ROPES],
         ..GEMMA4
     },
+    GPT_OSS,
 ];
 
 /// The family of a `model_type`.

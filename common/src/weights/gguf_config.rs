@@ -151,6 +151,7 @@ fn read(gguf: &Gguf) -> Result<Config> {
         logit_scale: 1.0,
         activation: family.activation,
         attention_gate: family.attention_gate,
+        sinks: family.sinks,
         recurrences: match family.recurrence {
             Some(RecurrenceKind::Delta) => gguf_delta::deltas(&fields, layers)?,
             Some(RecurrenceKind::Conv) => convolutions(&fields, layers, hidden)?,
@@ -290,7 +291,7 @@ fn ropes(
                 let divisors = Place::whole(SCALINGS[0], &[rotary_dim / 2]);
                 gguf_uneven::proportional(&fields.gguf.read(&divisors)?)?
             }
-            _ => scaling(fields, rotary_dim, context)?,
+            _ => scaling(fields, family.gguf_truncates, rotary_dim, context)?,
         },
     };
     let unscaled = |theta| {
@@ -365,7 +366,7 @@ pub(super) const SCALINGS: [&str; 3] = [
 ];
 
 /// Linear scaling is in the metadata; Llama 3's comes as a tensor of divisors, LongRoPE's as two.
-fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling> {
+fn scaling(fields: &Metadata, truncate: bool, dims: usize, context: usize) -> Result<RopeScaling> {
     let [divisors, short, long] = SCALINGS;
     let pairs = |name: &str| fields.gguf.read(&Place::whole(name, &[dims / 2]));
     if fields.gguf.shape(divisors).is_some() {
@@ -430,6 +431,7 @@ fn scaling(fields: &Metadata, dims: usize, context: usize) -> Result<RopeScaling
                 beta_fast: beta("beta_fast")?.unwrap_or(32.0) as f32,
                 beta_slow: beta("beta_slow")?.unwrap_or(1.0) as f32,
                 attention_factor,
+                truncate,
             })
         }
         _ => bail!(

@@ -69,6 +69,7 @@ pub(super) fn mixtures(
         scale: scale.map_or(Ok(1.0), |scale| positive(key, scale))?,
         shared,
         apart: mixture.apart,
+        biases: mixture.biases,
     };
     let layers = (0..layers).map(|layer| sparse(&layer).then_some(of_each));
     Ok(layers.collect())

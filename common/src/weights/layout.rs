@@ -125,6 +125,7 @@ impl Config {
                 Place::whole(&name, shape)
             }
             ExpertFiles::Together(names) => self.place_together(names, expert, shape),
+            ExpertFiles::Interleaved => todo!(),
         }
     }
 

@@ -18,7 +18,7 @@ mod save;
 mod text_part;
 
 pub use adapter::{LoraModule, save_adapter};
-pub(crate) use config::{APART_NORMS, FACTORS, LAYER_SCALE, SELECTION};
+pub(crate) use config::{APART_NORMS, FACTORS, LAYER_SCALE, SELECTION, SINKS};
 pub use config::{Config, Experts, Fused, Norms, QkNorm, Recurrence, Scores, Shared};
 pub use family::families;
 pub use rope::{QueryGrowth, Rope, RopeScaling};

@@ -42,6 +42,8 @@ pub enum RopeScaling {
         beta_fast: f32,
         beta_slow: f32,
         attention_factor: f32,
+        /// The ramp's ends are rounded to pairs.
+        truncate: bool,
     },
     /// LongRoPE (arXiv 2402.13753): a divisor for each pair. There are others for sequences beyond the original context, which
     /// transformers turns to for a whole batch; here sequences end where these do.
@@ -281,6 +283,7 @@ impl Rope {
                 beta_fast,
                 beta_slow,
                 attention_factor,
+                truncate,
             } => json!({
                 "rope_type": "yarn",
                 "factor": shortest(*factor),
@@ -288,6 +291,7 @@ impl Rope {
                 "beta_fast": shortest(*beta_fast),
                 "beta_slow": shortest(*beta_slow),
                 "attention_factor": shortest(*attention_factor),
+                "truncate": truncate,
             }),
         }
     }
@@ -367,10 +371,6 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
             }
         }
         "yarn" => {
-            ensure!(
-                inner.flag("truncate")?.unwrap_or(true),
-                "truncate: false is not supported"
-            );
             let factor = needed("factor")?;
             let scale = |key: &str| anyhow::Ok(inner.number(key)?.filter(|&scale| scale != 0.0));
             let scales = scale("mscale")?.zip(scale("mscale_all_dim")?);
@@ -381,6 +381,7 @@ fn scaling(inner: &Fields, top: &Fields, context: usize) -> Result<RopeScaling> 
                 beta_fast: given("beta_fast")?.unwrap_or(32.0),
                 beta_slow: given("beta_slow")?.unwrap_or(1.0),
                 attention_factor: given("attention_factor")?.unwrap_or(growth),
+                truncate: inner.flag("truncate")?.unwrap_or(true),
             }
         }
         // The first Phi-3 models have it by its first name.
@@ -452,11 +453,12 @@ impl RopeScaling {
     /// YaRN's part of each pair's frequency that is divided: 0 for the first pairs, 1 for the last. (The other scalings go
     /// by the frequency itself.)
     fn ramp(&self, theta: f32, dims: usize) -> impl Fn(usize) -> f32 + use<> {
-        let (low, high) = match *self {
+        let (low, span) = match *self {
             Self::Yarn {
                 original_context,
                 beta_fast,
                 beta_slow,
+                truncate,
                 ..
             } => {
                 let dim = dims as f64;
@@ -465,18 +467,23 @@ impl RopeScaling {
                         / (f64::from(times) * 2.0 * std::f64::consts::PI);
                     dim * turns.ln() / (2.0 * f64::from(theta).ln())
                 };
-                let low = pair_that_turns(beta_fast).floor().max(0.0) as f32;
-                let high = pair_that_turns(beta_slow).ceil().min(dim - 1.0) as f32;
-                (low, if low == high { high + 0.001 } else { high })
+                let (low, high) = (pair_that_turns(beta_fast), pair_that_turns(beta_slow));
+                let (low, high) = match truncate {
+                    true => (low.floor(), high.ceil()),
+                    false => (low, high),
+                };
+                let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                let span = if low == high { 0.001 } else { high - low };
+                (low as f32, span as f32)
             }
             // Where it is above 0, pairs do not turn.
             Self::Proportional { part, .. } => {
                 let turning = (part * dims as f32 / 2.0).floor();
-                (turning - 1.0, turning)
+                (turning - 1.0, 1.0)
             }
             _ => (0.0, 1.0),
         };
-        move |pair| ((pair as f32 - low) / (high - low)).clamp(0.0, 1.0)
+        move |pair| ((pair as f32 - low) / span).clamp(0.0, 1.0)
     }
 
     fn frequency(&self, pair: usize, wavelength: f32, ramp: f32) -> f32 {
@@ -683,10 +690,6 @@ mod tests {
             (
                 json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}),
                 "\"dynamic\"",
-            ),
-            (
-                json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": false}}),
-                "truncate: false is not supported",
             ),
             (
                 json!({"rope_scaling": {"rope_type": "linear"}}),

@@ -2,6 +2,7 @@
 
 use super::kernels;
 use common::cuda::{self, Buffer, Device, Launch};
+use common::kernels::activation::Curve;
 use half::{bf16, f16};
 use std::ffi::c_void;
 use std::fmt::Debug;
@@ -78,6 +79,7 @@ impl Plain for i32 {}
 impl Plain for i64 {}
 impl Plain for f32 {}
 impl Plain for f64 {}
+impl Plain for Curve {}
 
 impl Arg {
     pub fn value<T: Copy>(value: T) -> Self {
@@ -92,6 +94,12 @@ impl Arg {
         arg
     }
 
+    /// The same for a device.
+    fn words<const N: usize>(&self) -> cuda::Arg {
+        // SAFETY: there are at least so many bytes.
+        cuda::Arg::plain(unsafe { self.bytes.as_ptr().cast::<Words<N>>().read() })
+    }
+
     fn vector(at: *mut u8, bytes: usize, written: bool) -> Self {
         let vector = Some(Vector { at, bytes, written });
         Self {
@@ -103,21 +111,13 @@ impl Arg {
     /// As a launch on a GPU takes it; vectors are copied there, each once, and stay in `copies`.
     fn on(&self, gpu: &Device, copies: &mut Vec<(Vector, Buffer)>) -> cuda::Arg {
         let Some(vector) = self.vector else {
-            let words = self
-                .bytes
-                .iter()
-                .flat_map(|&b| [b as u32, (b >> 32) as u32]);
-            let mut first = FiveWords::default();
-            first
-                .0
-                .iter_mut()
-                .zip(words)
-                .for_each(|(to, word)| *to = word);
             return match self.size {
-                4 => cuda::Arg::plain(first.0[0]),
-                8 => cuda::Arg::plain(self.bytes[0]),
-                20 => cuda::Arg::plain(first),
-                40 => cuda::Arg::plain(AllBytes(self.bytes)),
+                4 => self.words::<1>(),
+                8 => self.words::<2>(),
+                12 => self.words::<3>(),
+                16 => self.words::<4>(),
+                20 => self.words::<5>(),
+                40 => self.words::<10>(),
                 size => panic!("no parameter has {size} bytes"),
             };
         };
@@ -131,19 +131,17 @@ impl Arg {
     }
 }
 
-/// The parameters of sampling.
-#[derive(Clone, Copy, Default)]
+/// A parameter of so many words.
+#[derive(Clone, Copy)]
 #[repr(C)]
-struct FiveWords([u32; 5]);
-// SAFETY: five 32-bit numbers without padding.
-unsafe impl cuda::Plain for FiveWords {}
-
-/// How experts are chosen.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct AllBytes([u64; 5]);
-// SAFETY: five 64-bit numbers without padding.
-unsafe impl cuda::Plain for AllBytes {}
+struct Words<const N: usize>([u32; N]);
+impl<const N: usize> Default for Words<N> {
+    fn default() -> Self {
+        Self([0; N])
+    }
+}
+// SAFETY: 32-bit numbers without padding.
+unsafe impl<const N: usize> cuda::Plain for Words<N> {}
 
 impl<T: Plain> From<T> for Arg {
     fn from(value: T) -> Self {

@@ -3,6 +3,7 @@
 use crate::device::{
     Arg, Element, Null, assert_close, for_both, in_every_order, launch, noise, unwritten, wide,
 };
+use common::kernels::activation::Activation;
 use half::f16;
 
 const TILE: usize = 128;
@@ -437,7 +438,7 @@ fn activations<T: Element>() {
         let (mut d, mut inner, mut d_weights): (_, _, Vec<f32>) =
             (gate_up.clone(), dy.clone(), unwritten(rows));
         launch!(format!("expert_activation_backward_{}", T::NAME), [rows, 1, 1], 256, 0;
-            &mut d, &mut inner, &weights, &mut d_weights, ffn as i32, 1.0f32, 0.0f32);
+            &mut d, &mut inner, &weights, &mut d_weights, ffn as i32, Activation::Silu.curve());
         (d, inner, d_weights)
     });
     let (mut d_exact, mut inner_exact, mut sums) = (vec![0.0; 2 * rows * ffn], vec![], vec![]);

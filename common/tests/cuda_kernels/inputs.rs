@@ -1,15 +1,21 @@
 //! What layers take in beside the residual stream.
 
 use crate::device::{Element, assert_close, for_both, in_every_order, launch, noise, wide};
+use common::kernels::activation::Curve;
 
 const SHAPES: [(usize, usize, usize); 3] = [(1, 6, 10), (3, 1028, 2056), (5, 64, 96)];
 
 /// GELU by tanh.
-const CURVE: [f32; 2] = [1.595_769, 0.044_715];
+const CURVE: Curve = Curve {
+    c: 1.595_769,
+    a: 0.044_715,
+    limit: f32::INFINITY,
+    plus: 0.0,
+};
 
 /// Of a gate: what it passes, and the slope of that.
 fn gelu(x: f64) -> (f64, f64) {
-    let [c, a] = CURVE.map(f64::from);
+    let [c, a] = [CURVE.c, CURVE.a].map(f64::from);
     let s = 1.0 / (1.0 + (-c * x * (1.0 + a * x * x)).exp());
     (x * s, s + x * s * (1.0 - s) * c * (1.0 + 3.0 * a * x * x))
 }
@@ -18,12 +24,11 @@ fn layer_input<T: Element>() {
     for (count, width, stride) in SHAPES {
         let (gates, inputs): (Vec<T>, Vec<f32>) =
             (noise(count * width, 1), noise(count * stride, 2));
-        let [c, a] = CURVE;
         let (sizes, scale) = ([width as i32, stride as i32], 0.5f32);
         let out = in_every_order(|| {
             let mut out = gates.clone();
             launch!(format!("layer_input_{}", T::NAME), [count, 1, 1], 256, 0;
-                &gates, &inputs, &mut out, sizes[0], sizes[1], c, a, scale);
+                &gates, &inputs, &mut out, sizes[0], sizes[1], CURVE, scale);
             out
         });
         let gates = wide(&gates);
@@ -39,11 +44,10 @@ fn layer_input_backward<T: Element>() {
         let (gates, d): (Vec<T>, Vec<T>) = (noise(count * width, 1), noise(count * width, 3));
         let (inputs, before): (Vec<f32>, Vec<f32>) =
             (noise(count * stride, 2), noise(count * stride, 4));
-        let [c, a] = CURVE;
         let (d_gates, inner, d_inputs) = in_every_order(|| {
             let (mut gates, mut inner, mut d_inputs) = (gates.clone(), d.clone(), before.clone());
             launch!(format!("layer_input_backward_{}", T::NAME), [count, 1, 1], 256, 0;
-                &mut gates, &inputs, &mut inner, &mut d_inputs, width as i32, stride as i32, c, a);
+                &mut gates, &inputs, &mut inner, &mut d_inputs, width as i32, stride as i32, CURVE);
             (gates, inner, d_inputs)
         });
         let (gates, d) = (wide(&gates), wide(&d));

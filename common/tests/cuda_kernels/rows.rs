@@ -3,6 +3,7 @@
 use crate::device::{
     Arg, Element, Null, assert_close, in_every_order, launch, noise, unwritten, wide,
 };
+use common::kernels::activation::Activation;
 
 fn embeddings<T: Element>() {
     let (vocab, width, tokens) = (7, 300, vec![3, 0, 6, 3i32]);
@@ -245,11 +246,21 @@ fn columns(partial: &Vec<f32>, width: usize) -> Vec<f32> {
     sums
 }
 
-/// SiLU and GELU by tanh, as the curve that their gate is multiplied with the sigmoid of.
+/// All activations, of gates and ups that a limit holds and of others.
 fn activations<T: Element>() {
-    let (silu, gelu) = ([1.0f32, 0.0], [1.595_769_2, 0.044_715]);
-    for (count, ffn, curve) in [(1, 1, silu), (3, 1030, silu), (2, 40, gelu), (1, 33, gelu)] {
-        let [c, a] = curve;
+    let (silu, gelu) = (Activation::Silu, Activation::GeluTanh);
+    let clamped = Activation::Clamped {
+        alpha: 1.702,
+        limit: 3.0,
+    };
+    for (count, ffn, activation) in [
+        (1, 1, silu),
+        (3, 1030, silu),
+        (2, 40, gelu),
+        (1, 33, gelu),
+        (2, 520, clamped),
+    ] {
+        let curve = activation.curve();
         let gate_up: Vec<T> = noise::<f32>(count * 2 * ffn, 1)
             .iter()
             .map(|x| T::from(x * 8.0))
@@ -259,7 +270,7 @@ fn activations<T: Element>() {
         let (out, d, inner) = in_every_order(|| {
             let (mut out, mut d, mut inner): (Vec<T>, _, _) =
                 (unwritten(count * ffn), gate_up.clone(), dy.clone());
-            launch!(format!("activation_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32, c, a, 1.0f32);
+            launch!(format!("activation_{}", T::NAME), grid, 256, 0; &gate_up, &mut out, ffn as i32, curve, 1.0f32);
             let shared = Arg::from(&mut inner); // the output may take the place of dy
             crate::device::run(
                 &format!("activation_backward_{}", T::NAME),
@@ -271,12 +282,11 @@ fn activations<T: Element>() {
                     shared,
                     shared,
                     (ffn as i32).into(),
-                    c.into(),
-                    a.into(),
+                    curve.into(),
                 ],
             );
             let mut again = gate_up.clone();
-            launch!(format!("activation_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32, c, a);
+            launch!(format!("activation_backward_{}", T::NAME), grid, 256, 0; &mut again, &dy, Null, ffn as i32, curve);
             assert_eq!(again, d);
             (out, d, inner)
         });
@@ -288,15 +298,19 @@ fn activations<T: Element>() {
                     gate_up[r * 2 * ffn + c].to() as f64,
                     gate_up[(r * 2 + 1) * ffn + c].to() as f64,
                 );
-                let (c64, a64) = (f64::from(curve[0]), f64::from(curve[1]));
+                let [c64, a64, limit, plus] =
+                    [curve.c, curve.a, curve.limit, curve.plus].map(f64::from);
+                let (free, up_free) = (g <= limit, u.abs() <= limit);
+                let (g, u) = (g.min(limit), u.clamp(-limit, limit) + plus);
                 let (v, slope) = (
                     c64 * g * (1.0 + a64 * g * g),
                     c64 * (1.0 + 3.0 * a64 * g * g),
                 );
                 let (s, d) = (1.0 / (1.0 + (-v).exp()), dy[r * ffn + c].to() as f64);
                 out_exact[r * ffn + c] = g * s * u;
-                d_exact[r * 2 * ffn + c] = d * u * s * (1.0 + g * slope * (1.0 - s));
-                d_exact[(r * 2 + 1) * ffn + c] = d * g * s;
+                d_exact[r * 2 * ffn + c] =
+                    f64::from(free) * d * u * s * (1.0 + g * slope * (1.0 - s));
+                d_exact[(r * 2 + 1) * ffn + c] = f64::from(up_free) * d * g * s;
             }
         }
         assert_close("activation", &out, &out_exact, 4.0);

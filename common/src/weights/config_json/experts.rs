@@ -47,6 +47,7 @@ pub fn read(
             None => None,
         },
         apart: mixture.apart,
+        biases: mixture.biases,
     };
     let sparse = sparse_layers(fields, mixture, layers)?.into_iter();
     Ok(sparse.map(|sparse| sparse.then_some(of_each)).collect())

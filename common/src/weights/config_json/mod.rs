@@ -60,5 +60,8 @@ pub(super) fn shortest(value: f32) -> Value {
 /// The fields of soft caps: of scores, and of logits.
 pub(super) const CAPS: [&str; 2] = ["attn_logit_softcapping", "final_logit_softcapping"];
 
+/// The numbers of a clamped activation.
+pub(super) const SWIGLU: [&str; 2] = ["swiglu_alpha", "swiglu_limit"];
+
 #[cfg(test)]
 mod tests;

@@ -4,10 +4,11 @@ use super::super::config::{Config, Multipliers, bounded_layers, plain_scale};
 use super::super::family::{self, Family, Scales, families};
 use super::super::fp8::Scaling;
 use super::super::rope::{QueryGrowth, positive, rotated_part};
-use super::CAPS;
 use super::fields::Fields;
 use super::positions::positions;
+use super::{CAPS, SWIGLU};
 use super::{experts, recurrences, uneven};
+use crate::kernels::activation::Activation;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
@@ -105,6 +106,7 @@ pub fn read(fields: &Fields) -> Result<Config> {
         o_bias: said(output_bias)?.unwrap_or(false),
         mlp_bias: said(mlp_bias)?.unwrap_or(false),
         attention_gate: family.attention_gate,
+        sinks: family.sinks,
         recurrences: recurrences::read(fields, family, layers, hidden)?,
         norms: family.norms,
         qk_norm: family.qk_norm.filter(|_| has_qk_norm),
@@ -119,7 +121,7 @@ pub fn read(fields: &Fields) -> Result<Config> {
         attention_cap,
         logit_cap,
         logit_scale: 1.0,
-        activation: family.activation,
+        activation: activation(fields, family)?,
         windows,
         ropes,
         query_growth: match family.query_growth {
@@ -149,6 +151,21 @@ fn usual<'a>(fields: &Fields<'a>, family: &Family) -> Cow<'a, Map<String, Value>
         }
     }
     usual
+}
+
+/// The family's activation, with the numbers of the file where that is heard.
+fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
+    let number = |key: &str, unsaid: f32| match fields.number(key)? {
+        Some(value) => positive(key, value),
+        None => Ok(unsaid),
+    };
+    Ok(match family.activation {
+        Activation::Clamped { alpha, limit } => Activation::Clamped {
+            alpha: number(SWIGLU[0], alpha)?,
+            limit: number(SWIGLU[1], limit)?,
+        },
+        other => other,
+    })
 }
 
 /// The MLP's width, which LFM2 makes of what the file says: two thirds of it, scaled and rounded up.

@@ -402,6 +402,7 @@ fn experts_are_read_as_each_family_has_them() {
         scale: 1.0,
         shared: None,
         apart: false,
+        biases: false,
     };
     assert_eq!(olmoe.mixture(), Some(experts(false, 64)));
     assert_eq!(qwen.mixture(), Some(experts(true, 24)));

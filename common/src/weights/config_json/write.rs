@@ -3,7 +3,8 @@
 use super::super::config::Config;
 use super::super::family::{self, Family, Rotated, Scales, Windows};
 use super::super::rope::{Rope, RopeScaling};
-use super::{CAPS, experts, recurrences, shortest, uneven};
+use super::{CAPS, SWIGLU, experts, recurrences, shortest, uneven};
+use crate::kernels::activation::Activation;
 use serde_json::{Map, Value, json};
 
 /// Writes what is known over what there is.
@@ -68,6 +69,10 @@ fn layers(config: &Config, family: &Family, set: &mut Set) {
     }
     let (key, names) = family.activation_names[0];
     set(key, json!(names[0]));
+    if let Activation::Clamped { alpha, limit } = config.activation {
+        let each = SWIGLU.into_iter().zip([alpha, limit]);
+        each.for_each(|(key, value)| set(key, shortest(value)));
+    }
     // Where one field is for both, that of the queries counts.
     let biases = [config.mlp_bias, config.o_bias, config.qkv_bias];
     for (key, bias) in family.biases.into_iter().rev().zip(biases) {
@@ -104,6 +109,10 @@ fn rotation(config: &Config, family: &Family, set: &mut Set) {
     }
     set("rope_theta", shortest(rope.theta));
     let mut scaling = rope.scaling_json();
+    let has_own = |(key, _): &(&str, &str)| *key == "rope_parameters";
+    if scaling.is_null() && family.unsaid.iter().any(has_own) {
+        scaling = json!({"rope_type": "default"}); // unsaid it would be the family's
+    }
     if let Some(growth) = config.query_growth {
         scaling["llama_4_scaling_beta"] = shortest(growth.beta);
         scaling["original_max_position_embeddings"] = json!(growth.context);
