@@ -120,7 +120,7 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
         .collect();
     let mut out = vec![0.0; tokens * heads.q_width()];
     let mut lse = vec![0.0; tokens * heads.query];
-    attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
+    attention::forward(&layout, heads, precision, (&qkv, None), &mut out, &mut lse);
     let mut d_qkv = vec![0.0; qkv.len()];
     bencher.counter(ItemsCount::new(tokens)).bench_local(|| {
         if backward {
@@ -134,7 +134,7 @@ fn attend(bencher: Bencher, backward: bool, precision: Precision) {
             );
         } else {
             let (mut out, mut lse) = (out.clone(), lse.clone());
-            attention::forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
+            attention::forward(&layout, heads, precision, (&qkv, None), &mut out, &mut lse);
         }
     });
 }

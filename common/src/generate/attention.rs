@@ -25,8 +25,9 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// The queries of some tokens, that have seen nothing: `qkv` `[tokens, qkv_width]`.
-    pub fn start(&mut self, Shape { heads, format }: Shape, qkv: &[f32]) {
+    /// The queries of some tokens, that have seen nothing: `qkv` `[tokens, qkv_width]`. `sinks` `[query]`, where there are
+    /// some, stand beside the scores of each head, with nothing to give.
+    pub fn start(&mut self, Shape { heads, format }: Shape, qkv: &[f32], sinks: Option<&[f32]>) {
         let k = format.query_words(heads.dim);
         self.count = qkv.len() / heads.qkv_width() * heads.group();
         let rows = heads.kv * self.count;
@@ -47,6 +48,9 @@ impl Rows {
                 let row = self.row(heads.group(), token, head);
                 let query = &mut self.scaled[head * heads.dim..][..heads.dim];
                 format.put_query(query, &mut self.queries[row * k..][..k]);
+                if let Some(sinks) = sinks {
+                    (self.max[row], self.sum[row]) = (sinks[head], 1.0);
+                }
             }
         }
     }
@@ -117,7 +121,13 @@ mod tests {
     use crate::kernels::testing::noise;
 
     /// Attention of one query head over keys and values given row by row, in float64.
-    fn plain(query: &[f32], keys: &[&[f32]], values: &[&[f32]], heads: Heads) -> Vec<f64> {
+    fn plain(
+        query: &[f32],
+        keys: &[&[f32]],
+        values: &[&[f32]],
+        heads: Heads,
+        sink: Option<f32>,
+    ) -> Vec<f64> {
         let dot = |key: &&[f32]| -> f64 {
             let products = query.iter().zip(*key).map(|(q, k)| *q as f64 * *k as f64);
             let score = products.sum::<f64>() * heads.scale as f64;
@@ -125,7 +135,8 @@ mod tests {
             heads.cap.map_or(score, capped)
         };
         let weights: Vec<f64> = keys.iter().map(|key| dot(key).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let sink = sink.map_or(0.0, |sink| f64::from(sink).exp());
+        let sum: f64 = weights.iter().sum::<f64>() + sink;
         (0..query.len())
             .map(|i| {
                 let terms = weights.iter().zip(values).map(|(w, v)| w * v[i] as f64);
@@ -137,12 +148,13 @@ mod tests {
     #[test]
     fn tokens_see_their_prompt_and_their_own_past() {
         // Blocks that are full, begun and one token long; more rows than the kernel takes; head sizes that are no panel.
-        for (query, kv, dim, window, cap) in [
-            (9, 3, 64, None, None),
-            (7, 1, 6, None, None),
-            (2, 2, 96, Some(40), None),
-            (8, 2, 15, Some(3), None),
-            (4, 2, 64, Some(50), Some(1.5)),
+        for (query, kv, dim, window, cap, sinks) in [
+            (9, 3, 64, None, None, false),
+            (7, 1, 6, None, None, false),
+            (2, 2, 96, Some(40), None, false),
+            (8, 2, 15, Some(3), None, false),
+            (4, 2, 64, Some(50), Some(1.5), false),
+            (8, 2, 64, Some(40), None, true),
         ] {
             let heads = Heads {
                 window,
@@ -155,14 +167,21 @@ mod tests {
                     (Format::Float(Precision::Bf16), 0.03),
                     (Format::Int8, 0.03),
                 ] {
-                    check(heads, format, prompt, &own, tolerance);
+                    check((heads, sinks), format, prompt, &own, tolerance);
                 }
             }
         }
     }
 
     /// A prompt, and for each of some sequences so many tokens of its own before the last.
-    fn check(heads: Heads, format: Format, prompt: usize, own: &[usize], tolerance: f64) {
+    fn check(
+        (heads, sinks): (Heads, bool),
+        format: Format,
+        prompt: usize,
+        own: &[usize],
+        tolerance: f64,
+    ) {
+        let sinks = sinks.then(|| noise(heads.query, 9));
         let shape = Shape { heads, format };
         let width = heads.qkv_width();
         let tokens = |count: usize, seed: u32| -> Vec<f32> {
@@ -184,7 +203,7 @@ mod tests {
         let first =
             |m: usize| (prompt + own[m] + 1).saturating_sub(heads.window.unwrap_or(usize::MAX));
         let mut rows = Rows::default();
-        rows.start(shape, &last);
+        rows.start(shape, &last, sinks.as_deref());
         rows.see(0..own.len(), (&prefix, None), first);
         for (m, past) in past.iter().enumerate() {
             let see_from = |m: usize| first(m).saturating_sub(prompt);
@@ -208,7 +227,8 @@ mod tests {
                     part(heads.q_width() + heads.kv_width()),
                 );
                 let query = &last[m * width + head * heads.dim..][..heads.dim];
-                let expected = plain(query, &keys, &values, heads);
+                let sink = sinks.as_ref().map(|sinks| sinks[head]);
+                let expected = plain(query, &keys, &values, heads, sink);
                 let found = &out[m * heads.q_width() + head * heads.dim..][..heads.dim];
                 for (found, expected) in found.iter().zip(expected) {
                     let error = (*found as f64 - expected).abs();
@@ -235,7 +255,7 @@ mod tests {
                 cache.push(&[1.0, 1.0, key, 1.0, 1.0, 1.0]);
             }
             let mut rows = Rows::default();
-            rows.start(shape, &[1.0; 6]);
+            rows.start(shape, &[1.0; 6], None);
             rows.see(0..1, (&cache, None), |_| 0);
             let mut out = [0.0; 2];
             rows.finish(shape, &mut out);

@@ -104,7 +104,7 @@ impl Step<'_> {
             };
             let first: Vec<usize> = members.iter().map(first).collect();
             let mut rows = ROWS.take();
-            rows.start(shape, qkv);
+            rows.start(shape, qkv, self.decoder.sinks(layer));
             let own = members.first().map(|m| m.past[keys_of].keys());
             rows.see(0..members.len(), (prefix, own), |m| first[m]);
             let mut left = members;

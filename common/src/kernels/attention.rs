@@ -4,7 +4,7 @@
 use super::gemm::{Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, multiply};
 use super::layout::{Heads, Layout, Segment};
 use super::shared::Shared;
-use super::{cap, fit, softmax, team};
+use super::{cap, fit, rows, softmax, team};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -21,7 +21,8 @@ const TASK: usize = 1 << 18;
 const MOST_TASKS: usize = 8;
 
 /// Attention of every token: `qkv` is `[T, qkv_width]` after rotation, `out` `[T, q_width]`, `lse` `[T, query]` receives
-/// the log-sum-exp of each score row for the backward pass. The products' operands have the given precision.
+/// the log-sum-exp of each score row for the backward pass. The products' operands have the given precision. `sinks`
+/// `[query]`, where there are some, stand beside the scores of each row, with nothing to give.
 ///
 /// Chunk by chunk of the keys, with an online softmax (Milakov and Gimelshein, *Online normalizer calculation for
 /// softmax*, algorithm 3).
@@ -29,7 +30,7 @@ pub fn forward(
     layout: &Layout,
     heads: Heads,
     precision: Precision,
-    qkv: &[f32],
+    (qkv, sinks): (&[f32], Option<&[f32]>),
     out: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -47,7 +48,7 @@ pub fn forward(
         let mut storage = Storage::take(precision);
         let (sight, scratch) = storage.look(side, &part, Keys::set_for_forward);
         for block in sight.blocks() {
-            block.attend(side, scratch);
+            block.attend(side, sinks, scratch);
             for r in 0..block.rows(heads) {
                 let (token, head) = block.token_and_head(side, r);
                 let sum = scratch.sums[r];
@@ -131,6 +132,26 @@ pub fn backward(
         }
     });
     SUMS.set(sums);
+}
+
+/// Adds the gradient of sinks to `d_sinks` `[query]`, given that of the output and what [`forward`] wrote: each takes
+/// exp(sink − lse) of a row's weight, of which the row's other weights make δ = Σ dO∘O.
+pub fn sinks_backward(
+    heads: Heads,
+    sinks: &[f32],
+    (out, lse): (&[f32], &[f32]),
+    d_out: &[f32],
+    d_sinks: &mut [f32],
+) {
+    rows(d_sinks, 1, |first, part| {
+        for (head, d_sink) in (first..).zip(part) {
+            for (row, lse) in lse.iter().skip(head).step_by(heads.query).enumerate() {
+                let own = row * heads.q_width() + head * heads.dim..;
+                let delta = softmax::dot(&d_out[own.clone()][..heads.dim], &out[own][..heads.dim]);
+                *d_sink -= (sinks[head] - lse).exp() * delta;
+            }
+        }
+    });
 }
 
 thread_local! {
@@ -357,7 +378,7 @@ impl<'a> Block<'a> {
     }
 
     /// Fills `result` with Σ exp(S − max)·V, `max` and `sums` with the rows' maxima and Σ exp(S − max).
-    fn attend(&self, side: Side, scratch: &mut Scratch) {
+    fn attend(&self, side: Side, sinks: Option<&[f32]>, scratch: &mut Scratch) {
         let (heads, rows) = (side.heads, self.rows(side.heads));
         let Scratch {
             q,
@@ -371,6 +392,12 @@ impl<'a> Block<'a> {
         set(result, rows * heads.dim, 0.0);
         set(max, rows, f32::NEG_INFINITY);
         set(sums, rows, 0.0);
+        if let Some(sinks) = sinks {
+            set(sums, rows, 1.0); // exp(sink − max)
+            for (r, max) in max.iter_mut().enumerate() {
+                *max = sinks[self.token_and_head(side, r).1];
+            }
+        }
         for chunk in self.chunks(heads) {
             let (keys, n) = (chunk.keys, chunk.len());
             let scores = sized(scores, rows * n);
@@ -590,15 +617,24 @@ mod tests {
         Heads::new(4, 2, 6)
     }
 
-    fn run(layout: &Layout, heads: Heads, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn run(
+        layout: &Layout,
+        heads: Heads,
+        qkv: &[f32],
+        sinks: Option<&[f32]>,
+    ) -> (Vec<f32>, Vec<f32>) {
         let mut out = vec![f32::NAN; layout.tokens() * heads.q_width()];
         let mut lse = vec![f32::NAN; layout.tokens() * heads.query];
-        forward(layout, heads, Precision::F32, qkv, &mut out, &mut lse);
+        let read = (qkv, sinks);
+        forward(layout, heads, Precision::F32, read, &mut out, &mut lse);
         (out, lse)
     }
 
+    /// Of four heads: above most scores, among them, below.
+    const SINKS: [f32; 4] = [3.0, 0.5, -0.5, -4.0];
+
     /// Attention of one sequence, token by token, in float64.
-    fn plain(heads: Heads, qkv: &[f32]) -> Vec<f64> {
+    fn plain(heads: Heads, qkv: &[f32], sinks: Option<&[f32]>) -> Vec<f64> {
         let (width, dim) = (heads.qkv_width(), heads.dim);
         let tokens = qkv.len() / width;
         let mut out = vec![0.0; tokens * heads.q_width()];
@@ -617,7 +653,8 @@ mod tests {
                     heads.cap.map_or(score, capped)
                 };
                 let weights: Vec<f64> = (first..=t).map(|s| score(s).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let sink = sinks.map_or(0.0, |sinks| f64::from(sinks[head]).exp());
+                let total: f64 = weights.iter().sum::<f64>() + sink;
                 for (w, s) in weights.iter().zip(first..) {
                     for i in 0..dim {
                         out[t * heads.q_width() + head * dim + i] +=
@@ -638,11 +675,13 @@ mod tests {
 
     #[test]
     fn shared_prompts_give_what_whole_sequences_give() {
-        for (window, cap) in [
-            (None, None),
-            (Some(5), None),
-            (Some(90), Some(0.8)),
-            (None, Some(3.0)),
+        for (window, cap, sinks) in [
+            (None, None, None),
+            (Some(5), None, None),
+            (Some(90), Some(0.8), None),
+            (None, Some(3.0), None),
+            (None, None, Some(&SINKS[..])),
+            (Some(90), Some(0.8), Some(&SINKS)),
         ] {
             let heads = Heads {
                 window,
@@ -657,7 +696,7 @@ mod tests {
                 .iter()
                 .map(|x| 2.0 * x)
                 .collect::<Vec<_>>();
-            let (out, _) = run(&layout, heads, &qkv);
+            let (out, _) = run(&layout, heads, &qkv, sinks);
             for segment in &layout.segments()[2..] {
                 let rows = |width: usize, all: &[f32]| {
                     [
@@ -668,7 +707,7 @@ mod tests {
                 };
                 assert_close(
                     &rows(heads.q_width(), &out),
-                    &plain(heads, &rows(heads.qkv_width(), &qkv)),
+                    &plain(heads, &rows(heads.qkv_width(), &qkv), sinks),
                 );
             }
         }
@@ -676,7 +715,12 @@ mod tests {
 
     #[test]
     fn gradient_agrees_with_finite_differences() {
-        for (window, cap) in [(None, None), (Some(3), None), (None, Some(0.4))] {
+        for (window, cap, sinks) in [
+            (None, None, None),
+            (Some(3), None, None),
+            (None, Some(0.4), None),
+            (Some(3), None, Some(&SINKS[..])),
+        ] {
             let heads = Heads {
                 window,
                 cap,
@@ -687,18 +731,20 @@ mod tests {
             layout.push(2, &[]);
             let qkv = noise(layout.tokens() * heads.qkv_width(), 1);
             let d_out = noise(layout.tokens() * heads.q_width(), 2);
-            let (out, lse) = run(&layout, heads, &qkv);
+            let (out, lse) = run(&layout, heads, &qkv, sinks);
             let mut d_qkv = vec![0.0; qkv.len()];
             let f32 = Precision::F32;
             backward(&layout, heads, f32, (&qkv, &out, &lse), &d_out, &mut d_qkv);
-            finite_difference(&qkv, &d_qkv, |qkv| {
-                run(&layout, heads, qkv)
-                    .0
-                    .iter()
-                    .zip(&d_out)
-                    .map(|(o, d)| (o * d) as f64)
-                    .sum()
-            });
+            let loss = |qkv: &[f32], sinks: Option<&[f32]>| {
+                let (out, _) = run(&layout, heads, qkv, sinks);
+                out.iter().zip(&d_out).map(|(o, d)| (o * d) as f64).sum()
+            };
+            finite_difference(&qkv, &d_qkv, |qkv| loss(qkv, sinks));
+            if let Some(sinks) = sinks {
+                let mut d_sinks = [0.0; 4];
+                sinks_backward(heads, sinks, (&out, &lse), &d_out, &mut d_sinks);
+                finite_difference(sinks, &d_sinks, |sinks| loss(&qkv, Some(sinks)));
+            }
         }
     }
 
@@ -713,7 +759,7 @@ mod tests {
         let qkv = noise(shared.tokens() * heads.qkv_width(), 1);
         let d_out = noise(shared.tokens() * heads.q_width(), 2);
         let gradient = |layout: &Layout| {
-            let (out, lse) = run(layout, heads, &qkv);
+            let (out, lse) = run(layout, heads, &qkv, None);
             let mut d_qkv = vec![0.0; qkv.len()];
             let f32 = Precision::F32;
             backward(layout, heads, f32, (&qkv, &out, &lse), &d_out, &mut d_qkv);
@@ -762,7 +808,8 @@ mod tests {
         let run = |precision| {
             let mut out = vec![0.0; layout.tokens() * heads.q_width()];
             let mut lse = vec![0.0; layout.tokens() * heads.query];
-            forward(&layout, heads, precision, &qkv, &mut out, &mut lse);
+            let read = (&qkv[..], None);
+            forward(&layout, heads, precision, read, &mut out, &mut lse);
             let mut d_qkv = vec![0.0; qkv.len()];
             backward(
                 &layout,

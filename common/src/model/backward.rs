@@ -209,7 +209,7 @@ impl<'a> Pass<'a, '_> {
 
     /// attention(rotate(norm(q | k | v))): writes the gradient of q, k and v, given that of the result, in `d_inner`.
     fn attention_proper(&mut self, state: &LayerState, d_qkv: &mut Vec<f32>) {
-        let (layer, _) = self.layer();
+        let (layer, p) = self.layer();
         fit(d_qkv, state.qkv.len());
         rows(d_qkv, 1, |_, part| part.fill(0.0)); // attention adds to it
         attention::backward(
@@ -220,6 +220,14 @@ impl<'a> Pass<'a, '_> {
             &self.b.d_inner,
             d_qkv,
         );
+        let d_sinks = p
+            .sinks
+            .as_ref()
+            .and_then(|span| self.gradients.vector(span));
+        if let (Some(sinks), Some(d_sinks)) = (&layer.sinks, d_sinks) {
+            let given = (&state.attention[..], &state.lse[..]);
+            attention::sinks_backward(layer.heads, sinks, given, &self.b.d_inner, d_sinks);
+        }
         self.lent_keys(layer, d_qkv);
         let [before, after] = self.rotations.around_norms(self.layer);
         self.rotate_back(after, d_qkv);

@@ -53,6 +53,8 @@ pub(super) struct Layer {
     pub v_norm: Option<Vec<f32>>,
     /// What it has in the place of attention.
     pub recurrent: Option<Recurrent>,
+    /// What stands beside the scores of each query head.
+    pub sinks: Option<Vec<f32>>,
     pub output: Linear,
     /// What says which experts a token goes to, where there are several, and what the one for all tokens counts.
     pub router: Option<Linear>,
@@ -90,7 +92,7 @@ impl Layer {
 /// y = x·Wᵀ + b.
 pub(super) struct Linear {
     pub weight: Packed,
-    bias: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
 }
 
 impl Linear {
@@ -144,7 +146,7 @@ impl Linear {
             write,
             Threads::All,
         );
-        self.add_bias(y);
+        self.add_bias(y, None);
     }
 
     /// The same with row r of `x` written by `make(r, row)`.
@@ -154,17 +156,23 @@ impl Linear {
         y: &mut [f32],
         write: Write,
     ) {
-        let n = self.weight.n();
-        matmul_made(y.len() / n, make, self.weight.panels(), y, n, write);
-        self.add_bias(y);
+        self.product_made(make, y, write);
+        self.add_bias(y, None);
     }
 
-    fn add_bias(&self, y: &mut [f32]) {
+    fn product_made(&self, make: impl Fn(usize, &mut [f32]) + Sync, y: &mut [f32], write: Write) {
+        let n = self.weight.n();
+        matmul_made(y.len() / n, make, self.weight.panels(), y, n, write);
+    }
+
+    /// Row r gains the bias, `weights[r]` times.
+    fn add_bias(&self, y: &mut [f32], weights: Option<&[f32]>) {
         let n = self.weight.n();
         if let Some(bias) = &self.bias {
-            rows(y, n, |_, y| {
-                for row in y.chunks_exact_mut(n) {
-                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            rows(y, n, |first, y| {
+                for (row, r) in y.chunks_exact_mut(n).zip(first..) {
+                    let weight = weights.map_or(1.0, |weights| weights[r]);
+                    row.iter_mut().zip(bias).for_each(|(y, b)| *y += weight * b);
                 }
             });
         }
@@ -197,7 +205,8 @@ impl Mlp {
                 row.iter_mut().for_each(|x| *x *= weights[r]);
             }
         };
-        self.down.forward_made(inner, y, write);
+        self.down.product_made(inner, y, write);
+        self.down.add_bias(y, weights);
     }
 }
 
@@ -285,6 +294,7 @@ impl Decoder {
                 recurrent: (p.recurrent.as_ref())
                     .map(|p| Recurrent::new(p, config.norm_eps, |span| source.get(span)))
                     .transpose()?,
+                sinks: p.sinks.as_ref().map(vector).transpose()?,
                 output: linear(&p.output)?,
                 router: p.router.as_ref().map(linear).transpose()?,
                 selection: p.selection.as_ref().map(vector).transpose()?,
@@ -342,9 +352,15 @@ impl Decoder {
             for (norm, span) in head_norms.zip(p.q_norm.iter().chain(&p.k_norm)) {
                 vector(norm, span);
             }
-            let of_experts = layer.selection.iter_mut().chain(&mut layer.factors);
-            for (numbers, span) in of_experts.zip(p.selection.iter().chain(&p.factors)) {
-                vector(numbers, span);
+            for (numbers, span) in [
+                (&mut layer.selection, &p.selection),
+                (&mut layer.factors, &p.factors),
+                (&mut layer.sinks, &p.sinks),
+            ] {
+                numbers
+                    .iter_mut()
+                    .zip(span)
+                    .for_each(|(numbers, span)| vector(numbers, span));
             }
             if let (Some(recurrent), Some(p)) = (&mut layer.recurrent, &p.recurrent) {
                 let values = |span: &Span| Ok(flat[span.range.clone()].into());
@@ -451,6 +467,11 @@ impl Decoder {
         self.layers[i].recurrent.as_ref()
     }
 
+    /// What stands beside the scores of each query head of layer `i`, where something does.
+    pub fn sinks(&self, i: usize) -> Option<&[f32]> {
+        self.layers[i].sinks.as_deref()
+    }
+
     /// Whose keys and values layer `i` attends to: mostly its own.
     pub fn keys_of(&self, i: usize) -> usize {
         self.layers[i].keys_of
@@ -548,7 +569,7 @@ impl Decoder {
             layout,
             heads,
             self.precision,
-            &state.qkv,
+            (&state.qkv, self.sinks(i)),
             &mut state.attention,
             &mut state.lse,
         );

@@ -272,8 +272,10 @@ impl Pass<'_, '_> {
                 .zip(b.d_inner.chunks_exact_mut(mlp.ffn()));
             let d_rows = own.d_rows.chunks_exact_mut(c.hidden);
             let given = own.d_weights[of].iter_mut().zip(weights);
+            let bias = mlp.down.bias.as_deref();
             for (((inner, d_inner), d_row), (d_weight, weight)) in inner.zip(d_rows).zip(given) {
-                *d_weight = softmax::dot(inner, d_inner);
+                let of_bias = bias.map_or(0.0, |bias| softmax::dot(bias, d_row));
+                *d_weight = softmax::dot(inner, d_inner) + of_bias;
                 d_inner.iter_mut().for_each(|x| *x *= weight);
                 d_row.iter_mut().for_each(|x| *x *= weight);
             }
