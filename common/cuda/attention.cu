@@ -14,8 +14,8 @@
 namespace device {
 
 template <class T, int D>
-__device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, int query, int kv, int dim, int window,
-                          Scores scores) {
+__device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, const float* sinks, int query, int kv, int dim,
+                          int window, Scores scores) {
     constexpr int R = attention_rows<T>, S = forward_step<T, D>, N = S / 8, P = pitch<T, D>;
     constexpr int W = result_columns<D>;
     SHARED_MEMORY(T, q);
@@ -40,7 +40,7 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
     load_rows<T, D, R>(q, dim, qkv, [&](int i) { return i < tile.rows ? columns.row(columns.q, tile.first + i) : nullptr; });
     load_keys(visible.begin());
     Online<W / 8> state;
-    state.begin();
+    state.begin(sinks ? sinks[head] * LOG2E : -INFINITY);
     for (int from = visible.begin(); from < end; from += S) {
         copy_wait<0>();
         __syncthreads();  // these keys are here, and nobody reads the last values any more
@@ -78,6 +78,6 @@ __device__ void attention(const T* qkv, T* out, float* lse, AttentionTile tile, 
 }  // namespace device
 
 #define DEFINE(name, T, D) \
-    ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], query, kv, dim, window, scores); }
+    ATTENTION(name, T, D) { device::attention<T, D>(qkv, out, lse, tiles[blockIdx.y], sinks, query, kv, dim, window, scores); }
 ATTENTION_VARIANTS(DEFINE, attention);
 ATTENTION_VARIANTS_F16(DEFINE, attention);

@@ -198,13 +198,15 @@ template <class T, int D> __device__ void decode_attention(const Decode<T>& d, c
 }
 
 // A warp for a row; its lanes weigh a part each (there are at most 32) and then take columns.
-template <class T> __device__ void decode_merge(const float* partial, const float* partial_lse, T* out, int parts, int rows, int dim) {
+template <class T>
+__device__ void decode_merge(const float* partial, const float* partial_lse, const float* sinks, T* out, int parts, int rows,
+                             int query, int dim) {
     int row = blockIdx.x * 8 + warp();
     if (row >= rows) return;
     float lse = lane() < parts ? partial_lse[(long long)lane() * rows + row] : -INFINITY;
-    float highest = warp_max(lse);
+    float sink = sinks ? sinks[row % query] * LOG2E : -INFINITY, highest = fmaxf(warp_max(lse), sink);
     float weight = lse > -INFINITY ? exp2_fast(lse - highest) : 0.0f;
-    float total = 0;  // in the parts' order: how many lanes there are before a sequence's own parts is up to its neighbours
+    float total = sinks ? exp2_fast(sink - highest) : 0.0f;  // in the parts' order: how many lanes there are before a sequence's own parts is up to its neighbours
     for (int p = 0; p < parts; ++p) total += __shfl_sync(ALL, weight, p);
     weight /= total;
     for (int first = 0; first < dim; first += 2 * WARP) {
@@ -231,5 +233,5 @@ template <class T> __device__ void decode_merge(const float* partial, const floa
     }
 ATTENTION_VARIANTS(DEFINE, decode_attention);
 
-DECODE_MERGE(decode_merge_f32, float) { device::decode_merge(partial, partial_lse, out, parts, rows, dim); }
-DECODE_MERGE(decode_merge_bf16, bf16) { device::decode_merge(partial, partial_lse, out, parts, rows, dim); }
+DECODE_MERGE(decode_merge_f32, float) { device::decode_merge(partial, partial_lse, sinks, out, parts, rows, query, dim); }
+DECODE_MERGE(decode_merge_bf16, bf16) { device::decode_merge(partial, partial_lse, sinks, out, parts, rows, query, dim); }

@@ -141,7 +141,7 @@ template <class A, class B, class T, class F> __device__ void sum_stages(Results
 // ALONG: of weights whose rows are results, as a linear map has them; else whose rows are terms.
 template <class T, bool ALONG>
 __device__ void expert_product(const T* x, const int* tokens, const T* weights, long long stride, const ExpertTile* tiles,
-                               T* y, int n, int k) {
+                               const float* biases, float share, T* y, int n, int k) {
     SHARED_MEMORY(T, shared);
     ExpertTile tile = tiles[blockIdx.y];
     int first = blockIdx.x * EXPERT_TILE;
@@ -165,8 +165,10 @@ __device__ void expert_product(const T* x, const int* tokens, const T* weights, 
         else
             B::load(b, x, n - first, [&](int r, int) { return term + r < k ? w + (long long)(term + r) * n + first : nullptr; });
     });
+    const float* bias = biases ? biases + (long long)tile.expert * n + first : nullptr;
     sums.give(tile.rows, n - first, [=](int r, int c, float left, float right) {
         Pair<T>* to = reinterpret_cast<Pair<T>*>(y + (long long)(tile.first + r) * n + first + c);
+        if (bias) left += bias[c] * share, right += bias[c + 1] * share;
         *to = {narrow<T>(left), narrow<T>(right)};
     });
 }
@@ -203,11 +205,11 @@ __device__ void expert_gradient(const T* dy, const int* dy_tokens, const T* x, c
 
 }  // namespace device
 
-EXPERT_PRODUCT(expert_rows_f32, float) { device::expert_product<float, true>(x, tokens, weights, stride, tiles, y, n, k); }
-EXPERT_PRODUCT(expert_rows_bf16, bf16) { device::expert_product<bf16, true>(x, tokens, weights, stride, tiles, y, n, k); }
-EXPERT_PRODUCT(expert_rows_f16, f16) { device::expert_product<f16, true>(x, tokens, weights, stride, tiles, y, n, k); }
-EXPERT_PRODUCT(expert_columns_f32, float) { device::expert_product<float, false>(x, tokens, weights, stride, tiles, y, n, k); }
-EXPERT_PRODUCT(expert_columns_bf16, bf16) { device::expert_product<bf16, false>(x, tokens, weights, stride, tiles, y, n, k); }
+EXPERT_PRODUCT(expert_rows_f32, float) { device::expert_product<float, true>(x, tokens, weights, stride, tiles, biases, share, y, n, k); }
+EXPERT_PRODUCT(expert_rows_bf16, bf16) { device::expert_product<bf16, true>(x, tokens, weights, stride, tiles, biases, share, y, n, k); }
+EXPERT_PRODUCT(expert_rows_f16, f16) { device::expert_product<f16, true>(x, tokens, weights, stride, tiles, biases, share, y, n, k); }
+EXPERT_PRODUCT(expert_columns_f32, float) { device::expert_product<float, false>(x, tokens, weights, stride, tiles, biases, share, y, n, k); }
+EXPERT_PRODUCT(expert_columns_bf16, bf16) { device::expert_product<bf16, false>(x, tokens, weights, stride, tiles, biases, share, y, n, k); }
 
 EXPERT_GRADIENT(expert_gradient_f32, float) {
     device::expert_gradient(dy, dy_tokens, x, x_tokens, starts, gradients, stride, m, n);

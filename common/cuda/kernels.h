@@ -181,11 +181,11 @@ KERNEL(256, place_rows, const int* chosen, const float* worth, const float* fact
 
 // y[r] = x[i]·W_eᵀ for the rows r of each expert e, with i = tokens[r] (or r where `tokens` is null): `x` [*, k], `y` [rows, n].
 // W_e [n, k] is at `weights` + e·stride. EXPERT_COLUMNS: y[r] = x[i]·W_e with W_e [k, n]. n, k and `stride` are multiples of 8,
-// and matrices begin where 16 bytes can be read. What a row becomes does not depend on its place.
-// Grid (ceil(n / EXPERT_TILE), tile_count). Shared: EXPERT_SHARED bytes.
+// and matrices begin where 16 bytes can be read. What a row becomes does not depend on its place. `biases` [experts, n] or null:
+// y[r] gains `share` times its expert's. Grid (ceil(n / EXPERT_TILE), tile_count). Shared: EXPERT_SHARED bytes.
 constexpr int EXPERT_SHARED = 4 * 2 * EXPERT_TILE * 80;
 #define EXPERT_PRODUCT(name, T) DENSE_KERNEL(256, 2, name, const T* x, const int* tokens, const T* weights, \
-    long long stride, const ExpertTile* tiles, T* y, int n, int k)
+    long long stride, const ExpertTile* tiles, const float* biases, float share, T* y, int n, int k)
 EXPERT_PRODUCT(expert_rows_f32, float);
 EXPERT_PRODUCT(expert_rows_bf16, bf16);
 EXPERT_PRODUCT(expert_rows_f16, f16);
@@ -215,6 +215,20 @@ MIX(mix_bf16_bf16, bf16, bf16);
     float* d_weights, int ffn, Curve curve)
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_f32, float);
 EXPERT_ACTIVATION_BACKWARD(expert_activation_backward_bf16, bf16);
+
+// What rows' weights count beside that, since biases count with their rows: d_weights[r] += Σ dy[tokens[r]]∘biases[e], `dy`
+// [*, width] being the gradient of what experts give, `biases` [experts, width]. Grid (tile_count).
+#define EXPERT_BIAS_WEIGHTS(name, T) KERNEL(256, name, const T* dy, const int* tokens, const float* biases, \
+    const ExpertTile* tiles, float* d_weights, int width)
+EXPERT_BIAS_WEIGHTS(expert_bias_weights_f32, float);
+EXPERT_BIAS_WEIGHTS(expert_bias_weights_bf16, bf16);
+
+// The gradient of biases: gradients[e] += Σ weights[r]·dy[i] over the rows r of each expert, i = tokens[r] (or r where null; `weights`
+// null: of 1): `dy` [*, width], `gradients` [experts, width]. Grid (ceil(width / 256), experts).
+#define EXPERT_BIAS_GRADIENT(name, T) KERNEL(256, name, const T* dy, const int* tokens, const float* weights, \
+    const int* starts, float* gradients, int width)
+EXPERT_BIAS_GRADIENT(expert_bias_gradient_f32, float);
+EXPERT_BIAS_GRADIENT(expert_bias_gradient_bf16, bf16);
 
 // The gradient of the router's logits, `d_logits` [count, outputs], given that of each row's weight and what `route` and
 // `place_rows` made. Grid (ceil(count / 8)).
@@ -509,10 +523,11 @@ struct Scores {
 };
 
 // `qkv` [T, width] after rotation, `out` [T, query·dim], `lse` [T, query] (natural log-sum-exp of the scores).
-// `window`: how many positions back a token sees, itself included; 0 for all.
+// `window`: how many positions back a token sees, itself included; 0 for all. `sinks` [query] or null: what stands beside the
+// scores of each head in the soft-max, with nothing to give.
 // Grid (query, tiles, ceil(dim / 256)). Shared: R·P + S·(P + P') + X.
 #define ATTENTION(name, T, D) DENSE_KERNEL(ATTENTION_THREADS(T), attention_blocks<T>(D, 5, 4), name, const T* qkv, \
-    T* out, float* lse, const AttentionTile* tiles, int query, int kv, int dim, int window, Scores scores)
+    T* out, float* lse, const AttentionTile* tiles, const float* sinks, int query, int kv, int dim, int window, Scores scores)
 
 // The queries' gradient: columns q of `d_qkv` [T, width] are set; `delta` [T, query] receives Σ dO∘O for the next.
 // Grid (query, tiles, ceil(dim / 256)). Shared: 2·(R + S)·P + X.
@@ -533,6 +548,9 @@ struct Scores {
 #define SUM_HEADS(name, T) KERNEL(256, name, const float* d_heads, T* d_qkv, int count, int query, int kv, int dim)
 SUM_HEADS(sum_heads_f32, float);
 SUM_HEADS(sum_heads_bf16, bf16);
+
+// The gradient of sinks: gradients[h] −= Σ exp(sinks[h] − lse)·delta over all tokens. Grid (query).
+KERNEL(256, sink_gradient, const float* sinks, const float* lse, const float* delta, float* gradients, int count, int query);
 
 #define ATTENTION_VARIANTS_F16(kind, stem) \
     kind(stem##_f16_16, f16, 16); kind(stem##_f16_32, f16, 32); kind(stem##_f16_64, f16, 64); \
@@ -591,9 +609,9 @@ struct DecodeTile {
     int prefix_splits, int own_splits, int query, int kv, int dim, int window, Scores scores)
 ATTENTION_VARIANTS(DECODE_ATTENTION, decode_attention);
 
-// out [count, query·dim] from the parts, of which there are at most 32. Grid (ceil(count·query / 8)).
-#define DECODE_MERGE(name, T) KERNEL(256, name, const float* partial, const float* partial_lse, T* out, int parts, \
-    int rows, int dim)  /* rows = count·query */
+// out [count, query·dim] from the parts, of which there are at most 32, and `sinks` (see ATTENTION). Grid (ceil(count·query / 8)).
+#define DECODE_MERGE(name, T) KERNEL(256, name, const float* partial, const float* partial_lse, const float* sinks, \
+    T* out, int parts, int rows, int query, int dim)  /* rows = count·query */
 DECODE_MERGE(decode_merge_f32, float);
 DECODE_MERGE(decode_merge_bf16, bf16);
 

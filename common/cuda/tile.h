@@ -171,9 +171,11 @@ template <int N> struct Online {
     float o[N][4];
     float max[2], sum[2];  // of rows g and g + 8; `sum` of this lane's columns alone until `finish`
 
-    __device__ void begin() {
+    // `sink` stands beside the scores of all rows, base 2; −∞: nothing does.
+    __device__ void begin(float sink = -INFINITY) {
         clear(o);
-        for (int i = 0; i < 2; ++i) max[i] = -INFINITY, sum[i] = 0;
+        bool counts = sink > -INFINITY && lane() % 4 == 0;
+        for (int i = 0; i < 2; ++i) max[i] = sink, sum[i] = counts ? 1.0f : 0.0f;
     }
 
     // Takes in 8·K more keys: `s` are their scores (−∞ where hidden), which `scale` turns to base 2, and becomes their

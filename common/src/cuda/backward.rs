@@ -353,6 +353,7 @@ impl<'a> Backward<'a> {
                 Arg::plain(Scores::of(heads)),
             ],
         )?;
+        self.sinks(i, pass)?;
         device.launch(
             &kernels.of_heads("attention_backward_kv", heads),
             launches.to_keys(self.shape.tile_count),
@@ -376,6 +377,24 @@ impl<'a> Backward<'a> {
             &kernels.of_format("sum_heads"),
             Launch::row((count * heads.kv_width()).div_ceil(THREADS), THREADS),
             args![&self.d_heads, &self.d_qkv, count as i32, query, kv, dim],
+        )
+    }
+
+    /// The gradient of what stands beside scores in layer `i`, where something does, given `delta`.
+    fn sinks(&self, i: usize, pass: &Pass) -> Result<()> {
+        let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
+        let wanted = places
+            .sinks
+            .as_ref()
+            .and_then(|span| self.gradients.span(span));
+        let (Some(sinks), Some(to)) = (&layer.sinks, wanted) else {
+            return Ok(());
+        };
+        let (count, query) = (self.shape.tokens as i32, layer.heads.query);
+        self.decoder.device.launch(
+            "sink_gradient",
+            Launch::row(query, THREADS),
+            args![sinks, &pass.lse, &self.delta, to, count, query as i32],
         )
     }
 
@@ -624,7 +643,12 @@ impl<'a> Backward<'a> {
     }
 
     /// For y = x·Wᵀ + b: adds Σ dy to the bias's gradient, where there is one.
-    fn bias_gradient(&self, matrix: &Matrix, dy: &Buffer, format: Precision) -> Result<()> {
+    pub(super) fn bias_gradient(
+        &self,
+        matrix: &Matrix,
+        dy: &Buffer,
+        format: Precision,
+    ) -> Result<()> {
         let wanted = matrix.bias.as_ref().and_then(|b| self.gradients.span(b));
         let Some(to) = wanted else {
             return Ok(());

@@ -47,6 +47,8 @@ pub(super) struct Layer {
     pub k_norm: Option<Buffer>,
     /// What it has in the place of attention.
     pub recurrent: Option<Recurrent>,
+    /// What stands beside the scores of each query head, float32.
+    pub sinks: Option<Buffer>,
     pub output: Linear,
     pub mlp: Mlp,
     /// How it takes in an embedding of its own.
@@ -217,6 +219,7 @@ impl Decoder {
                 recurrent: (p.recurrent.as_ref())
                     .map(|p| Recurrent::new(p, vector))
                     .transpose()?,
+                sinks: p.sinks.as_ref().map(vector).transpose()?,
                 output: linear(&p.output)?,
                 mlp: match config.experts[i] {
                     Some(how) => {

@@ -7,7 +7,7 @@ use super::decoder::{Decoder, Linear, OneMlp};
 use super::device::{Address, Arg, Buffer, Device, Launch, Operand, Plain, Precision, bytes_of};
 use super::launches::THREADS;
 use super::pass::Pass;
-use crate::model::{LayerNorms, LayerParams, Matrix, Span};
+use crate::model::{LayerNorms, LayerParams, Matrix, MlpParams, Span};
 use crate::weights::{Config, Experts, Scores};
 use anyhow::{Result, ensure};
 
@@ -86,6 +86,9 @@ pub(super) struct Mixture {
     weights: Buffer,
     gate_up: Place,
     down: Place,
+    /// Their biases, float32, `[experts, 2·ffn]` and `[experts, hidden]`.
+    gate_up_bias: Option<Buffer>,
+    down_bias: Option<Buffer>,
     /// The one that all tokens go to, or the MLP beside them: its rows are after theirs wherever theirs are kept.
     shared: Option<OneMlp>,
 }
@@ -113,12 +116,21 @@ impl Mixture {
         let router = params.router.as_ref().expect("experts have a router");
         let shared = params.mlps.last().filter(|_| how.shared.is_some());
         let shared = shared.or(params.beside.as_ref());
+        let each = &params.mlps[..how.count];
+        let matrices = each.iter().flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
+        let weights = of_all(matrices.map(|matrix| &matrix.weight));
+        let biases = |of: fn(&MlpParams) -> &Matrix| {
+            let biases = each.iter().filter_map(|mlp| of(mlp).bias.as_ref());
+            how.biases.then(|| vector(&of_all(biases))).transpose()
+        };
         Ok(Self {
             how,
             router: linear(router)?,
             selection: params.selection.as_ref().map(&vector).transpose()?,
             factors: params.factors.as_ref().map(&vector).transpose()?,
-            weights: in_format(&all_experts(how, params))?,
+            weights: in_format(&weights)?,
+            gate_up_bias: biases(|mlp| &mlp.gate_up)?,
+            down_bias: biases(|mlp| &mlp.down)?,
             shared: shared.map(|p| OneMlp::new(p, linear)).transpose()?,
             gate_up: Place {
                 first: 0,
@@ -136,12 +148,8 @@ impl Mixture {
     }
 }
 
-/// The parameters of the experts of a layer that are chosen among, which follow each other.
-fn all_experts(how: Experts, params: &LayerParams) -> Span {
-    let matrices = params.mlps[..how.count]
-        .iter()
-        .flat_map(|mlp| [&mlp.gate_up, &mlp.down]);
-    let mut spans = matrices.map(|matrix| &matrix.weight);
+/// Parameters of the experts of a layer, which follow each other, as one.
+fn of_all<'a>(mut spans: impl Iterator<Item = &'a Span>) -> Span {
     let mut all = spans.next().expect("there are experts").clone();
     for span in spans {
         assert_eq!(all.range.end, span.range.start);
@@ -299,14 +307,34 @@ impl<'a> AtWork<'a> {
         buffer.part(first, len, self.decoder.size())
     }
 
-    /// y = x·Wᵀ for all rows, each with its expert's W.
-    fn by_rows(&self, place: Place, x: Rows, y: &Buffer) -> Result<()> {
-        self.product("expert_rows", place, (place.rows, place.cols), x, y)
+    /// y = x·Wᵀ + share·b for all rows, each with its expert's W and b, where there are biases.
+    fn by_rows(
+        &self,
+        (place, biases): (Place, &Option<Buffer>),
+        x: Rows,
+        y: &Buffer,
+        share: f32,
+    ) -> Result<()> {
+        let biases = (biases.as_ref(), share);
+        self.product(
+            "expert_rows",
+            place,
+            (place.rows, place.cols),
+            x,
+            (y, biases),
+        )
     }
 
     /// y = x·W.
     fn by_columns(&self, place: Place, x: Rows, y: &Buffer) -> Result<()> {
-        self.product("expert_columns", place, (place.cols, place.rows), x, y)
+        let none = (None, 0.0);
+        self.product(
+            "expert_columns",
+            place,
+            (place.cols, place.rows),
+            x,
+            (y, none),
+        )
     }
 
     fn product(
@@ -315,7 +343,7 @@ impl<'a> AtWork<'a> {
         place: Place,
         (n, k): (usize, usize),
         (x, tokens): Rows,
-        y: &Buffer,
+        (y, (biases, share)): (&Buffer, (Option<&Buffer>, f32)),
     ) -> Result<()> {
         let tiles = tiles(self.mixture.how, self.count);
         self.decoder.device.launch(
@@ -329,6 +357,8 @@ impl<'a> AtWork<'a> {
                     .element(place.first, self.decoder.size()),
                 place.stride as u64,
                 &self.routes.tiles,
+                biases,
+                share,
                 y,
                 n as i32,
                 k as i32,
@@ -356,6 +386,54 @@ impl<'a> AtWork<'a> {
                 place.stride as u64,
                 m as i32,
                 n as i32,
+            ],
+        )
+    }
+
+    /// What rows' weights gain, since biases count with their rows; `dy` is the gradient of what experts give.
+    fn bias_weights(&self, biases: &Buffer, dy: Address, d_weights: &Buffer) -> Result<()> {
+        let decoder = self.decoder;
+        decoder.device.launch(
+            &decoder.kernels.of_format("expert_bias_weights"),
+            Launch::row(tiles(self.mixture.how, self.count), THREADS),
+            args![
+                dy,
+                &self.routes.tokens,
+                biases,
+                &self.routes.tiles,
+                d_weights,
+                decoder.config.hidden as i32,
+            ],
+        )
+    }
+
+    /// Adds Σ dy over the rows of each expert, times their weights, to the gradient of its bias of a matrix; `at` is the first
+    /// expert's.
+    fn bias_gradient(
+        &self,
+        place: Place,
+        (dy, tokens): Rows,
+        weights: Option<&Buffer>,
+        at: Option<Address>,
+    ) -> Result<()> {
+        let Some(at) = at else {
+            return Ok(());
+        };
+        let decoder = self.decoder;
+        decoder.device.launch(
+            &decoder.kernels.of_format("expert_bias_gradient"),
+            Launch::plane(
+                place.rows.div_ceil(THREADS),
+                self.mixture.how.count,
+                THREADS,
+            ),
+            args![
+                dy,
+                tokens,
+                weights,
+                &self.routes.starts,
+                at,
+                place.rows as i32,
             ],
         )
     }
@@ -407,6 +485,10 @@ impl Decoder {
             0.0,
             pass,
         )?;
+        if let Some(bias) = &mixture.router.bias {
+            let scores = &work.routes.scores;
+            self.bias("add_bias_f32", scores, bias, count, mixture.how.outputs())?;
+        }
         work.routes.choose(&self.device, mixture, count)?;
         if mixture.how.apart {
             read(&norms.before_mlp)?;
@@ -419,7 +501,8 @@ impl Decoder {
             read(norms.of_experts())?;
         }
         let read = (pass.normed.address(), Some(&work.routes.tokens));
-        work.by_rows(mixture.gate_up, read, &pass.gate_up)
+        let gate_up = (mixture.gate_up, &mixture.gate_up_bias);
+        work.by_rows(gate_up, read, &pass.gate_up, 1.0)
     }
 
     /// From `pass.gate_up` of the experts' rows to `pass.inner`.
@@ -445,11 +528,9 @@ impl Decoder {
         (x, scale): (&Buffer, f32),
     ) -> Result<()> {
         let work = AtWork::new(self, mixture, count, pass);
-        work.by_rows(
-            mixture.down,
-            (pass.inner.address(), None),
-            &work.routes.given,
-        )?;
+        let read = (pass.inner.address(), None);
+        let down = (mixture.down, &mixture.down_bias);
+        work.by_rows(down, read, &work.routes.given, 1.0 / scale)?;
         let weights = Some(&work.routes.weights);
         if let (Some(apart), Some(norm), Some(mlp), Some(down)) =
             (&pass.apart, &norms.after_one, &mixture.shared, &pass.down)
@@ -596,11 +677,18 @@ impl Backward<'_> {
         let (first, read) = (places.mlp(), pass.normed.address());
         let at = wanted(&first.down.weight);
         work.gradient(mixture.down, (dy.at, tokens), (inner, None), at)?;
+        if let (Some(biases), Some(span)) = (&mixture.down_bias, &first.down.bias) {
+            work.bias_weights(biases, dy.at, &own.d_weights)?;
+            let weights = Some(&work.routes.weights);
+            work.bias_gradient(mixture.down, (dy.at, tokens), weights, wanted(span))?;
+        }
         let norm = layer.norms.of_experts().as_ref();
         let span = places.norms.of_experts().as_ref();
         decoder.read(&pass.x, norm, count, &pass.normed)?;
         let at = wanted(&first.gate_up.weight);
         work.gradient(mixture.gate_up, (gate_up, None), (read, tokens), at)?;
+        let at = first.gate_up.bias.as_ref().and_then(wanted);
+        work.bias_gradient(mixture.gate_up, (gate_up, None), None, at)?;
         work.by_columns(mixture.gate_up, (gate_up, None), &work.routes.given)?;
         if let Some(mlp) = &mixture.shared
             && !mixture.how.apart
@@ -718,6 +806,7 @@ impl Backward<'_> {
             self.operand(&own.d_logits, how.outputs()),
             &pass.x,
             pass,
-        )
+        )?;
+        self.bias_gradient(place, &own.d_logits, decoder.precision)
     }
 }

@@ -470,9 +470,11 @@ impl<'a> Generator<'a> {
             args![
                 &memory.partial,
                 &memory.partial_lse,
+                decoder.layers[layer].sinks.as_ref(),
                 &memory.pass.attention,
                 (prompts.splits + own_splits) as i32,
                 rows as i32,
+                heads.query as i32,
                 heads.dim as i32,
             ],
         )?;

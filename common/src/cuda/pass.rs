@@ -385,6 +385,7 @@ impl Decoder {
                 pass.read.as_ref().unwrap_or(&pass.attention),
                 &pass.lse,
                 &shape.tiles,
+                self.layers[i].sinks.as_ref(),
                 heads.query as i32,
                 heads.kv as i32,
                 heads.dim as i32,
@@ -681,7 +682,7 @@ impl Decoder {
         Ok(())
     }
 
-    fn bias(
+    pub(super) fn bias(
         &self,
         kernel: &str,
         x: &Buffer,

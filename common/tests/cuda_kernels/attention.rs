@@ -100,11 +100,23 @@ struct Run<T> {
     out: Vec<T>,
     lse: Vec<f32>,
     d_qkv: Vec<T>,
+    d_sinks: Vec<f32>,
 }
+
+/// What stands beside the scores of each head, or nothing.
+type Sinks<'a> = Option<&'a Vec<f32>>;
 
 impl<T: Element> PartialEq for Run<T> {
     fn eq(&self, other: &Self) -> bool {
-        (&self.out, &self.lse, &self.d_qkv) == (&other.out, &other.lse, &other.d_qkv)
+        let all = |run: &Self| {
+            (
+                run.out.clone(),
+                run.lse.clone(),
+                run.d_qkv.clone(),
+                run.d_sinks.clone(),
+            )
+        };
+        all(self) == all(other)
     }
 }
 
@@ -114,7 +126,12 @@ impl<T: Element> std::fmt::Debug for Run<T> {
     }
 }
 
-fn forward<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>) -> (Vec<T>, Vec<f32>) {
+fn forward<T: Element>(
+    layout: &Layout,
+    heads: Heads,
+    qkv: &Vec<T>,
+    sinks: Sinks,
+) -> (Vec<T>, Vec<f32>) {
     let (tokens, tiles) = (layout.tokens(), tiles::<T>(layout));
     let (r, made) = (tile_rows::<T>(), made_for(heads.dim));
     let [shared, _, _] = shared::<T>(heads.dim);
@@ -123,7 +140,7 @@ fn forward<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>) -> (Vec<T>, 
         unwritten(tokens * heads.query),
     );
     launch!(format!("attention_{}_{made}", T::NAME), [heads.query, tiles.len(), heads.dim.div_ceil(256)], 2 * r, shared;
-        qkv, &mut out, &mut lse, &tiles, heads.query as i32, heads.kv as i32, heads.dim as i32,
+        qkv, &mut out, &mut lse, &tiles, sinks, heads.query as i32, heads.kv as i32, heads.dim as i32,
         heads.window.map_or(0, |w| w as i32), Scores::of(heads.scale, heads.cap));
     (out, lse)
 }
@@ -139,15 +156,21 @@ fn every_head_size_in_half_precision() {
             ..Heads::new(2, 1, dim)
         };
         let qkv: Vec<half::f16> = noise(layout.tokens() * heads.qkv_width(), 1);
-        let (out, lse) = in_every_order(|| forward(&layout, heads, &qkv));
+        let (out, lse) = in_every_order(|| forward(&layout, heads, &qkv, None));
         let unused = vec![0.0; layout.tokens() * heads.q_width()];
-        let exact = exact(&layout, heads, &wide(&qkv), &unused);
+        let exact = exact(&layout, heads, &wide(&qkv), &unused, None);
         assert_close(&format!("out of {dim}"), &out, &exact.out, 8.0);
         assert_close(&format!("lse of {dim}"), &lse, &exact.lse, 200.0);
     }
 }
 
-fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>) -> Run<T> {
+fn ours<T: Element>(
+    layout: &Layout,
+    heads: Heads,
+    qkv: &Vec<T>,
+    d_out: &Vec<T>,
+    sinks: Sinks,
+) -> Run<T> {
     let (tokens, tiles) = (layout.tokens(), tiles::<T>(layout));
     let (query, kv, dim) = (heads.query as i32, heads.kv as i32, heads.dim as i32);
     let window = heads.window.map_or(0, |w| w as i32);
@@ -158,12 +181,16 @@ fn ours<T: Element>(layout: &Layout, heads: Heads, qkv: &Vec<T>, d_out: &Vec<T>)
         out: unwritten(tokens * heads.q_width()),
         lse: unwritten(tokens * heads.query),
         d_qkv: unwritten(tokens * heads.qkv_width()),
+        d_sinks: vec![1.0; heads.query],
     };
     let mut delta: Vec<f32> = unwritten(tokens * heads.query);
-    (run.out, run.lse) = forward(layout, heads, qkv);
+    (run.out, run.lse) = forward(layout, heads, qkv, sinks);
     launch!(name("attention_backward_q"), [heads.query, tiles.len(), heads.dim.div_ceil(256)], threads, to_queries;
         qkv, &run.out, &run.lse, d_out, &mut delta, &mut run.d_qkv, &tiles, query, kv, dim, window,
         Scores::of(heads.scale, heads.cap));
+    if let Some(sinks) = sinks {
+        launch!("sink_gradient", [heads.query, 1, 1], 256, 0; sinks, &run.lse, &delta, &mut run.d_sinks, tokens as i32, query);
+    }
     let positions: Vec<i32> = layout.positions().map(|p| p as i32).collect();
     let positions = if window > 0 {
         Arg::from(&positions)
@@ -200,15 +227,18 @@ struct Exact {
     out: Vec<f64>,
     lse: Vec<f64>,
     d_qkv: Vec<f64>,
+    /// Added to ones.
+    d_sinks: Vec<f64>,
 }
 
 /// The definition, in float64, token by token.
-fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
+fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64], sinks: Sinks) -> Exact {
     let (tokens, dim, width) = (layout.tokens(), heads.dim, heads.qkv_width());
     let mut found = Exact {
         out: vec![0.0; tokens * heads.q_width()],
         lse: vec![0.0; tokens * heads.query],
         d_qkv: vec![0.0; qkv.len()],
+        d_sinks: vec![1.0; heads.query],
     };
     let scale = 1.0 / (dim as f64).sqrt();
     for segment in layout.segments() {
@@ -239,8 +269,10 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
                 let shares: Vec<f64> = seen.iter().map(share).collect();
                 let unit = heads.cap.map_or(1.0, f64::from);
                 let scores: Vec<f64> = shares.iter().map(|share| share * unit).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+                let sink = sinks.map(|sinks| f64::from(sinks[head]));
+                let all = || scores.iter().copied().chain(sink);
+                let max = all().fold(f64::NEG_INFINITY, f64::max);
+                let lse = max + all().map(|s| (s - max).exp()).sum::<f64>().ln();
                 found.lse[token * heads.query + head] = lse;
                 let weights: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
                 for (w, &t) in weights.iter().zip(seen) {
@@ -250,6 +282,7 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
                 }
                 let d = &d_out[o_at..][..dim];
                 let delta = dot(d, &found.out[o_at..][..dim]);
+                found.d_sinks[head] -= sink.map_or(0.0, |sink| (sink - lse).exp() * delta);
                 for ((w, share), &t) in weights.iter().zip(&shares).zip(seen) {
                     let slope = heads.cap.map_or(1.0, |_| 1.0 - share * share);
                     let ds = w * (dot(d, &qkv[v_at(t)..][..dim]) - delta) * slope * scale;
@@ -266,13 +299,17 @@ fn exact(layout: &Layout, heads: Heads, qkv: &[f64], d_out: &[f64]) -> Exact {
 }
 
 fn check<T: Element>(layout: &Layout, heads: Heads) {
+    check_beside::<T>(layout, heads, None);
+}
+
+fn check_beside<T: Element>(layout: &Layout, heads: Heads, sinks: Sinks) {
     let qkv: Vec<T> = noise::<f32>(layout.tokens() * heads.qkv_width(), 1)
         .iter()
         .map(|x| T::from(2.0 * x))
         .collect();
     let d_out: Vec<T> = noise(layout.tokens() * heads.q_width(), 2);
-    let found = in_every_order(|| ours(layout, heads, &qkv, &d_out));
-    let exact = exact(layout, heads, &wide(&qkv), &wide(&d_out));
+    let found = in_every_order(|| ours(layout, heads, &qkv, &d_out, sinks));
+    let exact = exact(layout, heads, &wide(&qkv), &wide(&d_out), sinks);
     let what = format!("{} {heads:?}", T::NAME);
     let most = roundings(heads.dim);
     let close = |part: &str, ours: &[T], exact: &[f64], most| {
@@ -281,6 +318,13 @@ fn check<T: Element>(layout: &Layout, heads: Heads) {
     close("out", &found.out, &exact.out, most);
     close("d_qkv", &found.d_qkv, &exact.d_qkv, 2.0 * most);
     assert_close(&format!("lse of {what}"), &found.lse, &exact.lse, most);
+    let most = if size_of::<T>() == 2 { 1e5 } else { 100.0 }; // the output is rounded
+    assert_close(
+        &format!("d_sinks of {what}"),
+        &found.d_sinks,
+        &exact.d_sinks,
+        most,
+    );
 }
 
 /// How far results may be off: products of wide heads are longer sums.
@@ -335,6 +379,26 @@ fn soft_caps<T: Element>() {
     }
 }
 
+/// Above most scores, among them, below.
+fn sinks<T: Element>() {
+    let sinks = vec![3.0, 0.5, -0.5, -4.0];
+    for (dim, window, cap) in [
+        (64, Some(50), None),
+        (128, None, Some(0.6)),
+        (512, Some(5), None),
+    ] {
+        let heads = Heads {
+            window,
+            cap,
+            ..Heads::new(4, 2, dim)
+        };
+        let mut layout = Layout::default();
+        layout.push(3, &[]);
+        layout.push(66, &[1, 0, 41]);
+        check_beside::<T>(&layout, heads, Some(&sinks));
+    }
+}
+
 /// Heads whose results are made in parts, and whose tiles meet fewer rows at a time.
 fn wide_heads<T: Element>() {
     for (window, cap) in [(Some(5), None), (Some(50), Some(2.0)), (None, Some(0.6))] {
@@ -363,6 +427,7 @@ crate::device::for_both!(
     every_group_of_heads,
     windows,
     soft_caps,
+    sinks,
     wide_heads,
     edges_of_tiles
 );

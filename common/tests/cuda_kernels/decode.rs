@@ -123,6 +123,8 @@ struct Shape {
     window: Option<usize>,
     cap: Option<f32>,
     splits: (usize, usize),
+    /// Something stands beside the scores of each head.
+    sinks: bool,
 }
 
 fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
@@ -133,7 +135,9 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
         window,
         cap,
         splits,
+        sinks,
     } = shape;
+    let sinks = sinks.then(|| noise::<f32>(query, 5));
     let (kv_width, width, group) = (kv * dim, (query + 2 * kv) * dim, query / kv);
     let batch = Batch::<T>::new(groups, kv_width);
     let count = batch.sequences.len();
@@ -158,7 +162,7 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
             batch.max_pages as i32, count as i32, tiles.len() as i32, splits.0 as i32, splits.1 as i32,
             query as i32, kv as i32, dim as i32, window.unwrap_or(0) as i32, Scores::of(scale, cap));
         launch!(format!("decode_merge_{}", T::NAME), [(count * query).div_ceil(8), 1, 1], 256, 0;
-            &partial, &lse, &mut out, parts as i32, (count * query) as i32, dim as i32);
+            &partial, &lse, sinks.as_ref(), &mut out, parts as i32, (count * query) as i32, query as i32, dim as i32);
         out
     });
     let mut exact = vec![];
@@ -182,7 +186,8 @@ fn check<T: Element>(groups: &[(usize, Vec<usize>)], shape: Shape) {
                     cap.map_or(score, |cap| capped(f64::from(cap))).exp()
                 })
                 .collect();
-            let total: f64 = weights.iter().sum();
+            let sink = |sinks: &Vec<f32>| f64::from(sinks[head]).exp();
+            let total = weights.iter().sum::<f64>() + sinks.as_ref().map_or(0.0, sink);
             exact.extend((0..dim).map(|c| {
                 weights
                     .iter()
@@ -220,6 +225,7 @@ fn every_head_size<T: Element>() {
                 window: None,
                 cap: None,
                 splits: (1, 1),
+                sinks: false,
             },
         );
     }
@@ -236,6 +242,7 @@ fn every_group_of_heads<T: Element>() {
                 window: None,
                 cap: None,
                 splits: (2, 1),
+                sinks: false,
             },
         );
     }
@@ -252,6 +259,24 @@ fn soft_caps<T: Element>() {
                 window,
                 cap: Some(0.8),
                 splits: (2, 2),
+                sinks: false,
+            },
+        );
+    }
+}
+
+fn sinks<T: Element>() {
+    for (dim, window) in [(64, Some(66)), (512, None)] {
+        check::<T>(
+            &groups()[..2],
+            Shape {
+                query: 4,
+                kv: 2,
+                dim,
+                window,
+                cap: None,
+                splits: (2, 2),
+                sinks: true,
             },
         );
     }
@@ -269,6 +294,7 @@ fn windows_and_splits<T: Element>() {
                     window,
                     cap: None,
                     splits,
+                    sinks: false,
                 },
             );
         }
@@ -279,5 +305,6 @@ crate::device::for_both!(
     every_head_size,
     every_group_of_heads,
     windows_and_splits,
-    soft_caps
+    soft_caps,
+    sinks
 );

@@ -286,10 +286,11 @@ fn products_of<T: Element>(kinds: &[&str]) {
         for (kind, gathered) in kinds.iter().flat_map(|&kind| [(kind, true), (kind, false)]) {
             let x: Vec<T> = noise(if gathered { 50 } else { rows } * k, 2);
             let tokens = gathered.then_some(&routes.tokens);
+            let biases = (kind == "rows" && gathered).then(|| noise::<f32>(experts * n, 3));
             let y = in_every_order(|| {
                 let mut y: Vec<T> = unwritten(rows * n);
                 launch!(format!("expert_{kind}_{}", T::NAME), [n.div_ceil(TILE), routes.tiles.len(), 1], 256, SHARED;
-                    &x, tokens, &weights, stride as i64, &routes.tiles, &mut y, n as i32, k as i32);
+                    &x, tokens, &weights, stride as i64, &routes.tiles, biases.as_ref(), 0.5f32, &mut y, n as i32, k as i32);
                 y
             });
             let (x, weights) = (wide(&x), wide(&weights));
@@ -299,8 +300,12 @@ fn products_of<T: Element>(kinds: &[&str]) {
                 for row in routes.of(expert) {
                     let from = tokens.map_or(row, |tokens| tokens[row] as usize);
                     let x = &x[from * k..][..k];
+                    let bias = |j: usize| match &biases {
+                        Some(biases) => 0.5 * f64::from(biases[expert * n + j]),
+                        None => 0.0,
+                    };
                     exact.extend((0..n).map(|j| match kind {
-                        "rows" => dot(x, w[j * k..][..k].iter().copied()),
+                        "rows" => dot(x, w[j * k..][..k].iter().copied()) + bias(j),
                         _ => dot(x, (0..k).map(|i| w[i * n + j])),
                     }));
                 }
@@ -338,7 +343,7 @@ fn a_row_is_the_same_wherever_it_lies() {
             .map(|first| [0, first, (rows - first).min(TILE as i32)])
             .collect();
         launch!("expert_rows_bf16", [n.div_ceil(TILE), tiles.len(), 1], 256, SHARED;
-            &x, &tokens, &weights, 0i64, &tiles, &mut y, n as i32, k as i32);
+            &x, &tokens, &weights, 0i64, &tiles, Null, 0f32, &mut y, n as i32, k as i32);
         y
     };
     let all = product((0..200).collect());
@@ -379,6 +384,46 @@ fn gradients<T: Element>() {
             }
             assert_close("gradients", &found, &exact, 100.0);
         }
+    }
+}
+
+fn biases<T: Element>() {
+    let routes = uneven();
+    let (experts, rows) = (routes.starts.len() - 1, routes.tokens.len());
+    for width in [8, 300, 33] {
+        let (dy, dy_of_rows): (Vec<T>, Vec<T>) = (noise(50 * width, 1), noise(rows * width, 2));
+        let (weights, bias): (Vec<f32>, Vec<f32>) = (noise(rows, 3), noise(experts * width, 4));
+        let (d_weights, d_bias): (Vec<f32>, Vec<f32>) = (noise(rows, 5), noise(experts * width, 6));
+        let (found_weights, of_tokens, of_rows) = in_every_order(|| {
+            let (mut d_weights, mut of_tokens, mut of_rows) =
+                (d_weights.clone(), d_bias.clone(), d_bias.clone());
+            launch!(format!("expert_bias_weights_{}", T::NAME), [routes.tiles.len(), 1, 1], 256, 0;
+                &dy, &routes.tokens, &bias, &routes.tiles, &mut d_weights, width as i32);
+            let (name, grid) = (
+                format!("expert_bias_gradient_{}", T::NAME),
+                [width.div_ceil(256), experts, 1],
+            );
+            launch!(name, grid, 256, 0; &dy, &routes.tokens, &weights, &routes.starts, &mut of_tokens, width as i32);
+            launch!(name, grid, 256, 0; &dy_of_rows, Null, Null, &routes.starts, &mut of_rows, width as i32);
+            (d_weights, of_tokens, of_rows)
+        });
+        let (dy, dy_of_rows, bias) = (wide(&dy), wide(&dy_of_rows), wide(&bias));
+        let (mut exact_weights, mut tokens_exact, mut rows_exact) =
+            (wide(&d_weights), wide(&d_bias), wide(&d_bias));
+        for expert in 0..experts {
+            for row in routes.of(expert) {
+                let own = &dy[routes.tokens[row] as usize * width..][..width];
+                let bias = &bias[expert * width..][..width];
+                exact_weights[row] += dot(own, bias.iter().copied());
+                for c in 0..width {
+                    tokens_exact[expert * width + c] += f64::from(weights[row]) * own[c];
+                    rows_exact[expert * width + c] += dy_of_rows[row * width + c];
+                }
+            }
+        }
+        assert_close("weights", &found_weights, &exact_weights, 60.0);
+        assert_close("biases of tokens", &of_tokens, &tokens_exact, 60.0);
+        assert_close("biases of rows", &of_rows, &rows_exact, 60.0);
     }
 }
 
@@ -550,4 +595,4 @@ fn a_factors_gradient_is_of_its_experts_rows() {
     }
 }
 
-for_both!(products, gradients, activations, routers_gradients);
+for_both!(products, gradients, biases, activations, routers_gradients);

@@ -324,7 +324,8 @@ fn activations_are_kept_small_in_half_precision() {
     let gate_up: Vec<half::f16> = [300.0, 2.0, 300.0, 3.0].map(Element::from).to_vec();
     let out = in_every_order(|| {
         let mut out: Vec<half::f16> = unwritten(2);
-        launch!("activation_f16", [1, 1, 1], 256, 0; &gate_up, &mut out, 2i32, 1.0f32, 0.0f32, 1.0f32 / 64.0);
+        let curve = Activation::Silu.curve();
+        launch!("activation_f16", [1, 1, 1], 256, 0; &gate_up, &mut out, 2i32, curve, 1.0f32 / 64.0);
         out
     });
     let small = 2.0 / (1.0 + (-2.0f64).exp()) * 3.0 / 64.0;
