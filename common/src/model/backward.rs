@@ -63,7 +63,7 @@ pub fn backward(
             Kept::Input(x) => {
                 std::mem::swap(&mut again.x, x);
                 let next = &mut buffers.inner;
-                decoder.run_layer(i, layout, &rotations, aside, &mut again, next);
+                decoder.run_again(i, (layout, &rotations), aside, &mut again, next);
                 &mut again
             }
         };

@@ -185,18 +185,15 @@ impl Mlp {
         self.down.weight.k()
     }
 
-    /// `y` `[T, hidden]` is set to, or gains, the MLP of rows that `read(r, row)` writes. `gate_up` `[T, 2·ffn]` is what it
-    /// makes on its way. Row r counts `weights[r]` times.
-    pub fn forward(
+    /// `y` `[T, hidden]` is set to, or gains, the MLP of `gate_up` `[T, 2·ffn]`. Row r counts `weights[r]` times.
+    pub fn narrow(
         &self,
         c: &Config,
-        read: impl Fn(usize, &mut [f32]) + Sync,
+        gate_up: &[f32],
         weights: Option<&[f32]>,
-        gate_up: &mut [f32],
         y: &mut [f32],
         write: Write,
     ) {
-        self.gate_up.forward_made(read, gate_up, Write::Set);
         let (curve, ffn) = (c.activation.curve(), self.ffn());
         let inner = |r: usize, row: &mut [f32]| {
             let (gate, up) = gate_up[r * 2 * ffn..][..2 * ffn].split_at(ffn);
@@ -538,30 +535,46 @@ impl Decoder {
         let (mut state, mut next) = (LayerState::default(), vec![]);
         self.begin(tokens, aside, &mut state.x);
         for i in 0..self.layers.len() {
-            self.run_layer(i, layout, &rotations, aside, &mut state, &mut next);
+            self.mix(i, layout, &rotations, aside, &mut state);
+            self.finish(i, aside, &mut state, &mut next);
             seen(i, &mut state);
             std::mem::swap(&mut state.x, &mut next);
         }
         state.x
     }
 
-    /// Runs layer `i` on `state.x`, filling the rest of the state; `next` receives its output.
-    pub fn run_layer(
+    /// Runs layer `i` again on `state.x`, filling the rest of the state as far as its backward pass wants it: what it gives
+    /// only where a norm comes after that. `next` is storage.
+    pub(super) fn run_again(
+        &self,
+        i: usize,
+        (layout, rotations): (&Layout, &Rotations),
+        aside: &mut Aside,
+        state: &mut LayerState,
+        next: &mut Vec<f32>,
+    ) {
+        self.mix(i, layout, rotations, aside, state);
+        self.widen(i, state);
+        if self.layers[i].norms.after_mlp.is_some() || self.layers[i].input.is_some() {
+            self.narrow(i, aside, state, next);
+        }
+    }
+
+    /// Attention of layer `i`, or what stands in its place: from `state.x` to `state.attention`.
+    fn mix(
         &self,
         i: usize,
         layout: &Layout,
         rotations: &Rotations,
         aside: &mut Aside,
         state: &mut LayerState,
-        next: &mut Vec<f32>,
     ) {
         let heads = self.layers[i].heads;
         let tokens = layout.tokens();
         let positions: Vec<usize> = layout.positions().collect();
         self.project(i, &positions, rotations, aside, state);
         if let Some(recurrent) = &self.layers[i].recurrent {
-            recurrent.forward(layout, state);
-            return self.finish(i, aside, state, next);
+            return recurrent.forward(layout, state);
         }
         fit(&mut state.attention, tokens * heads.q_width());
         fit(&mut state.lse, tokens * heads.query);
@@ -573,7 +586,6 @@ impl Decoder {
             &mut state.attention,
             &mut state.lse,
         );
-        self.finish(i, aside, state, next);
     }
 
     /// Where layer `i` has gated attention: the gates of a token, in its row of the fused projection.
@@ -591,8 +603,14 @@ impl Decoder {
 
     /// The part of layer `i` after attention: from `state.x` and `state.attention` to `next`.
     pub fn finish(&self, i: usize, aside: &Aside, state: &mut LayerState, next: &mut Vec<f32>) {
-        let layer = &self.layers[i];
-        let eps = self.config.norm_eps;
+        self.widen(i, state);
+        self.narrow(i, aside, state, next);
+    }
+
+    /// `state.middle` is what the residual stream becomes by attention; from it to the `gate_up`s.
+    fn widen(&self, i: usize, state: &mut LayerState) {
+        let (c, layer) = (&self.config, &self.layers[i]);
+        let eps = c.norm_eps;
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
         let gates = self.gates_of(i, &state.qkv_raw);
@@ -612,10 +630,28 @@ impl Decoder {
                 }
             },
         );
+        let (middle, norms) = (&state.middle, &layer.norms);
+        let one = |mlp: &Mlp, gate_up: &mut Vec<f32>| {
+            fit(gate_up, middle.len() / c.hidden * 2 * mlp.ffn());
+            let read = norm::rows_of(middle, c.hidden, norms.before_mlp.as_deref(), eps);
+            mlp.gate_up.forward_made(read, gate_up, Write::Set);
+        };
+        match c.experts[i] {
+            None => one(&layer.mlps[0], &mut state.gate_up),
+            Some(how) => (state.routes).widen(layer, (c, how), middle, &mut state.gate_up),
+        }
+        if let Some(mlp) = &layer.beside {
+            one(mlp, &mut state.beside_gate_up);
+        }
+    }
+
+    /// `next` is what the residual stream becomes by the rest of layer `i`.
+    fn narrow(&self, i: usize, aside: &Aside, state: &mut LayerState, next: &mut Vec<f32>) {
+        let layer = &self.layers[i];
         copy(&state.middle, next);
         let mut down = std::mem::take(&mut state.down);
         let norm = &layer.norms.after_mlp;
-        gain(next, norm, eps, &mut down, |y, write| {
+        gain(next, norm, self.config.norm_eps, &mut down, |y, write| {
             self.mlp(i, state, y, write)
         });
         state.down = down;
@@ -627,29 +663,22 @@ impl Decoder {
         }
     }
 
-    /// `y` is set to, or gains, what layer `i` makes of `state.middle`: its MLP, its experts, or both, each normed.
+    /// `y` is set to, or gains, what layer `i` makes of the `gate_up`s: its MLP, its experts, or both, each normed.
     fn mlp(&self, i: usize, state: &mut LayerState, y: &mut [f32], write: Write) {
         let (c, layer) = (&self.config, &self.layers[i]);
-        let (middle, norms, eps) = (&state.middle, &layer.norms, c.norm_eps);
-        let one = |mlp: &Mlp, gate_up: &mut Vec<f32>, y: &mut [f32], write| {
-            fit(gate_up, y.len() / c.hidden * 2 * mlp.ffn());
-            let read = norm::rows_of(middle, c.hidden, norms.before_mlp.as_deref(), eps);
-            mlp.forward(c, read, None, gate_up, y, write);
-        };
+        let (norms, eps, gate_up) = (&layer.norms, c.norm_eps, &state.gate_up);
         let Some(how) = c.experts[i] else {
-            return one(&layer.mlps[0], &mut state.gate_up, y, write);
+            return layer.mlps[0].narrow(c, gate_up, None, y, write);
         };
-        let (routes, gate_up) = (&mut state.routes, &mut state.gate_up);
-        let mut experts = |y: &mut [f32], write| {
-            routes.forward(layer, (c, how), middle, gate_up, y, write);
-        };
+        let routes = &state.routes;
+        let experts = |y: &mut [f32], write| routes.narrow(layer, (c, how), gate_up, y, write);
         let Some(beside) = &layer.beside else {
             return experts(y, write);
         };
         y.fill(0.0);
-        let (given, gate_up) = (&mut state.given_beside, &mut state.beside_gate_up);
+        let (given, gate_up) = (&mut state.given_beside, &state.beside_gate_up);
         gain(y, &norms.after_one, eps, given, |y, write| {
-            one(beside, gate_up, y, write)
+            beside.narrow(c, gate_up, None, y, write)
         });
         let given = &mut state.given_by_experts;
         gain(y, &norms.after_experts, eps, given, experts);

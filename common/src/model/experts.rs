@@ -34,39 +34,54 @@ thread_local! {
 }
 
 impl Routes {
-    /// `y` `[T, hidden]` is set to, or gains, the mixture that the layer makes of `x` `[T, hidden]`. `gate_up` `[rows, 2·ffn]` is
-    /// what the experts make on their way.
-    pub(super) fn forward(
+    /// From `x` `[T, hidden]`, which is normed, to who goes where and to `gate_up` `[rows, 2·ffn]` of the experts' rows.
+    pub(super) fn widen(
         &mut self,
         layer: &Layer,
         (c, how): (&Config, Experts),
         x: &[f32],
         gate_up: &mut Vec<f32>,
-        y: &mut [f32],
-        write: Write,
     ) {
         let router = layer.router.as_ref().expect("experts have a router");
         let norms = [layer.norms.of_router(), layer.norms.of_experts()];
         let [read_by_router, read] =
             norms.map(|norm| norm::rows_of(x, c.hidden, norm.as_deref(), c.norm_eps));
-        let count = y.len() / c.hidden;
+        let count = x.len() / c.hidden;
         fit(&mut self.scores, count * how.outputs());
         router.forward_made(read_by_router, &mut self.scores, Write::Set);
         self.choose(how, layer.selection.as_deref(), layer.factors.as_deref());
         fit(gate_up, count * 2 * how.width());
-        let mut all = GIVEN.take();
-        fit(&mut all, self.tokens.len() * c.hidden);
         let mut left = &mut gate_up[..];
         for (expert, mlp) in layer.mlps.iter().enumerate() {
-            let of = self.of(expert);
-            let tokens = &self.tokens[of.clone()];
-            let read = |r: usize, row: &mut [f32]| read(tokens[r], row);
+            let tokens = &self.tokens[self.of(expert)];
             let gate_up = left
                 .split_off_mut(..tokens.len() * 2 * mlp.ffn())
                 .expect("there is room for all rows");
+            let read = |r: usize, row: &mut [f32]| read(tokens[r], row);
+            mlp.gate_up.forward_made(read, gate_up, Write::Set);
+        }
+    }
+
+    /// `y` `[T, hidden]` is set to, or gains, the mixture of `gate_up`.
+    pub(super) fn narrow(
+        &self,
+        layer: &Layer,
+        (c, how): (&Config, Experts),
+        gate_up: &[f32],
+        y: &mut [f32],
+        write: Write,
+    ) {
+        let mut all = GIVEN.take();
+        fit(&mut all, self.tokens.len() * c.hidden);
+        let mut left = gate_up;
+        for (expert, mlp) in layer.mlps.iter().enumerate() {
+            let of = self.of(expert);
+            let gate_up = left
+                .split_off(..of.len() * 2 * mlp.ffn())
+                .expect("there are all rows");
             let given = &mut all[of.start * c.hidden..of.end * c.hidden];
             let weights = Some(&self.weights[of]);
-            mlp.forward(c, read, weights, gate_up, given, Write::Set);
+            mlp.narrow(c, gate_up, weights, given, Write::Set);
         }
         rows(y, c.hidden, |first, y| {
             let places = self.places[first * how.each()..].chunks_exact(how.each());
