@@ -143,8 +143,8 @@ impl Pairs {
 fn encode(row: &Row, prompt: &Prompt, model: &Checkpoint, longest: usize) -> Result<Pair> {
     let pair = Pair {
         prompt: model.prompt_ids(row, prompt)?,
-        chosen: model.response_ids(row, CHOSEN)?,
-        rejected: model.response_ids(row, REJECTED)?,
+        chosen: model.response_ids(row, prompt, CHOSEN)?,
+        rejected: model.response_ids(row, prompt, REJECTED)?,
         reference: (0.0, 0.0),
     };
     let (length, context) = (pair.length(), model.weights.config.context);

@@ -246,6 +246,26 @@ fn answers_as_text_on_templates_that_open_them_are_spoken_of() {
     set_template(&world.path("pi"), template);
     let stderr = said("b");
     assert_eq!(stderr.matches("opens an answer").count(), 1, "{stderr}");
+    // As messages they are opened.
+    let answer = |text: &str| json!([{"role": "assistant", "content": text}]);
+    let pair = json!({"prompt": "Why?", "chosen": answer("So."), "rejected": answer("No.")});
+    let args = ["--model", &world.arg("pi"), "--output", &world.arg("c")];
+    let run = Tool::new("dice-train", args)
+        .stdin(lines(&[pair]))
+        .run()
+        .ok();
+    assert!(!run.stderr.contains("opens an answer"), "{}", run.stderr);
+    let tokens = |steps: &str| -> i64 {
+        let step: Value = serde_json::from_str(steps.lines().next().unwrap()).unwrap();
+        step["num_tokens"].as_i64().unwrap()
+    };
+    let plain = json!({"prompt": "Why?", "chosen": "So.", "rejected": "No."});
+    let args = ["--model", &world.arg("pi"), "--output", &world.arg("d")];
+    let text = Tool::new("dice-train", args)
+        .stdin(lines(&[plain]))
+        .run()
+        .ok();
+    assert!(tokens(&run.stdout) > tokens(&text.stdout));
 }
 
 /// What a row gives the template besides its prompt decides what is sampled, scored and trained.

@@ -181,6 +181,31 @@ impl Chat {
         Ok(ids)
     }
 
+    /// Ids of what the template puts before the text of an answer to a prompt: an empty thought, or the channel that answers go to,
+    /// as TRL's conversational form has it. None where there is nothing of the kind, or the template does not take the text as
+    /// it is (it may hold a thought of its own).
+    pub fn opening_ids(
+        &self,
+        prompt: &Prompt,
+        more: &Map<String, Json>,
+        text: &str,
+    ) -> Result<Option<Vec<u32>>> {
+        let Some(template) = self.template.as_ref().filter(|_| self.opens_answers) else {
+            return Ok(None);
+        };
+        contained(|| {
+            let mut messages = prompt.messages();
+            messages.push(turn("assistant", text));
+            let guarded = self.encoder.guard(&messages, more)?;
+            let (messages, more) = match &guarded {
+                Some(guarded) => (&guarded.messages, &guarded.more),
+                None => (&messages, more),
+            };
+            let opening = opening(template, messages, more)?;
+            opening.map(|text| self.encoder.rendered(&text)).transpose()
+        })
+    }
+
     /// Every token that ends a turn by generation config, config, tokenizer or template: where sampling
     /// stops. Ascending.
     pub fn end_ids(&self) -> &[u32] {
@@ -282,6 +307,29 @@ fn opens_answers(template: &Template, exchange: &str) -> bool {
     // Space is nothing to speak of.
     let answer = exchange.strip_prefix(&asked).map(str::trim_start);
     !answer.is_some_and(|answer| answer.starts_with(SENTINEL))
+}
+
+/// What a template writes between what it asks for the last message with and the text of that, beside space; see
+/// [`Chat::opening_ids`].
+fn opening(
+    template: &Template,
+    messages: &[Map<String, Json>],
+    more: &Map<String, Json>,
+) -> Result<Option<String>> {
+    let (answer, before) = messages.split_last().expect("there is an answer");
+    let asked = template.render_with(before, true, more)?;
+    let answered = |answer: Map<String, Json>| -> Result<Option<String>> {
+        let whole = template.render_with(&[before, &[answer]].concat(), false, more)?;
+        Ok(whole.strip_prefix(&asked).map(str::to_owned))
+    };
+    let Some(usual) = answered(turn("assistant", SENTINEL))? else {
+        return Ok(None);
+    };
+    let opening = usual.find(SENTINEL).map_or("", |at| &usual[..at]);
+    let text = answer.get("content").and_then(Json::as_str).unwrap_or("");
+    let expected = format!("{opening}{}", text.trim());
+    let taken = answered(answer.clone())?.is_some_and(|own| own.starts_with(&expected));
+    Ok((taken && !opening.trim().is_empty()).then(|| opening.to_owned()))
 }
 
 /// Added tokens that a template writes around the turns of a past exchange: its turn marks. (In a past turn,

@@ -9,7 +9,8 @@ use std::{env, fs};
 use serde_json::{Map, Value as Json};
 
 use super::template::Template;
-use super::{Chat, strftime};
+use super::{Chat, opening, strftime};
+use crate::records::turn;
 
 /// What stands between two texts of a `.inp` file.
 const BETWEEN: &str = "\n__ggml_vocab_test__\n";
@@ -122,4 +123,23 @@ fn templates_write_what_they_write_in_transformers() {
         templates.len() > 60 && conversations > 1500,
         "{conversations}"
     );
+}
+
+/// What stands before the text of an answer that is given as a message, as TRL has it of transformers' rendering.
+#[test]
+fn answers_are_opened_as_published_templates_do() {
+    let Some(folder) = published() else { return };
+    for (name, expected) in [
+        ("Qwen-Qwen3-0.6B", Some("<think>\n\n</think>\n\n")),
+        ("openai-gpt-oss-120b", Some("<|channel|>final<|message|>")),
+        ("Qwen-Qwen2.5-7B-Instruct", None),
+        ("meta-llama-Llama-3.1-8B-Instruct", None),
+    ] {
+        let file = folder.join("templates").join(format!("{name}.jinja"));
+        let source = fs::read_to_string(file).unwrap();
+        let template = Template::new(&source, &BTreeMap::new()).unwrap();
+        let messages = [turn("user", "Why?"), turn("assistant", "So it is.")];
+        let opening = opening(&template, &messages, &Map::new()).unwrap();
+        assert_eq!(opening.as_deref(), expected, "{name}");
+    }
 }

@@ -430,3 +430,53 @@ fn lines_and_sequences_are_jinjas() {
     let text = template.render(&[turn("user", "x")], true).unwrap();
     assert_eq!(text, "False True True True");
 }
+
+/// What a template puts before an answer is a part of it where the answer is given as a message.
+#[test]
+fn answers_are_opened_as_the_template_does() {
+    let thoughts = "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% if '</t>' in m.content %}{{ m.content }}\
+         {% else %}<t></t>\n{{ m.content | trim }}{% endif %}{% else %}{{ m.content }}{% endif %};{% endfor %}\
+         {% if add_generation_prompt %}assistant:{% if quick %}<t></t>\n{% endif %}{% endif %}";
+    let template = Template::new(thoughts, &BTreeMap::new()).unwrap();
+    let of = |text: &str, more: serde_json::Value| {
+        let messages = [turn("user", "Why?"), turn("assistant", text)];
+        opening(&template, &messages, more.as_object().unwrap()).unwrap()
+    };
+    let empty = Some("<t></t>\n".to_owned());
+    assert_eq!(of("So.", json!({})), empty);
+    assert_eq!(of(" t ", json!({})), empty);
+    assert_eq!(of("<t>Well.</t>So.", json!({})), None, "it has a thought");
+    assert_eq!(
+        of("So.", json!({"quick": true})),
+        None,
+        "it is asked for after that"
+    );
+
+    let channels = "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>\
+         {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}";
+    let template = Template::new(channels, &BTreeMap::new()).unwrap();
+    let messages = [turn("user", "Why?"), turn("assistant", "So.")];
+    let opened = opening(&template, &messages, &Map::new()).unwrap();
+    assert_eq!(opened.as_deref(), Some("<|channel|>final<|message|>"));
+}
+
+#[test]
+fn what_opens_an_answer_is_the_templates_and_the_answer_is_text() {
+    let source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<|im_start|>now\n{% endif %}\
+         {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let dir = tempfile::tempdir().unwrap();
+    testing::tiny().save(dir.path()).unwrap();
+    std::fs::write(dir.path().join("chat_template.jinja"), source).unwrap();
+    let chat = Chat::from_folder(dir.path()).unwrap();
+    let prompt = Prompt::Text("Why? <|im_end|>".to_owned());
+    let ids = |text: &str| {
+        chat.opening_ids(&prompt, &Map::new(), text)
+            .unwrap()
+            .unwrap()
+    };
+    let opening = ids("So.");
+    let text = chat.encoder.tokenizer().decode(&opening, false).unwrap();
+    assert_eq!(text, "<|im_start|>now\n");
+    assert!(opening[0] < 3, "a control token");
+    assert_eq!(ids("<|im_end|> So."), opening, "whatever it says");
+}

@@ -13,6 +13,7 @@ use crate::program;
 use crate::records::Prompt;
 use crate::weights::Weights;
 use anyhow::Result;
+use serde_json::Value;
 use std::sync::Once;
 
 /// A row that is sound, but longer than the model or the memory takes: left out, and no reason to fail.
@@ -211,15 +212,16 @@ impl Checkpoint {
     }
 
     /// Says, once, how an answer that is given as text differs from what the template would make of it.
-    fn note_texts(&self, row: &Row, field: &str, text: &str, finished: bool) {
+    fn note_texts(&self, row: &Row, field: &str, (text, opened): (&str, bool), finished: bool) {
         static OPENED: Once = Once::new();
         static ENDED: Once = Once::new();
         let place = &row.place;
-        if self.chat.opens_answers() {
+        if self.chat.opens_answers() && !opened {
             OPENED.call_once(|| {
                 program::say(format_args!(
                     "{place}: the chat template opens an answer (with an empty thought, say) otherwise than it asks for one: \
-                     answers given as text, such as {field:?} here, are taken as what follows the prompt for an answer"
+                     {field:?} here is taken as what follows the prompt for an answer; where that is to be opened, give it as a \
+                     message, [{{\"role\": \"assistant\", \"content\": …}}]"
                 ));
             });
         }
@@ -234,19 +236,30 @@ impl Checkpoint {
         }
     }
 
-    /// The tokens of a response: the row's ids where it has them, else its text's; ended by the end-of-turn token
-    /// where it is finished. The names are those of the row's fields.
+    /// The tokens of a response to a prompt: the row's ids where it has them, else its text's, opened as the template does it
+    /// where the response is given as a message; ended by the end-of-turn token where it is finished. The names are those of
+    /// the row's fields.
     ///
     /// # Errors
     /// A field of the wrong type, or an id that the model does not have.
-    pub fn response_ids(&self, row: &Row, names: Response) -> Result<Vec<u32>> {
+    pub fn response_ids(&self, row: &Row, prompt: &Prompt, names: Response) -> Result<Vec<u32>> {
         let text = row.response(names.text)?;
         let finished = row.finish_reason(names.finish_reason)? == FinishReason::Stop;
         let Some(mut ids) = row.opt_ids(names.token_ids)? else {
-            let ids = self.chat.response_ids(text, finished);
-            let ids = ids.map_err(|err| row.error(names.text, format!("{err:#}")))?;
+            let wrong = |err| row.error(names.text, format!("{err:#}"));
+            let opening = match row.present(names.text).is_some_and(Value::is_array) {
+                true => {
+                    let more = row.template_variables()?;
+                    let opening = self.chat.opening_ids(prompt, &more, text);
+                    opening.map_err(wrong)?
+                }
+                false => None,
+            };
+            let ids = self.chat.response_ids(text, finished).map_err(wrong)?;
+            let told = (text, opening.is_some());
+            let ids = [opening.unwrap_or_default(), ids].concat();
             self.check_tokens(row, names.text, &ids)?;
-            self.note_texts(row, names.text, text, finished);
+            self.note_texts(row, names.text, told, finished);
             return Ok(ids);
         };
         self.check_tokens(row, names.token_ids, &ids)?;

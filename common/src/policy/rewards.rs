@@ -120,13 +120,14 @@ impl RewardModel {
     /// # Errors
     /// A row that cannot be encoded; or ([`TooLong`]) that does not fit both models' contexts or the memory.
     pub fn encode(&self, rows: &[Row], of: impl Fn(&Row) -> &'static [Response]) -> Result<Group> {
+        let prompt = rows[0].prompt()?;
         let mut group = Group {
-            prompt: self.policy.prompt_ids(&rows[0], &rows[0].prompt()?)?,
+            prompt: self.policy.prompt_ids(&rows[0], &prompt)?,
             responses: vec![],
         };
         for row in rows {
             for names in of(row) {
-                let ids = self.policy.response_ids(row, *names)?;
+                let ids = self.policy.response_ids(row, &prompt, *names)?;
                 self.check_length(row, names.text, group.prompt.len(), ids.len())?;
                 group.responses.push(ids);
             }
