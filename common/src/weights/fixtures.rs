@@ -113,6 +113,22 @@ pub(super) fn checkpoint(model_type: &str) -> (tempfile::TempDir, Config, Tensor
     (folder, config, tensors)
 }
 
+/// A family's checkpoint that transformers wrote.
+pub(super) fn golden(family: &str) -> PathBuf {
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families");
+    families.join(family)
+}
+
+/// All of a model's tensors.
+pub(super) fn all_tensors(weights: &Weights) -> Tensors {
+    (weights.config.parameters().into_iter())
+        .map(|(name, shape)| {
+            let values = weights.tensor(&name, &shape).unwrap();
+            (name, shape, values)
+        })
+        .collect()
+}
+
 pub(super) fn open(path: &Path) -> anyhow::Result<Weights> {
     Weights::open(path.to_str().unwrap())
 }

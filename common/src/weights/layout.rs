@@ -564,6 +564,81 @@ mod tests {
         assert_holds(&open(folder.path()).unwrap(), &tensors);
     }
 
+    /// As transformers saved it: an expert's matrix is turned, and gates and ups are its columns by turns.
+    #[test]
+    fn experts_may_be_turned_with_gates_and_ups_by_turns() {
+        let weights = open(&golden("gpt-oss")).unwrap();
+        let bytes = fs::read(golden("gpt-oss").join("model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let experts = |name: &str| {
+            let tensor = file.tensor(&format!("model.layers.2.mlp.experts.{name}"));
+            let (values, _) = tensor.as_ref().unwrap().data().as_chunks();
+            let values: Vec<_> = values.iter().copied().map(f32::from_le_bytes).collect();
+            (tensor.unwrap().shape().to_vec(), values)
+        };
+        let mut held = 0;
+        let mut holds = |module: &str, shape: &[usize], expected: Vec<f32>| {
+            let name = format!("model.layers.2.mlp.{module}");
+            assert_eq!(weights.tensor(&name, shape).unwrap(), expected, "{name}");
+            weights
+                .tensor_parts(&name, shape, &mut |part| {
+                    assert_eq!(part, expected, "{name}");
+                    Ok(())
+                })
+                .unwrap();
+            held += 1;
+        };
+        let (hidden, ffn) = (32, 16);
+        let (gate_up_shape, gate_up) = experts("gate_up_proj");
+        let (down_shape, down) = experts("down_proj");
+        assert_eq!(gate_up_shape, [8, hidden, 2 * ffn]);
+        assert_eq!(down_shape, [8, ffn, hidden]);
+        let (_, gate_up_bias) = experts("gate_up_proj_bias");
+        let (_, down_bias) = experts("down_proj_bias");
+        for expert in 0..8 {
+            for (turn, part) in ["gate", "up"].into_iter().enumerate() {
+                let of = |out: usize, input: usize| {
+                    gate_up[(expert * hidden + input) * 2 * ffn + 2 * out + turn]
+                };
+                let rows = (0..ffn).flat_map(|out| (0..hidden).map(move |input| of(out, input)));
+                let module = format!("experts.{expert}.{part}_proj");
+                holds(&format!("{module}.weight"), &[ffn, hidden], rows.collect());
+                let bias = (0..ffn).map(|out| gate_up_bias[expert * 2 * ffn + 2 * out + turn]);
+                holds(&format!("{module}.bias"), &[ffn], bias.collect());
+            }
+            let of = |out: usize, input: usize| down[(expert * ffn + input) * hidden + out];
+            let rows = (0..hidden).flat_map(|out| (0..ffn).map(move |input| of(out, input)));
+            let module = format!("experts.{expert}.down_proj");
+            holds(&format!("{module}.weight"), &[hidden, ffn], rows.collect());
+            let bias = &down_bias[expert * hidden..][..hidden];
+            holds(&format!("{module}.bias"), &[hidden], bias.to_vec());
+        }
+        let router = file.tensor("model.layers.2.mlp.router.bias").unwrap();
+        let (values, _) = router.data().as_chunks();
+        holds(
+            "gate.bias",
+            &[8],
+            values.iter().copied().map(f32::from_le_bytes).collect(),
+        );
+        assert_eq!(held, 8 * 6 + 1);
+        // Saved again, it is the file that it was.
+        let tensors = all_tensors(&weights);
+        let folder = tempfile::tempdir().unwrap();
+        save(
+            folder.path(),
+            &weights.config,
+            Some(&weights),
+            borrowed(&tensors),
+        )
+        .unwrap();
+        let saved = fs::read(folder.path().join("model.safetensors")).unwrap();
+        let saved = safetensors::SafeTensors::deserialize(&saved).unwrap();
+        assert_eq!(saved.len(), file.len());
+        for (name, tensor) in file.tensors() {
+            assert_eq!(saved.tensor(&name).unwrap(), tensor, "{name}");
+        }
+    }
+
     #[test]
     fn norms_have_the_names_that_files_give_them() {
         let stored = |family: &str, of: &str| {

@@ -33,3 +33,24 @@ impl Quantised {
         ))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_config_says_how() {
+        assert_eq!(Quantised::of(None).unwrap(), None);
+        assert_eq!(Quantised::of(Some(&Value::Null)).unwrap(), None);
+        let of = |how: Value| Quantised::of(Some(&how));
+        let mxfp4 = of(json!({"quant_method": "mxfp4", "modules_to_not_convert": []}));
+        assert_eq!(mxfp4.unwrap(), Some(Quantised::Mxfp4));
+        let fp8 = of(json!({"quant_method": "fp8", "weight_block_size": null}));
+        assert_eq!(fp8.unwrap(), Some(Quantised::Fp8(Scaling::Tensor)));
+        for other in [json!({"bits": 4}), json!({"quant_method": "awq"})] {
+            let line = of(other).unwrap_err().to_string();
+            assert!(line.contains("use the float checkpoint"), "{line}");
+        }
+    }
+}
