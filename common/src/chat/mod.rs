@@ -16,6 +16,7 @@ mod template;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
