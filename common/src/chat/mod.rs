@@ -16,7 +16,6 @@ mod template;
 pub mod testing;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
