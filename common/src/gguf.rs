@@ -29,11 +29,46 @@ pub enum Arrays {
 
 /// Where a tensor lies, and as what.
 pub struct Entry {
-    pub dtype: GgmlDType,
+    pub blocks: Blocks,
     /// Row-major.
     pub shape: Vec<usize>,
     /// Byte range in the file.
     pub bytes: std::ops::Range<usize>,
+}
+
+/// What blocks a tensor's rows are of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Blocks {
+    /// Some that candle has, too.
+    Candles(GgmlDType),
+    /// 32 numbers of four bits and their scale.
+    Mxfp4,
+}
+
+impl Blocks {
+    /// The numbers of a block.
+    pub fn numbers(self) -> usize {
+        match self {
+            Self::Candles(dtype) => dtype.block_size(),
+            Self::Mxfp4 => 32,
+        }
+    }
+
+    /// The bytes of a block.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::Candles(dtype) => dtype.type_size(),
+            Self::Mxfp4 => 17,
+        }
+    }
+
+    /// Those of a number of `enum ggml_type`.
+    fn of(kind: u32) -> Option<Self> {
+        match kind {
+            39 => Some(Self::Mxfp4),
+            _ => ggml_dtype(kind).map(Self::Candles),
+        }
+    }
 }
 
 /// What a file says before its tensors.
@@ -237,14 +272,14 @@ impl<'a> Cursor<'a> {
             .collect::<Result<Vec<_>>>()?;
         shape.reverse(); // GGUF counts dimensions from the innermost
         let kind = self.u32()?;
-        let dtype = ggml_dtype(kind).with_context(|| {
-            format!("the tensor {name:?} has ggml type {kind}, which is not supported; known: F32, F16, BF16, Q4_0 to Q8_1, Q2_K to Q8_K")
+        let blocks = Blocks::of(kind).with_context(|| {
+            format!("the tensor {name:?} has ggml type {kind}, which is not supported; known: F32, F16, BF16, Q4_0 to Q8_1, Q2_K to Q8_K, MXFP4")
         })?;
         let offset = u64::from_le_bytes(self.array()?);
         Ok(RawEntry {
             name,
             shape,
-            dtype,
+            blocks,
             offset,
         })
     }
@@ -271,7 +306,7 @@ fn smallest(kind: u32) -> Result<usize> {
 struct RawEntry {
     name: String,
     shape: Vec<usize>,
-    dtype: GgmlDType,
+    blocks: Blocks,
     offset: u64,
 }
 
@@ -280,14 +315,14 @@ impl RawEntry {
         let Self {
             name,
             shape,
-            dtype,
+            blocks,
             offset,
         } = self;
         let place = || {
             let elements = shape
                 .iter()
                 .try_fold(1usize, |product, &dim| product.checked_mul(dim))?;
-            let size = (elements / dtype.block_size()).checked_mul(dtype.type_size())?;
+            let size = (elements / blocks.numbers()).checked_mul(blocks.bytes())?;
             let start = data.checked_add(usize::try_from(offset).ok()?)?;
             let end = start.checked_add(size).filter(|end| *end <= length)?;
             Some(start..end)
@@ -297,9 +332,9 @@ impl RawEntry {
         })?;
         let row = *shape.last().expect("the rank is at least 1");
         ensure!(
-            row.is_multiple_of(dtype.block_size()),
+            row.is_multiple_of(blocks.numbers()),
             "the tensor {name:?} has rows of {row}, not whole blocks of {}",
-            dtype.block_size()
+            blocks.numbers()
         );
         // Blocks are read in place, so their alignment (4 at most) must hold.
         ensure!(
@@ -309,7 +344,7 @@ impl RawEntry {
         Ok((
             name,
             Entry {
-                dtype,
+                blocks,
                 shape,
                 bytes,
             },

@@ -30,6 +30,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -44,6 +45,7 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     MixtralConfig,
+    Mxfp4Config,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -89,6 +91,25 @@ MULTIPLIERS = dict(
 
 
 EXPERTS = dict(num_experts_per_tok=2, intermediate_size=16)
+
+
+# With a limit that holds some of the numbers of experts.
+GPT_OSS = dict(
+    num_hidden_layers=4,
+    head_dim=16,
+    sliding_window=5,
+    num_local_experts=8,
+    swiglu_limit=2.0,
+    rope_parameters={
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 4.0,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+)
 
 
 def rope(theta, rope_type="default", **rest):
@@ -691,6 +712,12 @@ FAMILIES = {
         ),
         {"seed": 2436},
     ),
+    "gpt-oss": (GptOssConfig, dict(**GPT_OSS, **EXPERTS), {"seed": 306}),
+    "gpt-oss-mxfp4": (
+        GptOssConfig,
+        dict(**GPT_OSS, hidden_size=64, intermediate_size=32, num_experts_per_tok=3),
+        {"seed": 330, "dtype": torch.bfloat16, "mxfp4": True},
+    ),
 }
 
 
@@ -713,6 +740,8 @@ def fill(model, seed):
                 p.copy_(0.2 * noise + (0.0 if any(part in name for part in from_one) else 1.0))
             elif name.endswith("bias"):
                 p.copy_(0.3 * noise)
+            elif name.endswith("sinks"):
+                p.copy_(1.0 + noise)
             elif name.endswith("router.scale"):
                 p.copy_(4.0 + noise)  # the router's logits are divided by the root of the hidden size
             elif name.endswith("per_expert_scale"):
@@ -762,6 +791,8 @@ def save(folder, model, how):
         dump(folder / "config.legacy.json", legacy_config(config), indent=2)
     if "fp8" in how:
         quantise(folder, config, how["fp8"])
+    if how.get("mxfp4"):
+        pack(folder, config)
 
 
 def quantise(folder, config, block):
@@ -788,6 +819,31 @@ def quantise(folder, config, block):
     dump(folder / "config.json", config, indent=2)
 
 
+MATRICES_OF_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def pack(folder, config):
+    """Puts experts in MXFP4, as published folders have them: a byte is two numbers, the first in its low bits."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    stored = {}
+    for name, w in load_file(folder / "model.safetensors").items():
+        if not name.endswith(MATRICES_OF_EXPERTS):
+            stored[name] = w
+            continue
+        blocks = w.float().mT.unflatten(-1, (-1, 32))  # [experts, rows, columns / 32, 32]
+        power = (blocks.abs().amax(-1) / 6).log2().ceil()
+        scaled = blocks / power.exp2().unsqueeze(-1)
+        bits = (scaled.abs().unsqueeze(-1) - levels).abs().argmin(-1) + 8 * (scaled < 0)
+        stored[f"{name}_blocks"] = (bits[..., ::2] + 16 * bits[..., 1::2]).to(torch.uint8)
+        stored[f"{name}_scales"] = (power + 127).to(torch.uint8)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    }
+    dump(folder / "config.json", config, indent=2)
+
+
 def auto_class(config):
     """What makes a model of a config: models that read images have a class of their own."""
     reads_images = config.get_text_config() is not config
@@ -795,11 +851,12 @@ def auto_class(config):
 
 
 def load(folder):
-    """The checkpoint as a stranger would load it, FP8 as what it stands for, widened to float64."""
+    """The checkpoint as a stranger would load it, FP8 and MXFP4 as what they stand for, widened to float64."""
     config = transformers.AutoConfig.from_pretrained(folder)
     rest = {}
     if how := getattr(config, "quantization_config", None):
-        rest["quantization_config"] = FineGrainedFP8Config(**{**how, "dequantize": True})
+        kind = Mxfp4Config if how["quant_method"] == "mxfp4" else FineGrainedFP8Config
+        rest["quantization_config"] = kind(**{**how, "dequantize": True})
     # float32 first: the rotary frequencies are then the float32 ones that every user of the model has.
     model, info = auto_class(config).from_pretrained(
         folder,
@@ -811,6 +868,12 @@ def load(folder):
     )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.double().eval()
+
+
+def checksums(x):
+    """Of numbers of few bits, without rounding: their sum, and that of each times its place."""
+    x = x.flatten()
+    return [x.sum().item(), (x * torch.arange(x.numel())).sum().item()]
 
 
 def random_ids(generator, n, vocab):
@@ -901,6 +964,10 @@ def make(folder, name, seed):
         "sequences": sequences(model, generator),
         "dpo": dpo(model, generator),
     }
+    if how.get("mxfp4"):
+        figures["experts"] = {
+            name: checksums(x) for name, x in model.state_dict().items() if name.endswith(MATRICES_OF_EXPERTS)
+        }
     dump(folder / "figures.json", figures)
     return figures
 

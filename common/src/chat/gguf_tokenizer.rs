@@ -72,15 +72,9 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
             end_ids.push(id);
         }
     }
-    // Its files do not say what ends a turn: llama.cpp knows the token.
-    let turn = vocabulary
-        .tokens
-        .iter()
-        .position(|token| token == "<turn|>");
-    if let Some(id) = turn.filter(|_| model == GEMMA4) {
-        end_ids.push(u32::try_from(id)?);
-        end_ids.sort_unstable();
-        end_ids.dedup();
+    for end in unsaid_ends(&entries, model)? {
+        let id = vocabulary.tokens.iter().position(|token| token == end);
+        end_ids.extend(id.map(u32::try_from).transpose()?);
     }
     let add_bos = entries
         .flag("tokenizer.ggml.add_bos_token")?
@@ -106,6 +100,15 @@ pub fn read(metadata: &HashMap<String, Value>) -> Result<Parts> {
         specials,
         end_ids,
         files: BTreeMap::new(),
+    })
+}
+
+/// What ends a turn though files do not say so: llama.cpp knows the tokens.
+fn unsaid_ends(entries: &Entries, model: &str) -> Result<&'static [&'static str]> {
+    Ok(match entries.text("general.architecture")? {
+        _ if model == GEMMA4 => &["<turn|>"],
+        Some("gpt-oss") => &["<|return|>", "<|call|>"],
+        _ => &[],
     })
 }
 
@@ -611,6 +614,38 @@ mod tests {
             ("tokenizer.ggml.bos_token_id".to_owned(), Value::Whole(0)),
             ("tokenizer.ggml.eos_token_id".to_owned(), Value::Whole(1)),
         ])
+    }
+
+    /// The template names one; an answer is in a channel, which it puts before what it is given.
+    #[test]
+    fn turns_of_gpt_oss_end_by_tokens_that_files_leave_unsaid() {
+        let marks = [
+            "<|return|>",
+            "<|call|>",
+            "<|end|>",
+            "<|start|>",
+            "<|message|>",
+            "<|channel|>",
+        ];
+        let mut entries = small();
+        let tokens = [&["<s>", "</s>", "a", "b", "ab"], &marks[..]].concat();
+        entries.insert("tokenizer.ggml.tokens".to_owned(), strings(&tokens));
+        let types = [vec![3, 3, 1, 1, 1], vec![3; marks.len()]].concat();
+        entries.insert("tokenizer.ggml.token_type".to_owned(), Value::Wholes(types));
+        let template = "{% for m in messages %}<|start|>{% if m.role == 'assistant' %}<|channel|>{% endif %}<|message|>\
+            {{ m.content }}{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}\
+            {% if add_generation_prompt %}<|start|>{% endif %}";
+        let template = Value::Text(template.into());
+        entries.insert("tokenizer.chat_template".to_owned(), template);
+        let mut open = |architecture: &str| {
+            let name = Value::Text(architecture.into());
+            entries.insert("general.architecture".to_owned(), name);
+            Chat::from_gguf(&entries).unwrap()
+        };
+        let chat = open("gpt-oss");
+        assert_eq!((chat.end_of_turn(), chat.end_ids()), (5, &[1, 5, 6][..]));
+        assert!(chat.opens_answers());
+        assert_eq!(open("llama").end_ids(), [1, 5]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Tiny random models that the tests write themselves.
 
-use super::{Config, Given, Recurrence, Weights, save};
+use super::{Config, Given, Recurrence, RopeScaling, Weights, save};
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -23,7 +23,7 @@ pub(super) fn config_json(model_type: &str) -> Value {
         "eos_token_id": 2, "query_pre_attn_scalar": 8, "embedding_multiplier": 6, "attention_multiplier": 0.3,
         "residual_multiplier": 0.5, "logits_scaling": 6,
     });
-    if model_type.contains("moe") || model_type == "mixtral" {
+    if model_type.contains("moe") || ["mixtral", "gpt_oss"].contains(&model_type) {
         json["num_experts"] = json!(3);
         json["num_local_experts"] = json!(3);
         json["n_routed_experts"] = json!(3);
@@ -113,6 +113,22 @@ pub(super) fn checkpoint(model_type: &str) -> (tempfile::TempDir, Config, Tensor
     (folder, config, tensors)
 }
 
+/// A family's checkpoint that transformers wrote.
+pub(super) fn golden(family: &str) -> PathBuf {
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families");
+    families.join(family)
+}
+
+/// All of a model's tensors.
+pub(super) fn all_tensors(weights: &Weights) -> Tensors {
+    (weights.config.parameters().into_iter())
+        .map(|(name, shape)| {
+            let values = weights.tensor(&name, &shape).unwrap();
+            (name, shape, values)
+        })
+        .collect()
+}
+
 pub(super) fn open(path: &Path) -> anyhow::Result<Weights> {
     Weights::open(path.to_str().unwrap())
 }
@@ -194,15 +210,25 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
             (key("expert_weights_scale"), F32(scale)),
         ]);
     }
+    let scaling = config.ropes[0].as_ref().map(|rope| &rope.scaling);
+    if let Some(&RopeScaling::Yarn {
+        factor,
+        original_context,
+        ..
+    }) = scaling
+    {
+        metadata.extend([
+            (key("rope.scaling.type"), String("yarn".into())),
+            (key("rope.scaling.factor"), F32(factor)),
+            (
+                key("rope.scaling.original_context_length"),
+                U32(original_context as u32),
+            ),
+        ]);
+    }
     if let Some(growth) = config.query_growth {
         metadata.extend([
             (key("attention.temperature_scale"), F32(growth.beta)),
-            (key("rope.scaling.type"), String("yarn".into())),
-            (key("rope.scaling.factor"), F32(4.0)),
-            (
-                key("rope.scaling.original_context_length"),
-                number(growth.context),
-            ),
             (key("rope.scaling.yarn_log_multiplier"), F32(1.0)),
         ]);
     }
@@ -344,6 +370,7 @@ pub(super) fn gguf_of(
         "glm" => "chatglm",
         "hunyuan_v1_dense" => "hunyuan-dense",
         "ministral3" => "mistral3",
+        "gpt_oss" => "gpt-oss",
         model_type => model_type,
     };
     let mut stored = as_gguf(&config, arch, &tensors);

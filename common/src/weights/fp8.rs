@@ -1,6 +1,6 @@
 //! Weights in FP8 (E4M3) with scales beside them, as `quant_method: fp8` has them in transformers: read as what they stand for.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -14,27 +14,15 @@ pub(super) enum Scaling {
 }
 
 impl Scaling {
-    /// As a config's `quantization_config` says; None where there is none.
-    ///
-    /// # Errors
-    /// Weights in another format.
-    pub fn of(how: Option<&Value>) -> Result<Option<Self>> {
-        let Some(how) = how.filter(|how| !how.is_null()) else {
-            return Ok(None);
-        };
-        let method = how.get("quant_method").and_then(Value::as_str);
-        ensure!(
-            method == Some("fp8"),
-            "quantization_config: of quantised safetensors only \"quant_method\": \"fp8\" is supported; use the float checkpoint, \
-             or a GGUF"
-        );
-        Ok(Some(match how.get("weight_block_size") {
+    /// As the `quantization_config` of a folder in FP8 says.
+    pub fn of(how: &Value) -> Result<Self> {
+        Ok(match how.get("weight_block_size") {
             None => Self::Blocks([128, 128]), // transformers' default
             Some(Value::Null) => Self::Tensor,
             Some(block) => Self::Blocks(sides(block).with_context(|| {
                 format!("quantization_config: weight_block_size: {block} is not two sizes")
             })?),
-        }))
+        })
     }
 
     /// The shape of the scales of a matrix.
@@ -123,14 +111,12 @@ mod tests {
     #[test]
     fn scales_are_of_blocks_and_the_last_may_be_cut() {
         let fp8 = |block: Value| json!({"quant_method": "fp8", "weight_block_size": block});
-        assert_eq!(Scaling::of(None).unwrap(), None);
-        assert_eq!(Scaling::of(Some(&Value::Null)).unwrap(), None);
-        let of = |how: Value| Scaling::of(Some(&how)).unwrap().unwrap();
+        let of = |how: Value| Scaling::of(&how).unwrap();
         assert_eq!(of(fp8(Value::Null)), Scaling::Tensor);
         let unsaid = of(json!({"quant_method": "fp8"}));
         assert_eq!(unsaid, Scaling::Blocks([128, 128]));
         for bad in [json!([128]), json!([128, 0]), json!(128), json!([1, 2, 3])] {
-            let line = Scaling::of(Some(&fp8(bad))).unwrap_err().to_string();
+            let line = Scaling::of(&fp8(bad)).unwrap_err().to_string();
             assert!(line.contains("is not two sizes"), "{line}");
         }
         let blocks = of(fp8(json!([2, 3])));

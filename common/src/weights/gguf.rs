@@ -1,10 +1,10 @@
-//! GGUF files as weights: tensors dequantised (the ggml blocks are candle's) under their Hugging Face names.
+//! GGUF files as weights: tensors dequantised (the ggml blocks are candle's, but for MXFP4) under their Hugging Face names.
 
-use super::config::{Experts, SELECTION};
+use super::config::{Experts, SELECTION, SINKS};
 use super::family::{self, QKV};
 use super::layout::Place;
-use super::{Config, gguf_delta, gguf_experts, gguf_uneven};
-use crate::gguf::{Arrays, Entry, Header, Value};
+use super::{Config, gguf_delta, gguf_experts, gguf_uneven, mxfp4};
+use crate::gguf::{Arrays, Blocks, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::CpuStorage;
@@ -94,20 +94,13 @@ impl Gguf {
     /// Reads rows of a tensor by its GGUF name, dequantised to float32. (Blocks lie within rows.)
     pub(super) fn read(&self, place: &Place) -> Result<Vec<f32>> {
         let entry = self.find(place)?;
-        let bytes = place.rows_of(&self.mapped.bytes[entry.bytes.clone()]);
-        let (block, size) = (entry.dtype.block_size(), entry.dtype.type_size());
+        let bytes = place.bytes_of(&self.mapped.bytes[entry.bytes.clone()]);
+        let (block, size) = (entry.blocks.numbers(), entry.blocks.bytes());
         let mut values = vec![0.0; place.len()];
         values
             .par_chunks_mut(CHUNK)
             .zip(bytes.par_chunks(CHUNK / block * size))
-            .try_for_each(|(out, blocks)| {
-                let storage = entry.dtype.from_data(Cow::Borrowed(blocks));
-                match storage.dequantize(out.len())? {
-                    CpuStorage::F32(floats) => out.copy_from_slice(&floats),
-                    _ => bail!("dequantisation gave no float32"),
-                }
-                Ok(())
-            })
+            .try_for_each(|(out, bytes)| dequantise(entry.blocks, bytes, out))
             .with_context(|| {
                 format!(
                     "{}: the tensor {:?}",
@@ -117,6 +110,21 @@ impl Gguf {
             })?;
         Ok(values)
     }
+}
+
+fn dequantise(blocks: Blocks, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    let Blocks::Candles(dtype) = blocks else {
+        mxfp4::widen_blocks(bytes, out);
+        return Ok(());
+    };
+    match dtype
+        .from_data(Cow::Borrowed(bytes))
+        .dequantize(out.len())?
+    {
+        CpuStorage::F32(floats) => out.copy_from_slice(&floats),
+        _ => bail!("dequantisation gave no float32"),
+    }
+    Ok(())
 }
 
 /// Where a GGUF has a tensor; None where there is no place for it. Of experts it has each projection as one tensor for all.
@@ -166,6 +174,9 @@ fn gguf_name(config: &Config, name: &str) -> Option<String> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     if rest == SELECTION {
         return Some(format!("blk.{layer}.exp_probs_b.bias"));
+    }
+    if rest == SINKS {
+        return Some(format!("blk.{layer}.attn_sinks.weight"));
     }
     let (module, kind) = rest.rsplit_once('.')?;
     let norms = [

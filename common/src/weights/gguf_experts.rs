@@ -24,11 +24,9 @@ pub(super) fn place(name: &str, count: usize, shape: &[usize], together: bool) -
         (ExpertPart::Down, _) => ("ffn_down_exps", 1, 0),
     };
     let first = (expert.number * parts + part) * shape[0];
-    Some(Place {
-        name: format!("blk.{layer}{what}.weight"),
-        shape: [&[count, parts * shape[0]], &shape[1..]].concat(),
-        rows: first..first + shape[0],
-    })
+    let file = [&[count, parts * shape[0]], &shape[1..]].concat();
+    let name = format!("blk.{layer}{what}.{}", expert.kind);
+    Some(Place::part(name, file, first, shape))
 }
 
 /// Per layer, its mixture of so many experts, where it has one.

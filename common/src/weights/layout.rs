@@ -1,6 +1,6 @@
 //! How files have what the decoder knows otherwise: projections that are one matrix there (Phi-3), norms under other names
-//! (GLM-4), experts under other names or all in one tensor, and the rows of heads that are rotated in another order or in
-//! part.
+//! (GLM-4), experts under other names or all in one tensor, perhaps turned and gates and ups by turns (gpt-oss), and the rows of
+//! heads that are rotated in another order or in part.
 
 use super::config::{Config, SELECTION};
 use super::family::{self, ExpertFiles, Fused};
@@ -15,8 +15,16 @@ use std::ops::Range;
 #[derive(Clone)]
 pub(super) struct Place {
     pub name: String,
+    /// As the file has it.
     pub shape: Vec<usize>,
     pub rows: Range<usize>,
+    /// The numbers of a row.
+    pub row: usize,
+    /// Its row r is row `turns`·r + `turn` of those of `turns` tensors, which follow each other but for that.
+    pub turn: usize,
+    pub turns: usize,
+    /// The matrix of those rows is turned in the file: they are its columns.
+    pub turned: bool,
 }
 
 /// The rows of a shape, and their length.
@@ -31,35 +39,110 @@ fn rows_of(shape: &[usize]) -> (usize, usize) {
 impl Place {
     /// A tensor that is one in the file, too.
     pub fn whole(name: &str, shape: &[usize]) -> Self {
+        let (rows, row) = rows_of(shape);
         Self {
             name: name.to_owned(),
             shape: shape.to_vec(),
-            rows: 0..rows_of(shape).0,
+            rows: 0..rows,
+            row,
+            turn: 0,
+            turns: 1,
+            turned: false,
+        }
+    }
+
+    /// A tensor of the shape `of` that is rows of one of the file's, from this row on.
+    pub fn part(name: String, shape: Vec<usize>, first: usize, of: &[usize]) -> Self {
+        let whole = Self::whole(&name, &shape);
+        Self {
+            rows: first..first + of[0],
+            row: of[1..].iter().product(),
+            ..whole
         }
     }
 
     /// The numbers in its rows.
     pub fn len(&self) -> usize {
-        self.rows.len() * rows_of(&self.shape).1
+        self.rows.len() * self.row
     }
 
-    /// Those of the bytes of the file's tensor that are its rows.
-    pub fn rows_of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
-        let at = |row: usize| bytes.len() / rows_of(&self.shape).0 * row;
-        match self.is_whole() {
+    /// The rows of the file's tensor.
+    pub fn all_rows(&self) -> usize {
+        self.shape.iter().product::<usize>() / self.row
+    }
+
+    /// Those of them that its own are among: no others, where rows do not take turns.
+    fn among(&self) -> Range<usize> {
+        let first = self.rows.start - self.turn * self.rows.len();
+        first..first + self.turns * self.rows.len()
+    }
+
+    /// Its row of this number among those.
+    pub fn row_among(&self, row: usize) -> usize {
+        row * self.turns + self.turn
+    }
+
+    /// Where among the numbers of those the file has that of this row and column.
+    fn at(&self, row: usize, column: usize) -> usize {
+        let row = self.row_among(row);
+        match self.turned {
+            true => column * self.among().len() + row,
+            false => row * self.row + column,
+        }
+    }
+
+    /// Those of the bytes of the file's tensor that have its rows, and those that take turns with them.
+    pub fn bytes_of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        let (among, all) = (self.among(), self.all_rows());
+        let at = |row: usize| bytes.len() / all * row;
+        match among.len() == all {
             true => bytes,
-            false => &bytes[at(self.rows.start)..at(self.rows.end)],
+            false => &bytes[at(among.start)..at(among.end)],
+        }
+    }
+
+    /// Whether its numbers follow each other in the file as they do in the decoder.
+    pub fn is_as_it_is(&self) -> bool {
+        self.turns == 1 && !self.turned
+    }
+
+    /// Its numbers, of those that [`Self::bytes_of`] are of.
+    pub fn taken(&self, values: Vec<f32>) -> Vec<f32> {
+        if self.is_as_it_is() {
+            return values;
+        }
+        let mut taken = vec![0.0; self.len()];
+        let rows = taken.par_chunks_mut(self.row).enumerate();
+        rows.for_each(|(row, to)| {
+            for (column, to) in to.iter_mut().enumerate() {
+                *to = values[self.at(row, column)];
+            }
+        });
+        taken
+    }
+
+    /// Puts its numbers where the file's tensor has them.
+    fn put(&self, values: &[f32], whole: &mut [f32]) {
+        let among = self.among();
+        let matrix = &mut whole[among.start * self.row..among.end * self.row];
+        if self.is_as_it_is() {
+            return matrix.copy_from_slice(values);
+        }
+        for (row, from) in values.chunks_exact(self.row).enumerate() {
+            for (column, from) in from.iter().enumerate() {
+                matrix[self.at(row, column)] = *from;
+            }
         }
     }
 
     /// Whether the file has it as a tensor.
     fn is_whole(&self) -> bool {
-        self.rows.len() == rows_of(&self.shape).0
+        self.rows.len() == self.all_rows() && self.is_as_it_is()
     }
 
     /// Whether it ends where the file's tensor does.
     pub fn is_last(&self) -> bool {
-        self.rows.end == rows_of(&self.shape).0
+        self.rows.end == self.all_rows()
     }
 }
 
@@ -109,46 +192,60 @@ impl Config {
         let before = parts.iter().take_while(|other| *other != part);
         let first = before.map(|module| rows(module)).sum();
         let all = parts.iter().map(|module| rows(module)).sum();
-        Place {
-            name: name.replace(part, whole),
-            shape: [&[all], &shape[1..]].concat(),
-            rows: first..first + shape[0],
-        }
+        let file = [&[all], &shape[1..]].concat();
+        Place::part(name.replace(part, whole), file, first, shape)
     }
 
     fn place_of_expert(&self, files: &ExpertFiles, expert: Expert, shape: &[usize]) -> Place {
-        let Expert { layer, number, .. } = expert;
-        let which = expert.projection as usize;
+        let Expert {
+            layer,
+            number,
+            projection,
+            kind,
+        } = expert;
         match files {
             ExpertFiles::Each(experts, names) => {
-                let name = format!("{layer}{experts}.{number}.{}.weight", names[which]);
-                Place::whole(&name, shape)
+                let module = names[projection as usize];
+                Place::whole(&format!("{layer}{experts}.{number}.{module}.{kind}"), shape)
             }
-            ExpertFiles::Together(names) => self.place_together(names, expert, shape),
-            ExpertFiles::Interleaved => todo!(),
+            ExpertFiles::Together(names) => self.place_together(names, &expert, shape),
+            ExpertFiles::Interleaved => self.place_interleaved(&expert, shape),
         }
     }
 
+    /// Among those of all, whose matrices are turned, and whose gates and ups take turns.
+    fn place_interleaved(&self, expert: &Expert, shape: &[usize]) -> Place {
+        let mut place = self.place_together(&IN_MEMORY, expert, shape);
+        match expert.kind {
+            "bias" => place.name += "_bias",
+            _ => {
+                place.shape.swap(1, 2);
+                place.turned = true;
+            }
+        }
+        (place.turn, place.turns) = match expert.projection {
+            ExpertPart::Down => (0, 1),
+            part => (part as usize, 2),
+        };
+        place
+    }
+
     /// Where an expert's tensor is in those of all, of these names: gates and ups, and downs.
-    fn place_together(&self, names: &[&str; 2], expert: Expert, shape: &[usize]) -> Place {
+    fn place_together(&self, names: &[&str; 2], expert: &Expert, shape: &[usize]) -> Place {
         let (name, each, first) = match expert.projection {
             ExpertPart::Down => (names[1], shape[0], 0),
             part => (names[0], 2 * shape[0], part as usize * shape[0]),
         };
         let experts = self.mixture().map_or(1, |experts| experts.count);
-        let first = expert.number * each + first;
-        Place {
-            name: format!("{}{name}", expert.layer),
-            shape: [&[experts, each], &shape[1..]].concat(),
-            rows: first..first + shape[0],
-        }
+        let file = [&[experts, each], &shape[1..]].concat();
+        let name = format!("{}{name}", expert.layer);
+        Place::part(name, file, expert.number * each + first, shape)
     }
 
     /// Where files have an expert's tensor that have all of them in one, as transformers has them in memory; None for any other
     /// tensor. (So Qwen3.5's were published; they are saved each by itself.)
     pub(super) fn place_as_in_memory(&self, name: &str, shape: &[usize]) -> Option<Place> {
-        let names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"];
-        Some(self.place_together(&names, Expert::of(name)?, shape))
+        Some(self.place_together(&IN_MEMORY, &Expert::of(name)?, shape))
     }
 
     /// [`Self::parameters`] as a Hugging Face folder has them.
@@ -166,13 +263,13 @@ impl Config {
         mut tensors: impl Iterator<Item = Given<'a>>,
     ) -> impl Iterator<Item = Given<'a>> {
         let next = move || {
-            let mut rows: Vec<f32> = vec![];
+            let (mut whole, mut filled) = (vec![], 0);
             loop {
                 let given = tensors.next()?;
                 let placed = given.and_then(|(name, shape, values)| {
                     let place = self.place(&name, &shape);
-                    let begun = place.rows.start * shape[1..].iter().product::<usize>();
-                    ensure!(rows.len() == begun, "{name:?} is not where it belongs");
+                    let begun = place.rows.start * place.row;
+                    ensure!(filled == begun, "{name:?} is not where it belongs");
                     Ok((place, self.stored_rows(&name, &shape, values)))
                 });
                 match placed {
@@ -181,9 +278,11 @@ impl Config {
                         return Some(Ok((place.name, place.shape, values)));
                     }
                     Ok((place, values)) => {
-                        rows.extend_from_slice(&values);
+                        whole.resize(place.shape.iter().product(), 0.0);
+                        place.put(&values, &mut whole);
+                        filled += values.len();
                         if place.is_last() {
-                            return Some(Ok((place.name, place.shape, rows.into())));
+                            return Some(Ok((place.name, place.shape, whole.into())));
                         }
                     }
                 }
@@ -244,12 +343,17 @@ pub(super) fn order_of_rows(head: usize, turning: usize, neighbours: bool) -> Ve
     (0..head).map(place).collect()
 }
 
-/// What a tensor is to a mixture of experts, by its name: one expert's projection.
+/// Gates and ups of all experts, and their downs, as transformers has them in memory.
+const IN_MEMORY: [&str; 2] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"];
+
+/// What a tensor is to a mixture of experts, by its name: one expert's projection, or the bias of that.
 pub(super) struct Expert<'a> {
     /// The layer's prefix.
     pub layer: &'a str,
     pub number: usize,
     pub projection: ExpertPart,
+    /// `weight` or `bias`.
+    pub kind: &'a str,
 }
 
 /// The projections of an expert, in the order of [`ExpertFiles`].
@@ -264,16 +368,20 @@ impl<'a> Expert<'a> {
     /// None for any other tensor.
     pub fn of(name: &'a str) -> Option<Self> {
         let (layer, rest) = name.split_once("mlp.experts.")?;
-        let (number, projection) = rest.split_once('.')?;
+        let (number, module) = rest.split_once('.')?;
+        let (projection, kind) = module.split_once('.')?;
         Some(Self {
             layer,
             number: number.parse().ok()?,
             projection: match projection {
-                "gate_proj.weight" => ExpertPart::Gate,
-                "up_proj.weight" => ExpertPart::Up,
-                "down_proj.weight" => ExpertPart::Down,
+                "gate_proj" => ExpertPart::Gate,
+                "up_proj" => ExpertPart::Up,
+                "down_proj" => ExpertPart::Down,
                 _ => return None,
             },
+            kind: ["weight", "bias"]
+                .into_iter()
+                .find(|known| *known == kind)?,
         })
     }
 }
@@ -454,6 +562,81 @@ mod tests {
         });
         fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
         assert_holds(&open(folder.path()).unwrap(), &tensors);
+    }
+
+    /// As transformers saved it: an expert's matrix is turned, and gates and ups are its columns by turns.
+    #[test]
+    fn experts_may_be_turned_with_gates_and_ups_by_turns() {
+        let weights = open(&golden("gpt-oss")).unwrap();
+        let bytes = fs::read(golden("gpt-oss").join("model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let experts = |name: &str| {
+            let tensor = file.tensor(&format!("model.layers.2.mlp.experts.{name}"));
+            let (values, _) = tensor.as_ref().unwrap().data().as_chunks();
+            let values: Vec<_> = values.iter().copied().map(f32::from_le_bytes).collect();
+            (tensor.unwrap().shape().to_vec(), values)
+        };
+        let mut held = 0;
+        let mut holds = |module: &str, shape: &[usize], expected: Vec<f32>| {
+            let name = format!("model.layers.2.mlp.{module}");
+            assert_eq!(weights.tensor(&name, shape).unwrap(), expected, "{name}");
+            weights
+                .tensor_parts(&name, shape, &mut |part| {
+                    assert_eq!(part, expected, "{name}");
+                    Ok(())
+                })
+                .unwrap();
+            held += 1;
+        };
+        let (hidden, ffn) = (32, 16);
+        let (gate_up_shape, gate_up) = experts("gate_up_proj");
+        let (down_shape, down) = experts("down_proj");
+        assert_eq!(gate_up_shape, [8, hidden, 2 * ffn]);
+        assert_eq!(down_shape, [8, ffn, hidden]);
+        let (_, gate_up_bias) = experts("gate_up_proj_bias");
+        let (_, down_bias) = experts("down_proj_bias");
+        for expert in 0..8 {
+            for (turn, part) in ["gate", "up"].into_iter().enumerate() {
+                let of = |out: usize, input: usize| {
+                    gate_up[(expert * hidden + input) * 2 * ffn + 2 * out + turn]
+                };
+                let rows = (0..ffn).flat_map(|out| (0..hidden).map(move |input| of(out, input)));
+                let module = format!("experts.{expert}.{part}_proj");
+                holds(&format!("{module}.weight"), &[ffn, hidden], rows.collect());
+                let bias = (0..ffn).map(|out| gate_up_bias[expert * 2 * ffn + 2 * out + turn]);
+                holds(&format!("{module}.bias"), &[ffn], bias.collect());
+            }
+            let of = |out: usize, input: usize| down[(expert * ffn + input) * hidden + out];
+            let rows = (0..hidden).flat_map(|out| (0..ffn).map(move |input| of(out, input)));
+            let module = format!("experts.{expert}.down_proj");
+            holds(&format!("{module}.weight"), &[hidden, ffn], rows.collect());
+            let bias = &down_bias[expert * hidden..][..hidden];
+            holds(&format!("{module}.bias"), &[hidden], bias.to_vec());
+        }
+        let router = file.tensor("model.layers.2.mlp.router.bias").unwrap();
+        let (values, _) = router.data().as_chunks();
+        holds(
+            "gate.bias",
+            &[8],
+            values.iter().copied().map(f32::from_le_bytes).collect(),
+        );
+        assert_eq!(held, 8 * 6 + 1);
+        // Saved again, it is the file that it was.
+        let tensors = all_tensors(&weights);
+        let folder = tempfile::tempdir().unwrap();
+        save(
+            folder.path(),
+            &weights.config,
+            Some(&weights),
+            borrowed(&tensors),
+        )
+        .unwrap();
+        let saved = fs::read(folder.path().join("model.safetensors")).unwrap();
+        let saved = safetensors::SafeTensors::deserialize(&saved).unwrap();
+        assert_eq!(saved.len(), file.len());
+        for (name, tensor) in file.tensors() {
+            assert_eq!(saved.tensor(&name).unwrap(), tensor, "{name}");
+        }
     }
 
     #[test]

@@ -12,6 +12,8 @@ mod gguf_experts;
 mod gguf_uneven;
 mod hub;
 mod layout;
+mod mxfp4;
+mod quantised;
 mod rope;
 mod safetensors;
 mod save;
@@ -30,6 +32,7 @@ use adapter::Adapter;
 use anyhow::{Context, Result, bail, ensure};
 use gguf::Gguf;
 use hub::{Hub, HubId};
+use quantised::Quantised;
 use rayon::prelude::*;
 use safetensors::Shards;
 use serde_json::{Value, json};
@@ -118,8 +121,8 @@ impl Weights {
         let path = folder.join("config.json");
         let mut original = text_part::config_of(read_json(&path)?);
         let mut config = Config::from_json(&original, &path)?;
-        let scaling = fp8::Scaling::of(original.get("quantization_config"))?;
-        let shards = Shards::open_folder(folder, scaling)?;
+        let quantised = Quantised::of(original.get("quantization_config"))?;
+        let shards = Shards::open_folder(folder, quantised)?;
         let shape = [config.vocab, config.hidden];
         // Configs of a whole and its part do not agree on it, so the tensors say: a head that is not there is the embedding,
         // and one that is another is not, as transformers 5 has it.

@@ -3,6 +3,8 @@
 use super::config::Config;
 use super::fp8::{E4M3, Scaling};
 use super::layout::Place;
+use super::mxfp4;
+use super::quantised::Quantised;
 use super::text_part::Names;
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
@@ -27,8 +29,8 @@ pub(super) struct Shards {
     /// Tensor name to the file that the index names; empty for a single file.
     index: HashMap<String, usize>,
     names: Names,
-    /// How weights in FP8 are scaled, where there may be some.
-    scaling: Option<Scaling>,
+    /// How weights may be quantised.
+    quantised: Option<Quantised>,
 }
 
 /// One mapped safetensors file with its checked header.
@@ -42,9 +44,9 @@ struct File {
 impl Shards {
     /// Opens `model.safetensors`, else the shards of `model.safetensors.index.json`. Tensors of a text part are found by the
     /// names that they have in a model of text alone.
-    pub(super) fn open_folder(folder: &Path, scaling: Option<Scaling>) -> Result<Self> {
+    pub(super) fn open_folder(folder: &Path, quantised: Option<Quantised>) -> Result<Self> {
         let mut shards = Self::open_files(folder)?;
-        shards.scaling = scaling;
+        shards.quantised = quantised;
         shards.names = Names::of(|name| shards.shape(name).is_some());
         Ok(shards)
     }
@@ -85,7 +87,7 @@ impl Shards {
             files: vec![File::open(path)?],
             index: HashMap::new(),
             names: Names::Plain,
-            scaling: None,
+            quantised: None,
         })
     }
 
@@ -107,7 +109,7 @@ impl Shards {
             files,
             index,
             names: Names::Plain,
-            scaling: None,
+            quantised: None,
         })
     }
 
@@ -154,6 +156,9 @@ impl Shards {
 
     /// Fails unless the tensor is there with this shape and a float dtype that can be widened.
     pub(super) fn check(&self, place: &Place) -> Result<()> {
+        if self.packed(place)?.is_some() {
+            return Ok(());
+        }
         match self.find(place)?.0 {
             Dtype::F8_E4M3 => self.scales(place).map(|_| ()),
             _ => Ok(()),
@@ -179,8 +184,14 @@ impl Shards {
         Ok(())
     }
 
-    /// The bytes of the rows of a tensor.
+    /// The bytes of the rows of a tensor of floats, and of those that take turns with them.
     fn find(&self, place: &Place) -> Result<(Dtype, &[u8])> {
+        let floats = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8_E4M3];
+        self.find_in(&floats, place)
+    }
+
+    /// The same of a tensor in one of these formats.
+    fn find_in(&self, formats: &[Dtype], place: &Place) -> Result<(Dtype, &[u8])> {
         let name = &*self.names.stored(&place.name);
         let file = self.file_of(name).with_context(|| {
             format!(
@@ -200,16 +211,18 @@ impl Shards {
             place.shape
         );
         ensure!(
-            matches!(
-                info.dtype,
-                Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F8_E4M3
-            ),
-            "{path}: the tensor {name:?} has dtype {:?}; known: F32, F16, BF16, F8_E4M3",
-            info.dtype
+            formats.contains(&info.dtype),
+            "{path}: the tensor {name:?} has dtype {:?}; known: {}",
+            info.dtype,
+            formats
+                .iter()
+                .map(|f| format!("{f:?}"))
+                .collect::<Vec<_>>()
+                .join(", ")
         );
         let (from, to) = info.data_offsets;
         let bytes = &file.mapped.bytes[file.data + from..file.data + to];
-        Ok((info.dtype, place.rows_of(bytes)))
+        Ok((info.dtype, place.bytes_of(bytes)))
     }
 
     /// The format and the bytes of the scales of a tensor in FP8, and how it shares them.
@@ -219,12 +232,12 @@ impl Shards {
             let path = &file.unwrap_or(&self.files[0]).mapped.path;
             format!("{}: the tensor {:?}", path.display(), place.name)
         };
-        let scaling = self.scaling.with_context(|| {
-            format!(
-                "{} is in FP8, but the config has no quantization_config",
+        let Some(Quantised::Fp8(scaling)) = self.quantised else {
+            bail!(
+                "{} is in FP8, but the config has no quantization_config that says so",
                 at()
-            )
-        })?;
+            );
+        };
         let name = format!("{}_scale_inv", place.name);
         let mut shape = scaling.grid(&place.shape).with_context(at)?;
         if self.shape(&self.names.stored(&name)) == Some(&[1]) && shape.is_empty() {
@@ -240,10 +253,24 @@ impl Shards {
         Ok((scaling, dtype, bytes))
     }
 
+    /// The bytes and the scales of a tensor in MXFP4; None where it is not.
+    fn packed(&self, place: &Place) -> Result<Option<[&[u8]; 2]>> {
+        let has = |end: &str| self.has(&format!("{}{end}", place.name));
+        if self.quantised != Some(Quantised::Mxfp4) || has("") || !has("_blocks") {
+            return Ok(None);
+        }
+        let [blocks, scales] = mxfp4::places(place)?;
+        let bytes = |place| anyhow::Ok(self.find_in(&[Dtype::U8], place)?.1);
+        Ok(Some([bytes(&blocks)?, bytes(&scales)?]))
+    }
+
     /// Reads a tensor, widened to float32.
     pub(super) fn read(&self, place: &Place) -> Result<Vec<f32>> {
+        if let Some([bytes, scales]) = self.packed(place)? {
+            return Ok(mxfp4::widen_place(place, bytes, scales));
+        }
         let (dtype, bytes) = self.find(place)?;
-        let mut values = vec![0.0; place.len()];
+        let mut values = vec![0.0; place.turns * place.len()];
         widen(dtype, bytes, &mut values);
         if dtype == Dtype::F8_E4M3 {
             let (scaling, dtype, bytes) = self.scales(place)?;
@@ -252,16 +279,19 @@ impl Shards {
             widen(dtype, bytes, &mut scales);
             scaling.apply(&scales, (place.rows.start, cols), &mut values);
         }
-        Ok(values)
+        Ok(place.taken(values))
     }
 
-    /// Hands over a tensor widened to float32, part after part: a big one is never there as a whole.
+    /// Hands over a tensor widened to float32, part after part where it is as it is: a big one is never there as a whole.
     pub(super) fn read_parts(
         &self,
         place: &Place,
         take: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         const PART: usize = 64 * CHUNK;
+        if !place.is_as_it_is() || self.packed(place)?.is_some() {
+            return take(&self.read(place)?);
+        }
         let (dtype, bytes) = self.find(place)?;
         if dtype == Dtype::F8_E4M3 {
             return take(&self.read(place)?);
@@ -276,8 +306,11 @@ impl Shards {
         Ok(())
     }
 
-    /// The little-endian bytes of a tensor that is stored in this format; None if it is in another.
+    /// The little-endian bytes of a tensor that is stored in this format as it is; None if it is in another.
     pub(super) fn bytes_in(&self, format: Dtype, place: &Place) -> Result<Option<&[u8]>> {
+        if !place.is_as_it_is() || self.packed(place)?.is_some() {
+            return Ok(None);
+        }
         let (dtype, bytes) = self.find(place)?;
         Ok((dtype == format).then_some(bytes))
     }

@@ -103,34 +103,38 @@ fn sixteen_bit_floats_are_widened_exactly_and_do_not_change_the_fingerprint() {
 
 /// (`families` holds its numbers to transformers'.)
 #[test]
-fn what_was_in_fp8_is_saved_in_float32_and_says_so() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families/llama-fp8");
-    let weights = open(&golden).unwrap();
-    let tensors: Tensors = (weights.config.parameters().into_iter())
-        .map(|(name, shape)| {
-            let values = weights.tensor(&name, &shape).unwrap();
-            (name, shape, values)
-        })
-        .collect();
+fn what_was_quantised_is_saved_in_float32_and_says_so() {
+    for family in ["llama-fp8", "gpt-oss-mxfp4"] {
+        let weights = open(&golden(family)).unwrap();
+        let tensors = all_tensors(&weights);
+        let next = tempfile::tempdir().unwrap();
+        save(
+            next.path(),
+            &weights.config,
+            Some(&weights),
+            borrowed(&tensors),
+        )
+        .unwrap();
+        let again = open(next.path()).unwrap();
+        assert_holds(&again, &tensors);
+        assert_eq!(again.fingerprint().unwrap(), weights.fingerprint().unwrap());
+        let mut config = read_json(&golden(family).join("config.json")).unwrap();
+        let fields = config.as_object_mut().unwrap();
+        fields.remove("quantization_config");
+        fields.insert("dtype".into(), json!("float32"));
+        let saved = read_json(&next.path().join("config.json")).unwrap();
+        assert_eq!(saved, config);
+    }
+}
+
+#[test]
+fn fp8_without_what_says_how_to_read_it_is_refused() {
+    let golden = golden("llama-fp8");
     let next = tempfile::tempdir().unwrap();
-    save(
-        next.path(),
-        &weights.config,
-        Some(&weights),
-        borrowed(&tensors),
-    )
-    .unwrap();
-    let again = open(next.path()).unwrap();
-    assert_holds(&again, &tensors);
-    assert_eq!(again.fingerprint().unwrap(), weights.fingerprint().unwrap());
     let mut config = read_json(&golden.join("config.json")).unwrap();
-    config
-        .as_object_mut()
-        .unwrap()
-        .remove("quantization_config");
-    let saved = read_json(&next.path().join("config.json")).unwrap();
-    assert_eq!(saved, config);
-    // Without what says how to read them.
+    let fields = config.as_object_mut().unwrap();
+    fields.remove("quantization_config");
+    fs::write(next.path().join("config.json"), config.to_string()).unwrap();
     let model = fs::read(golden.join("model.safetensors")).unwrap();
     fs::write(next.path().join("model.safetensors"), &model).unwrap();
     let line = error(next.path());

@@ -65,7 +65,7 @@ pub const CONV: &str = "lfm2";
 pub const UNEVEN: &str = "gemma4";
 
 /// Mixtures of experts.
-pub const MIXTURES: [&str; 14] = [
+pub const MIXTURES: [&str; 16] = [
     "olmoe",
     "mixtral",
     "granite-moe",
@@ -80,6 +80,8 @@ pub const MIXTURES: [&str; 14] = [
     "glm4-moe-plain",
     "lfm2-moe",
     APART,
+    "gpt-oss",
+    "gpt-oss-mxfp4",
 ];
 
 /// The one among them whose experts are of a size that the GPU's kernels do not take.

@@ -2,7 +2,7 @@
 
 use super::super::config::{Config, Multipliers, bounded_layers, plain_scale};
 use super::super::family::{self, Family, Scales, families};
-use super::super::fp8::Scaling;
+use super::super::quantised::Quantised;
 use super::super::rope::{QueryGrowth, positive, rotated_part};
 use super::fields::Fields;
 use super::positions::positions;
@@ -247,7 +247,7 @@ fn refuse_what_would_be_read_wrongly(fields: &Fields, family: &Family) -> Result
             );
         }
     }
-    Scaling::of(fields.present("quantization_config"))?;
+    Quantised::of(fields.present("quantization_config"))?;
     let per_layer = fields.present("per_layer_config");
     ensure!(
         family.uneven.is_some() || per_layer.is_none_or(|layers| *layers == json!({})),

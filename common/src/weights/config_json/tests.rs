@@ -52,6 +52,7 @@ fn families_differ_as_transformers_has_them() {
     let biases = json!({"attention_bias": false, "attention_out_bias": true, "mlp_bias": true});
     let other = read(&with("seed_oss", biases)).unwrap();
     assert_eq!(flags(&other), (false, true, true, false));
+    assert_eq!(flags(&of("gpt_oss")), (true, true, false, false));
     let around = |c: Config| {
         (
             c.norms,
@@ -431,6 +432,100 @@ fn experts_are_read_as_each_family_has_them() {
     assert!(at("0.mlp.gate.weight") < at("0.mlp.experts.0.gate_proj.weight"));
     assert!(at("0.mlp.experts.2.up_proj.weight") < at("0.mlp.experts.0.down_proj.weight"));
     assert_eq!(names.len(), 2 * (6 + 1 + 3 * 3 + 2) + 3);
+}
+
+/// The fields of openai/gpt-oss-20b that mean something, and what stands for those that are absent.
+#[test]
+fn gpt_oss_is_read_as_it_was_published() {
+    let types = ["sliding_attention", "full_attention"];
+    let published = json!({
+        "architectures": ["GptOssForCausalLM"], "attention_bias": true, "eos_token_id": 200_002, "experts_per_token": 4,
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+        "intermediate_size": 2880, "layer_types": types.repeat(12), "max_position_embeddings": 131_072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 199_999,
+        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+            "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+        "rms_norm_eps": 1e-5, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+            "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false},
+        "rope_theta": 150_000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+        "tie_word_embeddings": false, "use_cache": true, "vocab_size": 201_088,
+    });
+    let config = read(&published).unwrap();
+    let rope = Rope {
+        theta: 150_000.0,
+        scaling: RopeScaling::Yarn {
+            factor: 32.0,
+            original_context: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: (0.1 * 32f64.ln() + 1.0) as f32,
+            truncate: false,
+        },
+    };
+    assert_eq!(config.ropes, vec![Some(rope); 24]);
+    assert_eq!(config.windows, [Some(128), None].repeat(12));
+    let activation = Activation::Clamped {
+        alpha: 1.702,
+        limit: 7.0,
+    };
+    assert_eq!(config.activation, activation);
+    assert_eq!(
+        (config.qkv_bias, config.o_bias, config.mlp_bias),
+        (true, true, false)
+    );
+    assert!(config.sinks && !config.tied);
+    assert_eq!(
+        (config.norms, config.qk_norm, config.attention_scale),
+        (Norms::Before, None, 0.125)
+    );
+    let experts = config.mixture().unwrap();
+    assert_eq!((experts.count, experts.used, experts.ffn), (32, 4, 2880));
+    // Of those that a token goes to, scores are a soft-max.
+    assert_eq!(
+        (experts.scores, experts.normed),
+        (Scores::Softmax, Some(0.0))
+    );
+    assert!(experts.biases && !experts.biased && experts.shared.is_none());
+    let numbers: usize = (config.parameters().iter())
+        .map(|(_, shape)| shape.iter().product::<usize>())
+        .sum();
+    assert_eq!(numbers, 20_914_757_184);
+    // What is absent is as it was published.
+    for key in [
+        "attention_bias",
+        "head_dim",
+        "layer_types",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "swiglu_limit",
+        "tie_word_embeddings",
+    ] {
+        let mut silent = published.clone();
+        silent.as_object_mut().unwrap().shift_remove(key);
+        assert_eq!(read(&silent).unwrap(), config, "{key}");
+    }
+    assert_eq!(read(&config.to_json(Some(&published))).unwrap(), config);
+    assert_eq!(
+        config.to_json(Some(&published)).get("quantization_config"),
+        None
+    );
+    // Without a scaling that is the family's own, and with other numbers.
+    let plain = json!({"rope_scaling": {"rope_type": "default"}, "swiglu_limit": 2.5, "swiglu_alpha": 1.5,
+        "attention_bias": false});
+    let plain = read(&with("gpt_oss", plain)).unwrap();
+    let rope = plain.ropes[0].as_ref().unwrap();
+    assert_eq!(rope.scaling, RopeScaling::Default);
+    let activation = Activation::Clamped {
+        alpha: 1.5,
+        limit: 2.5,
+    };
+    assert_eq!(plain.activation, activation);
+    assert!(!plain.qkv_bias && !plain.o_bias);
+    assert_eq!(read(&plain.to_json(None)).unwrap(), plain);
 }
 
 /// Beside experts: which layers have them, what the best of them are chosen by and count, and who all tokens go to.
@@ -857,6 +952,14 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "quantization_config",
         ),
         (
+            json!({"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0}),
+            "swiglu_limit: must be a positive number, not 0",
+        ),
+        (
+            json!({"model_type": "gpt_oss", "hidden_act": "gelu"}),
+            "hidden_act: the activation \"gelu\" is not supported; known for gpt_oss: silu",
+        ),
+        (
             json!({"is_causal": false}),
             "is_causal: this is not a causal language model",
         ),
@@ -1079,6 +1182,11 @@ fn a_written_config_reads_back_the_same() {
                 "moe_intermediate_size": 24, "sliding_window": 16}),
         ),
         ("gemma4_text", json!({"sliding_window": 16})),
+        ("gpt_oss", json!({})),
+        (
+            "gpt_oss",
+            json!({"sliding_window": 16, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ),
         ("glm4", json!({"attention_bias": false})),
         ("glm", json!({"partial_rotary_factor": 0.75})),
         ("ernie4_5", json!({"use_bias": true})),
