@@ -95,7 +95,7 @@ EXPERTS = dict(num_experts_per_tok=2, intermediate_size=16)
 
 # With a limit that holds some of the numbers of experts.
 GPT_OSS = dict(
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     head_dim=16,
     sliding_window=5,
     num_local_experts=8,
@@ -712,11 +712,11 @@ FAMILIES = {
         ),
         {"seed": 2436},
     ),
-    "gpt-oss": (GptOssConfig, dict(**GPT_OSS, **EXPERTS), {"seed": 306}),
+    "gpt-oss": (GptOssConfig, dict(**GPT_OSS, **EXPERTS), {"seed": 360}),
     "gpt-oss-mxfp4": (
         GptOssConfig,
         dict(**GPT_OSS, hidden_size=64, intermediate_size=32, num_experts_per_tok=3),
-        {"seed": 330, "dtype": torch.bfloat16, "mxfp4": True},
+        {"seed": 387, "dtype": torch.bfloat16, "mxfp4": True},
     ),
 }
 

@@ -142,7 +142,7 @@ mod tests {
         Activation::GeluTanh,
         Activation::Clamped {
             alpha: 1.702,
-            limit: 0.7,
+            limit: 0.68,
         },
     ];
 
@@ -183,11 +183,11 @@ mod tests {
             forward_row(activation.curve(), &gates, &[1.0; 5], &mut out);
             for (out, g) in out.into_iter().zip(gates.map(f64::from)) {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
-                let held = g.min(0.7);
+                let held = g.min(0.68);
                 let expected = match activation {
                     Activation::Silu => g / (1.0 + (-g).exp()),
                     Activation::GeluTanh => 0.5 * g * (1.0 + inner.tanh()),
-                    Activation::Clamped { .. } => 1.7 * held / (1.0 + (-1.702 * held).exp()),
+                    Activation::Clamped { .. } => 1.68 * held / (1.0 + (-1.702 * held).exp()),
                 };
                 assert!(
                     (f64::from(out) - expected).abs() < 1e-6,

@@ -571,14 +571,14 @@ mod tests {
         let bytes = fs::read(golden("gpt-oss").join("model.safetensors")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let experts = |name: &str| {
-            let tensor = file.tensor(&format!("model.layers.2.mlp.experts.{name}"));
+            let tensor = file.tensor(&format!("model.layers.1.mlp.experts.{name}"));
             let (values, _) = tensor.as_ref().unwrap().data().as_chunks();
             let values: Vec<_> = values.iter().copied().map(f32::from_le_bytes).collect();
             (tensor.unwrap().shape().to_vec(), values)
         };
         let mut held = 0;
         let mut holds = |module: &str, shape: &[usize], expected: Vec<f32>| {
-            let name = format!("model.layers.2.mlp.{module}");
+            let name = format!("model.layers.1.mlp.{module}");
             assert_eq!(weights.tensor(&name, shape).unwrap(), expected, "{name}");
             weights
                 .tensor_parts(&name, shape, &mut |part| {
@@ -613,7 +613,7 @@ mod tests {
             let bias = &down_bias[expert * hidden..][..hidden];
             holds(&format!("{module}.bias"), &[hidden], bias.to_vec());
         }
-        let router = file.tensor("model.layers.2.mlp.router.bias").unwrap();
+        let router = file.tensor("model.layers.1.mlp.router.bias").unwrap();
         let (values, _) = router.data().as_chunks();
         holds(
             "gate.bias",
