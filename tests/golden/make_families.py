@@ -17,6 +17,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
@@ -128,6 +130,13 @@ GROWING = rope(
     mscale=1.0,
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.5,
+)
+
+
+COHERE = dict(
+    logit_scale=0.75,
+    layer_norm_eps=1e-3,
+    rms_norm_eps=0.5,  # nobody hears it
 )
 
 
@@ -690,6 +699,34 @@ FAMILIES = {
             **GEMMA4,
         ),
         {"seed": 2436},
+    ),
+    # Attention and the MLP read the same, normed less its mean.
+    "cohere": (CohereConfig, dict(COHERE, tie_word_embeddings=True, rope_parameters=rope(10000.0)), {"seed": 130}),
+    "cohere-bias": (
+        CohereConfig,
+        dict(COHERE, attention_bias=True, head_dim=16, logit_scale=1.5, rope_parameters=rope(500000.0)),
+        {"seed": 131, "legacy": True},
+    ),
+    # The fourth layer sees everything and does not rotate.
+    "cohere2": (
+        Cohere2Config,
+        dict(
+            COHERE, num_hidden_layers=5, sliding_window=8, tie_word_embeddings=True, rope_parameters=rope(10000.0)
+        ),
+        {"seed": 132},
+    ),
+    "cohere2-bias": (
+        Cohere2Config,
+        dict(
+            COHERE,
+            num_hidden_layers=3,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            attention_bias=True,
+            logit_scale=1.5,
+            rope_parameters=rope(10000.0, "linear", factor=4.0),
+        ),
+        {"seed": 133},
     ),
 }
 

@@ -6,10 +6,10 @@ use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{Apart, Routes};
 use super::inputs::Aside;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
+use super::launches::{Scores, THREADS, head_lanes, norm_kind, norm_rows, values_of};
 use super::optimizer::elements;
 use super::recurrent::Memories;
-use crate::weights::{Config, Fused, Norms, QkNorm, Recurrence};
+use crate::weights::{Config, Fused, QkNorm, Recurrence};
 use anyhow::Result;
 
 /// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
@@ -149,7 +149,7 @@ impl Decoder {
         let widths = Widths::new(c);
         let mixed = widths.gated + widths.qkv + widths.attention;
         let in_format = c.hidden + mixed + 3 * c.widest_mlp();
-        let streams = if c.norms == Norms::Before { 1 } else { 2 };
+        let streams = if c.norms.after() { 2 } else { 1 };
         let (routes, given) = Routes::bytes(c, precision);
         in_format * bytes_of(precision)
             + (streams * c.hidden + c.heads + widths.gates) * size_of::<f32>()
@@ -202,10 +202,9 @@ impl Decoder {
     /// Room for what a sublayer gives, where there is a norm after it.
     pub(super) fn room_for_given(&self, tokens: usize) -> Result<Option<Buffer>> {
         let bytes = tokens * self.config.hidden * size_of::<f32>();
-        match self.config.norms {
-            Norms::Before => Ok(None),
-            Norms::After | Norms::Around => self.device.allocate(bytes).map(Some),
-        }
+        (self.config.norms.after())
+            .then(|| self.device.allocate(bytes))
+            .transpose()
     }
 
     /// The rows of the embedding of `tokens` (int32), `count` of them, into the residual stream.
@@ -443,7 +442,10 @@ impl Decoder {
             Mlp::One(mlp) => &mlp.gate_up,
             Mlp::Experts(mixture) => return self.send_to_experts(norms, mixture, count, pass),
         };
-        self.read(&pass.x, norms.before_mlp.as_ref(), count, &pass.normed)?;
+        if !self.config.is_parallel() {
+            // (Else that is what attention read, and there still.)
+            self.read(&pass.x, norms.before_mlp.as_ref(), count, &pass.normed)?;
+        }
         self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &gate_up.bias {
             Some(bias) => {
@@ -591,11 +593,11 @@ impl Decoder {
         count: usize,
         out: &Buffer,
     ) -> Result<()> {
-        let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
+        let (kind, width) = (norm_kind(self.config.norm()), self.config.hidden as i32);
         self.device.launch(
             kernel,
             Launch::row(count.div_ceil(norm_rows(self.config.hidden)), THREADS),
-            args![x, rows, weight, eps, out, count as i32, width],
+            args![x, rows, weight, kind, out, count as i32, width],
         )
     }
 
@@ -646,7 +648,7 @@ impl Decoder {
             return Ok(());
         };
         let sizes = (count, self.config.hidden);
-        self.norm_add((norm, self.config.norm_eps), given, stream, sizes)
+        self.norm_add((norm, self.config.norm()), given, stream, sizes)
     }
 
     pub(super) fn multiply(

@@ -28,7 +28,7 @@ impl Decoder {
         let (heads, eps) = (layer.heads, self.config.norm_eps);
         let (width, around) = (heads.qkv_width(), rotations.around_norms(i));
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
-        let read = norm::rows_of(x, self.config.hidden, norm, eps);
+        let read = norm::rows_of(x, self.config.hidden, norm, self.config.norm());
         let apart = layer.recurrent.is_some() || layer.fused != Fused::All;
         let fused = if apart {
             &mut state.qkv_raw

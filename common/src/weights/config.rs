@@ -5,10 +5,10 @@ use super::rope::{QueryGrowth, Rope};
 use crate::gguf;
 use crate::kernels::activation::Activation;
 use crate::kernels::layout::Heads;
-use crate::kernels::{delta, gated_conv};
+use crate::kernels::{delta, gated_conv, norm};
 use anyhow::{Result, ensure};
 
-/// Where a layer has RMS norms.
+/// Where a layer has norms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norms {
     /// On what attention and the MLP read.
@@ -17,6 +17,15 @@ pub enum Norms {
     After,
     /// On both (Gemma 2 and 3).
     Around,
+    /// One, on what attention and the MLP both read: the MLP does not see what attention gives (Cohere).
+    Once,
+}
+
+impl Norms {
+    /// Whether what sublayers give to the residual stream is normed.
+    pub fn after(self) -> bool {
+        matches!(self, Self::After | Self::Around)
+    }
 }
 
 /// What of queries and keys is normed, before the rotation unless it says otherwise.
@@ -239,8 +248,10 @@ pub struct Config {
     pub sharing_ffn: usize,
     /// Per layer: a mixture of experts, or None for one MLP. All mixtures of a model are alike.
     pub experts: Vec<Option<Experts>>,
-    /// Epsilon of every RMS norm.
+    /// Epsilon of every norm.
     pub norm_eps: f32,
+    /// Those of the residual stream subtract the mean first (Cohere); else they are RMS norms, as all others are.
+    pub norms_centred: bool,
     /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
     pub context: usize,
     /// The LM head is the embedding.
@@ -287,6 +298,19 @@ pub struct Config {
 }
 
 impl Config {
+    /// How the residual stream is normed.
+    pub fn norm(&self) -> norm::Kind {
+        norm::Kind {
+            eps: self.norm_eps,
+            centred: self.norms_centred,
+        }
+    }
+
+    /// Whether attention and the MLP of a layer read the same.
+    pub fn is_parallel(&self) -> bool {
+        self.norms == Norms::Once
+    }
+
     /// How the heads of a layer lie, what they see and how they score.
     pub fn heads_of(&self, layer: usize) -> Heads {
         Heads {
@@ -569,6 +593,7 @@ impl Config {
                 Some("pre_feedforward_layernorm"),
                 Some("post_feedforward_layernorm"),
             ],
+            Norms::Once => [Some("input_layernorm"), None, None, None],
         }
     }
 
@@ -634,6 +659,9 @@ impl Config {
         }
         if self.norms != Norms::Before {
             text += &format!(" norms {:?}", self.norms);
+        }
+        if self.norms_centred {
+            text += " centred";
         }
         if self.embed_scale != 1.0 {
             text += &format!(" embed_scale {:?}", self.embed_scale);

@@ -640,6 +640,39 @@ fn a_granite_gguf_has_its_multipliers() {
     assert!(error(&path).contains("attention.head_count_kv: must be a whole number"));
 }
 
+/// llama.cpp knows that only layers with a window rotate; Command R+'s norms of heads have no place here.
+#[test]
+fn a_cohere_gguf_has_a_window_and_no_norms_of_heads() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let write = |family: &str, arch: &str, without: &str, more: Option<&str>| {
+        let config = config(family);
+        let mut tensors = as_gguf(&config, arch, &random_tensors(&config, 5));
+        tensors.extend(more.map(|name| (name.to_owned(), vec![4, 8], vec![1.0; 32])));
+        let mut metadata = gguf_metadata(&config, arch);
+        metadata.retain(|(key, _)| !key.ends_with(without));
+        write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+        error(&path)
+    };
+    let norm = Some("blk.0.attn_q_norm.weight");
+    for (line, wanted) in [
+        (
+            write("cohere2", "cohere2", "sliding_window", None),
+            "attention.sliding_window is missing",
+        ),
+        (
+            write("cohere", "command-r", "layer_norm_epsilon", None),
+            "attention.layer_norm_epsilon is missing",
+        ),
+        (
+            write("cohere", "command-r", "-", norm),
+            "\"blk.0.attn_q_norm.weight\" has no place",
+        ),
+    ] {
+        assert!(line.contains(wanted), "{line}");
+    }
+}
+
 /// As llama.cpp's converter writes Phi-4-mini: part of a head rotated, LongRoPE's divisors as two tensors.
 #[test]
 fn a_phi_3_gguf_has_its_divisors_as_tensors() {

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 41] = [
+pub const FAMILIES: [&str; 45] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -53,6 +53,10 @@ pub const FAMILIES: [&str; 41] = [
     UNEVEN,
     "gemma4-keys",
     "gemma4-unified",
+    "cohere",
+    "cohere-bias",
+    "cohere2",
+    "cohere2-bias",
 ];
 
 /// The one among them with linear attention.
