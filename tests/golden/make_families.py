@@ -715,14 +715,14 @@ FAMILIES = {
         ),
         {"seed": 132},
     ),
-    "cohere2-bias": (
+    # (Biases of keys that do not rotate would have no gradient.)
+    "cohere2-types": (
         Cohere2Config,
         dict(
             COHERE,
             num_hidden_layers=3,
             sliding_window=8,
             layer_types=["full_attention", "sliding_attention", "full_attention"],
-            attention_bias=True,
             logit_scale=1.5,
             rope_parameters=rope(10000.0, "linear", factor=4.0),
         ),

@@ -55,8 +55,8 @@ pub const FAMILIES: [&str; 45] = [
     "gemma4-unified",
     "cohere",
     "cohere-bias",
-    "cohere2",
-    "cohere2-bias",
+    PARALLEL,
+    "cohere2-types",
 ];
 
 /// The one among them with linear attention.
@@ -67,6 +67,9 @@ pub const CONV: &str = "lfm2";
 
 /// One of those whose layers differ in their heads.
 pub const UNEVEN: &str = "gemma4";
+
+/// One of those whose attention and MLP read the same.
+pub const PARALLEL: &str = "cohere2";
 
 /// Mixtures of experts.
 pub const MIXTURES: [&str; 14] = [

@@ -392,7 +392,6 @@ fn only_layers_of_cohere2_that_have_a_window_rotate() {
             json[key] = value.clone();
         }
         let config = read(&json).unwrap();
-        assert_eq!(read(&config.to_json(None)).unwrap(), config);
         let rotates = config.ropes.iter().map(Option::is_some);
         config.windows.iter().copied().zip(rotates).collect()
     };
@@ -403,7 +402,7 @@ fn only_layers_of_cohere2_that_have_a_window_rotate() {
         layers(json!({"sliding_window": 16, "sliding_window_pattern": 2})),
         [local, global, local, global, local]
     );
-    let full = json!({"sliding_window": 16, "layer_types": ["full_attention"; 5]});
+    let full = json!({"sliding_window": 16, "layer_types": vec!["full_attention"; 5]});
     assert_eq!(layers(full), [global; 5]);
     let line = error(&with("cohere2", json!({"sliding_window": null})));
     assert!(line.contains("sliding_window: cohere2 must have a window"));
