@@ -31,7 +31,7 @@ EMBED(embed_f16, f16);
 // Grid (distinct).
 KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width);
 
-// How rows of a residual stream are normed.
+// How rows are normed.
 struct NormKind {
     float eps;
     int centred;  // their means are subtracted first
@@ -65,14 +65,16 @@ KERNEL(256, rms_norm_add, const float* given, const float* weight, NormKind kind
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_f32, float);
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16);
 
-// Norms `width` columns of each row of `x` in place: all query heads of a token as one, or all key heads. Rows begin `stride`
-// elements apart; `stride` and `x` are multiples of four elements where `width` is. Grid as above.
-#define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, float eps, int count, int width, int stride)
+// Norms parts of each row of `x` in place, each `width` columns by a weight of its own, `weight` [parts, width]: all query heads
+// of a token as one, or each, or the same of key heads. Rows begin `stride` elements apart; `stride` and `x` are multiples of four
+// elements where `width` is. Grid (as above, parts).
+#define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, NormKind kind, int count, int width, int stride)
 RMS_NORM_PART(rms_norm_part_f32, float);
 RMS_NORM_PART(rms_norm_part_bf16, bf16);
 RMS_NORM_PART(rms_norm_part_f16, f16);
-// Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above.
-#define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, float eps, T* d, \
+// Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above. `partial`
+// [blocks, parts, width].
+#define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, NormKind kind, T* d, \
     float* partial, int count, int width, int stride)
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float);
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16);

@@ -113,7 +113,7 @@ __device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, 
 // `dx` may be `dy`.
 template <class X, class DY, class DX>
 __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, NormKind kind, Rows<const DY> dy,
-                                  Rows<DX> dx, DY* dx_copy, float* partial, int count, int width, bool add) {
+                                  Rows<DX> dx, DY* dx_copy, Rows<float> partial, int count, int width, bool add) {
     SHARED_MEMORY(float, sums);
     const Team team(width);
     float* d_weight = sums + team.number() * width;
@@ -194,14 +194,14 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             });
         }
     }
-    if (!partial) return;
+    if (!partial.first) return;
     __syncthreads();
     for_columns(0, width, width, [&](int c, auto few) {
         for (int t = 0; t < team.count(); ++t) {
             auto own = few.load(sums + t * width + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = (t ? few.at[i] : 0.0f) + own.at[i];
         }
-        few.store(partial + (long long)blockIdx.x * width + c);
+        few.store(partial[blockIdx.x] + c);
     });
 }
 
@@ -220,27 +220,32 @@ __device__ void norm_stream(const float* x, const int* rows, const float* weight
 template <class T>
 __device__ void norm_stream_backward(const float* x, const int* rows, const float* weight, NormKind kind, const T* dy,
                                      float* dx, T* dx_copy, float* partial, int count, int width, int add) {
-    rms_norm_backward(rows_of(x, width), rows, weight, kind, rows_of(dy, width), rows_of(dx, width), dx_copy, partial, count,
-                      width, add);
+    rms_norm_backward(rows_of(x, width), rows, weight, kind, rows_of(dy, width), rows_of(dx, width), dx_copy,
+                      rows_of(partial, width), count, width, add);
 }
 
 template <class T>
 __device__ void norm_given_backward(const float* given, const float* weight, NormKind kind, const float* dy, T* d_given,
                                     float* partial, int count, int width) {
     rms_norm_backward(rows_of(given, width), nullptr, weight, kind, rows_of(dy, width), rows_of(d_given, width),
-                      (float*)nullptr, partial, count, width, false);
+                      (float*)nullptr, rows_of(partial, width), count, width, false);
 }
 
 template <class T>
-__device__ void norm_part(T* x, const float* weight, float eps, int count, int width, int stride) {
-    rms_norm(rows_of((const T*)x, stride), nullptr, weight, NormKind{eps, 0}, rows_of(x, stride), count, width, false);
+__device__ void norm_part(T* x, const float* weight, NormKind kind, int count, int width, int stride) {
+    int first = blockIdx.y * width;
+    Rows<T> part = rows_of(x + first, stride);
+    rms_norm(rows_of((const T*)part.first, stride), nullptr, weight + first, kind, part, count, width, false);
 }
 
 template <class T>
-__device__ void norm_part_backward(const T* x, const float* weight, float eps, T* d, float* partial, int count, int width,
+__device__ void norm_part_backward(const T* x, const float* weight, NormKind kind, T* d, float* partial, int count, int width,
                                    int stride) {
-    rms_norm_backward(rows_of(x, stride), nullptr, weight, NormKind{eps, 0}, rows_of((const T*)d, stride), rows_of(d, stride),
-                      (T*)nullptr, partial, count, width, false);
+    int first = blockIdx.y * width;
+    Rows<T> part = rows_of(d + first, stride);
+    Rows<float> sums = rows_of(partial ? partial + first : nullptr, gridDim.y * width);
+    rms_norm_backward(rows_of(x + first, stride), nullptr, weight + first, kind, rows_of((const T*)part.first, stride), part,
+                      (T*)nullptr, sums, count, width, false);
 }
 
 }  // namespace device
@@ -266,13 +271,13 @@ RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16) {
     device::norm_given_backward(given, weight, kind, dy, d_given, partial, count, width);
 }
 
-RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, eps, count, width, stride); }
-RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, eps, count, width, stride); }
-RMS_NORM_PART(rms_norm_part_f16, f16) { device::norm_part(x, weight, eps, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, kind, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, kind, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_f16, f16) { device::norm_part(x, weight, kind, count, width, stride); }
 
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float) {
-    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
+    device::norm_part_backward(x, weight, kind, d, partial, count, width, stride);
 }
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16) {
-    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
+    device::norm_part_backward(x, weight, kind, d, partial, count, width, stride);
 }

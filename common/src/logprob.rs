@@ -446,6 +446,7 @@ mod tests {
             norms: Norms::Once,
             norms_centred: true,
             logit_scale: 0.6,
+            qk_norm: Some(QkNorm::Apart),
             ..biased.clone()
         };
         vec![llama, biased, normed, turned, after, around, once]

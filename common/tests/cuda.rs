@@ -183,6 +183,7 @@ fn samples_are_the_cpus() {
         "gemma4-keys",
         APART,
         PARALLEL,
+        "cohere-heads",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;

@@ -186,6 +186,7 @@ fn gradients_of_adapters_are_the_cpus() {
         "gemma4-keys",
         APART,
         PARALLEL,
+        "cohere-heads",
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);

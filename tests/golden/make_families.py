@@ -707,6 +707,12 @@ FAMILIES = {
         dict(COHERE, attention_bias=True, head_dim=16, logit_scale=1.5, rope_parameters=rope(500000.0)),
         {"seed": 131, "legacy": True},
     ),
+    # As Command R+: heads are normed, each by a weight of its own.
+    "cohere-heads": (
+        CohereConfig,
+        dict(COHERE, use_qk_norm=True, head_dim=16, tie_word_embeddings=True, rope_parameters=rope(10000.0)),
+        {"seed": 134},
+    ),
     # The fourth layer sees everything and does not rotate.
     "cohere2": (
         Cohere2Config,

@@ -8,7 +8,7 @@ use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Prod
 use super::experts::OnTheWay;
 use super::inputs::AsideGradients;
 use super::launches::{Scores, THREADS, head_lanes, norm_kind, norm_rows, values_of};
-use super::pass::{Pass, Widths};
+use super::pass::{NormedParts, Pass, Widths};
 use super::recurrent;
 use crate::kernels::norm;
 use crate::model::{Matrix, MlpParams, Params, Span};
@@ -315,7 +315,7 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(span);
         self.decoder.device.launch(
             &format!("rms_norm_add_backward_{}", to.precision.name()),
-            norm_launch(blocks, width),
+            norm_launch((blocks, 1), width),
             args![
                 given,
                 weight,
@@ -442,40 +442,40 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// Back through the norms of all queries of a token and of all its keys, where the family has those.
+    /// Back through the norms of all queries of a token and of all its keys, or of each head, where the family has those.
     fn norm_queries_and_keys(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
-        let (Some(raw), Some(QkNorm::Rows)) = (&pass.qkv_raw, self.decoder.config.qk_norm) else {
+        let (stride, count) = (self.decoder.heads(i).qkv_width(), self.shape.tokens);
+        let how = self.decoder.config.qk_norm;
+        let (Some(raw), Some(QkNorm::Rows | QkNorm::Apart)) = (&pass.qkv_raw, how) else {
             return Ok(());
         };
         let (size, blocks) = (self.decoder.size(), count.min(NORM_BLOCKS));
-        for (first, width, weight, span) in [
-            (0, heads.q_width(), &layer.q_norm, &places.q_norm),
-            (
-                heads.q_width(),
-                heads.kv_width(),
-                &layer.k_norm,
-                &places.k_norm,
-            ),
-        ] {
+        let (parts, kind) = self.decoder.normed_parts(i);
+        let norms = layer.qk_norms().zip([&places.q_norm, &places.k_norm]);
+        for (part, (weight, span)) in parts.into_iter().zip(norms) {
+            let NormedParts {
+                first,
+                parts,
+                width,
+            } = part;
             let wanted = span.as_ref().and_then(|span| self.gradients.span(span));
             self.decoder.device.launch(
                 &self.decoder.kernels.of_format("rms_norm_part_backward"),
-                norm_launch(blocks, width),
+                norm_launch((blocks, parts), width),
                 args![
                     raw.element(first, size),
-                    weight.as_ref(),
-                    self.decoder.config.norm_eps,
+                    weight,
+                    norm_kind(kind),
                     self.d_qkv.element(first, size),
                     wanted.map(|_| &self.partial),
                     count as i32,
                     width as i32,
-                    heads.qkv_width() as i32,
+                    stride as i32,
                 ],
             )?;
             if let Some(to) = wanted {
-                self.add_partial(blocks, width, to)?;
+                self.add_partial(blocks, parts * width, to)?;
             }
         }
         Ok(())
@@ -523,7 +523,7 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(norm.span);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("rms_norm_backward"),
-            norm_launch(blocks, width),
+            norm_launch((blocks, 1), width),
             args![
                 norm.x,
                 norm.rows,
@@ -677,9 +677,9 @@ pub(super) fn norm_at<'a>(
     norm.expect("the layer has the norm")
 }
 
-/// The gradient of a norm over rows of such a width, by so many blocks.
-fn norm_launch(blocks: usize, width: usize) -> Launch {
-    Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
+/// The gradient of a norm over so many parts of rows, of such a width, each by so many blocks.
+fn norm_launch((blocks, parts): (usize, usize), width: usize) -> Launch {
+    Launch::plane(blocks, parts, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
 }
 
 /// What partial sums over at most so many rows take, whichever needs most.
@@ -690,7 +690,7 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
         Some(QkNorm::Heads | QkNorm::Turned) => {
             most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.widest_head());
         }
-        Some(QkNorm::Rows) => {
+        Some(QkNorm::Rows | QkNorm::Apart) => {
             most = most.max(count.min(NORM_BLOCKS) * config.heads * config.widest_head());
         }
     }

@@ -9,6 +9,7 @@ use super::inputs::Aside;
 use super::launches::{Scores, THREADS, head_lanes, norm_kind, norm_rows, values_of};
 use super::optimizer::elements;
 use super::recurrent::Memories;
+use crate::kernels::norm;
 use crate::weights::{Config, Fused, QkNorm, Recurrence};
 use anyhow::Result;
 
@@ -60,6 +61,13 @@ pub struct Pass {
 pub(super) struct CacheRows<'a> {
     pub cache: Address,
     pub rows: &'a Buffer,
+}
+
+/// Columns of a row, from the first on, of which each so many are normed by themselves.
+pub(super) struct NormedParts {
+    pub first: usize,
+    pub parts: usize,
+    pub width: usize,
 }
 
 /// The widths of what layers have on their way, of whichever it is widest in.
@@ -269,7 +277,7 @@ impl Decoder {
         let norm = layer.norms.before_attention.as_ref();
         self.read(&pass.x, norm, count, &pass.normed)?;
         let raw = match self.config.qk_norm {
-            Some(QkNorm::Rows) => &pass.qkv,
+            Some(QkNorm::Rows | QkNorm::Apart) => &pass.qkv,
             _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
         };
         self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
@@ -295,7 +303,7 @@ impl Decoder {
             self.bias(&self.kernels.add_bias, raw, bias, count, layer.qkv.rows)?; // gates have one, too
         }
         let norms = layer.head_norms(self.config.qk_norm);
-        if self.config.qk_norm == Some(QkNorm::Rows) {
+        if let Some(QkNorm::Rows | QkNorm::Apart) = self.config.qk_norm {
             self.norm_queries_and_keys(i, bias.take(), count, pass)?;
         }
         let (cos, sin, queries) = rotary.of(i);
@@ -338,7 +346,24 @@ impl Decoder {
         }
     }
 
-    /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
+    /// The parts of a row of layer `i` that are normed before the rotation, queries' and keys', and how.
+    pub(super) fn normed_parts(&self, i: usize) -> ([NormedParts; 2], norm::Kind) {
+        let (c, heads) = (&self.config, self.heads(i));
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let ([query, key], kind) = match c.qk_norm {
+            Some(QkNorm::Apart) => ([(heads.query, heads.dim), (heads.kv, heads.dim)], c.norm()),
+            _ => ([(1, q), (1, kv)], c.rms_norm()),
+        };
+        let part = |first, (parts, width)| NormedParts {
+            first,
+            parts,
+            width,
+        };
+        ([part(0, query), part(q, key)], kind)
+    }
+
+    /// All queries of a token normed as one row in `pass.qkv`, or each head, and all keys; `pass.qkv_raw` keeps them as they were
+    /// before.
     fn norm_queries_and_keys(
         &self,
         i: usize,
@@ -346,24 +371,27 @@ impl Decoder {
         count: usize,
         pass: &Pass,
     ) -> Result<()> {
-        let (heads, stride) = (self.heads(i), self.heads(i).qkv_width());
+        let stride = self.heads(i).qkv_width();
         if let Some(bias) = bias {
             self.bias(&self.kernels.add_bias, &pass.qkv, bias, count, stride)?;
         }
         if let Some(raw) = &pass.qkv_raw {
             raw.copy_from(&pass.qkv, raw.bytes())?;
         }
-        for (first, width, weight) in [
-            (0, heads.q_width(), &self.layers[i].q_norm),
-            (heads.q_width(), heads.kv_width(), &self.layers[i].k_norm),
-        ] {
+        let (parts, kind) = self.normed_parts(i);
+        for (part, weight) in parts.into_iter().zip(self.layers[i].qk_norms()) {
+            let NormedParts {
+                first,
+                parts,
+                width,
+            } = part;
             self.device.launch(
                 &self.kernels.of_format("rms_norm_part"),
-                Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+                Launch::plane(count.div_ceil(norm_rows(width)), parts, THREADS),
                 args![
                     pass.qkv.element(first, self.size()),
-                    weight.as_ref(),
-                    self.config.norm_eps,
+                    weight,
+                    norm_kind(kind),
                     count as i32,
                     width as i32,
                     stride as i32,

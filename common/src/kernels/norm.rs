@@ -5,7 +5,7 @@ use super::isa::multiversion;
 use super::softmax::dot;
 use std::borrow::Cow;
 
-/// How the rows of a residual stream are normalised.
+/// How rows are normalised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Kind {
     pub eps: f32,
@@ -29,12 +29,26 @@ impl Kind {
             return row(x, weight, self.eps, out);
         }
         out.copy_from_slice(x);
-        centre(out);
-        row_in_place(out, weight, self.eps);
+        self.row_in_place(out, weight);
+    }
+
+    /// Normalises one row where it lies.
+    pub fn row_in_place(self, x: &mut [f32], weight: &[f32]) {
+        if self.centred {
+            centre(x);
+        }
+        row_in_place(x, weight, self.eps);
     }
 
     /// The gradient of one row: see [`backward_row`].
-    fn backward_row(self, x: &[f32], weight: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+    pub fn backward_row(
+        self,
+        x: &[f32],
+        weight: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        dw: &mut [f32],
+    ) {
         if !self.centred {
             return backward_row(x, weight, self.eps, dy, dx, dw);
         }

@@ -37,12 +37,14 @@ pub enum QkNorm {
     Turned,
     /// All query heads of a token as one row, and all key heads (OLMo 2).
     Rows,
+    /// Each head by itself, by a weight of its own, as the residual stream is (Command R+).
+    Apart,
 }
 
 impl QkNorm {
-    /// Whether each head is normed by itself.
+    /// Whether each head is normed by itself, all by the same weight.
     pub fn by_heads(self) -> bool {
-        self != Self::Rows
+        matches!(self, Self::Heads | Self::Turned)
     }
 }
 
@@ -250,7 +252,8 @@ pub struct Config {
     pub experts: Vec<Option<Experts>>,
     /// Epsilon of every norm.
     pub norm_eps: f32,
-    /// Those of the residual stream subtract the mean first (Cohere); else they are RMS norms, as all others are.
+    /// Those of the residual stream, and [`QkNorm::Apart`], subtract the mean first (Cohere); else they are RMS norms, as all
+    /// others are.
     pub norms_centred: bool,
     /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
     pub context: usize,
@@ -303,6 +306,14 @@ impl Config {
         norm::Kind {
             eps: self.norm_eps,
             centred: self.norms_centred,
+        }
+    }
+
+    /// How heads, or all of them, are normed but for [`QkNorm::Apart`].
+    pub fn rms_norm(&self) -> norm::Kind {
+        norm::Kind {
+            centred: false,
+            ..self.norm()
         }
     }
 
@@ -538,12 +549,13 @@ impl Config {
         let heads = self.heads_of(layer);
         let (q, kv) = match self.qk_norm {
             None => return,
-            Some(QkNorm::Heads | QkNorm::Turned) => (heads.dim, heads.dim),
-            Some(QkNorm::Rows) => (heads.q_width(), heads.kv_width()),
+            Some(QkNorm::Heads | QkNorm::Turned) => (vec![heads.dim], vec![heads.dim]),
+            Some(QkNorm::Rows) => (vec![heads.q_width()], vec![heads.kv_width()]),
+            Some(QkNorm::Apart) => (vec![heads.query, heads.dim], vec![heads.kv, heads.dim]),
         };
-        push("self_attn.q_norm.weight", vec![q]);
+        push("self_attn.q_norm.weight", q);
         if self.fused(layer) != Fused::Queries {
-            push("self_attn.k_norm.weight", vec![kv]);
+            push("self_attn.k_norm.weight", kv);
         }
     }
 

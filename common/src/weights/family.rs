@@ -32,8 +32,7 @@ pub(super) struct Family {
     /// Norms multiply by 1 + the weight in a Hugging Face folder (by the weight in a GGUF).
     pub norms_from_one: bool,
     pub qk_norm: Option<QkNorm>,
-    /// The field that says whether queries and keys are normed, where it is asked: unsaid they are not. (Where they are normed in a
-    /// way that is not known here, the family has the field alone.)
+    /// The field that says whether queries and keys are normed, where it is asked: unsaid they are not.
     pub qk_norm_asked: Option<&'static str>,
     pub activation: Activation,
     /// The fields that name it, and its names there.
@@ -450,7 +449,8 @@ const COHERE: Family = Family {
     biases: NO_MLP_BIAS,
     norms: Norms::Once,
     norms_centred: true,
-    qk_norm_asked: Some("use_qk_norm"), // each head by weights of its own
+    qk_norm: Some(QkNorm::Apart),
+    qk_norm_asked: Some("use_qk_norm"),
     scales: Scales::Logits,
     permuted: false,
     neighbours: true,
@@ -930,6 +930,7 @@ static FAMILIES: [Family; 38] = [
         class: "Cohere2",
         gguf: "cohere2",
         theta: 10_000.0,
+        qk_norm: None,
         qk_norm_asked: None,
         windows: Windows::AllBut(4, Rotated::Only),
         ..COHERE

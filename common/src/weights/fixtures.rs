@@ -77,6 +77,9 @@ pub(super) fn config_json(model_type: &str) -> Value {
             "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         });
     }
+    if model_type == "cohere" {
+        json["use_qk_norm"] = json!(true);
+    }
     if model_type == "cohere2" {
         json["num_hidden_layers"] = json!(5);
     }

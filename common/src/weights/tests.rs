@@ -640,37 +640,28 @@ fn a_granite_gguf_has_its_multipliers() {
     assert!(error(&path).contains("attention.head_count_kv: must be a whole number"));
 }
 
-/// llama.cpp knows that only layers with a window rotate; Command R+'s norms of heads have no place here.
+/// llama.cpp knows that only layers with a window rotate, and that the norms are no RMS norms; that there are norms of heads is
+/// told by their tensors.
 #[test]
-fn a_cohere_gguf_has_a_window_and_no_norms_of_heads() {
+fn a_cohere_gguf_is_read_as_llama_cpp_knows_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("tiny.gguf");
-    let write = |family: &str, arch: &str, without: &str, more: Option<&str>| {
-        let config = config(family);
-        let mut tensors = as_gguf(&config, arch, &random_tensors(&config, 5));
-        tensors.extend(more.map(|name| (name.to_owned(), vec![4, 8], vec![1.0; 32])));
-        let mut metadata = gguf_metadata(&config, arch);
+    let write = |config: &Config, arch: &str, without: &str| {
+        let tensors = as_gguf(config, arch, &random_tensors(config, 5));
+        let mut metadata = gguf_metadata(config, arch);
         metadata.retain(|(key, _)| !key.ends_with(without));
         write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
-        error(&path)
     };
-    let norm = Some("blk.0.attn_q_norm.weight");
-    for (line, wanted) in [
-        (
-            write("cohere2", "cohere2", "sliding_window", None),
-            "attention.sliding_window is missing",
-        ),
-        (
-            write("cohere", "command-r", "layer_norm_epsilon", None),
-            "attention.layer_norm_epsilon is missing",
-        ),
-        (
-            write("cohere", "command-r", "-", norm),
-            "\"blk.0.attn_q_norm.weight\" has no place",
-        ),
-    ] {
-        assert!(line.contains(wanted), "{line}");
-    }
+    write(&config("cohere2"), "cohere2", "sliding_window");
+    assert!(error(&path).contains("attention.sliding_window is missing"));
+    write(&config("cohere"), "command-r", "norm_epsilon");
+    assert!(error(&path).contains("attention.layer_norm_epsilon is missing"));
+    let mut json = config_json("cohere");
+    json["use_qk_norm"] = json!(false);
+    let plain = Config::from_json(&json, Path::new("config.json")).unwrap();
+    write(&plain, "command-r", "-");
+    assert_eq!(open(&path).unwrap().config, plain);
+    assert_ne!(plain, config("cohere"));
 }
 
 /// As llama.cpp's converter writes Phi-4-mini: part of a head rotated, LongRoPE's divisors as two tensors.

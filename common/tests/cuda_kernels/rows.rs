@@ -246,15 +246,21 @@ fn norms_added<T: Element>(kind: NormKind) {
 
 /// Some columns of rows that are longer, in place.
 fn norms_of_parts_of_rows<T: Element>() {
-    for (count, stride, first, width) in [
-        (3, 30, 18, 6),
-        (67, 96, 0, 64),
-        (5, 1288, 8, 1024),
-        (2, 5200, 24, 5124),
+    KINDS.into_iter().for_each(norms_of_parts::<T>);
+}
+
+fn norms_of_parts<T: Element>(kind: NormKind) {
+    for (count, stride, first, width, parts) in [
+        (3, 30, 18, 6, 1),
+        (3, 30, 6, 6, 3),
+        (67, 96, 0, 64, 1),
+        (67, 80, 16, 16, 4),
+        (5, 1288, 8, 1024, 1),
+        (2, 5200, 24, 5124, 1),
     ] {
         let teams = if width <= 1024 { 8 } else { 1 };
         let (x, dy): (Vec<T>, Vec<T>) = (noise(count * stride, 1), noise(count * stride, 2));
-        let w: Vec<f32> = noise(width, 3);
+        let w: Vec<f32> = noise(parts * width, 3);
         let sizes = [count as i32, width as i32, stride as i32];
         let blocks = count.min(4);
         // As in the tools, the vectors begin where the part does.
@@ -262,22 +268,24 @@ fn norms_of_parts_of_rows<T: Element>() {
             let (mut y, mut d, mut partial): (_, _, Vec<f32>) = (
                 x[first..].to_vec(),
                 dy[first..].to_vec(),
-                unwritten(blocks * width),
+                unwritten(blocks * parts * width),
             );
-            launch!(format!("rms_norm_part_{}", T::NAME), [count.div_ceil(teams), 1, 1], 256, 0;
-                &mut y, &w, EPS, sizes[0], sizes[1], sizes[2]);
-            launch!(format!("rms_norm_part_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
-                &x[first..].to_vec(), &w, EPS, &mut d, &mut partial, sizes[0], sizes[1], sizes[2]);
-            (y, d, columns(&partial, width))
+            launch!(format!("rms_norm_part_{}", T::NAME), [count.div_ceil(teams), parts, 1], 256, 0;
+                &mut y, &w, kind, sizes[0], sizes[1], sizes[2]);
+            launch!(format!("rms_norm_part_backward_{}", T::NAME), [blocks, parts, 1], 256, teams * width * 4;
+                &x[first..].to_vec(), &w, kind, &mut d, &mut partial, sizes[0], sizes[1], sizes[2]);
+            (y, d, columns(&partial, parts * width))
         });
         let (mut y_exact, mut d_exact) = (wide(&x[first..]), wide(&dy[first..]));
-        let mut dw_exact = vec![0.0; width];
-        for r in 0..count {
-            let part = r * stride..r * stride + width;
-            let (y, dx, dw) = norm(&y_exact[part.clone()], &wide(&w), &d_exact[part.clone()]);
-            y_exact[part.clone()].copy_from_slice(&y);
-            d_exact[part].copy_from_slice(&dx);
-            dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
+        let mut dw_exact = vec![0.0; parts * width];
+        for (r, part) in (0..count).flat_map(|r| (0..parts).map(move |part| (r, part))) {
+            let own = part * width..(part + 1) * width;
+            let at = r * stride + own.start..r * stride + own.end;
+            let (x, dy) = (&y_exact[at.clone()], &d_exact[at.clone()]);
+            let (y, dx, dw) = norm_of(kind, x, &wide(&w[own.clone()]), dy);
+            y_exact[at.clone()].copy_from_slice(&y);
+            d_exact[at].copy_from_slice(&dx);
+            (dw_exact[own].iter_mut().zip(dw)).for_each(|(sum, d)| *sum += d);
         }
         assert_close("y", &y, &y_exact, 5.0);
         assert_close("d", &d, &d_exact, 8.0);

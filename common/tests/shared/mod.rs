@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 45] = [
+pub const FAMILIES: [&str; 46] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -55,6 +55,7 @@ pub const FAMILIES: [&str; 45] = [
     "gemma4-unified",
     "cohere",
     "cohere-bias",
+    "cohere-heads",
     PARALLEL,
     "cohere2-types",
 ];

@@ -81,11 +81,6 @@ pub fn read(fields: &Fields) -> Result<Config> {
         Some(key) => fields.flag(key)?.unwrap_or(false),
         None => true,
     };
-    ensure!(
-        family.qk_norm.is_some() || family.qk_norm_asked.is_none() || !has_qk_norm,
-        "{}: norms of queries and keys are not supported for {model_type}",
-        family.qk_norm_asked.unwrap_or_default()
-    );
     let config = Config {
         model_type: model_type.to_owned(),
         vocab: fields.size("vocab_size")?,

@@ -99,12 +99,14 @@ fn families_differ_as_transformers_has_them() {
         assert_eq!((c.norm_eps, c.ffn), (4e-5, 64));
     }
     for cohere in ["cohere", "cohere2"] {
-        let c = read(&with(cohere, json!({"logit_scale": 0.25}))).unwrap();
+        let scaled = json!({"logit_scale": 0.25, "use_qk_norm": cohere == "cohere2"});
+        let c = read(&with(cohere, scaled)).unwrap();
         assert_eq!(flags(&c), (false, false, false, false));
         assert_eq!((c.norms, c.norms_centred), (Norms::Once, true));
         assert_eq!((c.logit_scale, c.attention_scale), (0.25, plain.4));
         assert_eq!(c.layer_norms().into_iter().flatten().count(), 1);
     }
+    assert_eq!(of("cohere").qk_norm, Some(QkNorm::Apart));
     assert!(!of("llama").norms_centred);
     let biased = json!({"attention_bias": true, "mlp_bias": true, "use_bias": true});
     let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
@@ -112,7 +114,7 @@ fn families_differ_as_transformers_has_them() {
     assert_eq!(flags(&of("ernie4_5")), (true, true, true, false));
     assert_eq!(flags(&of("hunyuan_v1_dense")), (true, true, false, true));
     assert_eq!(flags(&of("llama")), (true, true, true, false));
-    assert_eq!(flags(&of("cohere")), (true, true, false, false));
+    assert_eq!(flags(&of("cohere")), (true, true, false, true));
     assert_eq!(flags(&of("cohere2")), (true, true, false, false));
     assert_eq!(flags(&of("mistral")), (false, false, false, false));
     assert_eq!(flags(&of("qwen2")), (true, false, false, false));
@@ -175,6 +177,7 @@ fn absent_fields_get_transformers_defaults() {
         assert_eq!(of(cohere, "num_key_value_heads").kv_heads, 4);
         assert_eq!(of(cohere, "head_dim").head_dim, 8);
         assert!(of(cohere, "tie_word_embeddings").tied);
+        assert_eq!(of(cohere, "use_qk_norm").qk_norm, None);
     }
     assert!(!of("llama", "tie_word_embeddings").tied);
     assert!(of("smollm3", "tie_word_embeddings").tied);
@@ -839,10 +842,6 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "per_layer_config: layers of different shapes",
         ),
         (
-            json!({"model_type": "cohere", "use_qk_norm": true}),
-            "use_qk_norm: norms of queries and keys are not supported for cohere",
-        ),
-        (
             json!({"model_type": "cohere2", "logit_scale": 0}),
             "logit_scale: must be a positive number, not 0",
         ),
@@ -1140,7 +1139,7 @@ fn a_written_config_reads_back_the_same() {
         ),
         (
             "cohere",
-            json!({"attention_bias": true, "logit_scale": 0.8, "use_qk_norm": false}),
+            json!({"attention_bias": true, "logit_scale": 0.8}),
         ),
         ("cohere2", json!({"sliding_window": 16})),
     ] {
