@@ -1,5 +1,6 @@
 // RMSNorm and its gradient: y = x / √(mean(x²) + ε) · w, of the residual stream, of what is added to it, of queries and of
-// keys; of rows as they are, or less their means. (A weight may lie anywhere in a flat buffer, so it is read one by one; rows are read in fours.)
+// keys; of rows as they are, or less their means. (A weight may lie anywhere in a flat buffer, so it is read one by one; rows
+// are read in fours.)
 #include "kernels.h"
 
 namespace device {
@@ -55,7 +56,7 @@ template <class T> __device__ inline float mean_of(const Team& team, const T* ro
 }
 
 // A row that is kept, less its mean.
-__device__ inline void centre(const Team& team, int width, Few<4>* v) {
+__device__ inline void centre(const Team& team, int width, Few<4> (&v)[KEPT]) {
     float sum = 0;
     for_kept(team, width, [&](int k, int) {
         for (float x : v[k].at) sum += x;

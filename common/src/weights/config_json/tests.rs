@@ -29,6 +29,14 @@ fn without(model_type: &str, key: &str) -> Value {
     json
 }
 
+/// Of so many layers each one's window, and whether it rotates.
+fn layers_of(model_type: &str, count: usize, mut changes: Value) -> Vec<(Option<usize>, bool)> {
+    changes["num_hidden_layers"] = json!(count);
+    let config = read(&with(model_type, changes)).unwrap();
+    let rotates = config.ropes.iter().map(Option::is_some);
+    config.windows.iter().copied().zip(rotates).collect()
+}
+
 #[test]
 fn families_differ_as_transformers_has_them() {
     let of = |model_type: &str| read(&config_json(model_type)).unwrap();
@@ -347,15 +355,7 @@ fn layers_with_a_window_may_rotate_otherwise() {
 
 #[test]
 fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
-    let layers = |changes: Value| -> Vec<_> {
-        let mut json = with("exaone4", json!({"num_hidden_layers": 4}));
-        for (key, value) in changes.as_object().unwrap() {
-            json[key] = value.clone();
-        }
-        let config = read(&json).unwrap();
-        let rotates = config.ropes.iter().map(Option::is_some);
-        config.windows.iter().copied().zip(rotates).collect()
-    };
+    let layers = |changes: Value| layers_of("exaone4", 4, changes);
     let (local, global, old) = ((Some(16), true), (None, false), (None, true));
     // EXAONE 4.0 32B: the pattern is spelt out, and layer_types is what counts.
     let kinds = ["sliding_attention", "full_attention"].map(Value::from);
@@ -389,15 +389,7 @@ fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
 /// As Command R7B's file has it, which says a pattern, or in newer ones each layer's type.
 #[test]
 fn only_layers_of_cohere2_that_have_a_window_rotate() {
-    let layers = |changes: Value| -> Vec<_> {
-        let mut json = with("cohere2", json!({"num_hidden_layers": 5}));
-        for (key, value) in changes.as_object().unwrap() {
-            json[key] = value.clone();
-        }
-        let config = read(&json).unwrap();
-        let rotates = config.ropes.iter().map(Option::is_some);
-        config.windows.iter().copied().zip(rotates).collect()
-    };
+    let layers = |changes: Value| layers_of("cohere2", 5, changes);
     let [local, wide] = [16, 4096].map(|window| (Some(window), true));
     let global = (None, false);
     assert_eq!(layers(json!({})), [wide, wide, wide, global, wide]);
