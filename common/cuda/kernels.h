@@ -31,10 +31,17 @@ EMBED(embed_f16, f16);
 // Grid (distinct).
 KERNEL(256, add_rows, const float* x, const int* rows, const int* starts, const int* order, float* target, int width);
 
-// out[r] = x[i] / √(mean(x[i]²) + eps) · weight with i = rows[r] (or r where `rows` is null): `out` [count, width].
+// How rows are normed.
+struct NormKind {
+    float eps;
+    int centred;  // their means are subtracted first
+};
+
+// out[r] = x[i] / √(mean(x[i]²) + eps) · weight, x[i] less its mean where that is centred, with i = rows[r] (or r where
+// `rows` is null): `out` [count, width].
 // Grid (ceil(count / 8)) for rows up to NORM_NARROW wide, which warps work on alone, else (count).
 constexpr int NORM_NARROW = 1024;
-#define RMS_NORM(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, T* out, \
+#define RMS_NORM(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, NormKind kind, T* out, \
     int count, int width)
 RMS_NORM(rms_norm_f32, float);
 RMS_NORM(rms_norm_bf16, bf16);
@@ -44,28 +51,30 @@ RMS_NORM(rms_norm_f16, f16);
 // add_rows). `dx_copy` [count, width] or null receives dx[r] as T. `partial` [blocks, width] or null receives each
 // block's part of ∂L/∂weight: add them up with sum_columns_f32(…, add = 1). A block takes ceil(count / blocks) rows.
 // Grid (blocks): min(count, 264). Shared memory: width · 4 bytes, eight times that up to NORM_NARROW.
-#define RMS_NORM_BACKWARD(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, float eps, \
+#define RMS_NORM_BACKWARD(name, T) KERNEL(256, name, const float* x, const int* rows, const float* weight, NormKind kind, \
     const T* dy, float* dx, T* dx_copy, float* partial, int count, int width, int add)
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float);
 RMS_NORM_BACKWARD(rms_norm_backward_bf16, bf16);
 
 // The residual stream gains what a norm makes of `given`: sum[r] += norm of given[r], both [count, width]. Grid as above.
-KERNEL(256, rms_norm_add, const float* given, const float* weight, float eps, float* sum, int count, int width);
+KERNEL(256, rms_norm_add, const float* given, const float* weight, NormKind kind, float* sum, int count, int width);
 // Its gradient: `d_given` [count, width] is set, given that of the stream, `dy` [count, width]. `partial`, grid and shared
 // memory as for RMS_NORM_BACKWARD.
-#define RMS_NORM_ADD_BACKWARD(name, T) KERNEL(256, name, const float* given, const float* weight, float eps, \
+#define RMS_NORM_ADD_BACKWARD(name, T) KERNEL(256, name, const float* given, const float* weight, NormKind kind, \
     const float* dy, T* d_given, float* partial, int count, int width)
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_f32, float);
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16);
 
-// Norms `width` columns of each row of `x` in place: all query heads of a token as one, or all key heads. Rows begin `stride`
-// elements apart; `stride` and `x` are multiples of four elements where `width` is. Grid as above.
-#define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, float eps, int count, int width, int stride)
+// Norms parts of each row of `x` in place, each `width` columns by a weight of its own, `weight` [parts, width]: all query heads
+// of a token as one, or each, or the same of key heads. Rows begin `stride` elements apart; `stride` and `x` are multiples of four
+// elements where `width` is. Grid (as above, parts).
+#define RMS_NORM_PART(name, T) KERNEL(256, name, T* x, const float* weight, NormKind kind, int count, int width, int stride)
 RMS_NORM_PART(rms_norm_part_f32, float);
 RMS_NORM_PART(rms_norm_part_bf16, bf16);
 RMS_NORM_PART(rms_norm_part_f16, f16);
-// Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above.
-#define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, float eps, T* d, \
+// Its gradient, in place: the columns of `d` become those of `x`, which is as it was before; both with rows as above. `partial`
+// [blocks, parts, width].
+#define RMS_NORM_PART_BACKWARD(name, T) KERNEL(256, name, const T* x, const float* weight, NormKind kind, T* d, \
     float* partial, int count, int width, int stride)
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float);
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16);

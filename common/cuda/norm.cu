@@ -1,5 +1,6 @@
 // RMSNorm and its gradient: y = x / √(mean(x²) + ε) · w, of the residual stream, of what is added to it, of queries and of
-// keys. (A weight may lie anywhere in a flat buffer, so it is read one by one; rows are read in fours.)
+// keys; of rows as they are, or less their means. (A weight may lie anywhere in a flat buffer, so it is read one by one; rows
+// are read in fours.)
 #include "kernels.h"
 
 namespace device {
@@ -45,10 +46,31 @@ template <class T> struct Rows {
     __device__ T* operator[](int r) const { return first + (long long)r * stride; }
 };
 
+template <class T> __device__ inline float mean_of(const Team& team, const T* row, int width) {
+    float sum = 0;
+    team.for_row(width, [&](int c, auto few) {
+        auto v = few.load(row + c);
+        for (float x : v.at) sum += x;
+    });
+    return team.sum(sum) / width;
+}
+
+// A row that is kept, less its mean.
+__device__ inline void centre(const Team& team, int width, Few<4> (&v)[KEPT]) {
+    float sum = 0;
+    for_kept(team, width, [&](int k, int) {
+        for (float x : v[k].at) sum += x;
+    });
+    float mean = team.sum(sum) / width;
+    for_kept(team, width, [&](int k, int) {
+        for (float& x : v[k].at) x -= mean;
+    });
+}
+
 // y[r] = norm of x[rows[r]], or of x[r], or y[r] gains it. It may be x itself.
 template <class X, class Y>
-__device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, float eps, Rows<Y> y, int count, int width,
-                         bool add) {
+__device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, NormKind kind, Rows<Y> y, int count,
+                         int width, bool add) {
     const Team team(width);
     int r = blockIdx.x * team.count() + team.number();
     if (r >= count) return;
@@ -58,10 +80,11 @@ __device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, 
     if (keeps(team, width)) {
         Few<4> v[KEPT], w[KEPT];
         for_kept(team, width, [&](int k, int c) { v[k] = Few<4>::load(from + c), w[k] = four(weight + c); });
+        if (kind.centred) centre(team, width, v);
         for_kept(team, width, [&](int k, int) {
             for (float y : v[k].at) squares += y * y;
         });
-        float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+        float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
         for_kept(team, width, [&](int k, int c) {
             Few<4> sum = {};
             if (add) sum = Few<4>::load(to + c);
@@ -70,25 +93,28 @@ __device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, 
         });
         return;
     }
+    float mean = kind.centred ? mean_of(team, from, width) : 0.0f;
     team.for_row(width, [&](int c, auto few) {
         auto v = few.load(from + c);
-        for (float y : v.at) squares += y * y;
+        for (float y : v.at) squares += (y - mean) * (y - mean);
     });
-    float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+    float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
     team.for_row(width, [&](int c, auto few) {
         auto v = few.load(from + c);
         if (add) few = few.load(to + c);
-        for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = (add ? few.at[i] : 0.0f) + v.at[i] * (scale * weight[c + i]);
+        for (int i = 0; i < int(sizeof few / 4); ++i)
+            few.at[i] = (add ? few.at[i] : 0.0f) + (v.at[i] - mean) * (scale * weight[c + i]);
         few.store(to + c);
     });
 }
 
 // With x̂ = x·s, s = 1/rms, g = dy·w: dx = s·(g − x̂·mean(g·x̂)); dw = Σ dy·x̂, summed here over each team's rows in
-// shared memory, where each thread has its own columns, and then over the teams in order.
+// shared memory, where each thread has its own columns, and then over the teams in order. Of a centred row x̂ has no mean, and
+// so has dx none: it is less s·mean(g).
 // `dx` may be `dy`.
 template <class X, class DY, class DX>
-__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, float eps, Rows<const DY> dy,
-                                  Rows<DX> dx, DY* dx_copy, float* partial, int count, int width, bool add) {
+__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, NormKind kind, Rows<const DY> dy,
+                                  Rows<DX> dx, DY* dx_copy, Rows<float> partial, int count, int width, bool add) {
     SHARED_MEMORY(float, sums);
     const Team team(width);
     float* d_weight = sums + team.number() * width;
@@ -103,20 +129,29 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             DX* to = dx[r];
             Few<4> v[KEPT], d[KEPT];
             for_kept(team, width, [&](int k, int c) { v[k] = Few<4>::load(from + c), d[k] = Few<4>::load(dy_row + c); });
-            float squares = 0, product = 0;
+            float squares = 0, product = 0, shift = 0;
+            if (kind.centred) {
+                centre(team, width, v);
+                for_kept(team, width, [&](int k, int) {
+                    for (int i = 0; i < 4; ++i) shift += w[k].at[i] * d[k].at[i];
+                });
+                shift = team.sum(shift) / width;
+            }
             for_kept(team, width, [&](int k, int) {
                 for (int i = 0; i < 4; ++i) {
                     squares += v[k].at[i] * v[k].at[i];
                     product += v[k].at[i] * w[k].at[i] * d[k].at[i];
                 }
             });
-            float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+            float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
             float mean = team.sum(product) * scale / width;
+            shift *= scale;
             for_kept(team, width, [&](int k, int c) {
                 Few<4> dx_row = {};
                 if (add) dx_row = Few<4>::load(to + c);
                 for (int i = 0; i < 4; ++i) {
                     float normed = v[k].at[i] * scale;
+                    dx_row.at[i] -= shift;
                     dx_row.at[i] += scale * (d[k].at[i] * w[k].at[i] - normed * mean);
                     d_w[k].at[i] += d[k].at[i] * normed;
                 }
@@ -133,19 +168,26 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             const X* from = x[rows ? rows[r] : r];
             const DY* dy_row = dy[r];
             DX* dx_row = dx[r];
-            float squares = 0, product = 0;
+            float middle = kind.centred ? mean_of(team, from, width) : 0.0f;
+            float squares = 0, product = 0, shift = 0;
             team.for_row(width, [&](int c, auto few) {
                 auto v = few.load(from + c), d = few.load(dy_row + c);
-                for (int i = 0; i < int(sizeof few / 4); ++i) squares += v.at[i] * v.at[i], product += v.at[i] * weight[c + i] * d.at[i];
+                for (int i = 0; i < int(sizeof few / 4); ++i) {
+                    float x = v.at[i] - middle;
+                    squares += x * x;
+                    product += x * weight[c + i] * d.at[i];
+                    shift += weight[c + i] * d.at[i];
+                }
             });
-            float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
+            float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
             float mean = team.sum(product) * scale / width;
+            shift = kind.centred ? team.sum(shift) * scale / width : 0.0f;
             team.for_row(width, [&](int c, auto few) {
                 auto v = few.load(from + c), d = few.load(dy_row + c);
                 if (add) few = few.load(dx_row + c);
                 for (int i = 0; i < int(sizeof few / 4); ++i) {
-                    float normed = v.at[i] * scale;
-                    few.at[i] = (add ? few.at[i] : 0.0f) + scale * (d.at[i] * weight[c + i] - normed * mean);
+                    float normed = (v.at[i] - middle) * scale;
+                    few.at[i] = (add ? few.at[i] : 0.0f) - shift + scale * (d.at[i] * weight[c + i] - normed * mean);
                     d_weight[c + i] += d.at[i] * normed;
                 }
                 few.store(dx_row + c);
@@ -153,14 +195,14 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             });
         }
     }
-    if (!partial) return;
+    if (!partial.first) return;
     __syncthreads();
     for_columns(0, width, width, [&](int c, auto few) {
         for (int t = 0; t < team.count(); ++t) {
             auto own = few.load(sums + t * width + c);
             for (int i = 0; i < int(sizeof few / 4); ++i) few.at[i] = (t ? few.at[i] : 0.0f) + own.at[i];
         }
-        few.store(partial + (long long)blockIdx.x * width + c);
+        few.store(partial[blockIdx.x] + c);
     });
 }
 
@@ -171,66 +213,72 @@ namespace device {
 template <class T> __device__ Rows<T> rows_of(T* x, int stride) { return {x, stride}; }
 
 template <class T>
-__device__ void norm_stream(const float* x, const int* rows, const float* weight, float eps, T* out, int count, int width) {
-    rms_norm(rows_of(x, width), rows, weight, eps, rows_of(out, width), count, width, false);
+__device__ void norm_stream(const float* x, const int* rows, const float* weight, NormKind kind, T* out, int count,
+                            int width) {
+    rms_norm(rows_of(x, width), rows, weight, kind, rows_of(out, width), count, width, false);
 }
 
 template <class T>
-__device__ void norm_stream_backward(const float* x, const int* rows, const float* weight, float eps, const T* dy, float* dx,
-                                     T* dx_copy, float* partial, int count, int width, int add) {
-    rms_norm_backward(rows_of(x, width), rows, weight, eps, rows_of(dy, width), rows_of(dx, width), dx_copy, partial, count,
-                      width, add);
+__device__ void norm_stream_backward(const float* x, const int* rows, const float* weight, NormKind kind, const T* dy,
+                                     float* dx, T* dx_copy, float* partial, int count, int width, int add) {
+    rms_norm_backward(rows_of(x, width), rows, weight, kind, rows_of(dy, width), rows_of(dx, width), dx_copy,
+                      rows_of(partial, width), count, width, add);
 }
 
 template <class T>
-__device__ void norm_given_backward(const float* given, const float* weight, float eps, const float* dy, T* d_given,
+__device__ void norm_given_backward(const float* given, const float* weight, NormKind kind, const float* dy, T* d_given,
                                     float* partial, int count, int width) {
-    rms_norm_backward(rows_of(given, width), nullptr, weight, eps, rows_of(dy, width), rows_of(d_given, width),
-                      (float*)nullptr, partial, count, width, false);
+    rms_norm_backward(rows_of(given, width), nullptr, weight, kind, rows_of(dy, width), rows_of(d_given, width),
+                      (float*)nullptr, rows_of(partial, width), count, width, false);
 }
 
 template <class T>
-__device__ void norm_part(T* x, const float* weight, float eps, int count, int width, int stride) {
-    rms_norm(rows_of((const T*)x, stride), nullptr, weight, eps, rows_of(x, stride), count, width, false);
+__device__ void norm_part(T* x, const float* weight, NormKind kind, int count, int width, int stride) {
+    int first = blockIdx.y * width;
+    Rows<T> part = rows_of(x + first, stride);
+    rms_norm(rows_of((const T*)part.first, stride), nullptr, weight + first, kind, part, count, width, false);
 }
 
 template <class T>
-__device__ void norm_part_backward(const T* x, const float* weight, float eps, T* d, float* partial, int count, int width,
+__device__ void norm_part_backward(const T* x, const float* weight, NormKind kind, T* d, float* partial, int count, int width,
                                    int stride) {
-    rms_norm_backward(rows_of(x, stride), nullptr, weight, eps, rows_of((const T*)d, stride), rows_of(d, stride), (T*)nullptr,
-                      partial, count, width, false);
+    int first = blockIdx.y * width;
+    Rows<T> part = rows_of(d + first, stride);
+    Rows<float> sums = rows_of(partial ? partial + first : nullptr, gridDim.y * width);
+    rms_norm_backward(rows_of(x + first, stride), nullptr, weight + first, kind, rows_of((const T*)part.first, stride), part,
+                      (T*)nullptr, sums, count, width, false);
 }
 
 }  // namespace device
 
-RMS_NORM(rms_norm_f32, float) { device::norm_stream(x, rows, weight, eps, out, count, width); }
-RMS_NORM(rms_norm_bf16, bf16) { device::norm_stream(x, rows, weight, eps, out, count, width); }
-RMS_NORM(rms_norm_f16, f16) { device::norm_stream(x, rows, weight, eps, out, count, width); }
+RMS_NORM(rms_norm_f32, float) { device::norm_stream(x, rows, weight, kind, out, count, width); }
+RMS_NORM(rms_norm_bf16, bf16) { device::norm_stream(x, rows, weight, kind, out, count, width); }
+RMS_NORM(rms_norm_f16, f16) { device::norm_stream(x, rows, weight, kind, out, count, width); }
 
 RMS_NORM_BACKWARD(rms_norm_backward_f32, float) {
-    device::norm_stream_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
+    device::norm_stream_backward(x, rows, weight, kind, dy, dx, dx_copy, partial, count, width, add);
 }
 RMS_NORM_BACKWARD(rms_norm_backward_bf16, bf16) {
-    device::norm_stream_backward(x, rows, weight, eps, dy, dx, dx_copy, partial, count, width, add);
+    device::norm_stream_backward(x, rows, weight, kind, dy, dx, dx_copy, partial, count, width, add);
 }
 
-KERNEL(256, rms_norm_add, const float* given, const float* weight, float eps, float* sum, int count, int width) {
-    device::rms_norm(device::rows_of(given, width), nullptr, weight, eps, device::rows_of(sum, width), count, width, true);
+KERNEL(256, rms_norm_add, const float* given, const float* weight, NormKind kind, float* sum, int count, int width) {
+    device::rms_norm(device::rows_of(given, width), nullptr, weight, kind, device::rows_of(sum, width), count, width, true);
 }
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_f32, float) {
-    device::norm_given_backward(given, weight, eps, dy, d_given, partial, count, width);
+    device::norm_given_backward(given, weight, kind, dy, d_given, partial, count, width);
 }
 RMS_NORM_ADD_BACKWARD(rms_norm_add_backward_bf16, bf16) {
-    device::norm_given_backward(given, weight, eps, dy, d_given, partial, count, width);
+    device::norm_given_backward(given, weight, kind, dy, d_given, partial, count, width);
 }
 
-RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, eps, count, width, stride); }
-RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, eps, count, width, stride); }
-RMS_NORM_PART(rms_norm_part_f16, f16) { device::norm_part(x, weight, eps, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_f32, float) { device::norm_part(x, weight, kind, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_bf16, bf16) { device::norm_part(x, weight, kind, count, width, stride); }
+RMS_NORM_PART(rms_norm_part_f16, f16) { device::norm_part(x, weight, kind, count, width, stride); }
 
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_f32, float) {
-    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
+    device::norm_part_backward(x, weight, kind, d, partial, count, width, stride);
 }
 RMS_NORM_PART_BACKWARD(rms_norm_part_backward_bf16, bf16) {
-    device::norm_part_backward(x, weight, eps, d, partial, count, width, stride);
+    device::norm_part_backward(x, weight, kind, d, partial, count, width, stride);
 }

@@ -443,7 +443,14 @@ mod tests {
             activation: Activation::GeluTanh,
             ..llama.clone()
         };
-        vec![llama, biased, normed, turned, after, around]
+        let once = Config {
+            norms: Norms::Once,
+            norms_centred: true,
+            logit_scale: 0.6,
+            qk_norm: Some(QkNorm::Apart),
+            ..biased.clone()
+        };
+        vec![llama, biased, normed, turned, after, around, once]
     }
 
     fn weights(params: &Params) -> Vec<f32> {

@@ -10,7 +10,7 @@ use common::logprob::{self, Group};
 use common::model::{Decoder, Params};
 use common::weights::{Recurrence, Weights};
 use serde_json::Value;
-use shared::{APART, CONV, DELTA, ODD_MIXTURE, UNEVEN, device, ids, on_gpus, open};
+use shared::{APART, CONV, DELTA, ODD_MIXTURE, PARALLEL, UNEVEN, device, ids, on_gpus, open};
 
 fn on(device: &Device, weights: &Weights, precision: Precision) -> cuda::Decoder {
     cuda::Decoder::new(device, &weights.config, weights, precision).unwrap()
@@ -182,6 +182,8 @@ fn samples_are_the_cpus() {
         UNEVEN,
         "gemma4-keys",
         APART,
+        PARALLEL,
+        "cohere-heads",
     ] {
         let (weights, _) = open(family);
         let vocab = weights.config.vocab as u32;

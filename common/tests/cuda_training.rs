@@ -16,7 +16,7 @@ use common::weights::{Config, Weights};
 use safetensors::SafeTensors;
 use serde_json::json;
 use shared::{
-    APART, CONV, DELTA, STATE_BYTES, UNEVEN, assert_trains_as_in_pytorch, device, golden,
+    APART, CONV, DELTA, PARALLEL, STATE_BYTES, UNEVEN, assert_trains_as_in_pytorch, device, golden,
     objective, on_gpus, open, run, settings, tiny_pairs,
 };
 use std::collections::BTreeMap;
@@ -185,6 +185,8 @@ fn gradients_of_adapters_are_the_cpus() {
         UNEVEN,
         "gemma4-keys",
         APART,
+        PARALLEL,
+        "cohere-heads",
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
@@ -265,6 +267,7 @@ fn steps_are_the_cpus() {
         (DELTA, slower),
         (CONV, usual()),
         (UNEVEN, usual()),
+        (PARALLEL, usual()),
     ] {
         let (weights, _) = open(family);
         let pairs = pairs(weights.config.vocab);
@@ -473,7 +476,7 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
     // A part is at least that large, or a pair.
     let least = 256;
     // Biases, norms of heads; norms of rows, and after what is added to the stream; experts; linear attention; convolutions;
-    // what layers take in beside the stream.
+    // what layers take in beside the stream; what attention and the MLP both read.
     let families = [
         "llama-bias",
         "qwen3",
@@ -483,6 +486,7 @@ fn less_memory_changes_no_bit_and_is_counted_right() {
         DELTA,
         CONV,
         UNEVEN,
+        PARALLEL,
     ];
     // Each kind of settings with three of them.
     let kinds = kinds().into_iter().flat_map(|kind| vec![kind; 3]);

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Cohere2Config,
+    CohereConfig,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
@@ -149,6 +151,13 @@ GROWING = rope(
     mscale=1.0,
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.5,
+)
+
+
+COHERE = dict(
+    logit_scale=0.75,
+    layer_norm_eps=1e-3,
+    rms_norm_eps=0.5,  # nobody hears it
 )
 
 
@@ -717,6 +726,40 @@ FAMILIES = {
         GptOssConfig,
         dict(**GPT_OSS, hidden_size=64, intermediate_size=32, num_experts_per_tok=3),
         {"seed": 387, "dtype": torch.bfloat16, "mxfp4": True},
+    ),
+    # Attention and the MLP read the same, normed less its mean.
+    "cohere": (CohereConfig, dict(COHERE, tie_word_embeddings=True, rope_parameters=rope(10000.0)), {"seed": 130}),
+    "cohere-bias": (
+        CohereConfig,
+        dict(COHERE, attention_bias=True, head_dim=16, logit_scale=1.5, rope_parameters=rope(500000.0)),
+        {"seed": 131, "legacy": True},
+    ),
+    # As Command R+: heads are normed, each by a weight of its own.
+    "cohere-heads": (
+        CohereConfig,
+        dict(COHERE, use_qk_norm=True, head_dim=16, tie_word_embeddings=True, rope_parameters=rope(10000.0)),
+        {"seed": 134},
+    ),
+    # The fourth layer sees everything and does not rotate.
+    "cohere2": (
+        Cohere2Config,
+        dict(
+            COHERE, num_hidden_layers=5, sliding_window=8, tie_word_embeddings=True, rope_parameters=rope(10000.0)
+        ),
+        {"seed": 132},
+    ),
+    # (Biases of keys that do not rotate would have no gradient.)
+    "cohere2-types": (
+        Cohere2Config,
+        dict(
+            COHERE,
+            num_hidden_layers=3,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            logit_scale=1.5,
+            rope_parameters=rope(10000.0, "linear", factor=4.0),
+        ),
+        {"seed": 133},
     ),
 }
 

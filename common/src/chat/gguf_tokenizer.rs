@@ -174,14 +174,14 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
     let split = |pattern: &str| splits(&[pattern]);
     Ok(match name {
         "default" | "gpt-2" | "gpt2" | "phi-2" => (Json::Null, bytes_step(true), false, false),
-        "smollm" | "starcoder" | "refact" => {
+        "smollm" | "starcoder" | "refact" | "command-r" => {
             let steps = json!([{"type": "Digits", "individual_digits": true}, bytes_step(true)]);
-            (
-                Json::Null,
-                json!({"type": "Sequence", "pretokenizers": steps}),
-                false,
-                false,
-            )
+            let normalizer = match name {
+                "command-r" => json!({"type": "NFC"}),
+                _ => Json::Null,
+            };
+            let steps = json!({"type": "Sequence", "pretokenizers": steps});
+            (normalizer, steps, false, false)
         }
         "llama-bpe" | "llama3" | "llama-v3" | "lfm2" => (Json::Null, split(LLAMA3), true, true),
         "dbrx" | "smaug-bpe" | "chatglm-bpe" => (Json::Null, split(LLAMA3), false, false),
@@ -195,7 +195,7 @@ fn pre_tokenizer(name: &str) -> Result<(Json, Json, bool, bool)> {
         "gpt-4o" => (Json::Null, split(O200K), false, false),
         other => bail!(
             "tokenizer.ggml.pre {other:?} is not a known pre-tokenizer (known: gpt-2, phi-2, smollm, starcoder, \
-             refact, llama-bpe, lfm2, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, qwen35, olmo, tekken, gpt-4o): use the model's HF folder"
+             refact, command-r, llama-bpe, lfm2, dbrx, smaug-bpe, chatglm-bpe, glm4, hunyuan-dense, qwen2, qwen35, olmo, tekken, gpt-4o): use the model's HF folder"
         ),
     })
 }

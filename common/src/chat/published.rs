@@ -65,7 +65,7 @@ fn texts_have_the_ids_of_the_models_own_tokenizers() {
         }
         right.push(name.trim_start_matches("ggml-vocab-").to_owned());
     }
-    let ours = "gemma-4 gpt-2 llama-bpe llama-spm phi-3 qwen2 qwen35 refact starcoder";
+    let ours = "command-r gemma-4 gpt-2 llama-bpe llama-spm phi-3 qwen2 qwen35 refact starcoder";
     assert_eq!(right.join(" "), ours);
 }
 

@@ -7,11 +7,12 @@ use super::delta_backward::DeltaRoom;
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product};
 use super::experts::OnTheWay;
 use super::inputs::AsideGradients;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
-use super::pass::{Pass, Widths};
+use super::launches::{Scores, THREADS, head_lanes, norm_kind, norm_rows, values_of};
+use super::pass::{NormedParts, Pass, Widths};
 use super::recurrent;
+use crate::kernels::norm;
 use crate::model::{Matrix, MlpParams, Params, Span};
-use crate::weights::{Config, Fused, Norms, QkNorm};
+use crate::weights::{Config, Fused, QkNorm};
 use anyhow::Result;
 
 /// Where a backward pass adds gradients.
@@ -76,6 +77,9 @@ pub(super) struct Backward<'a> {
     pub aside: AsideGradients,
 }
 
+/// A linear map of what is read of the residual stream, its place among the parameters, and the gradient of what it gives.
+pub(super) type Reader<'a> = (&'a Linear, &'a Matrix, Operand);
+
 /// A norm whose gradient is wanted.
 pub(super) struct Norm<'a> {
     pub x: &'a Buffer,
@@ -102,14 +106,13 @@ impl<'a> Backward<'a> {
         dx.clear()?;
         Ok(Self {
             dx,
-            dx_copy: match (decoder.precision, decoder.config.norms) {
-                (Precision::Bf16, Norms::Before) => Some(rows(hidden, size)?),
+            dx_copy: match (decoder.precision, decoder.config.norms.after()) {
+                (Precision::Bf16, false) => Some(rows(hidden, size)?),
                 _ => None,
             },
-            d_given: match decoder.config.norms {
-                Norms::Before => None,
-                Norms::After | Norms::Around => Some(rows(hidden, size)?),
-            },
+            d_given: (decoder.config.norms.after())
+                .then(|| rows(hidden, size))
+                .transpose()?,
             d_qkv: rows(widths.qkv, size)?,
             d_raw: match widths.gated {
                 0 => None,
@@ -148,12 +151,13 @@ impl<'a> Backward<'a> {
         };
         let (weight, span) = (&layer.norms.after_mlp, &places.norms.after_mlp);
         let norm = (weight.as_ref(), span.as_ref());
-        let eps = self.decoder.config.norm_eps;
-        let dy = self.given(norm, eps, pass.down.as_ref())?;
+        let kind = self.decoder.config.norm();
+        let dy = self.given(norm, kind, pass.down.as_ref())?;
         self.one_mlp(i, mlp, (&pass.gate_up, &pass.inner), dy, pass)
     }
 
-    /// An MLP of layer `i` alone, given the gradient of what it gave. `gate_up` becomes its gradient.
+    /// An MLP of layer `i` alone, given the gradient of what it gave. `gate_up` becomes its gradient. (That of what attention read,
+    /// too, is left to [`Self::attention`].)
     pub(super) fn one_mlp(
         &self,
         i: usize,
@@ -171,24 +175,27 @@ impl<'a> Backward<'a> {
         )?;
         self.weight_gradient(down, &places.down, inner, dy, pass)?;
         self.given_bias_gradient(&places.down)?;
+        self.bias_gradient(&places.gate_up, made, decoder.precision)?;
+        if decoder.config.is_parallel() {
+            return Ok(());
+        }
         let norms = &self.gradients.params.layers[i].norms;
         self.read(
-            (gate_up, &places.gate_up),
+            &[(gate_up, &places.gate_up, self.operand(made, 2 * ffn))],
             (&decoder.layers[i].norms.before_mlp, &norms.before_mlp),
-            self.operand(made, 2 * ffn),
             &pass.x,
             pass,
-        )?;
-        self.bias_gradient(&places.gate_up, made, decoder.precision)
+        )
     }
 
-    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place.
+    /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place. The MLP's part of the gradient of `x`
+    /// is made here where it read the same.
     fn attention(&self, i: usize, x: &Buffer, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
         let (weight, span) = (&layer.norms.after_attention, &places.norms.after_attention);
         let norm = (weight.as_ref(), span.as_ref());
-        let eps = self.decoder.config.norm_eps;
-        let dy = self.given(norm, eps, pass.output.as_ref())?;
+        let kind = self.decoder.config.norm();
+        let dy = self.given(norm, kind, pass.output.as_ref())?;
         self.input_gradient(&layer.output, dy, &self.d_attention, pass)?;
         self.weight_gradient(&layer.output, &places.output, &pass.attention, dy, pass)?;
         self.given_bias_gradient(&places.output)?;
@@ -205,13 +212,17 @@ impl<'a> Backward<'a> {
         }
         let d_raw = self.d_raw.as_ref().unwrap_or(&self.d_qkv);
         let dy = self.operand(d_raw, layer.qkv.rows);
+        let mut readers = vec![(&layer.qkv, &places.qkv, dy)];
+        if let (Mlp::One(mlp), true) = (&layer.mlp, self.decoder.config.is_parallel()) {
+            let dy = self.operand(&pass.gate_up, mlp.gate_up.rows);
+            readers.push((&mlp.gate_up, &places.mlp().gate_up, dy));
+        }
         self.read(
-            (&layer.qkv, &places.qkv),
+            &readers,
             (
                 &layer.norms.before_attention,
                 &places.norms.before_attention,
             ),
-            dy,
             x,
             pass,
         )?;
@@ -275,7 +286,7 @@ impl<'a> Backward<'a> {
     pub(super) fn given(
         &self,
         (weight, span): (Option<&Buffer>, Option<&Span>),
-        eps: f32,
+        kind: norm::Kind,
         given: Option<&Buffer>,
     ) -> Result<Operand> {
         let (Some(weight), Some(span), Some(given), Some(d_given)) =
@@ -285,7 +296,7 @@ impl<'a> Backward<'a> {
         };
         let to = self.operand(d_given, self.decoder.config.hidden);
         let rows = self.shape.tokens;
-        self.norm_given((weight, span), eps, (given, &self.dx), to, rows)?;
+        self.norm_given((weight, span), kind, (given, &self.dx), to, rows)?;
         Ok(to)
     }
 
@@ -293,7 +304,7 @@ impl<'a> Backward<'a> {
     pub(super) fn norm_given(
         &self,
         (weight, span): (&Buffer, &Span),
-        eps: f32,
+        kind: norm::Kind,
         (given, dy): (&Buffer, &Buffer),
         to: Operand,
         count: usize,
@@ -303,11 +314,11 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(span);
         self.decoder.device.launch(
             &format!("rms_norm_add_backward_{}", to.precision.name()),
-            norm_launch(blocks, width),
+            norm_launch((blocks, 1), width),
             args![
                 given,
                 weight,
-                eps,
+                norm_kind(kind),
                 dy,
                 to.at,
                 wanted.map(|_| &self.partial),
@@ -449,62 +460,69 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// Back through the norms of all queries of a token and of all its keys, where the family has those.
+    /// Back through the norms of all queries of a token and of all its keys, or of each head, where the family has those.
     fn norm_queries_and_keys(&self, i: usize, pass: &Pass) -> Result<()> {
         let (layer, places) = (&self.decoder.layers[i], &self.gradients.params.layers[i]);
-        let (heads, count) = (self.decoder.heads(i), self.shape.tokens);
-        let (Some(raw), Some(QkNorm::Rows)) = (&pass.qkv_raw, self.decoder.config.qk_norm) else {
+        let (stride, count) = (self.decoder.heads(i).qkv_width(), self.shape.tokens);
+        let how = self.decoder.config.qk_norm;
+        let (Some(raw), Some(QkNorm::Rows | QkNorm::Apart)) = (&pass.qkv_raw, how) else {
             return Ok(());
         };
         let (size, blocks) = (self.decoder.size(), count.min(NORM_BLOCKS));
-        for (first, width, weight, span) in [
-            (0, heads.q_width(), &layer.q_norm, &places.q_norm),
-            (
-                heads.q_width(),
-                heads.kv_width(),
-                &layer.k_norm,
-                &places.k_norm,
-            ),
-        ] {
+        let (parts, kind) = self.decoder.normed_parts(i);
+        let norms = layer.qk_norms().zip([&places.q_norm, &places.k_norm]);
+        for (part, (weight, span)) in parts.into_iter().zip(norms) {
+            let NormedParts {
+                first,
+                parts,
+                width,
+            } = part;
             let wanted = span.as_ref().and_then(|span| self.gradients.span(span));
             self.decoder.device.launch(
                 &self.decoder.kernels.of_format("rms_norm_part_backward"),
-                norm_launch(blocks, width),
+                norm_launch((blocks, parts), width),
                 args![
                     raw.element(first, size),
-                    weight.as_ref(),
-                    self.decoder.config.norm_eps,
+                    weight,
+                    norm_kind(kind),
                     self.d_qkv.element(first, size),
                     wanted.map(|_| &self.partial),
                     count as i32,
                     width as i32,
-                    heads.qkv_width() as i32,
+                    stride as i32,
                 ],
             )?;
             if let Some(to) = wanted {
-                self.add_partial(blocks, width, to)?;
+                self.add_partial(blocks, parts * width, to)?;
             }
         }
         Ok(())
     }
 
-    /// y = linear(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what x gains, given `dy`.
+    /// y = linear(norm(x)) of each of these maps, the norm where there is one: adds the gradients of all, and to `dx` what x gains.
     pub(super) fn read(
         &self,
-        (linear, matrix): (&Linear, &Matrix),
+        readers: &[Reader],
         (weight, span): (&Option<Buffer>, &Option<Span>),
-        dy: Operand,
         x: &Buffer,
         pass: &Pass,
     ) -> Result<()> {
-        let count = self.shape.tokens;
+        let (count, hidden) = (self.shape.tokens, self.decoder.config.hidden);
         self.decoder.read(x, weight.as_ref(), count, &pass.normed)?;
-        self.weight_gradient(linear, matrix, &pass.normed, dy, pass)?;
-        let (Some(weight), Some(span)) = (weight, span) else {
-            let dx = self.dx.rows(0, linear.cols, Precision::F32);
-            return self.add_input_gradient(linear, dy, dx, 1.0, pass);
+        for &(linear, matrix, dy) in readers {
+            self.weight_gradient(linear, matrix, &pass.normed, dy, pass)?;
+        }
+        let (to, mut keep) = match weight {
+            Some(_) => (self.operand(&pass.normed, hidden), 0.0),
+            None => (self.dx.rows(0, hidden, Precision::F32), 1.0),
         };
-        self.input_gradient(linear, dy, &pass.normed, pass)?;
+        for &(linear, _, dy) in readers {
+            self.add_input_gradient(linear, dy, to, keep, pass)?;
+            keep = 1.0;
+        }
+        let (Some(weight), Some(span)) = (weight, span) else {
+            return Ok(());
+        };
         let norm = Norm {
             x,
             rows: None,
@@ -523,12 +541,12 @@ impl<'a> Backward<'a> {
         let wanted = self.gradients.span(norm.span);
         self.decoder.device.launch(
             &self.decoder.kernels.of_format("rms_norm_backward"),
-            norm_launch(blocks, width),
+            norm_launch((blocks, 1), width),
             args![
                 norm.x,
                 norm.rows,
                 norm.weight,
-                self.decoder.config.norm_eps,
+                norm_kind(self.decoder.config.norm()),
                 norm.dy,
                 dx,
                 copy,
@@ -682,9 +700,9 @@ pub(super) fn norm_at<'a>(
     norm.expect("the layer has the norm")
 }
 
-/// The gradient of a norm over rows of such a width, by so many blocks.
-fn norm_launch(blocks: usize, width: usize) -> Launch {
-    Launch::row(blocks, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
+/// The gradient of a norm over so many parts of rows, of such a width, each by so many blocks.
+fn norm_launch((blocks, parts): (usize, usize), width: usize) -> Launch {
+    Launch::plane(blocks, parts, THREADS).shared(norm_rows(width) * width * size_of::<f32>())
 }
 
 /// What partial sums over at most so many rows take, whichever needs most.
@@ -695,7 +713,7 @@ pub(super) fn partial_bytes(config: &Config, count: usize) -> usize {
         Some(QkNorm::Heads | QkNorm::Turned) => {
             most = most.max(count.min(HEAD_NORM_BLOCKS) * 2 * config.widest_head());
         }
-        Some(QkNorm::Rows) => {
+        Some(QkNorm::Rows | QkNorm::Apart) => {
             most = most.max(count.min(NORM_BLOCKS) * config.heads * config.widest_head());
         }
     }

@@ -91,6 +91,11 @@ impl Layer {
         })
     }
 
+    /// The weights of its norms of queries and of keys.
+    pub fn qk_norms(&self) -> impl Iterator<Item = Option<&Buffer>> {
+        [self.q_norm.as_ref(), self.k_norm.as_ref()].into_iter()
+    }
+
     /// The linear maps that adapters may be for, in the order of the forward pass: [`LayerParams::adapted`] has the first of them,
     /// or all.
     pub fn adapted(&self) -> Vec<&Linear> {

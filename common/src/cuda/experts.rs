@@ -628,25 +628,25 @@ impl Backward<'_> {
     pub(super) fn mixture(&self, i: usize, mixture: &Mixture, pass: &Pass) -> Result<()> {
         let (decoder, places) = (self.decoder, &self.gradients.params.layers[i]);
         let (norms, spans) = (&decoder.layers[i].norms, &places.norms);
-        let (hidden, eps) = (decoder.config.hidden, decoder.config.norm_eps);
+        let (hidden, kind) = (decoder.config.hidden, decoder.config.norm());
         let rows = self.shape.tokens;
         let own = self.experts.as_ref().expect("made for a mixture");
         let (Some(apart), Some(d_sum), Some(down), Some(d_given)) =
             (&pass.apart, &own.d_sum, &pass.down, &self.d_given)
         else {
             let norm = (norms.after_mlp.as_ref(), spans.after_mlp.as_ref());
-            let dy = self.given(norm, eps, pass.down.as_ref())?;
+            let dy = self.given(norm, kind, pass.down.as_ref())?;
             return self.experts(i, mixture, dy, pass);
         };
         let sum = d_sum.rows(0, hidden, Precision::F32);
         let dy = self.operand(d_given, hidden);
         let norm = norm_at(&norms.after_mlp, &spans.after_mlp);
-        self.norm_given(norm, eps, (down, &self.dx), sum, rows)?;
+        self.norm_given(norm, kind, (down, &self.dx), sum, rows)?;
         let norm = norm_at(&norms.after_one, &spans.after_one);
-        self.norm_given(norm, eps, (&apart.of_one, d_sum), dy, rows)?;
+        self.norm_given(norm, kind, (&apart.of_one, d_sum), dy, rows)?;
         self.beside(i, mixture, dy, pass)?;
         let norm = norm_at(&norms.after_experts, &spans.after_experts);
-        self.norm_given(norm, eps, (&apart.of_experts, d_sum), dy, rows)?;
+        self.norm_given(norm, kind, (&apart.of_experts, d_sum), dy, rows)?;
         self.experts(i, mixture, dy, pass)
     }
 
@@ -800,10 +800,10 @@ impl Backward<'_> {
             )?;
         }
         let place = places.router.as_ref().expect("experts have a router");
+        let d_logits = self.operand(&own.d_logits, how.outputs());
         self.read(
-            (&work.mixture.router, place),
+            &[(&work.mixture.router, place, d_logits)],
             (layer.norms.of_router(), places.norms.of_router()),
-            self.operand(&own.d_logits, how.outputs()),
             &pass.x,
             pass,
         )?;

@@ -5,11 +5,12 @@ use super::args;
 use super::backward::{Backward, NORM_BLOCKS};
 use super::decoder::{Decoder, Linear};
 use super::device::{Buffer, Launch, Precision};
-use super::launches::{THREADS, norm_rows};
+use super::launches::{THREADS, norm_kind, norm_rows};
 use super::optimizer::elements;
 use super::pass::Pass;
 use super::training::Order;
-use crate::model::{InputParams, InputTables, Matrix, Span, making_eps, taking_eps};
+use crate::kernels::norm;
+use crate::model::{InputParams, InputTables, Matrix, Span, making_norm, taking_norm};
 use crate::weights::{Config, Fused};
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -164,7 +165,7 @@ impl Decoder {
         )?;
         let made = self.make_inputs(inputs, count, x, pass)?;
         self.norm_add(
-            (&inputs.norm, making_eps(c)),
+            (&inputs.norm, making_norm(c)),
             made,
             to,
             (count * c.layers, all / c.layers),
@@ -195,7 +196,7 @@ impl Decoder {
             }
             self.give_input(i, count, pass, x)?;
             let sizes = (count, self.config.hidden);
-            let norm = (&input.norm, taking_eps(&self.config));
+            let norm = (&input.norm, taking_norm(&self.config));
             self.norm_add(norm, given, x, sizes)?;
         }
         match layer.scale {
@@ -239,7 +240,7 @@ impl Decoder {
     /// `stream` gains the norm of what was `given`, both `[rows, width]`, float32.
     pub(super) fn norm_add(
         &self,
-        (norm, eps): (&Buffer, f32),
+        (norm, kind): (&Buffer, norm::Kind),
         given: &Buffer,
         stream: &Buffer,
         (rows, width): (usize, usize),
@@ -247,7 +248,14 @@ impl Decoder {
         self.device.launch(
             "rms_norm_add",
             Launch::row(rows.div_ceil(norm_rows(width)), THREADS),
-            args![given, norm, eps, stream, rows as i32, width as i32],
+            args![
+                given,
+                norm,
+                norm_kind(kind),
+                stream,
+                rows as i32,
+                width as i32
+            ],
         )
     }
 
@@ -301,7 +309,11 @@ impl Backward<'_> {
             return Ok(());
         };
         let norm = (Some(&input.norm), Some(&p.norm));
-        let dy = self.given(norm, taking_eps(&decoder.config), pass.given_input.as_ref())?;
+        let dy = self.given(
+            norm,
+            taking_norm(&decoder.config),
+            pass.given_input.as_ref(),
+        )?;
         self.input_gradient(&input.projection, dy, &pass.inner, pass)?;
         let width = input.gate.rows;
         decoder.device.launch(
@@ -319,7 +331,8 @@ impl Backward<'_> {
         )?;
         self.weight_gradient(&input.projection, &p.projection, &pass.inner, dy, pass)?;
         let d_gates = self.operand(gates, width);
-        self.read((&input.gate, &p.gate), (&None, &None), d_gates, last, pass)
+        let reader = (&input.gate, &p.gate, d_gates);
+        self.read(&[reader], (&None, &None), last, pass)
     }
 
     /// Adds the gradients of what made the layers' inputs; to `dx` what the model's own embeddings gain. `pass.x` is lost.
@@ -341,7 +354,7 @@ impl Backward<'_> {
         let made = decoder.make_inputs(inputs, count, &pass.x, pass)?;
         let d_made = decoder.device.allocate(count * all * decoder.size())?;
         let to = self.operand(&d_made, width);
-        self.norm_given((&inputs.norm, &p.norm), making_eps(c), (made, d), to, rows)?;
+        self.norm_given((&inputs.norm, &p.norm), making_norm(c), (made, d), to, rows)?;
         let dy = self.operand(&d_made, all);
         let projection = &inputs.projection;
         self.weight_gradient(projection, &p.projection, &pass.normed, dy, pass)?;

@@ -1,9 +1,10 @@
 //! How kernels are called: their names in a format and a head size, and the sizes of their launches, as `common/cuda/kernels.h`
 //! has them.
 
-use super::device::{Launch, Plain, Precision, bytes_of};
+use super::device::{Arg, Launch, Plain, Precision, bytes_of};
 use crate::kernels::activation::Curve;
 use crate::kernels::layout::Heads;
+use crate::kernels::norm;
 use crate::weights::{Config, Fused};
 use anyhow::{Result, ensure};
 
@@ -224,6 +225,25 @@ impl Scores {
             unit: heads.cap.unwrap_or(heads.scale) * std::f32::consts::LOG2_E,
         }
     }
+}
+
+/// [`norm::Kind`] as kernels declare it.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct NormKind {
+    eps: f32,
+    centred: i32,
+}
+
+// SAFETY: two numbers of four bytes, no padding.
+unsafe impl Plain for NormKind {}
+
+/// How rows of a residual stream are normed.
+pub(super) fn norm_kind(kind: norm::Kind) -> Arg {
+    Arg::plain(NormKind {
+        eps: kind.eps,
+        centred: kind.centred.into(),
+    })
 }
 
 #[cfg(test)]

@@ -6,10 +6,11 @@ use super::decoder::{Decoder, Linear, Mlp};
 use super::device::{Address, Arg, Buffer, Form, Launch, Operand, Precision, Product, bytes_of};
 use super::experts::{Apart, Routes};
 use super::inputs::Aside;
-use super::launches::{Scores, THREADS, head_lanes, norm_rows, values_of};
+use super::launches::{Scores, THREADS, head_lanes, norm_kind, norm_rows, values_of};
 use super::optimizer::elements;
 use super::recurrent::Memories;
-use crate::weights::{Config, Fused, Norms, QkNorm, Recurrence};
+use crate::kernels::norm;
+use crate::weights::{Config, Fused, QkNorm, Recurrence};
 use anyhow::Result;
 
 /// Activations of a layer on its way, `[T, …]`, in the decoder's format unless it is said otherwise.
@@ -60,6 +61,13 @@ pub struct Pass {
 pub(super) struct CacheRows<'a> {
     pub cache: Address,
     pub rows: &'a Buffer,
+}
+
+/// Columns of a row, from the first on, of which each so many are normed by themselves.
+pub(super) struct NormedParts {
+    pub first: usize,
+    pub parts: usize,
+    pub width: usize,
 }
 
 /// The widths of what layers have on their way, of whichever it is widest in.
@@ -149,7 +157,7 @@ impl Decoder {
         let widths = Widths::new(c);
         let mixed = widths.gated + widths.qkv + widths.attention;
         let in_format = c.hidden + mixed + 3 * c.widest_mlp();
-        let streams = if c.norms == Norms::Before { 1 } else { 2 };
+        let streams = if c.norms.after() { 2 } else { 1 };
         let (routes, given) = Routes::bytes(c, precision);
         in_format * bytes_of(precision)
             + (streams * c.hidden + c.heads + widths.gates) * size_of::<f32>()
@@ -202,10 +210,9 @@ impl Decoder {
     /// Room for what a sublayer gives, where there is a norm after it.
     pub(super) fn room_for_given(&self, tokens: usize) -> Result<Option<Buffer>> {
         let bytes = tokens * self.config.hidden * size_of::<f32>();
-        match self.config.norms {
-            Norms::Before => Ok(None),
-            Norms::After | Norms::Around => self.device.allocate(bytes).map(Some),
-        }
+        (self.config.norms.after())
+            .then(|| self.device.allocate(bytes))
+            .transpose()
     }
 
     /// The rows of the embedding of `tokens` (int32), `count` of them, into the residual stream.
@@ -270,7 +277,7 @@ impl Decoder {
         let norm = layer.norms.before_attention.as_ref();
         self.read(&pass.x, norm, count, &pass.normed)?;
         let raw = match self.config.qk_norm {
-            Some(QkNorm::Rows) => &pass.qkv,
+            Some(QkNorm::Rows | QkNorm::Apart) => &pass.qkv,
             _ => pass.qkv_raw.as_ref().unwrap_or(&pass.qkv),
         };
         self.product(&layer.qkv, &pass.normed, raw, count, pass)?;
@@ -296,7 +303,7 @@ impl Decoder {
             self.bias(&self.kernels.add_bias, raw, bias, count, layer.qkv.rows)?; // gates have one, too
         }
         let norms = layer.head_norms(self.config.qk_norm);
-        if self.config.qk_norm == Some(QkNorm::Rows) {
+        if let Some(QkNorm::Rows | QkNorm::Apart) = self.config.qk_norm {
             self.norm_queries_and_keys(i, bias.take(), count, pass)?;
         }
         let (cos, sin, queries) = rotary.of(i);
@@ -339,7 +346,24 @@ impl Decoder {
         }
     }
 
-    /// All queries of a token normed as one row in `pass.qkv`, and all keys; `pass.qkv_raw` keeps them as they were before.
+    /// The parts of a row of layer `i` that are normed before the rotation, queries' and keys', and how.
+    pub(super) fn normed_parts(&self, i: usize) -> ([NormedParts; 2], norm::Kind) {
+        let (c, heads) = (&self.config, self.heads(i));
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        let ([query, key], kind) = match c.qk_norm {
+            Some(QkNorm::Apart) => ([(heads.query, heads.dim), (heads.kv, heads.dim)], c.norm()),
+            _ => ([(1, q), (1, kv)], c.rms_norm()),
+        };
+        let part = |first, (parts, width)| NormedParts {
+            first,
+            parts,
+            width,
+        };
+        ([part(0, query), part(q, key)], kind)
+    }
+
+    /// All queries of a token normed as one row in `pass.qkv`, or each head, and all keys; `pass.qkv_raw` keeps them as they were
+    /// before.
     fn norm_queries_and_keys(
         &self,
         i: usize,
@@ -347,24 +371,27 @@ impl Decoder {
         count: usize,
         pass: &Pass,
     ) -> Result<()> {
-        let (heads, stride) = (self.heads(i), self.heads(i).qkv_width());
+        let stride = self.heads(i).qkv_width();
         if let Some(bias) = bias {
             self.bias(&self.kernels.add_bias, &pass.qkv, bias, count, stride)?;
         }
         if let Some(raw) = &pass.qkv_raw {
             raw.copy_from(&pass.qkv, raw.bytes())?;
         }
-        for (first, width, weight) in [
-            (0, heads.q_width(), &self.layers[i].q_norm),
-            (heads.q_width(), heads.kv_width(), &self.layers[i].k_norm),
-        ] {
+        let (parts, kind) = self.normed_parts(i);
+        for (part, weight) in parts.into_iter().zip(self.layers[i].qk_norms()) {
+            let NormedParts {
+                first,
+                parts,
+                width,
+            } = part;
             self.device.launch(
                 &self.kernels.of_format("rms_norm_part"),
-                Launch::row(count.div_ceil(norm_rows(width)), THREADS),
+                Launch::plane(count.div_ceil(norm_rows(width)), parts, THREADS),
                 args![
                     pass.qkv.element(first, self.size()),
-                    weight.as_ref(),
-                    self.config.norm_eps,
+                    weight,
+                    norm_kind(kind),
                     count as i32,
                     width as i32,
                     stride as i32,
@@ -444,7 +471,10 @@ impl Decoder {
             Mlp::One(mlp) => &mlp.gate_up,
             Mlp::Experts(mixture) => return self.send_to_experts(norms, mixture, count, pass),
         };
-        self.read(&pass.x, norms.before_mlp.as_ref(), count, &pass.normed)?;
+        if !self.config.is_parallel() {
+            // (Else that is what attention read, and there still.)
+            self.read(&pass.x, norms.before_mlp.as_ref(), count, &pass.normed)?;
+        }
         self.product(gate_up, &pass.normed, &pass.gate_up, count, pass)?;
         match &gate_up.bias {
             Some(bias) => {
@@ -596,11 +626,11 @@ impl Decoder {
         count: usize,
         out: &Buffer,
     ) -> Result<()> {
-        let (eps, width) = (self.config.norm_eps, self.config.hidden as i32);
+        let (kind, width) = (norm_kind(self.config.norm()), self.config.hidden as i32);
         self.device.launch(
             kernel,
             Launch::row(count.div_ceil(norm_rows(self.config.hidden)), THREADS),
-            args![x, rows, weight, eps, out, count as i32, width],
+            args![x, rows, weight, kind, out, count as i32, width],
         )
     }
 
@@ -651,7 +681,7 @@ impl Decoder {
             return Ok(());
         };
         let sizes = (count, self.config.hidden);
-        self.norm_add((norm, self.config.norm_eps), given, stream, sizes)
+        self.norm_add((norm, self.config.norm()), given, stream, sizes)
     }
 
     pub(super) fn multiply(

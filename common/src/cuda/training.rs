@@ -17,7 +17,7 @@ use super::pass::{Pass, Widths};
 use super::scoring::{Predicting, TargetLogps, tile};
 use crate::kernels::cap;
 use crate::logprob::Batch;
-use crate::weights::{Config, Norms};
+use crate::weights::Config;
 use anyhow::Result;
 
 /// Rows of a launch over rows and columns, at most: a grid has no more in y.
@@ -357,10 +357,7 @@ impl Footprint<'_> {
         };
         let (q, widths) = (c.heads * c.widest_head(), Widths::new(c));
         // The gradient of the stream as it is multiplied, or of what a sublayer gave to it.
-        let copied = match c.norms {
-            Norms::Before => rounded,
-            Norms::After | Norms::Around => size,
-        };
+        let copied = if c.norms.after() { size } else { rounded };
         // The streams between layers, the activations that all layers share, and the gradients on their way.
         let streams = (c.layers + 1) * c.hidden * float;
         let (_, given) = Routes::bytes(c, self.precision);
@@ -389,7 +386,7 @@ impl Footprint<'_> {
         let (c, widths) = (self.config, Widths::new(self.config));
         let (float, size) = (size_of::<f32>(), bytes_of(self.precision));
         let mixed = widths.raw(c) + widths.qkv + widths.read + widths.attention;
-        let streams = if c.norms == Norms::Before { 1 } else { 3 };
+        let streams = if c.norms.after() { 3 } else { 1 };
         let (routes, _) = Routes::bytes(c, self.precision);
         let in_format = mixed + 2 * c.widest_mlp() + c.layer_inputs.unwrap_or(0);
         let own = c.layer_inputs.map_or(0, |_| 2);

@@ -25,12 +25,17 @@ pub struct Model<'a> {
 
 /// For y = x·Wᵀ + b: sets `dx` `[T, in]` to dy·W. `right` is storage for W turned.
 pub(super) fn linear(layer: &Linear, dy: &[f32], dx: &mut Vec<f32>, right: &mut Packed) {
+    linear_to(layer, dy, (dx, Write::Set), right);
+}
+
+/// The same, or `dx` gains it.
+fn linear_to(layer: &Linear, dy: &[f32], (dx, write): (&mut Vec<f32>, Write), right: &mut Packed) {
     let (rows, cols) = (layer.weight.n(), layer.weight.k());
     right.set_transposed(&layer.weight, 0..rows);
     let tokens = dy.len() / rows;
     fit(dx, tokens * cols);
     let dy = Left::Rows(Mat::new(dy, tokens, rows));
-    matmul(dy, right.panels(), dx, cols, Write::Set, Threads::All);
+    matmul(dy, right.panels(), dx, cols, write, Threads::All);
 }
 
 /// Carries `dx` `[T, hidden]`, the gradient of the residual stream after the last layer, back to the embedding, adding
@@ -113,26 +118,34 @@ pub(super) fn norm_at<'a>(weight: &'a Option<Vec<f32>>, span: &'a Option<Span>) 
     weight.as_deref().zip(span.as_ref())
 }
 
+/// A linear map of what is read of the residual stream, its place among the parameters, and the gradient of what it gives.
+pub(super) type Reader<'a> = (&'a Linear, &'a Matrix, &'a [f32]);
+
 /// What a sublayer read of `x`: it, or, where there is a norm, that of it, made in `room`.
-pub(super) fn normed<'x>(norm: Norm, x: &'x [f32], eps: f32, room: &'x mut Vec<f32>) -> &'x [f32] {
+pub(super) fn normed<'x>(
+    norm: Norm,
+    x: &'x [f32],
+    kind: norm::Kind,
+    room: &'x mut Vec<f32>,
+) -> &'x [f32] {
     let Some((weight, _)) = norm else {
         return x;
     };
     fit(room, x.len());
-    norm::forward(x, weight, eps, room);
+    norm::forward(x, weight, kind, room);
     room
 }
 
 impl<'a> Pass<'a, '_> {
     /// next = middle + norm(down(act(gate_up(norm(middle))))): turns the gradient of `next` into that of `middle`.
-    /// The state's `gate_up` becomes its gradient.
+    /// The state's `gate_up` becomes its gradient. (That of what attention read, too, is left to [`Self::attention`].)
     fn mlp(&mut self, state: &mut LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
         let decoder = self.model.decoder;
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_mlp, &p.norms.after_mlp);
-        let eps = decoder.config.norm_eps;
-        let dy = self.given(norm, eps, &state.down, dx, &mut d_given);
+        let kind = decoder.config.norm();
+        let dy = self.given(norm, kind, &state.down, dx, &mut d_given);
         if let Some(how) = decoder.config.experts[self.layer] {
             copy(dy, &mut self.b.experts.dy);
             self.b.d_given = d_given;
@@ -141,9 +154,11 @@ impl<'a> Pass<'a, '_> {
         let (mlp, places) = (&layer.mlps[0], p.mlp());
         self.mlp_inner((mlp, places), &mut state.gate_up, dy);
         self.b.d_given = d_given;
+        if decoder.config.is_parallel() {
+            return;
+        }
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
-        let map = (&mlp.gate_up, &places.gate_up);
-        self.read(norm, map, &state.middle, &state.gate_up, dx);
+        self.read(norm, &[gate_up(layer, p, state)], &state.middle, dx);
     }
 
     /// From the gradient of what an MLP gave to that of its `gate_up`, which becomes that.
@@ -162,13 +177,13 @@ impl<'a> Pass<'a, '_> {
     }
 
     /// middle = x + norm(output(attention(rotate(qkv(norm(x)))))), or what stands in its place: turns the gradient of `middle`
-    /// into that of `x`.
+    /// into that of `x`, to which the MLP adds where it read the same.
     fn attention(&mut self, state: &LayerState, dx: &mut [f32]) {
         let (layer, p) = self.layer();
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = norm_at(&layer.norms.after_attention, &p.norms.after_attention);
-        let eps = self.model.decoder.config.norm_eps;
-        let dy = self.given(norm, eps, &state.output, dx, &mut d_given);
+        let kind = self.model.decoder.config.norm();
+        let dy = self.given(norm, kind, &state.output, dx, &mut d_given);
         let b = &mut *self.b;
         let gates = self.model.decoder.gates_of(self.layer, &state.qkv_raw);
         let read = match &gates {
@@ -203,7 +218,11 @@ impl<'a> Pass<'a, '_> {
             self.b.d_qkv = d_qkv;
         }
         let norm = norm_at(&layer.norms.before_attention, &p.norms.before_attention);
-        self.read(norm, (&layer.qkv, &p.qkv), &state.x, &d_raw, dx);
+        let mut readers = vec![(&layer.qkv, &p.qkv, &d_raw[..])];
+        if self.model.decoder.config.is_parallel() {
+            readers.push(gate_up(layer, p, state));
+        }
+        self.read(norm, &readers, &state.x, dx);
         self.b.d_raw = d_raw;
     }
 
@@ -245,7 +264,7 @@ impl<'a> Pass<'a, '_> {
     pub(super) fn given<'d>(
         &mut self,
         norm: Norm,
-        eps: f32,
+        kind: norm::Kind,
         given: &[f32],
         dx: &'d [f32],
         d_given: &'d mut Vec<f32>,
@@ -256,29 +275,26 @@ impl<'a> Pass<'a, '_> {
         fit(d_given, dx.len());
         rows(d_given, 1, |_, part| part.fill(0.0)); // the norm adds to it
         let d_weight = wanted(self.gradients, &mut self.b.unused, norm.0, Some(norm.1));
-        norm::backward(given, norm.0, eps, dx, d_given, d_weight);
+        norm::backward(given, norm.0, kind, dx, d_given, d_weight);
         d_given
     }
 
-    /// y = map(norm(x)), the norm where there is one: adds the gradients of both, and to `dx` what `x` gains, given `dy`.
-    pub(super) fn read(
-        &mut self,
-        norm: Norm,
-        (map, matrix): (&Linear, &Matrix),
-        x: &[f32],
-        dy: &[f32],
-        dx: &mut [f32],
-    ) {
-        let eps = self.model.decoder.config.norm_eps;
+    /// y = map(norm(x)) of each of these maps, the norm where there is one: adds the gradients of all, and to `dx` what `x` gains.
+    pub(super) fn read(&mut self, norm: Norm, readers: &[Reader], x: &[f32], dx: &mut [f32]) {
+        let kind = self.model.decoder.config.norm();
         let Buffers {
             inner,
             d_inner,
             right,
             ..
         } = &mut *self.b;
-        let read = normed(norm, x, eps, inner);
-        self.gradients.linear(matrix, read, dy, right);
-        linear(map, dy, d_inner, right);
+        let read = normed(norm, x, kind, inner);
+        let mut write = Write::Set;
+        for &(map, matrix, dy) in readers {
+            self.gradients.linear(matrix, read, dy, right);
+            linear_to(map, dy, (d_inner, write), right);
+            write = Write::Add;
+        }
         let d_read = std::mem::take(d_inner);
         self.through(norm, x, &d_read, dx);
         self.b.d_inner = d_read;
@@ -286,15 +302,20 @@ impl<'a> Pass<'a, '_> {
 
     /// Adds to `dx` what `x` gains by its norm, where there is one, given the gradient of that; and the norm's own.
     pub(super) fn through(&mut self, norm: Norm, x: &[f32], d_read: &[f32], dx: &mut [f32]) {
-        let eps = self.model.decoder.config.norm_eps;
+        let kind = self.model.decoder.config.norm();
         match norm {
             Some(norm) => {
                 let d_weight = wanted(self.gradients, &mut self.b.unused, norm.0, Some(norm.1));
-                norm::backward(x, norm.0, eps, d_read, dx, d_weight);
+                norm::backward(x, norm.0, kind, d_read, dx, d_weight);
             }
             None => add(d_read, dx),
         }
     }
+}
+
+/// What reads the residual stream for a layer's MLP, whose state has the gradient by now.
+fn gate_up<'a>(layer: &'a Layer, p: &'a LayerParams, state: &'a LayerState) -> Reader<'a> {
+    (&layer.mlps[0].gate_up, &p.mlp().gate_up, &state.gate_up)
 }
 
 /// What gated attention gives, made in `room`: each row of `attention` times σ(gate).

@@ -11,7 +11,7 @@ use crate::kernels::attention;
 use crate::kernels::gemm::{Left, Mat, Packed, Precision, Threads, Write, matmul, matmul_made};
 use crate::kernels::layout::{Heads, Layout};
 use crate::kernels::{activation, copy, fit, norm, rows, scale};
-use crate::weights::{Config, Fused, Norms};
+use crate::weights::{Config, Fused};
 use anyhow::Result;
 use std::collections::BTreeMap;
 
@@ -424,7 +424,7 @@ impl Decoder {
         };
         let mixed: usize = (0..c.layers).map(mixed).sum();
         let own = c.layer_inputs.map_or(0, |width| width + 2 * c.hidden);
-        let streams = if c.norms == Norms::Before { 2 } else { 4 };
+        let streams = if c.norms.after() { 4 } else { 2 };
         let routes = c.experts.iter().flatten();
         let routes: usize = routes.map(|e| 3 * e.each() + e.outputs()).sum();
         let inner: usize = (0..c.layers).map(|i| 2 * c.inner_width(i)).sum();
@@ -500,7 +500,7 @@ impl Decoder {
     /// The last norm, row by row, scaled as logits are to be.
     pub fn final_norm(&self, x: &[f32], out: &mut Vec<f32>) {
         fit(out, x.len());
-        norm::forward(x, &self.norm, self.config.norm_eps, out);
+        norm::forward(x, &self.norm, self.config.norm(), out);
         scale(out, self.config.logit_scale);
     }
 
@@ -518,7 +518,7 @@ impl Decoder {
             &mut unused
         });
         scale(dy, self.config.logit_scale);
-        norm::backward(x, &self.norm, self.config.norm_eps, dy, dx, d_weight);
+        norm::backward(x, &self.norm, self.config.norm(), dy, dx, d_weight);
     }
 
     /// The residual stream after the last layer, `[T, hidden]`, before the last norm. `seen` is shown each layer's
@@ -607,17 +607,17 @@ impl Decoder {
         self.narrow(i, aside, state, next);
     }
 
-    /// `state.middle` is what the residual stream becomes by attention; from it to the `gate_up`s.
+    /// `state.middle` is what the residual stream becomes by attention; from it, or from what attention read, to the `gate_up`s.
     fn widen(&self, i: usize, state: &mut LayerState) {
         let (c, layer) = (&self.config, &self.layers[i]);
-        let eps = c.norm_eps;
+        let kind = c.norm();
         copy(&state.x, &mut state.middle);
         let (norm, attention) = (&layer.norms.after_attention, &state.attention);
         let gates = self.gates_of(i, &state.qkv_raw);
         gain(
             &mut state.middle,
             norm,
-            eps,
+            kind,
             &mut state.output,
             |y, write| match gates {
                 None => layer.output.forward(attention, y, write),
@@ -631,9 +631,13 @@ impl Decoder {
             },
         );
         let (middle, norms) = (&state.middle, &layer.norms);
+        let (x, norm) = match c.is_parallel() {
+            true => (&state.x, &norms.before_attention),
+            false => (middle, &norms.before_mlp),
+        };
         let one = |mlp: &Mlp, gate_up: &mut Vec<f32>| {
-            fit(gate_up, middle.len() / c.hidden * 2 * mlp.ffn());
-            let read = norm::rows_of(middle, c.hidden, norms.before_mlp.as_deref(), eps);
+            fit(gate_up, x.len() / c.hidden * 2 * mlp.ffn());
+            let read = norm::rows_of(x, c.hidden, norm.as_deref(), kind);
             mlp.gate_up.forward_made(read, gate_up, Write::Set);
         };
         match c.experts[i] {
@@ -651,7 +655,7 @@ impl Decoder {
         copy(&state.middle, next);
         let mut down = std::mem::take(&mut state.down);
         let norm = &layer.norms.after_mlp;
-        gain(next, norm, self.config.norm_eps, &mut down, |y, write| {
+        gain(next, norm, self.config.norm(), &mut down, |y, write| {
             self.mlp(i, state, y, write)
         });
         state.down = down;
@@ -666,7 +670,7 @@ impl Decoder {
     /// `y` is set to, or gains, what layer `i` makes of the `gate_up`s: its MLP, its experts, or both, each normed.
     fn mlp(&self, i: usize, state: &mut LayerState, y: &mut [f32], write: Write) {
         let (c, layer) = (&self.config, &self.layers[i]);
-        let (norms, eps, gate_up) = (&layer.norms, c.norm_eps, &state.gate_up);
+        let (norms, kind, gate_up) = (&layer.norms, c.norm(), &state.gate_up);
         let Some(how) = c.experts[i] else {
             return layer.mlps[0].narrow(c, gate_up, None, y, write);
         };
@@ -677,11 +681,11 @@ impl Decoder {
         };
         y.fill(0.0);
         let (given, gate_up) = (&mut state.given_beside, &state.beside_gate_up);
-        gain(y, &norms.after_one, eps, given, |y, write| {
+        gain(y, &norms.after_one, kind, given, |y, write| {
             beside.narrow(c, gate_up, None, y, write)
         });
         let given = &mut state.given_by_experts;
-        gain(y, &norms.after_experts, eps, given, experts);
+        gain(y, &norms.after_experts, kind, given, experts);
     }
 
     /// An MLP's inner activation.
@@ -696,7 +700,7 @@ impl Decoder {
 fn gain(
     stream: &mut [f32],
     norm: &Option<Vec<f32>>,
-    eps: f32,
+    kind: norm::Kind,
     given: &mut Vec<f32>,
     product: impl FnOnce(&mut [f32], Write),
 ) {
@@ -705,5 +709,5 @@ fn gain(
     };
     fit(given, stream.len());
     product(given, Write::Set);
-    norm::forward_add(given, weight, eps, stream);
+    norm::forward_add(given, weight, kind, stream);
 }

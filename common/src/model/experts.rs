@@ -45,7 +45,7 @@ impl Routes {
         let router = layer.router.as_ref().expect("experts have a router");
         let norms = [layer.norms.of_router(), layer.norms.of_experts()];
         let [read_by_router, read] =
-            norms.map(|norm| norm::rows_of(x, c.hidden, norm.as_deref(), c.norm_eps));
+            norms.map(|norm| norm::rows_of(x, c.hidden, norm.as_deref(), c.norm()));
         let count = x.len() / c.hidden;
         fit(&mut self.scores, count * how.outputs());
         router.forward_made(read_by_router, &mut self.scores, Write::Set);
@@ -256,14 +256,14 @@ impl Pass<'_, '_> {
         let norm = norm_at(&layer.norms.after_experts, &p.norms.after_experts);
         let dy = self.given(
             norm,
-            c.norm_eps,
+            c.norm(),
             &state.given_by_experts,
             &own.dy,
             &mut d_given,
         );
         let routes = &state.routes;
         let norm = norm_at(layer.norms.of_experts(), p.norms.of_experts());
-        let read = normed(norm, &state.middle, c.norm_eps, &mut own.read);
+        let read = normed(norm, &state.middle, c.norm(), &mut own.read);
         fit(&mut own.d_read, dx.len());
         own.d_read.fill(0.0);
         fit(&mut own.d_weights, routes.tokens.len());
@@ -316,8 +316,9 @@ impl Pass<'_, '_> {
         }
         let router = layer.router.as_ref().zip(p.router.as_ref());
         let norm = norm_at(layer.norms.of_router(), p.norms.of_router());
-        let router = router.expect("experts have a router");
-        self.read(norm, router, &state.middle, &own.d_logits, dx);
+        let (router, places) = router.expect("experts have a router");
+        let reader = (router, places, &own.d_logits[..]);
+        self.read(norm, &[reader], &state.middle, dx);
         self.b.experts = own;
     }
 
@@ -331,17 +332,17 @@ impl Pass<'_, '_> {
         let (layer, p) = self.layer();
         let dy = std::mem::take(&mut self.b.experts.dy);
         let mut d_given = std::mem::take(&mut self.b.d_given);
-        let (eps, norm) = (
-            self.model.decoder.config.norm_eps,
+        let (kind, norm) = (
+            self.model.decoder.config.norm(),
             norm_at(&layer.norms.after_one, &p.norms.after_one),
         );
-        let d_mlp = self.given(norm, eps, &state.given_beside, &dy, &mut d_given);
+        let d_mlp = self.given(norm, kind, &state.given_beside, &dy, &mut d_given);
         self.mlp_inner((mlp, places), &mut state.beside_gate_up, d_mlp);
         self.b.d_given = d_given;
         self.b.experts.dy = dy;
         let norm = norm_at(&layer.norms.before_mlp, &p.norms.before_mlp);
-        let map = (&mlp.gate_up, &places.gate_up);
-        self.read(norm, map, &state.middle, &state.beside_gate_up, dx);
+        let reader = (&mlp.gate_up, &places.gate_up, &state.beside_gate_up[..]);
+        self.read(norm, &[reader], &state.middle, dx);
     }
 }
 

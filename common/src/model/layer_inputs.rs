@@ -29,14 +29,18 @@ pub(super) struct LayerInput {
     pub norm: Vec<f32>,
 }
 
-/// The epsilon of the norm of e·Wᵀ,
-pub fn making_eps(c: &Config) -> f32 {
-    c.norm_eps * c.hidden as f32
+/// How e·Wᵀ is normed,
+pub fn making_norm(c: &Config) -> norm::Kind {
+    with_eps(c, c.norm_eps * c.hidden as f32)
 }
 
-/// and of that of what a layer gains.
-pub fn taking_eps(c: &Config) -> f32 {
-    c.norm_eps * 2.0
+/// and what a layer gains.
+pub fn taking_norm(c: &Config) -> norm::Kind {
+    with_eps(c, c.norm_eps * 2.0)
+}
+
+fn with_eps(c: &Config, eps: f32) -> norm::Kind {
+    norm::Kind { eps, ..c.norm() }
 }
 
 impl Inputs {
@@ -66,7 +70,7 @@ impl Inputs {
         let (all, width) = (self.table.k(), self.norm.len());
         fit(out, tokens.len() * all);
         self.projection.forward(embedded, out, Write::Set);
-        let (eps, scale) = (making_eps(c), (width as f32).sqrt());
+        let (eps, scale) = (making_norm(c).eps, (width as f32).sqrt());
         rows(out, all, |first, part| {
             let mut own = vec![0.0; all];
             for (row, &token) in part.chunks_exact_mut(all).zip(&tokens[first..]) {
@@ -100,7 +104,14 @@ impl Inputs {
         let mut made = vec![0.0; d.len()];
         inputs.projection.forward(&embedded, &mut made, Write::Set);
         let mut d_made = vec![0.0; d.len()];
-        norm::backward(&made, &inputs.norm, making_eps(c), d, &mut d_made, d_weight);
+        norm::backward(
+            &made,
+            &inputs.norm,
+            making_norm(c),
+            d,
+            &mut d_made,
+            d_weight,
+        );
         scale(d, (width as f32).sqrt());
         gradients.table(&p.table, tokens, d);
         gradients.linear(&p.projection, &embedded, &d_made, &mut b.right);
@@ -135,7 +146,7 @@ impl LayerInput {
             activation::forward_row(c.activation.curve(), gate, input, row);
         };
         self.projection.forward_made(inner, given_input, Write::Set);
-        norm::forward_add(given_input, &self.norm, taking_eps(c), next);
+        norm::forward_add(given_input, &self.norm, taking_norm(c), next);
     }
 }
 
@@ -157,7 +168,7 @@ impl Pass<'_, '_> {
         let c = &self.model.decoder.config;
         let mut d_given = std::mem::take(&mut self.b.d_given);
         let norm = Some((&layer.norm[..], &p.norm));
-        let dy = self.given(norm, taking_eps(c), &state.given_input, dx, &mut d_given);
+        let dy = self.given(norm, taking_norm(c), &state.given_input, dx, &mut d_given);
         let (width, i) = (layer.gate.weight.n(), self.layer);
         let b = &mut *self.b;
         let mut gate_up = std::mem::take(&mut b.d_raw);
@@ -183,7 +194,8 @@ impl Pass<'_, '_> {
         }
         b.d_raw = gate_up;
         b.d_given = d_given;
-        self.read(None, (&layer.gate, &p.gate), &state.last, &d_gates, dx);
+        let reader = (&layer.gate, &p.gate, &d_gates[..]);
+        self.read(None, &[reader], &state.last, dx);
         self.b.d_gates = d_gates;
     }
 }

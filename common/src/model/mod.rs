@@ -17,7 +17,7 @@ mod workspace;
 pub use backward::{Model, backward};
 pub use decoder::{Aside, Decoder, LayerState};
 pub use gradients::Gradients;
-pub use layer_inputs::{making_eps, taking_eps};
+pub use layer_inputs::{making_norm, taking_norm};
 pub use lora::{Adapter, Lora};
 pub use params::{
     ConvParams, DeltaParams, InputParams, InputTables, LayerNorms, LayerParams, Matrix, MlpParams,

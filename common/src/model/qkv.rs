@@ -8,7 +8,7 @@ use super::rotations::Rotations;
 use crate::kernels::gemm::Write;
 use crate::kernels::rope::Rotary;
 use crate::kernels::{copy, fit, norm, rows};
-use crate::weights::Fused;
+use crate::weights::{Fused, QkNorm};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -25,10 +25,10 @@ impl Decoder {
         state: &mut LayerState,
     ) {
         let layer = &self.layers[i];
-        let (heads, eps) = (layer.heads, self.config.norm_eps);
+        let heads = layer.heads;
         let (width, around) = (heads.qkv_width(), rotations.around_norms(i));
         let (x, norm) = (&state.x, layer.norms.before_attention.as_deref());
-        let read = norm::rows_of(x, self.config.hidden, norm, eps);
+        let read = norm::rows_of(x, self.config.hidden, norm, self.config.norm());
         let apart = layer.recurrent.is_some() || layer.fused != Fused::All;
         let fused = if apart {
             &mut state.qkv_raw
@@ -49,13 +49,13 @@ impl Decoder {
         rows(&mut state.qkv, width, |first, qkv| {
             for (row, &position) in qkv.chunks_exact_mut(width).zip(&positions[first..]) {
                 let (q, rest) = row.split_at_mut(heads.q_width());
-                layer.prepare(q, &layer.q_norm, around, queries + position, eps);
+                self.prepare(q, &layer.q_norm, heads.dim, around, queries + position);
                 if layer.fused == Fused::Queries {
                     continue;
                 }
                 let (k, v) = rest.split_at_mut(heads.kv_width());
-                layer.prepare(k, &layer.k_norm, around, position, eps);
-                layer.prepare(v, &layer.v_norm, [None, None], position, eps);
+                self.prepare(k, &layer.k_norm, heads.dim, around, position);
+                self.prepare(v, &layer.v_norm, heads.dim, [None, None], position);
             }
         });
         if layer.lends_keys {
@@ -67,33 +67,42 @@ impl Decoder {
             }
         }
     }
-}
 
-impl Layer {
-    /// Heads of a row are normed, where there is a norm, and turned to a position before or after that.
+    /// Heads of a row, so wide, are normed, where there is a norm, and turned to a position before or after that.
     fn prepare(
         &self,
         part: &mut [f32],
         norm: &Option<Vec<f32>>,
+        dim: usize,
         [before, after]: [Option<&Rotary>; 2],
         position: usize,
-        eps: f32,
     ) {
         let turn = |part: &mut [f32], rotary: Option<&Rotary>| {
             if let Some(rotary) = rotary {
-                let heads = part.chunks_exact_mut(self.heads.dim);
+                let heads = part.chunks_exact_mut(dim);
                 heads.for_each(|head| rotary.rotate(head, position));
             }
         };
         turn(part, before);
-        // A norm is as wide as what it norms: a head, or all of them.
         if let Some(weight) = norm {
-            let normed = part.chunks_exact_mut(weight.len());
-            normed.for_each(|x| norm::row_in_place(x, weight, eps));
+            let (width, kind) = self.head_norm(weight.len(), dim);
+            let weights = weight.chunks_exact(width).cycle();
+            let normed = part.chunks_exact_mut(width).zip(weights);
+            normed.for_each(|(x, weight)| kind.row_in_place(x, weight));
         }
         turn(part, after);
     }
 
+    /// How wide what such a weight norms is, and how that is normed: a head of so many dimensions, or all of them as one.
+    fn head_norm(&self, weight: usize, dim: usize) -> (usize, norm::Kind) {
+        match self.config.qk_norm {
+            Some(QkNorm::Apart) => (dim, self.config.norm()),
+            _ => (weight, self.config.rms_norm()),
+        }
+    }
+}
+
+impl Layer {
     /// From rows of the fused projection to `[q | k | v]`, where they are something else; keys and values that are an earlier
     /// layer's come from `lent`.
     fn spread(&self, raw: &[f32], lent: &BTreeMap<usize, Vec<f32>>, qkv: &mut Vec<f32>) {
@@ -252,7 +261,8 @@ impl Pass<'_, '_> {
         let Some(weight) = weight else {
             return;
         };
-        let (heads, eps) = (layer.heads, self.model.decoder.config.norm_eps);
+        let heads = layer.heads;
+        let (width, kind) = self.model.decoder.head_norm(weight.len(), heads.dim);
         let d_weight = wanted(self.gradients, &mut self.b.unused, weight, span);
         let raw = qkv_raw.chunks_exact(p.qkv.rows);
         let tokens = raw.zip(d_qkv.chunks_exact_mut(heads.qkv_width()));
@@ -262,11 +272,12 @@ impl Pass<'_, '_> {
                 let heads = raw.to_mut().chunks_exact_mut(heads.dim);
                 heads.for_each(|head| rotary.rotate(head, first + position));
             }
-            let d = d[at..][..columns.len()].chunks_exact_mut(weight.len());
-            for (raw, d) in raw.chunks_exact(weight.len()).zip(d) {
+            let d = d[at..][..columns.len()].chunks_exact_mut(width);
+            for (head, (raw, d)) in raw.chunks_exact(width).zip(d).enumerate() {
+                let own = head * width % weight.len()..head * width % weight.len() + width;
                 let dy = d.to_vec();
                 d.fill(0.0);
-                norm::backward_row(raw, weight, eps, &dy, d, d_weight);
+                kind.backward_row(raw, &weight[own.clone()], &dy, d, &mut d_weight[own]);
             }
         }
     }

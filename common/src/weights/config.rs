@@ -5,10 +5,10 @@ use super::rope::{QueryGrowth, Rope};
 use crate::gguf;
 use crate::kernels::activation::Activation;
 use crate::kernels::layout::Heads;
-use crate::kernels::{delta, gated_conv};
+use crate::kernels::{delta, gated_conv, norm};
 use anyhow::{Result, ensure};
 
-/// Where a layer has RMS norms.
+/// Where a layer has norms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norms {
     /// On what attention and the MLP read.
@@ -17,6 +17,15 @@ pub enum Norms {
     After,
     /// On both (Gemma 2 and 3).
     Around,
+    /// One, on what attention and the MLP both read: the MLP does not see what attention gives (Cohere).
+    Once,
+}
+
+impl Norms {
+    /// Whether what sublayers give to the residual stream is normed.
+    pub fn after(self) -> bool {
+        matches!(self, Self::After | Self::Around)
+    }
 }
 
 /// What of queries and keys is normed, before the rotation unless it says otherwise.
@@ -28,12 +37,14 @@ pub enum QkNorm {
     Turned,
     /// All query heads of a token as one row, and all key heads (OLMo 2).
     Rows,
+    /// Each head by itself, by a weight of its own, as the residual stream is (Command R+).
+    Apart,
 }
 
 impl QkNorm {
-    /// Whether each head is normed by itself.
+    /// Whether each head is normed by itself, all by the same weight.
     pub fn by_heads(self) -> bool {
-        self != Self::Rows
+        matches!(self, Self::Heads | Self::Turned)
     }
 }
 
@@ -249,8 +260,11 @@ pub struct Config {
     pub sharing_ffn: usize,
     /// Per layer: a mixture of experts, or None for one MLP. All mixtures of a model are alike.
     pub experts: Vec<Option<Experts>>,
-    /// Epsilon of every RMS norm.
+    /// Epsilon of every norm.
     pub norm_eps: f32,
+    /// Those of the residual stream, and [`QkNorm::Apart`], subtract the mean first (Cohere); else they are RMS norms, as all
+    /// others are.
+    pub norms_centred: bool,
     /// Longest sequence, tokens (`max_position_embeddings`; with LongRoPE `original_max_position_embeddings`).
     pub context: usize,
     /// The LM head is the embedding.
@@ -299,6 +313,27 @@ pub struct Config {
 }
 
 impl Config {
+    /// How the residual stream is normed.
+    pub fn norm(&self) -> norm::Kind {
+        norm::Kind {
+            eps: self.norm_eps,
+            centred: self.norms_centred,
+        }
+    }
+
+    /// How heads, or all of them, are normed but for [`QkNorm::Apart`].
+    pub fn rms_norm(&self) -> norm::Kind {
+        norm::Kind {
+            centred: false,
+            ..self.norm()
+        }
+    }
+
+    /// Whether attention and the MLP of a layer read the same.
+    pub fn is_parallel(&self) -> bool {
+        self.norms == Norms::Once
+    }
+
     /// How the heads of a layer lie, what they see and how they score.
     pub fn heads_of(&self, layer: usize) -> Heads {
         Heads {
@@ -536,12 +571,13 @@ impl Config {
         let heads = self.heads_of(layer);
         let (q, kv) = match self.qk_norm {
             None => return,
-            Some(QkNorm::Heads | QkNorm::Turned) => (heads.dim, heads.dim),
-            Some(QkNorm::Rows) => (heads.q_width(), heads.kv_width()),
+            Some(QkNorm::Heads | QkNorm::Turned) => (vec![heads.dim], vec![heads.dim]),
+            Some(QkNorm::Rows) => (vec![heads.q_width()], vec![heads.kv_width()]),
+            Some(QkNorm::Apart) => (vec![heads.query, heads.dim], vec![heads.kv, heads.dim]),
         };
-        push("self_attn.q_norm.weight", vec![q]);
+        push("self_attn.q_norm.weight", q);
         if self.fused(layer) != Fused::Queries {
-            push("self_attn.k_norm.weight", vec![kv]);
+            push("self_attn.k_norm.weight", kv);
         }
     }
 
@@ -591,6 +627,7 @@ impl Config {
                 Some("pre_feedforward_layernorm"),
                 Some("post_feedforward_layernorm"),
             ],
+            Norms::Once => [Some("input_layernorm"), None, None, None],
         }
     }
 
@@ -656,6 +693,9 @@ impl Config {
         }
         if self.norms != Norms::Before {
             text += &format!(" norms {:?}", self.norms);
+        }
+        if self.norms_centred {
+            text += " centred";
         }
         if self.embed_scale != 1.0 {
             text += &format!(" embed_scale {:?}", self.embed_scale);

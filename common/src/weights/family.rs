@@ -27,6 +27,8 @@ pub(super) struct Family {
     /// Queries, keys and values have biases where the config says nothing that is heard.
     pub qkv_bias: bool,
     pub norms: Norms,
+    /// See [`super::config::Config::norms_centred`].
+    pub norms_centred: bool,
     /// Norms multiply by 1 + the weight in a Hugging Face folder (by the weight in a GGUF).
     pub norms_from_one: bool,
     pub qk_norm: Option<QkNorm>,
@@ -94,7 +96,7 @@ impl Family {
     pub fn embed_scale(&self, hidden: usize) -> f32 {
         match self.scales {
             Scales::Embeddings | Scales::Roots | Scales::Unscaled => (hidden as f64).sqrt() as f32,
-            Scales::Plain | Scales::Multipliers => 1.0,
+            Scales::Plain | Scales::Logits | Scales::Multipliers => 1.0,
         }
     }
 }
@@ -184,7 +186,9 @@ pub(super) enum ExpertFiles {
 pub(super) enum Scales {
     /// Scores by 1/√head_dim.
     Plain,
-    /// So are they, and embeddings by √hidden (the first Gemma).
+    /// So are they, and logits by `logit_scale`, a sixteenth where a file has none (Cohere).
+    Logits,
+    /// Scores by 1/√head_dim, embeddings by √hidden (the first Gemma).
     Embeddings,
     /// Embeddings by √hidden, and `query_pre_attn_scalar` says what scores are divided by the root of (Gemma 2 and 3).
     Roots,
@@ -230,6 +234,8 @@ pub(super) enum Rotated {
     By(f64),
     /// As the others would be, which are not rotated at all, unless no layer can have a window.
     Alone,
+    /// The same, but that there must be a window.
+    Only,
 }
 
 const LLAMA: Family = Family {
@@ -249,6 +255,7 @@ const LLAMA: Family = Family {
     ],
     qkv_bias: false,
     norms: Norms::Before,
+    norms_centred: false,
     norms_from_one: false,
     qk_norm: None,
     qk_norm_asked: None,
@@ -442,6 +449,25 @@ const GEMMA4_ROPES: (&str, &str) = (
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}}"#,
 );
 
+const COHERE: Family = Family {
+    model_type: "cohere",
+    class: "Cohere",
+    gguf: "command-r",
+    tied: true,
+    norm_eps: 1e-5,
+    norm_eps_field: "layer_norm_eps",
+    theta: 500_000.0,
+    biases: NO_MLP_BIAS,
+    norms: Norms::Once,
+    norms_centred: true,
+    qk_norm: Some(QkNorm::Apart),
+    qk_norm_asked: Some("use_qk_norm"),
+    scales: Scales::Logits,
+    permuted: false,
+    neighbours: true,
+    ..LLAMA
+};
+
 const MISTRAL: Family = Family {
     model_type: "mistral",
     class: "Mistral",
@@ -598,7 +624,7 @@ const GPT_OSS: Family = Family {
     ..LLAMA
 };
 
-static FAMILIES: [Family; 37] = [
+static FAMILIES: [Family; 39] = [
     LLAMA,
     MISTRAL,
     Family {
@@ -947,6 +973,17 @@ static FAMILIES: [Family; 37] = [
         ..GEMMA4
     },
     GPT_OSS,
+    COHERE,
+    Family {
+        model_type: "cohere2",
+        class: "Cohere2",
+        gguf: "cohere2",
+        theta: 10_000.0,
+        qk_norm: None,
+        qk_norm_asked: None,
+        windows: Windows::AllBut(4, Rotated::Only),
+        ..COHERE
+    },
 ];
 
 /// The family of a `model_type`.

@@ -77,6 +77,12 @@ pub(super) fn config_json(model_type: &str) -> Value {
             "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         });
     }
+    if model_type == "cohere" {
+        json["use_qk_norm"] = json!(true);
+    }
+    if model_type == "cohere2" {
+        json["num_hidden_layers"] = json!(5);
+    }
     if model_type == "gemma" {
         json["hidden_act"] = json!("gelu");
     }
@@ -177,12 +183,15 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
         (key("attention.head_count_kv"), number(config.kv_heads)),
         (key("attention.key_length"), number(config.head_dim)),
         (
-            key("attention.layer_norm_rms_epsilon"),
+            key(match config.norms_centred {
+                true => "attention.layer_norm_epsilon",
+                false => "attention.layer_norm_rms_epsilon",
+            }),
             F32(config.norm_eps),
         ),
         (
             key("rope.freq_base"),
-            F32(config.ropes.last().unwrap().as_ref().unwrap().theta),
+            F32(config.ropes.iter().flatten().next_back().unwrap().theta),
         ),
         ("tokenizer.ggml.eos_token_id".into(), U32(2)),
         (
@@ -195,6 +204,9 @@ pub(super) fn gguf_metadata(config: &Config, arch: &str) -> Vec<(String, gguf_fi
     }
     if config.rotary_dim < config.head_dim {
         metadata.push((key("rope.dimension_count"), number(config.rotary_dim)));
+    }
+    if config.is_parallel() {
+        metadata.push((key("logit_scale"), F32(config.logit_scale)));
     }
     if let Some(experts) = config.mixture() {
         metadata.extend([
@@ -359,6 +371,7 @@ pub(super) fn gguf_of(
         "olmo3" => "olmo2",
         "gemma3_text" => "gemma3",
         "gemma4_text" => "gemma4",
+        "cohere" => "command-r",
         "qwen2_moe" => "qwen2moe",
         "qwen3_moe" => "qwen3moe",
         "granitemoeshared" => "granitemoe",

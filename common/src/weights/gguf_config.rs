@@ -124,9 +124,8 @@ fn read(gguf: &Gguf) -> Result<Config> {
         ffn,
         sharing_ffn: uneven.as_ref().map_or(ffn, |uneven| uneven.sharing_ffn),
         experts,
-        norm_eps: fields
-            .real("attention.layer_norm_rms_epsilon")?
-            .context("attention.layer_norm_rms_epsilon is missing")? as f32,
+        norm_eps: norm_eps(&fields, family)?,
+        norms_centred: family.norms_centred,
         context,
         tied: !has("output.weight"),
         embed_scale: family.embed_scale(hidden),
@@ -148,7 +147,10 @@ fn read(gguf: &Gguf) -> Result<Config> {
         },
         attention_cap,
         logit_cap,
-        logit_scale: 1.0,
+        logit_scale: match family.scales {
+            Scales::Logits => positive("logit_scale", fields.real("logit_scale")?.unwrap_or(1.0))?,
+            _ => 1.0,
+        },
         activation: family.activation,
         attention_gate: family.attention_gate,
         sinks: family.sinks,
@@ -162,10 +164,20 @@ fn read(gguf: &Gguf) -> Result<Config> {
         query_growth,
     };
     match family.scales {
-        Scales::Plain | Scales::Embeddings | Scales::Roots | Scales::Unscaled => config,
         Scales::Multipliers => config.multiplied(multipliers(&fields, head_dim)?),
+        _ => config,
     }
     .checked()
+}
+
+/// The norms' epsilon.
+fn norm_eps(fields: &Metadata, family: &Family) -> Result<f32> {
+    let key = match family.norms_centred {
+        true => "attention.layer_norm_epsilon",
+        false => "attention.layer_norm_rms_epsilon",
+    };
+    let eps = fields.real(key)?;
+    Ok(eps.with_context(|| format!("{key} is missing"))? as f32)
 }
 
 /// Key and value heads: of those layers that have some, where a file has a list.
@@ -264,6 +276,10 @@ fn windows(
         }
         (Some(_), _) => fields.size(key)?,
         (None, Windows::AllBut(period, Rotated::Alone)) => period,
+        (None, Windows::AllBut(period, Rotated::Only)) => {
+            ensure!(window.is_some(), "attention.sliding_window is missing");
+            period
+        }
         (None, Windows::AllBut(period, _)) => {
             window.get_or_insert(4096); // which the first Gemma 2 files leave to the reader
             period
@@ -308,6 +324,7 @@ fn ropes(
     let windowed = windows.iter().any(Option::is_some);
     let rope = |(layer, window): (usize, &Option<usize>)| match (family.windows, window) {
         (Windows::Unrotated, _) if (layer + 1).is_multiple_of(4) => None,
+        (Windows::AllBut(_, Rotated::Only), None) => None,
         (Windows::AllBut(_, Rotated::Alone), None) if windowed => None,
         (_, Some(_)) => Some(local.clone()),
         (_, None) => Some(full.clone()),

@@ -305,7 +305,7 @@ impl Config {
                 for (ours, &theirs) in order.iter().enumerate() {
                     inverse[theirs] = ours;
                 }
-                in_order(&values, &inverse, shape[1..].iter().product()).into()
+                in_order(&values, &inverse, row_of(name, shape)).into()
             }
         }
     }
@@ -393,6 +393,15 @@ pub(super) fn is_turned(name: &str) -> bool {
         .split_once("self_attn.")
         .map_or("", |(_, module)| module);
     turned.iter().any(|turned| module.starts_with(turned))
+}
+
+/// How long the rows of a tensor are that [`Config::order`] speaks of: of norms each number is one, also where heads have norms
+/// of their own, `[heads, head_dim]`.
+pub(super) fn row_of(name: &str, shape: &[usize]) -> usize {
+    match name.ends_with("norm.weight") {
+        true => 1,
+        false => shape[1..].iter().product(),
+    }
 }
 
 /// Each head's rows taken from where `order` says; `row` is a row's length (1 for a bias).

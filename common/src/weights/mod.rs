@@ -208,7 +208,7 @@ impl Weights {
             }
         };
         Ok(match self.order(name) {
-            Some(order) => layout::in_order(&values, &order, shape[1..].iter().product()),
+            Some(order) => layout::in_order(&values, &order, layout::row_of(name, shape)),
             None => values,
         })
     }

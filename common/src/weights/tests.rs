@@ -644,6 +644,30 @@ fn a_granite_gguf_has_its_multipliers() {
     assert!(error(&path).contains("attention.head_count_kv: must be a whole number"));
 }
 
+/// llama.cpp knows that only layers with a window rotate, and that the norms are no RMS norms; that there are norms of heads is
+/// told by their tensors.
+#[test]
+fn a_cohere_gguf_is_read_as_llama_cpp_knows_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let write = |config: &Config, arch: &str, without: &str| {
+        let tensors = as_gguf(config, arch, &random_tensors(config, 5));
+        let mut metadata = gguf_metadata(config, arch);
+        metadata.retain(|(key, _)| !key.ends_with(without));
+        write_gguf(&path, &metadata, &tensors, GgmlDType::F32);
+    };
+    write(&config("cohere2"), "cohere2", "sliding_window");
+    assert!(error(&path).contains("attention.sliding_window is missing"));
+    write(&config("cohere"), "command-r", "norm_epsilon");
+    assert!(error(&path).contains("attention.layer_norm_epsilon is missing"));
+    let mut json = config_json("cohere");
+    json["use_qk_norm"] = json!(false);
+    let plain = Config::from_json(&json, Path::new("config.json")).unwrap();
+    write(&plain, "command-r", "-");
+    assert_eq!(open(&path).unwrap().config, plain);
+    assert_ne!(plain, config("cohere"));
+}
+
 /// As llama.cpp's converter writes Phi-4-mini: part of a head rotated, LongRoPE's divisors as two tensors.
 #[test]
 fn a_phi_3_gguf_has_its_divisors_as_tensors() {

@@ -79,6 +79,44 @@ fn biases_and_sums_of_columns<T: Element>() {
 
 const EPS: f32 = 1e-5;
 
+/// How kernels are told of it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NormKind {
+    eps: f32,
+    centred: i32,
+}
+
+impl From<NormKind> for Arg {
+    fn from(kind: NormKind) -> Self {
+        Self::value(kind)
+    }
+}
+
+const KINDS: [NormKind; 2] = [
+    NormKind {
+        eps: EPS,
+        centred: 0,
+    },
+    NormKind {
+        eps: EPS,
+        centred: 1,
+    },
+];
+
+/// The norm of one row, and its gradients (dx, dw): of a centred one, that of the row less its mean is without a mean.
+fn norm_of(kind: NormKind, x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    if kind.centred == 0 {
+        return norm(x, w, dy);
+    }
+    let centred = |x: &[f64]| {
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        x.iter().map(|x| x - mean).collect::<Vec<_>>()
+    };
+    let (y, dx, dw) = norm(&centred(x), w, dy);
+    (y, centred(&dx), dw)
+}
+
 /// RMSNorm of one row, and its gradients (dx, dw).
 fn norm(x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let n = x.len() as f64;
@@ -94,6 +132,10 @@ fn norm(x: &[f64], w: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
 }
 
 fn norms<T: Element>() {
+    KINDS.into_iter().for_each(norms_of_kind::<T>);
+}
+
+fn norms_of_kind<T: Element>(kind: NormKind) {
     let sizes = [
         (1, 5, false),
         (5, 300, true),
@@ -112,7 +154,7 @@ fn norms<T: Element>() {
         let y = in_every_order(|| {
             let mut y: Vec<T> = unwritten(count * width);
             launch!(format!("rms_norm_{}", T::NAME), [count.div_ceil(teams), 1, 1], 256, 0;
-                &x, rows.as_ref(), &w, EPS, &mut y, count as i32, width as i32);
+                &x, rows.as_ref(), &w, kind, &mut y, count as i32, width as i32);
             y
         });
         let blocks = count.min(4);
@@ -123,7 +165,7 @@ fn norms<T: Element>() {
                 unwritten(blocks * width),
             );
             launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
-                &x, rows.as_ref(), &w, EPS, &dy, &mut dx, &mut copy, &mut partial, count as i32, width as i32, 1i32);
+                &x, rows.as_ref(), &w, kind, &dy, &mut dx, &mut copy, &mut partial, count as i32, width as i32, 1i32);
             let mut dw = vec![0.0f32; width];
             launch!("sum_columns_f32", [width.div_ceil(32), 1, 1], 256, 0; &partial, &mut dw, blocks as i32, width as i32, 1i32);
             (dx, copy, dw)
@@ -131,7 +173,8 @@ fn norms<T: Element>() {
         let (mut y_exact, mut dx_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
         for r in 0..count {
             let from = rows.as_ref().map_or(r, |rows| rows[r] as usize);
-            let (y, dx, dw) = norm(
+            let (y, dx, dw) = norm_of(
+                kind,
                 &wide(&x[from * width..][..width]),
                 &wide(&w),
                 &wide(&dy[r * width..][..width]),
@@ -152,7 +195,7 @@ fn norms<T: Element>() {
         // Without what is optional, the gradient is set.
         let mut alone: Vec<f32> = unwritten(count * width);
         launch!(format!("rms_norm_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
-            &x, rows.as_ref(), &w, EPS, &dy, &mut alone, Null, Null, count as i32, width as i32, 0i32);
+            &x, rows.as_ref(), &w, kind, &dy, &mut alone, Null, Null, count as i32, width as i32, 0i32);
         let exact: Vec<f64> = dx_exact
             .iter()
             .zip(&before)
@@ -164,6 +207,10 @@ fn norms<T: Element>() {
 
 /// The stream gains what a norm makes of something else.
 fn norms_of_what_is_added<T: Element>() {
+    KINDS.into_iter().for_each(norms_added::<T>);
+}
+
+fn norms_added<T: Element>(kind: NormKind) {
     for (count, width) in [(1, 5), (67, 64), (5, 1030), (3, 5124)] {
         let teams = if width <= 1024 { 8 } else { 1 };
         let (given, w): (Vec<f32>, Vec<f32>) = (noise(count * width, 1), noise(width, 2));
@@ -172,17 +219,18 @@ fn norms_of_what_is_added<T: Element>() {
         let (stream, d_given, dw) = in_every_order(|| {
             let mut stream = before.clone();
             launch!("rms_norm_add", [count.div_ceil(teams), 1, 1], 256, 0;
-                &given, &w, EPS, &mut stream, count as i32, width as i32);
+                &given, &w, kind, &mut stream, count as i32, width as i32);
             let (mut d, mut partial): (Vec<T>, Vec<f32>) =
                 (unwritten(count * width), unwritten(blocks * width));
             launch!(format!("rms_norm_add_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
-                &given, &w, EPS, &dy, &mut d, &mut partial, count as i32, width as i32);
+                &given, &w, kind, &dy, &mut d, &mut partial, count as i32, width as i32);
             (stream, d, columns(&partial, width))
         });
         let (mut stream_exact, mut d_exact, mut dw_exact) = (vec![], vec![], vec![0.0; width]);
         for r in 0..count {
             let row = r * width..(r + 1) * width;
-            let (y, dx, dw) = norm(
+            let (y, dx, dw) = norm_of(
+                kind,
                 &wide(&given[row.clone()]),
                 &wide(&w),
                 &wide(&dy[row.clone()]),
@@ -199,15 +247,21 @@ fn norms_of_what_is_added<T: Element>() {
 
 /// Some columns of rows that are longer, in place.
 fn norms_of_parts_of_rows<T: Element>() {
-    for (count, stride, first, width) in [
-        (3, 30, 18, 6),
-        (67, 96, 0, 64),
-        (5, 1288, 8, 1024),
-        (2, 5200, 24, 5124),
+    KINDS.into_iter().for_each(norms_of_parts::<T>);
+}
+
+fn norms_of_parts<T: Element>(kind: NormKind) {
+    for (count, stride, first, width, parts) in [
+        (3, 30, 18, 6, 1),
+        (3, 30, 6, 6, 3),
+        (67, 96, 0, 64, 1),
+        (67, 80, 16, 16, 4),
+        (5, 1288, 8, 1024, 1),
+        (2, 5200, 24, 5124, 1),
     ] {
         let teams = if width <= 1024 { 8 } else { 1 };
         let (x, dy): (Vec<T>, Vec<T>) = (noise(count * stride, 1), noise(count * stride, 2));
-        let w: Vec<f32> = noise(width, 3);
+        let w: Vec<f32> = noise(parts * width, 3);
         let sizes = [count as i32, width as i32, stride as i32];
         let blocks = count.min(4);
         // As in the tools, the vectors begin where the part does.
@@ -215,22 +269,24 @@ fn norms_of_parts_of_rows<T: Element>() {
             let (mut y, mut d, mut partial): (_, _, Vec<f32>) = (
                 x[first..].to_vec(),
                 dy[first..].to_vec(),
-                unwritten(blocks * width),
+                unwritten(blocks * parts * width),
             );
-            launch!(format!("rms_norm_part_{}", T::NAME), [count.div_ceil(teams), 1, 1], 256, 0;
-                &mut y, &w, EPS, sizes[0], sizes[1], sizes[2]);
-            launch!(format!("rms_norm_part_backward_{}", T::NAME), [blocks, 1, 1], 256, teams * width * 4;
-                &x[first..].to_vec(), &w, EPS, &mut d, &mut partial, sizes[0], sizes[1], sizes[2]);
-            (y, d, columns(&partial, width))
+            launch!(format!("rms_norm_part_{}", T::NAME), [count.div_ceil(teams), parts, 1], 256, 0;
+                &mut y, &w, kind, sizes[0], sizes[1], sizes[2]);
+            launch!(format!("rms_norm_part_backward_{}", T::NAME), [blocks, parts, 1], 256, teams * width * 4;
+                &x[first..].to_vec(), &w, kind, &mut d, &mut partial, sizes[0], sizes[1], sizes[2]);
+            (y, d, columns(&partial, parts * width))
         });
         let (mut y_exact, mut d_exact) = (wide(&x[first..]), wide(&dy[first..]));
-        let mut dw_exact = vec![0.0; width];
-        for r in 0..count {
-            let part = r * stride..r * stride + width;
-            let (y, dx, dw) = norm(&y_exact[part.clone()], &wide(&w), &d_exact[part.clone()]);
-            y_exact[part.clone()].copy_from_slice(&y);
-            d_exact[part].copy_from_slice(&dx);
-            dw_exact.iter_mut().zip(dw).for_each(|(sum, d)| *sum += d);
+        let mut dw_exact = vec![0.0; parts * width];
+        for (r, part) in (0..count).flat_map(|r| (0..parts).map(move |part| (r, part))) {
+            let own = part * width..(part + 1) * width;
+            let at = r * stride + own.start..r * stride + own.end;
+            let (x, dy) = (&y_exact[at.clone()], &d_exact[at.clone()]);
+            let (y, dx, dw) = norm_of(kind, x, &wide(&w[own.clone()]), dy);
+            y_exact[at.clone()].copy_from_slice(&y);
+            d_exact[at].copy_from_slice(&dx);
+            (dw_exact[own].iter_mut().zip(dw)).for_each(|(sum, d)| *sum += d);
         }
         assert_close("y", &y, &y_exact, 5.0);
         assert_close("d", &d, &d_exact, 8.0);

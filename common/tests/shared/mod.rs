@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// Every family without experts.
-pub const FAMILIES: [&str; 41] = [
+pub const FAMILIES: [&str; 46] = [
     "llama",
     "llama3",
     "llama-linear",
@@ -53,6 +53,11 @@ pub const FAMILIES: [&str; 41] = [
     UNEVEN,
     "gemma4-keys",
     "gemma4-unified",
+    "cohere",
+    "cohere-bias",
+    "cohere-heads",
+    PARALLEL,
+    "cohere2-types",
 ];
 
 /// The one among them with linear attention.
@@ -63,6 +68,9 @@ pub const CONV: &str = "lfm2";
 
 /// One of those whose layers differ in their heads.
 pub const UNEVEN: &str = "gemma4";
+
+/// One of those whose attention and MLP read the same.
+pub const PARALLEL: &str = "cohere2";
 
 /// Mixtures of experts.
 pub const MIXTURES: [&str; 16] = [

@@ -72,6 +72,11 @@ pub fn positions(
         }
         Windows::AllBut(period, rotated) => {
             let window = sliding_window(fields, Some(4096))?;
+            ensure!(
+                window.is_some() || rotated != Rotated::Only,
+                "sliding_window: {} must have a window",
+                family.model_type
+            );
             let key = "sliding_window_pattern";
             let period = match (fields.present(key), fields.present("layer_types")) {
                 (Some(_), None) => fields.size(key)?,
@@ -81,7 +86,7 @@ pub fn positions(
             let windows = typed_windows(fields, window, layers, sliding)?;
             let local = match rotated {
                 Rotated::Alike => return Ok((windows, everywhere()?)),
-                Rotated::Alone => {
+                Rotated::Alone | Rotated::Only => {
                     let turns = |own: &Option<usize>| window.is_none() || own.is_some();
                     let ropes = everywhere()?.into_iter().zip(&windows);
                     let ropes = ropes

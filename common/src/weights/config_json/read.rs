@@ -99,6 +99,7 @@ pub fn read(fields: &Fields) -> Result<Config> {
         norm_eps: fields
             .number(family.norm_eps_field)?
             .unwrap_or(family.norm_eps) as f32,
+        norms_centred: family.norms_centred,
         context,
         tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         embed_scale: family.embed_scale(hidden),
@@ -116,11 +117,13 @@ pub fn read(fields: &Fields) -> Result<Config> {
         attention_scale: match family.scales {
             Scales::Roots => attention_scale(fields)?,
             Scales::Unscaled => 1.0,
-            Scales::Plain | Scales::Embeddings | Scales::Multipliers => plain_scale(head_dim),
+            Scales::Plain | Scales::Logits | Scales::Embeddings | Scales::Multipliers => {
+                plain_scale(head_dim)
+            }
         },
         attention_cap,
         logit_cap,
-        logit_scale: 1.0,
+        logit_scale: logit_scale(fields, family)?,
         activation: activation(fields, family)?,
         windows,
         ropes,
@@ -130,8 +133,8 @@ pub fn read(fields: &Fields) -> Result<Config> {
         },
     };
     match family.scales {
-        Scales::Plain | Scales::Embeddings | Scales::Roots | Scales::Unscaled => config,
         Scales::Multipliers => config.multiplied(multipliers(fields)?),
+        _ => config,
     }
     .checked()
 }
@@ -177,6 +180,17 @@ fn adjusted(fields: &Fields, family: &Family, said: usize) -> Result<usize> {
     let multiple = fields.size_or("block_multiple_of", 256)?;
     let two_thirds = (2.0 * said as f64 / 3.0).floor();
     Ok(((two_thirds * scale) as usize).next_multiple_of(multiple))
+}
+
+/// What Cohere's logits are multiplied by.
+fn logit_scale(fields: &Fields, family: &Family) -> Result<f32> {
+    match family.scales {
+        Scales::Logits => {
+            let key = "logit_scale";
+            positive(key, fields.number(key)?.unwrap_or(0.0625))
+        }
+        _ => Ok(1.0),
+    }
 }
 
 /// Granite's, each 1 where the file has none.

@@ -29,6 +29,14 @@ fn without(model_type: &str, key: &str) -> Value {
     json
 }
 
+/// Of so many layers each one's window, and whether it rotates.
+fn layers_of(model_type: &str, count: usize, mut changes: Value) -> Vec<(Option<usize>, bool)> {
+    changes["num_hidden_layers"] = json!(count);
+    let config = read(&with(model_type, changes)).unwrap();
+    let rotates = config.ropes.iter().map(Option::is_some);
+    config.windows.iter().copied().zip(rotates).collect()
+}
+
 #[test]
 fn families_differ_as_transformers_has_them() {
     let of = |model_type: &str| read(&config_json(model_type)).unwrap();
@@ -99,12 +107,24 @@ fn families_differ_as_transformers_has_them() {
         assert_eq!(scales, (12.0, 0.3, 1.0 / 6.0));
         assert_eq!((c.norm_eps, c.ffn), (4e-5, 64));
     }
+    for cohere in ["cohere", "cohere2"] {
+        let scaled = json!({"logit_scale": 0.25, "use_qk_norm": cohere == "cohere2"});
+        let c = read(&with(cohere, scaled)).unwrap();
+        assert_eq!(flags(&c), (false, false, false, false));
+        assert_eq!((c.norms, c.norms_centred), (Norms::Once, true));
+        assert_eq!((c.logit_scale, c.attention_scale), (0.25, plain.4));
+        assert_eq!(c.layer_norms().into_iter().flatten().count(), 1);
+    }
+    assert_eq!(of("cohere").qk_norm, Some(QkNorm::Apart));
+    assert!(!of("llama").norms_centred);
     let biased = json!({"attention_bias": true, "mlp_bias": true, "use_bias": true});
     let of = |model_type: &str| read(&with(model_type, biased.clone())).unwrap();
     assert_eq!(flags(&of("glm4")), (true, false, false, false));
     assert_eq!(flags(&of("ernie4_5")), (true, true, true, false));
     assert_eq!(flags(&of("hunyuan_v1_dense")), (true, true, false, true));
     assert_eq!(flags(&of("llama")), (true, true, true, false));
+    assert_eq!(flags(&of("cohere")), (true, true, false, true));
+    assert_eq!(flags(&of("cohere2")), (true, true, false, false));
     assert_eq!(flags(&of("mistral")), (false, false, false, false));
     assert_eq!(flags(&of("qwen2")), (true, false, false, false));
     assert_eq!(flags(&of("qwen3")), (true, true, false, true));
@@ -157,6 +177,17 @@ fn absent_fields_get_transformers_defaults() {
     let theta = |c: Config| c.ropes[0].as_ref().unwrap().theta;
     assert_eq!(theta(of("ernie4_5", "rope_theta")), 500_000.0);
     assert!(of("ernie4_5", "tie_word_embeddings").tied);
+    for (cohere, base) in [("cohere", 500_000.0), ("cohere2", 10_000.0)] {
+        let c = of(cohere, "rope_theta");
+        assert_eq!((theta(c.clone()), c.logit_scale), (base, 0.0625));
+        // (RMS norms' is not heard.)
+        let c = of(cohere, "layer_norm_eps");
+        assert_eq!((c.norm_eps, c.kv_heads), (1e-5, 2));
+        assert_eq!(of(cohere, "num_key_value_heads").kv_heads, 4);
+        assert_eq!(of(cohere, "head_dim").head_dim, 8);
+        assert!(of(cohere, "tie_word_embeddings").tied);
+        assert_eq!(of(cohere, "use_qk_norm").qk_norm, None);
+    }
     assert!(!of("llama", "tie_word_embeddings").tied);
     assert!(of("smollm3", "tie_word_embeddings").tied);
     assert_eq!(of("smollm3", "num_key_value_heads").kv_heads, 4);
@@ -325,15 +356,7 @@ fn layers_with_a_window_may_rotate_otherwise() {
 
 #[test]
 fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
-    let layers = |changes: Value| -> Vec<_> {
-        let mut json = with("exaone4", json!({"num_hidden_layers": 4}));
-        for (key, value) in changes.as_object().unwrap() {
-            json[key] = value.clone();
-        }
-        let config = read(&json).unwrap();
-        let rotates = config.ropes.iter().map(Option::is_some);
-        config.windows.iter().copied().zip(rotates).collect()
-    };
+    let layers = |changes: Value| layers_of("exaone4", 4, changes);
     let (local, global, old) = ((Some(16), true), (None, false), (None, true));
     // EXAONE 4.0 32B: the pattern is spelt out, and layer_types is what counts.
     let kinds = ["sliding_attention", "full_attention"].map(Value::from);
@@ -362,6 +385,23 @@ fn where_exaones_layers_may_have_a_window_only_those_that_do_rotate() {
     );
     let spelt = with("exaone4", json!({"sliding_window_pattern": "LLLG"}));
     assert!(error(&spelt).contains("sliding_window_pattern: must be a whole number"));
+}
+
+/// As Command R7B's file has it, which says a pattern, or in newer ones each layer's type.
+#[test]
+fn only_layers_of_cohere2_that_have_a_window_rotate() {
+    let layers = |changes: Value| layers_of("cohere2", 5, changes);
+    let [local, wide] = [16, 4096].map(|window| (Some(window), true));
+    let global = (None, false);
+    assert_eq!(layers(json!({})), [wide, wide, wide, global, wide]);
+    assert_eq!(
+        layers(json!({"sliding_window": 16, "sliding_window_pattern": 2})),
+        [local, global, local, global, local]
+    );
+    let full = json!({"sliding_window": 16, "layer_types": vec!["full_attention"; 5]});
+    assert_eq!(layers(full), [global; 5]);
+    let line = error(&with("cohere2", json!({"sliding_window": null})));
+    assert!(line.contains("sliding_window: cohere2 must have a window"));
 }
 
 /// As Ministral 3 8B and Devstral Small 2 have it (`original_max_position_embeddings` beside the scaling).
@@ -890,6 +930,10 @@ fn what_cannot_be_run_is_named_with_its_file() {
             "per_layer_config: layers of different shapes",
         ),
         (
+            json!({"model_type": "cohere2", "logit_scale": 0}),
+            "logit_scale: must be a positive number, not 0",
+        ),
+        (
             json!({"model_type": "granite", "residual_multiplier": 0}),
             "residual_multiplier: must be a positive number, not 0",
         ),
@@ -1194,15 +1238,20 @@ fn a_written_config_reads_back_the_same() {
             "hunyuan_v1_dense",
             json!({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}),
         ),
+        (
+            "cohere",
+            json!({"attention_bias": true, "logit_scale": 0.8}),
+        ),
+        ("cohere2", json!({"sliding_window": 16})),
     ] {
         let config = read(&with(family, changes)).unwrap();
         let written = config.to_json(None);
         assert_eq!(read(&written).unwrap(), config);
         assert_eq!(written["torch_dtype"], "float32");
-        let field = if family.starts_with("lfm2") {
-            "norm_eps"
-        } else {
-            "rms_norm_eps"
+        let field = match family {
+            "lfm2" => "norm_eps",
+            "cohere" | "cohere2" => "layer_norm_eps",
+            _ => "rms_norm_eps",
         };
         assert_eq!(written[field], json!(1e-5));
     }

@@ -136,6 +136,7 @@ fn scales(config: &Config, family: &Family, set: &mut Set) {
             let scalar = f64::from(config.attention_scale).powi(-2).round();
             set("query_pre_attn_scalar", json!(scalar as u64));
         }
+        Scales::Logits => set("logit_scale", shortest(config.logit_scale)),
         Scales::Multipliers => {
             // What the residual stream gains is multiplied by nothing: see [`Config::multiplied`].
             set("embedding_multiplier", shortest(config.embed_scale));
