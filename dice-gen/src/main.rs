@@ -378,11 +378,12 @@ impl Job<'_> {
     fn describe(&self, number: usize, sample: Sample, row: &mut Map<String, Value>) -> Result<()> {
         let chat = &self.model.chat;
         row.insert("sample".into(), json!(number));
-        let text = chat.decode(&sample.token_ids)?;
+        let (begin, text) = chat.answer(&sample.token_ids)?;
         // Where the text is shorter than the tokens are, those of the text go into the row, whose log-prob is unknown.
         let (text, finish, ids, logp) = match stop_at(&self.args.stop, &text) {
             Some(at) => {
                 let ids = chat.response_ids(&text[..at], false)?;
+                let ids = [&sample.token_ids[..begin], &ids].concat();
                 (&text[..at], FinishReason::Stop, ids, None)
             }
             None => {

@@ -290,7 +290,8 @@ impl Encoder {
         Ok(out)
     }
 
-    fn is_control(&self, id: Option<u32>) -> bool {
+    /// Whether a piece is a control token.
+    pub fn is_control(&self, id: Option<u32>) -> bool {
         id.is_some_and(|id| self.controls.contains(&id))
     }
 }

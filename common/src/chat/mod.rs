@@ -39,6 +39,8 @@ pub struct Chat {
     end_of_turn: u32,
     end_ids: Vec<u32>,
     opens_answers: bool,
+    /// What opens an answer, if there are control tokens in it, such as those of a channel; else empty.
+    channel: Vec<u32>,
     /// Original files by name, empty for a GGUF.
     files: BTreeMap<String, Vec<u8>>,
 }
@@ -119,6 +121,10 @@ impl Chat {
             .zip(exchange)
             .is_some_and(|(template, exchange)| opens_answers(template, &exchange));
         let encoder = Encoder::new(tokenizer, &turn_marks)?;
+        let channel = match template.as_ref().filter(|_| opens_answers) {
+            Some(template) => channel(template, &encoder)?,
+            None => vec![],
+        };
         if let Some(id) = end_ids
             .iter()
             .find(|id| **id as usize >= encoder.vocab_size())
@@ -135,6 +141,7 @@ impl Chat {
             end_of_turn,
             end_ids,
             opens_answers,
+            channel,
             files,
         })
     }
@@ -235,6 +242,17 @@ impl Chat {
         contained(|| self.encoder.decode(ids, &self.end_ids))
     }
 
+    /// The answer in a response, and where in its ids it begins: all of it, or, of a model with channels, what it says in the
+    /// template's for answers. (Text cannot show which channel is which: control tokens are left out.)
+    pub fn answer(&self, ids: &[u32]) -> Result<(usize, String)> {
+        let channel = self.channel.as_slice();
+        let opened = ids
+            .windows(channel.len().max(1))
+            .rposition(|ids| ids == channel);
+        let begin = opened.map_or(0, |at| at + channel.len());
+        Ok((begin, self.decode(&ids[begin..])?))
+    }
+
     /// The day that the template writes into prompts; none if it writes none.
     pub fn date(&self) -> Option<String> {
         let template = self.template.as_ref()?;
@@ -307,6 +325,15 @@ fn opens_answers(template: &Template, exchange: &str) -> bool {
     // Space is nothing to speak of.
     let answer = exchange.strip_prefix(&asked).map(str::trim_start);
     !answer.is_some_and(|answer| answer.starts_with(SENTINEL))
+}
+
+/// See [`Chat`].
+fn channel(template: &Template, encoder: &Encoder) -> Result<Vec<u32>> {
+    let exchange = [turn("user", "Hello"), turn("assistant", SENTINEL)];
+    let opening = opening(template, &exchange, &Map::new()).unwrap_or(None);
+    let ids = encoder.rendered(&opening.unwrap_or_default())?;
+    let is_channel = ids.iter().any(|&id| encoder.is_control(Some(id)));
+    Ok(if is_channel { ids } else { vec![] })
 }
 
 /// What a template writes between what it asks for the last message with and the text of that, beside space; see

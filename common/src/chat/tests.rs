@@ -479,4 +479,16 @@ fn what_opens_an_answer_is_the_templates_and_the_answer_is_text() {
     assert_eq!(text, "<|im_start|>now\n");
     assert!(opening[0] < 3, "a control token");
     assert_eq!(ids("<|im_end|> So."), opening, "whatever it says");
+
+    // What a model says there is its answer, whatever it said before.
+    let thought = chat.response_ids("Well.", true).unwrap();
+    let answer = chat.response_ids("So.", true).unwrap();
+    let response = [&thought[..], &opening, &thought, &opening, &answer].concat();
+    let begin = response.len() - answer.len();
+    assert_eq!(chat.answer(&response).unwrap(), (begin, "So.".to_owned()));
+    assert_eq!(chat.answer(&thought).unwrap(), (0, "Well.".to_owned()));
+    assert_eq!(chat.answer(&[]).unwrap(), (0, String::new()));
+    let plain = testing::tiny();
+    let ids = plain.response_ids("Well.", true).unwrap();
+    assert_eq!(plain.answer(&ids).unwrap(), (0, "Well.".to_owned()));
 }
