@@ -391,7 +391,7 @@ impl Decoder {
     /// The bytes that a model's weights take when they are packed: two each in bfloat16, or where the checkpoint has them in it.
     ///
     /// # Errors
-    /// As [`Source::bfloat16`].
+    /// As [`Source::is_bfloat16`].
     pub fn weight_bytes(
         config: &Config,
         source: &(impl Source + ?Sized),
@@ -405,7 +405,7 @@ impl Decoder {
             .chain(tables.into_iter().flatten());
         let mut bytes = 0;
         for span in spans {
-            let halved = precision == Precision::Bf16 || source.bfloat16(span)?.is_some();
+            let halved = precision == Precision::Bf16 || source.is_bfloat16(span)?;
             bytes += span.range.len() * if halved { 2 } else { 4 };
         }
         Ok(bytes)

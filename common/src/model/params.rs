@@ -424,6 +424,11 @@ pub trait Source {
     fn bfloat16(&self, _: &Span) -> Result<Option<Vec<&[u8]>>> {
         Ok(None)
     }
+
+    /// Whether the format in which a span's tensors are stored has numbers of bfloat16 alone.
+    fn is_bfloat16(&self, _: &Span) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 impl Source for [f32] {
@@ -446,6 +451,15 @@ impl Source for Weights {
         tensors
             .map(|(name, shape)| self.bfloat16_bytes(name, shape))
             .collect()
+    }
+
+    fn is_bfloat16(&self, span: &Span) -> Result<bool> {
+        for (name, shape) in &span.tensors {
+            if !Self::is_bfloat16(self, name, shape)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 

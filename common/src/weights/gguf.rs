@@ -8,6 +8,7 @@ use crate::gguf::{Arrays, Blocks, Entry, Header, Value};
 use crate::mapped::Mapped;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::CpuStorage;
+use candle_core::quantized::GgmlDType;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -89,6 +90,12 @@ impl Gguf {
             entry.shape
         );
         Ok(entry)
+    }
+
+    /// Whether a tensor is stored in a format of which all numbers are bfloat16's.
+    pub(super) fn is_bfloat16(&self, place: &Place) -> Result<bool> {
+        let formats = [Blocks::Candles(GgmlDType::BF16), Blocks::Mxfp4];
+        Ok(formats.contains(&self.find(place)?.blocks))
     }
 
     /// Reads rows of a tensor by its GGUF name, dequantised to float32. (Blocks lie within rows.)

@@ -240,6 +240,23 @@ impl Weights {
         }
     }
 
+    /// Whether a tensor is stored in a format of which all numbers are bfloat16's, too.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn is_bfloat16(&self, name: &str, shape: &[usize]) -> Result<bool> {
+        if self.config.stored_short_of(name) != 0.0 {
+            return Ok(false);
+        }
+        match &self.source {
+            Source::Safetensors(shards) => {
+                shards.is_bfloat16(&shards.place(&self.config, name, shape))
+            }
+            Source::Gguf(gguf) => gguf.is_bfloat16(&gguf.place(&self.config, name, shape)?),
+            Source::Adapted { .. } => Ok(false),
+        }
+    }
+
     /// The shards, if a tensor is in them as it is.
     fn as_stored(&self, name: &str) -> Option<&Shards> {
         let same = self.config.stored_short_of(name) == 0.0 && self.order(name).is_none();

@@ -306,6 +306,11 @@ impl Shards {
         Ok(())
     }
 
+    /// Whether a tensor is stored in a format of which all numbers are bfloat16's.
+    pub(super) fn is_bfloat16(&self, place: &Place) -> Result<bool> {
+        Ok(self.packed(place)?.is_some() || self.find(place)?.0 == Dtype::BF16)
+    }
+
     /// The little-endian bytes of a tensor that is stored in this format as it is; None if it is in another.
     pub(super) fn bytes_in(&self, format: Dtype, place: &Place) -> Result<Option<&[u8]>> {
         if !place.is_as_it_is() || self.packed(place)?.is_some() {

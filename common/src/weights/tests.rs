@@ -939,3 +939,29 @@ fn a_head_beside_a_tied_embedding_is_that_embedding() {
         }
     }
 }
+
+#[test]
+fn formats_whose_numbers_are_all_bfloat16s_are_known() {
+    let said = |weights: &Weights| {
+        let parameters = weights.config.parameters().into_iter();
+        let each = parameters.map(|(name, shape)| {
+            let said = weights.is_bfloat16(&name, &shape).unwrap();
+            let values = weights.tensor(&name, &shape).unwrap();
+            let are = values.iter().all(|value| value.to_bits() & 0xffff == 0);
+            assert!(are || !said, "{name}");
+            said
+        });
+        each.collect::<Vec<_>>()
+    };
+    let packed = open(&golden("gpt-oss-mxfp4")).unwrap(); // what is not packed is in bfloat16
+    assert!(said(&packed).into_iter().all(|said| said));
+    let plain = open(&golden("gpt-oss")).unwrap();
+    assert!(!said(&plain).into_iter().any(|said| said));
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ..) = gguf(folder.path(), "qwen2", GgmlDType::BF16);
+    let found = said(&open(&path).unwrap());
+    assert!(
+        found.contains(&true) && found.contains(&false),
+        "norms are in float32"
+    );
+}
