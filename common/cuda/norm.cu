@@ -112,8 +112,8 @@ __device__ void rms_norm(Rows<const X> x, const int* rows, const float* weight, 
 // shared memory, where each thread has its own columns, and then over the teams in order. Of a centred row x̂ has no mean, and
 // so has dx none: it is less s·mean(g).
 // `dx` may be `dy`.
-template <class X, class DY, class DX>
-__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, NormKind kind, Rows<const DY> dy,
+template <bool CENTRED, class X, class DY, class DX>
+__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, float eps, Rows<const DY> dy,
                                   Rows<DX> dx, DY* dx_copy, Rows<float> partial, int count, int width, bool add) {
     SHARED_MEMORY(float, sums);
     const Team team(width);
@@ -130,7 +130,7 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             Few<4> v[KEPT], d[KEPT];
             for_kept(team, width, [&](int k, int c) { v[k] = Few<4>::load(from + c), d[k] = Few<4>::load(dy_row + c); });
             float squares = 0, product = 0, shift = 0;
-            if (kind.centred) {
+            if (CENTRED) {
                 centre(team, width, v);
                 for_kept(team, width, [&](int k, int) {
                     for (int i = 0; i < 4; ++i) shift += w[k].at[i] * d[k].at[i];
@@ -143,7 +143,7 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
                     product += v[k].at[i] * w[k].at[i] * d[k].at[i];
                 }
             });
-            float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
+            float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
             float mean = team.sum(product) * scale / width;
             shift *= scale;
             for_kept(team, width, [&](int k, int c) {
@@ -168,7 +168,7 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
             const X* from = x[rows ? rows[r] : r];
             const DY* dy_row = dy[r];
             DX* dx_row = dx[r];
-            float middle = kind.centred ? mean_of(team, from, width) : 0.0f;
+            float middle = CENTRED ? mean_of(team, from, width) : 0.0f;
             float squares = 0, product = 0, shift = 0;
             team.for_row(width, [&](int c, auto few) {
                 auto v = few.load(from + c), d = few.load(dy_row + c);
@@ -179,9 +179,9 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
                     shift += weight[c + i] * d.at[i];
                 }
             });
-            float scale = 1.0f / sqrtf(team.sum(squares) / width + kind.eps);
+            float scale = 1.0f / sqrtf(team.sum(squares) / width + eps);
             float mean = team.sum(product) * scale / width;
-            shift = kind.centred ? team.sum(shift) * scale / width : 0.0f;
+            shift = CENTRED ? team.sum(shift) * scale / width : 0.0f;
             team.for_row(width, [&](int c, auto few) {
                 auto v = few.load(from + c), d = few.load(dy_row + c);
                 if (add) few = few.load(dx_row + c);
@@ -204,6 +204,16 @@ __device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float*
         }
         few.store(partial[blockIdx.x] + c);
     });
+}
+
+// Two loops, so that rows that are not centred do not pay for those that are: with a flag in one, registers spill.
+template <class X, class DY, class DX>
+__device__ void rms_norm_backward(Rows<const X> x, const int* rows, const float* weight, NormKind kind, Rows<const DY> dy,
+                                  Rows<DX> dx, DY* dx_copy, Rows<float> partial, int count, int width, bool add) {
+    if (kind.centred)
+        rms_norm_backward<true>(x, rows, weight, kind.eps, dy, dx, dx_copy, partial, count, width, add);
+    else
+        rms_norm_backward<false>(x, rows, weight, kind.eps, dy, dx, dx_copy, partial, count, width, add);
 }
 
 }  // namespace device
