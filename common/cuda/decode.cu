@@ -206,7 +206,8 @@ __device__ void decode_merge(const float* partial, const float* partial_lse, con
     float lse = lane() < parts ? partial_lse[(long long)lane() * rows + row] : -INFINITY;
     float sink = sinks ? sinks[row % query] * LOG2E : -INFINITY, highest = fmaxf(warp_max(lse), sink);
     float weight = lse > -INFINITY ? exp2_fast(lse - highest) : 0.0f;
-    float total = sinks ? exp2_fast(sink - highest) : 0.0f;  // in the parts' order: how many lanes there are before a sequence's own parts is up to its neighbours
+    // In the parts' order: how many lanes there are before a sequence's own parts is up to its neighbours.
+    float total = sinks ? exp2_fast(sink - highest) : 0.0f;
     for (int p = 0; p < parts; ++p) total += __shfl_sync(ALL, weight, p);
     weight /= total;
     for (int first = 0; first < dim; first += 2 * WARP) {

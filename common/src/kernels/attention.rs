@@ -4,7 +4,7 @@
 use super::gemm::{Left, Mat, Packed, PackedLeft, Precision, Threads, Write, matmul, multiply};
 use super::layout::{Heads, Layout, Segment};
 use super::shared::Shared;
-use super::{cap, fit, rows, softmax, team};
+use super::{cap, fit, softmax, team};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -143,13 +143,14 @@ pub fn sinks_backward(
     d_out: &[f32],
     d_sinks: &mut [f32],
 ) {
-    rows(d_sinks, 1, |first, part| {
-        for (head, d_sink) in (first..).zip(part) {
-            for (row, lse) in lse.iter().skip(head).step_by(heads.query).enumerate() {
-                let own = row * heads.q_width() + head * heads.dim..;
-                let delta = softmax::dot(&d_out[own.clone()][..heads.dim], &out[own][..heads.dim]);
-                *d_sink -= (sinks[head] - lse).exp() * delta;
-            }
+    let d_sinks = Shared::new(d_sinks);
+    team::each(heads.query, |head| {
+        // SAFETY: one task owns this head.
+        let d_sink = &mut unsafe { d_sinks.slice(head, 1) }[0];
+        for (row, lse) in lse.iter().skip(head).step_by(heads.query).enumerate() {
+            let own = row * heads.q_width() + head * heads.dim..;
+            let delta = softmax::dot(&d_out[own.clone()][..heads.dim], &out[own][..heads.dim]);
+            *d_sink -= (sinks[head] - lse).exp() * delta;
         }
     });
 }
